@@ -1,1 +1,4 @@
 //! umbra
+
+pub mod cpu;
+pub mod interp;

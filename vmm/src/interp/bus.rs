@@ -1,0 +1,112 @@
+//! What the interpreter asks of the rest of the machine.
+//!
+//! Story: every memory access of every instruction goes through a [`Bus`]; it pages, raises page faults, reaches
+//! devices and tells the shadow MMU. Tests drive the interpreter through a bus of their own.
+//!
+//! Holds: a bus call that returns an error has changed nothing that the guest can see, A and D bits aside.
+
+use umbra_mmu::{Access, Gva, PageFault};
+
+use crate::cpu::CpuState;
+
+/// Width of a scalar access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// 1 byte.
+    B1 = 1,
+    /// 2 bytes.
+    B2 = 2,
+    /// 4 bytes.
+    B4 = 4,
+    /// 8 bytes (CMPXCHG8B, MMX).
+    B8 = 8,
+}
+
+impl Width {
+    /// The width in bytes.
+    pub fn bytes(self) -> u32 {
+        self as u32
+    }
+}
+
+/// An exception to deliver to the guest. A value, not an error of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// Vector, 0..=31.
+    pub vector: u8,
+    /// Error code, for the vectors that push one.
+    pub error: Option<u32>,
+    /// The faulting linear address of a #PF: what CR2 is to hold.
+    pub cr2: Option<u32>,
+}
+
+impl From<PageFault> for Exception {
+    fn from(fault: PageFault) -> Exception {
+        Exception { vector: 14, error: Some(fault.code.bits()), cr2: Some(fault.gva.0) }
+    }
+}
+
+/// Why a bus call did not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusError {
+    /// The access faults: deliver this.
+    Exception(Exception),
+    /// The caller must leave, sleep holding nothing (for a frame or a gate) and run the instruction again.
+    Again,
+}
+
+impl From<PageFault> for BusError {
+    fn from(fault: PageFault) -> BusError {
+        BusError::Exception(fault.into())
+    }
+}
+
+/// The guest's memory, ports and paging controls, as one instruction sees them.
+///
+/// Linear addresses are after segmentation: the interpreter checks segments, the bus pages. An access may cross
+/// a page and may wrap at 4 GiB; it then checks both pages before it touches either.
+pub trait Bus {
+    /// Reads `width` bytes, zero-extended.
+    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError>;
+
+    /// Writes the low `width` bytes of `value`.
+    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError>;
+
+    /// Reads, applies `change` and writes back, atomically with regard to other CPUs where the access lies within
+    /// a page; write permission is checked first. `change` may run more than once. Returns the old value.
+    fn update(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError>;
+
+    /// Checks that `length` bytes could be accessed, setting A (and D for a write), touching nothing else. For
+    /// instructions of several accesses that must not stop half way.
+    fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError>;
+
+    /// Fetches up to `buffer.len()` (at most 15) instruction bytes and returns how many; stops short where the
+    /// next page cannot be fetched, and faults only where the first byte cannot.
+    fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError>;
+
+    /// Reads an I/O port. Ports nobody owns read as ones.
+    fn port_in(&mut self, port: u16, width: Width) -> u32;
+
+    /// Writes an I/O port.
+    fn port_out(&mut self, port: u16, width: Width, value: u32);
+
+    /// INVLPG.
+    fn invalidate_page(&mut self, gva: Gva);
+
+    /// CR0, CR3, CR4, EFER or the CPL are about to become those of `new` (already checked for reserved bits).
+    /// `flush` is set where the architecture asks for a TLB flush although nothing may differ (MOV CR3).
+    /// Loading PAE page-directory-pointer entries with reserved bits is a #GP and changes nothing.
+    fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError>;
+
+    /// CPUID with EAX = `leaf`, ECX = `subleaf`; returns EAX, EBX, ECX, EDX.
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
+
+    /// The time-stamp counter's source, before the CPU's own offset.
+    fn tsc(&mut self) -> u64;
+}
