@@ -146,7 +146,12 @@ impl CpuState {
             cr3: 0,
             cr4: 0,
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
-            msrs: Msrs { apic_base: 0xfee0_0900, pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
+            msrs: Msrs {
+                apic_base: 0xfee0_0900,
+                pat: 0x0007_0406_0007_0406,
+                misc_enable: 1,
+                ..Msrs::default()
+            },
             cpl: 0,
             halted: false,
             interrupt_shadow: false,

@@ -1,0 +1,54 @@
+//! The smallest guests: Multiboot1 images of a few instructions, written byte by byte.
+//!
+//! They need no compiler and no guest kernel, so a test says exactly what the machine does and nothing more. The
+//! images use the "a.out kludge" of the Multiboot specification (its section 3.1.3): the header itself says where to
+//! load and where to start. Code runs in 32-bit protected mode, flat, paging off, interrupts off.
+
+/// Where the images are loaded and where their header is.
+const LOAD: u32 = 0x10_0000;
+/// The header's size in bytes; the code follows.
+const HEADER: u32 = 32;
+/// Multiboot1's magic number and the flag "the address fields are valid".
+const MAGIC: u32 = 0x1bad_b002;
+const FLAG_ADDRESSES: u32 = 1 << 16;
+
+/// A Multiboot1 image that starts with the first byte of `code`.
+pub fn multiboot(code: &[u8]) -> Vec<u8> {
+    let checksum = 0u32.wrapping_sub(MAGIC + FLAG_ADDRESSES);
+    // Magic, flags, checksum; header_addr, load_addr, load_end_addr (0: the whole file), bss_end_addr, entry_addr.
+    let header = [MAGIC, FLAG_ADDRESSES, checksum, LOAD, LOAD, 0, 0, LOAD + HEADER];
+    header.iter().flat_map(|word| word.to_le_bytes()).chain(code.iter().copied()).collect()
+}
+
+/// Ends through the debug-exit port with `value`: `mov al, value; out 0xf4, al`, then halt for good.
+pub fn exit(value: u8) -> Vec<u8> {
+    [&[0xb0, value, 0xe6, 0xf4][..], &halt()].concat()
+}
+
+/// Prints `text` on the first serial port, awaiting the transmitter before each byte.
+pub fn print(text: &[u8]) -> Vec<u8> {
+    let byte = |byte: &u8| {
+        [
+            0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd      line status
+            0xec, //                   in al, dx
+            0xa8, 0x20, //             test al, 0x20      transmitter empty?
+            0x74, 0xfb, //             jz the `in`
+            0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+            0xb0, *byte, //            mov al, byte
+            0xee,  //                   out dx, al
+        ]
+    };
+    text.iter().flat_map(byte).collect()
+}
+
+/// Halts with interrupts off, for ever.
+pub fn halt() -> Vec<u8> {
+    vec![0xfa, 0xf4, 0xeb, 0xfd] // cli; hlt; jmp the hlt
+}
+
+/// A fault with an empty interrupt table, then the same again: a triple fault.
+pub fn triple_fault() -> Vec<u8> {
+    let at = (LOAD + HEADER + 9).to_le_bytes();
+    let load_table = [0x0f, 0x01, 0x1d, at[0], at[1], at[2], at[3]]; // lidt [six zero bytes below]
+    [&load_table[..], &[0x0f, 0x0b], &[0; 6]].concat() // ud2
+}

@@ -1,0 +1,123 @@
+//! A child process with a time limit, and everything it said.
+//!
+//! Two threads drain its pipes so that it never blocks on us; the caller's thread waits, and kills it at the limit.
+//! Limits: of each pipe the first 4 MiB are kept, so that a child that floods costs no more.
+
+use std::fmt;
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Bytes kept of each pipe.
+const KEPT_MAX: usize = 4 << 20;
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By itself, with this status.
+    Status(i32),
+    /// By this signal, which was not ours.
+    Signal(i32),
+    /// It ran into the time limit and was killed.
+    Overtime,
+}
+
+/// What a child did.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The command line, for messages.
+    pub command: String,
+    /// How it ended.
+    pub end: End,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: String,
+    /// From its start to its end.
+    pub took: Duration,
+}
+
+impl Outcome {
+    /// The lines of standard output, without the carriage returns of a serial line.
+    pub fn lines(&self) -> Vec<String> {
+        let text = String::from_utf8_lossy(&self.stdout);
+        text.lines().map(|line| line.trim_end_matches('\r').to_owned()).collect()
+    }
+}
+
+/// Shows a run the way one wants it under a failed test: the command, its end, and the last of what it said.
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "  {}\n  ended with {:?} after {:.3?}", self.command, self.end, self.took)?;
+        for (name, text) in [("out", &self.lines().join("\n")), ("err", &self.stderr)] {
+            let lines: Vec<_> = text.lines().collect();
+            let skipped = lines.len().saturating_sub(20);
+            if skipped > 0 {
+                writeln!(f, "  {name}| ... {skipped} lines before")?;
+            }
+            for line in &lines[skipped..] {
+                writeln!(f, "  {name}| {line}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs `command` without standard input until it ends or `limit` is over.
+pub fn run(command: &mut Command, limit: Duration) -> Result<Outcome, String> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let shown = show(command);
+    let begun = Instant::now();
+    let mut child = command.spawn().map_err(|error| format!("cannot start {shown}: {error}"))?;
+    let stdout = drain(child.stdout.take());
+    let stderr = drain(child.stderr.take());
+    let end = wait(&mut child, begun + limit).map_err(|error| format!("cannot await {shown}: {error}"))?;
+    let took = begun.elapsed();
+    let stdout = stdout.join().expect("a reader of a pipe does not panic");
+    let stderr = stderr.join().expect("a reader of a pipe does not panic");
+    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+    Ok(Outcome { command: shown, end, stdout, stderr, took })
+}
+
+fn show(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}
+
+/// Waits for the child, and kills it at `deadline`. It is reaped either way.
+fn wait(child: &mut Child, deadline: Instant) -> std::io::Result<End> {
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(end_of(status));
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            return Ok(End::Overtime);
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn end_of(status: ExitStatus) -> End {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => End::Status(code),
+        (None, signal) => End::Signal(signal.unwrap_or(0)),
+    }
+}
+
+/// Reads a pipe to its end in a thread; gives what it kept.
+fn drain<R: Read + Send + 'static>(pipe: Option<R>) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut kept = Vec::new();
+        let Some(mut pipe) = pipe else { return kept };
+        let mut chunk = [0; 4096];
+        while let Ok(n @ 1..) = pipe.read(&mut chunk) {
+            let room = KEPT_MAX - kept.len();
+            kept.extend_from_slice(&chunk[..n.min(room)]);
+        }
+        kept
+    })
+}
