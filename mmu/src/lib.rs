@@ -1,8 +1,218 @@
-//! The emulated MMU: formats, walker, p2m, frames, window, shadow pages, reverse map, gate, coherence.
+//! The emulated MMU: everything between a guest's own page tables and the machine's frames.
+//!
+//! A library with no KVM, no files, no sockets and no clock. It is handed machine memory and a way to kick
+//! vCPUs; it hands out roots for the hardware to walk, and answers faults.
+//!
+//! ```text
+//!   guest's tables --walk--> Translation --map--> spte in a shadow page --hardware--> frame
+//!                              gva -> gfn            under bucket(gfn)        ^
+//!                                                        p2m: gfn -> mfn -----+
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | addr, access, format, spte | the words: addresses, accesses, guest entries, shadow entries |
+//! | machine, frames, p2m, window | memory: the pool, who has each frame, gfn -> frame, the way to touch it |
+//! | walk | the guest's tables, read and judged |
+//! | bucket | reverse map and gates |
+//! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
+//! | coherence | flush epochs and the ack ledger |
+//! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
+//! | explain, audit | why an address is as it is; is everything as it must be |
+//! | lock_order, sync | the order of locks, and the one door to them |
 #![forbid(unsafe_code)]
 
 pub mod access;
 pub mod addr;
+pub mod audit;
+pub mod bucket;
+pub mod coherence;
+pub mod events;
+pub mod explain;
+mod fault;
+pub mod format;
+pub mod frames;
+pub mod lock_order;
+pub mod machine;
+pub mod p2m;
+mod paging;
+mod physical;
+pub mod shadow;
+pub mod spte;
+pub mod sync;
+pub mod vcpu;
+pub mod walk;
+pub mod window;
 
 pub use access::{Access, AccessKind, FaultCode, PageFault};
 pub use addr::{Gfn, Gpa, Gva, Mfn, Mpa, PAGE_SHIFT, PAGE_SIZE};
+pub use coherence::{Coherence, NoVcpus, Shootdown};
+pub use explain::Explanation;
+pub use fault::Outcome;
+pub use format::{Mode, PHYSICAL_BITS};
+pub use machine::Machine;
+pub use paging::{BadPdpte, Flush};
+pub use physical::{Beyond, Width};
+pub use shadow::roots::FIRMWARE_SLOT;
+pub use vcpu::{FaultStats, Vcpu};
+pub use walk::{Refusal, Touch, Translation};
+pub use window::LocalStack;
+
+use bucket::Buckets;
+use frames::{FrameKind, Frames};
+use p2m::{P2m, PageState};
+use shadow::pages::Pages;
+use shadow::{Roots, track};
+use sync::{AtomicU64, Lock, Ordering};
+
+/// The fewest shadow pages a guest can run with: an instruction may need several at once (two operands that each
+/// cross a page, code and stack, at two levels).
+pub const SHADOW_PAGES_MIN: u32 = 64;
+/// The fewest roots: each vCPU may have two loaded.
+pub const ROOTS_MIN_PER_VCPU: u32 = 4;
+
+/// Sizes and constants of one guest's MMU.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Pages of guest memory, from gfn 0; at most 2^24.
+    pub guest_pages: u32,
+    /// Frames at the start of the machine that are not ours (firmware).
+    pub reserved_frames: u32,
+    /// The most shadow pages at once; raised to [`SHADOW_PAGES_MIN`].
+    pub shadow_pages_max: u32,
+    /// The most roots at once; raised to [`ROOTS_MIN_PER_VCPU`] for each vCPU.
+    pub roots_max: u32,
+    /// What every root holds at index [`FIRMWARE_SLOT`] of its PML4, 0 for nothing.
+    pub firmware_entry: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+}
+
+impl Config {
+    /// Frames that shadow tables may take at most, roots included.
+    pub fn table_frames_max(&self) -> u32 {
+        self.shadow_pages_max + 2 * self.roots_max
+    }
+
+    fn raised(mut self) -> Config {
+        self.shadow_pages_max = self.shadow_pages_max.max(SHADOW_PAGES_MIN);
+        self.roots_max = self.roots_max.max(ROOTS_MIN_PER_VCPU * self.vcpus.max(1));
+        self
+    }
+}
+
+/// The MMU of one guest. Shared by all its vCPUs' threads.
+#[derive(Debug)]
+pub struct Mmu {
+    config: Config,
+    machine: Machine,
+    frames: Frames,
+    p2m: P2m,
+    buckets: Buckets,
+    coherence: Coherence,
+    pages: Pages,
+    roots: Lock<Roots>,
+    unsync: Lock<Vec<track::Unsync>>,
+    evictions: AtomicU64,
+}
+
+/// What the MMU holds now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Frames in the machine, reserved ones included.
+    pub frames_total: u32,
+    /// Free frames.
+    pub frames_free: u32,
+    /// Guest pages that have a frame.
+    pub resident: u32,
+    /// Shadow pages in use.
+    pub shadow_pages: u32,
+    /// Shadow pages evicted so far.
+    pub evictions: u64,
+    /// Guest tables that are unsync.
+    pub unsync: u32,
+}
+
+impl Mmu {
+    /// An MMU over `machine`; `shootdown` kicks vCPUs.
+    pub fn new(machine: Machine, config: Config, shootdown: Box<dyn Shootdown>) -> Mmu {
+        let config = config.raised();
+        Mmu {
+            frames: Frames::new(machine.frames(), config.reserved_frames),
+            machine,
+            p2m: P2m::new(config.guest_pages),
+            buckets: Buckets::new(config.guest_pages),
+            coherence: Coherence::new(config.vcpus, shootdown),
+            pages: Pages::new(config.shadow_pages_max),
+            roots: Lock::new(lock_order::ROOTS, Roots::default()),
+            unsync: Lock::new(lock_order::UNSYNC, Vec::new()),
+            evictions: AtomicU64::new(0),
+            config,
+        }
+    }
+
+    /// The MMU's side of vCPU `id` (below [`Config::vcpus`]): paging off, as after reset.
+    pub fn vcpu(&self, id: u32) -> Vcpu {
+        debug_assert!(id < self.config.vcpus, "vCPU {id} of {}", self.config.vcpus);
+        Vcpu::new(id)
+    }
+
+    /// The flush clock and ledger.
+    pub fn coherence(&self) -> &Coherence {
+        &self.coherence
+    }
+
+    /// The reverse map and the gates.
+    pub fn buckets(&self) -> &Buckets {
+        &self.buckets
+    }
+
+    /// The guest-physical map.
+    pub fn p2m(&self) -> &P2m {
+        &self.p2m
+    }
+
+    /// The limits in force.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What is in use now.
+    pub fn usage(&self) -> Usage {
+        let mut resident = 0;
+        self.p2m.for_each_resident(|_, _| resident += 1);
+        Usage {
+            frames_total: self.frames.total(),
+            frames_free: self.frames.free_count(),
+            resident,
+            shadow_pages: self.pages.in_use(),
+            evictions: self.evictions.load(Ordering::Relaxed),
+            unsync: self.unsync.lock().len() as u32,
+        }
+    }
+
+    /// Takes the page for a device: it is never memory. Only before anybody touched it; false otherwise.
+    pub fn make_device(&self, gfn: Gfn) -> bool {
+        matches!(self.p2m.lookup(gfn), PageState::Device)
+            || self.p2m.transition(gfn, PageState::Zero, PageState::Device)
+    }
+
+    /// Where a page is, giving it a zeroed frame if it has none yet. `Zero` only when no frame is left.
+    #[inline]
+    pub(crate) fn resident(&self, gfn: Gfn) -> PageState {
+        match self.p2m.lookup(gfn) {
+            PageState::Zero => self.populate(gfn),
+            state => state,
+        }
+    }
+
+    #[cold]
+    fn populate(&self, gfn: Gfn) -> PageState {
+        let Some(mfn) = self.frames.allocate(FrameKind::Guest(gfn)) else { return self.p2m.lookup(gfn) };
+        self.machine.clear(mfn);
+        if !self.p2m.transition(gfn, PageState::Zero, PageState::Resident(mfn)) {
+            self.frames.release(mfn);
+        }
+        self.p2m.lookup(gfn)
+    }
+}

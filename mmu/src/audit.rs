@@ -1,0 +1,280 @@
+//! The audit: every invariant of the shadow, re-derived from the guest's own tables.
+//!
+//! Story: run at the end of every test program and, in debug builds, by the VMM when a guest ends. It wants
+//! nothing else to run meanwhile. Each finding names its invariant.
+
+use std::collections::HashMap;
+
+use crate::Mmu;
+use crate::addr::{Gfn, Mfn, Mpa};
+use crate::bucket::Link;
+use crate::format::Gpte;
+use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER};
+use crate::p2m::PageState;
+use crate::shadow::role::{Key, Shape};
+use crate::spte::Spte;
+use crate::sync::Ordering;
+
+/// The most findings one audit lists.
+const FINDINGS_MAX: usize = 32;
+
+/// What was wrong, each a sentence that begins with the invariant's name.
+pub type Findings = Vec<String>;
+
+struct Audit<'a> {
+    mmu: &'a Mmu,
+    findings: Findings,
+    /// Links that the tables call for.
+    leaves: HashMap<Mpa, Gfn>,
+}
+
+impl Mmu {
+    /// Checks everything and lists what is wrong (at most 32 findings). No vCPU may run meanwhile.
+    pub fn audit(&self) -> Findings {
+        let mut audit = Audit { mmu: self, findings: Vec::new(), leaves: HashMap::new() };
+        audit.check_pages();
+        audit.check_roots();
+        audit.check_links();
+        audit.check_frames();
+        audit.check_marks();
+        audit.findings
+    }
+}
+
+impl Audit<'_> {
+    fn require(&mut self, holds: bool, finding: impl FnOnce() -> String) {
+        if !holds && self.findings.len() < FINDINGS_MAX {
+            self.findings.push(finding());
+        }
+    }
+
+    fn check_pages(&mut self) {
+        let live = self.mmu.pages.live();
+        for (slot, key) in live {
+            let directory = key.role.is_directory();
+            let (held, parents) = {
+                let page = self.mmu.pages.lock(slot, directory);
+                (page.key, page.parents.clone())
+            };
+            self.require(held == Some(key), || {
+                format!("INV-SHADOW-1: cache says {key:?}, slot {slot} {held:?}")
+            });
+            for parent in parents {
+                let child = self.mmu.child(parent);
+                self.require(child == Some(slot), || {
+                    format!("INV-SHADOW-2: slot {slot} names a parent {parent} that links to {child:?}")
+                });
+            }
+            for index in 0..512 {
+                if directory {
+                    self.check_link(key, slot, index);
+                } else {
+                    self.check_leaf(key, slot, index);
+                }
+            }
+        }
+    }
+
+    /// An entry of a directory page: linked as its child says, and justified by the guest's entry.
+    fn check_link(&mut self, key: Key, slot: u32, index: u32) {
+        let at = self.mmu.pages.mfn(slot).at(index * 8);
+        if !self.mmu.spte(at).is_present() {
+            return;
+        }
+        let Some(child) = self.child_of(at, false) else { return };
+        if key.role.shape != Shape::Directory {
+            return;
+        }
+        let mode = key.role.mode;
+        let gpte = self.guest_entry(key, index);
+        let large = gpte.is_large(mode);
+        let valid = gpte.is_present() && gpte.is_accessed() && !gpte.has_reserved_bits(mode, large);
+        let same = if large {
+            let base = gpte.large_gfn(mode).0;
+            child.role.shape == Shape::Linear && (base..base + 1024).contains(&child.gfn.0)
+        } else {
+            child.role.shape == Shape::Table
+                && child.gfn == gpte.gfn(mode)
+                && child.role.rights == gpte.rights(mode)
+        };
+        self.require(valid && same, || {
+            format!("INV-SYNC-3: {key:?} entry {index} links {child:?}, the guest says {gpte:?}")
+        });
+    }
+
+    /// The key of the page that an entry links to, checked to name the entry among its parents.
+    fn child_of(&mut self, at: Mpa, directory: bool) -> Option<Key> {
+        let Some(child) = self.mmu.child(at) else {
+            self.require(false, || format!("INV-SHADOW-2: entry {at} links to no shadow page"));
+            return None;
+        };
+        let page = self.mmu.pages.lock(child, directory);
+        let (key, listed) = (page.key, page.parents.iter().filter(|p| **p == at).count());
+        drop(page);
+        self.require(listed == 1, || {
+            format!("INV-SHADOW-2: slot {child} lists its parent {at} {listed} times")
+        });
+        key
+    }
+
+    /// An entry of a first-level page: right frame, justified by the guest's entry unless unsync.
+    fn check_leaf(&mut self, key: Key, slot: u32, index: u32) {
+        let at = self.mmu.pages.mfn(slot).at(index * 8);
+        let spte = self.mmu.spte(at);
+        if !spte.is_present() {
+            return;
+        }
+        let Some(gfn) = self.mmu.frames.gfn(spte.mfn()) else {
+            self.require(false, || format!("INV-P2M-1: {spte:?} at {at} maps no guest frame"));
+            return;
+        };
+        self.leaves.insert(at, gfn);
+        let state = self.mmu.p2m.lookup(gfn);
+        self.require(state == PageState::Resident(spte.mfn()), || {
+            format!("INV-P2M-1: {spte:?} at {at} maps {gfn}, which is {state:?}")
+        });
+        let tracked = self.mmu.is_tracked(spte.mfn());
+        self.require(!(tracked && spte.is_writable()), || {
+            format!("INV-TRACK-1: {spte:?} at {at} lets {gfn} be written untracked")
+        });
+        match key.role.shape {
+            Shape::Linear => self.check_linear(key, index, gfn, spte),
+            _ => self.check_table_leaf(key, index, gfn, spte),
+        }
+    }
+
+    fn check_linear(&mut self, key: Key, index: u32, gfn: Gfn, spte: Spte) {
+        let rights = key.role.rights;
+        let within =
+            (!spte.is_writable() || rights.writable()) && (!spte.is_executable() || rights.executable());
+        self.require(gfn.0 == key.gfn.0 + index && within, || {
+            format!("INV-SYNC-2: {key:?} entry {index} is {spte:?} for {gfn}")
+        });
+    }
+
+    fn check_table_leaf(&mut self, key: Key, index: u32, gfn: Gfn, spte: Spte) {
+        if self.flags(key.gfn) & UNSYNC != 0 {
+            return;
+        }
+        let gpte = self.guest_entry(key, index);
+        let justified = key.role.leaf_of(gpte).is_some_and(|(want, rights)| {
+            want == gfn
+                && (!spte.is_writable() || rights.writable)
+                && (!spte.is_executable() || rights.executable)
+        });
+        self.require(justified, || {
+            format!("INV-SYNC-2: {key:?} entry {index} is {spte:?} for {gfn}, the guest says {gpte:?}")
+        });
+    }
+
+    fn check_roots(&mut self) {
+        for root in self.mmu.live_roots() {
+            let top = self.mmu.spte(root.pml4.at(0));
+            self.require(top == Spte::link(root.pdpt), || {
+                format!("INV-SHADOW-4: root {root:?} has top {top:?}")
+            });
+            for index in 0..4 {
+                let at = root.pdpt.at(index * 8);
+                if self.mmu.spte(at).is_present() {
+                    self.child_of(at, true);
+                }
+            }
+        }
+    }
+
+    /// Present if and only if linked, once.
+    fn check_links(&mut self) {
+        let mut linked: HashMap<Mpa, Gfn> = HashMap::new();
+        let mut twice = Vec::new();
+        self.mmu.buckets.for_each_link(|link: Link| {
+            if linked.insert(link.spte(), link.gfn).is_some() {
+                twice.push(link);
+            }
+        });
+        self.require(twice.is_empty(), || format!("INV-RMAP-1: linked twice: {twice:?}"));
+        for (at, gfn) in std::mem::take(&mut self.leaves) {
+            let entry = linked.remove(&at);
+            self.require(entry == Some(gfn), || {
+                format!("INV-RMAP-1: the spte at {at} maps {gfn} and is linked as {entry:?}")
+            });
+        }
+        self.require(linked.is_empty(), || format!("INV-RMAP-1: linked, but not present: {linked:?}"));
+    }
+
+    /// Every frame has one owner that knows of it.
+    fn check_frames(&mut self) {
+        let mmu = self.mmu;
+        let (mut guest, mut free, mut pinned) = (0u32, 0u32, Vec::new());
+        for number in 0..mmu.frames.total() {
+            let mfn = Mfn(number);
+            match mmu.frames.kind(mfn) {
+                FrameKind::Guest(gfn) => {
+                    guest += 1;
+                    let state = mmu.p2m.lookup(gfn);
+                    self.require(state == PageState::Resident(mfn) && gfn.0 != number, || {
+                        format!("INV-P2M-1: {mfn} says it is {gfn}, which is {state:?}")
+                    });
+                }
+                FrameKind::Free => free += 1,
+                _ => {}
+            }
+            if mmu.frames.pins(mfn) != 0 {
+                pinned.push(mfn);
+            }
+        }
+        let mut resident = 0;
+        mmu.p2m.for_each_resident(|_, _| resident += 1);
+        self.require(guest == resident, || {
+            format!("INV-FRAME-2: {guest} guest frames, {resident} resident pages")
+        });
+        let listed = mmu.frames.free_count();
+        self.require(free == listed, || {
+            format!("INV-FRAME-2: {free} free frames, {listed} on the free list")
+        });
+        self.require(pinned.is_empty(), || format!("INV-WINDOW-1: still pinned: {pinned:?}"));
+    }
+
+    /// The marks of a frame say what pages its gfn has.
+    fn check_marks(&mut self) {
+        let mut shapes: HashMap<Gfn, u32> = HashMap::new();
+        for (_, key) in self.mmu.pages.live() {
+            if key.role.shadows_table() {
+                let upper = if key.role.shape == Shape::Directory { UPPER } else { 0 };
+                *shapes.entry(key.gfn).or_default() |= SHADOWED | upper;
+            }
+        }
+        let listed: Vec<Gfn> = self.mmu.unsync.lock().iter().map(|u| u.gfn).collect();
+        let mmu = self.mmu;
+        mmu.p2m.for_each_resident(|gfn, mfn| {
+            let flags = mmu.frames.flags(mfn);
+            let want = shapes.get(&gfn).copied().unwrap_or(0);
+            self.require(flags & (SHADOWED | UPPER) == want, || {
+                format!("INV-TRACK-2: {gfn} has marks {flags:#x}, its pages call for {want:#x}")
+            });
+            let unsync = flags & UNSYNC != 0;
+            self.require(!unsync || listed.contains(&gfn), || {
+                format!("INV-SYNC-1: {gfn} is unsync, not listed")
+            });
+            self.require(!(unsync && flags & UPPER != 0), || {
+                format!("INV-SYNC-4: directory {gfn} is unsync")
+            });
+        });
+    }
+
+    fn guest_entry(&self, key: Key, index: u32) -> Gpte {
+        let PageState::Resident(mfn) = self.mmu.p2m.lookup(key.gfn) else { return Gpte(0) };
+        let guest_index = key.role.guest_index(index);
+        Gpte(if key.role.mode.pae {
+            self.mmu.machine.word64(mfn.at(guest_index * 8)).load(Ordering::Acquire)
+        } else {
+            u64::from(self.mmu.machine.word32(mfn.at(guest_index * 4)).load(Ordering::Acquire))
+        })
+    }
+
+    fn flags(&self, gfn: Gfn) -> u32 {
+        match self.mmu.p2m.lookup(gfn) {
+            PageState::Resident(mfn) => self.mmu.frames.flags(mfn),
+            _ => 0,
+        }
+    }
+}

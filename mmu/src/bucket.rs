@@ -1,0 +1,221 @@
+//! Buckets: the reverse map gfn -> sptes, and the gates in front of it. The place of truth.
+//!
+//! Story: a fill links its spte here, an invalidation finds them here. Both work under bucket(gfn), so that one
+//! of them sees the other:
+//!
+//! ```text
+//! vCPU (fill)                           invalidation of gfn
+//! seen := sequence
+//! walk the guest's tables
+//!                                       close: in_progress += 1, closed_at := ++sequence
+//! lock bucket(gfn)                      lock bucket(gfn), zap every link, unlock
+//!   gate closed, or closed_at > seen?   shoot down, finish
+//!     yes: retry (sleep after a while)  open: in_progress -= 1
+//!     no:  store spte, link
+//! unlock
+//! ```
+//!
+//! Holds: INV-RMAP-1, a leaf spte is present if and only if it is linked once on its gfn; both change only under
+//! bucket(gfn). INV-GATE-1, while a gate is closed no spte of its gfns is made.
+//!
+//! Limits: several gfns share a bucket and its gate when there are more than [`BUCKETS_MAX`] of them: a closed
+//! gate then makes a neighbour wait, which costs time and never correctness.
+
+use crate::addr::{Gfn, Mpa};
+use crate::lock_order;
+use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Ordering};
+
+/// The most buckets of one guest.
+pub const BUCKETS_MAX: u32 = 1 << 16;
+
+/// A leaf spte that maps `gfn`: where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// The guest frame it maps.
+    pub gfn: Gfn,
+    /// The word's number in machine memory (its address over 8).
+    word: u32,
+}
+
+impl Link {
+    /// A link to the spte at `spte`.
+    pub fn new(gfn: Gfn, spte: Mpa) -> Link {
+        Link { gfn, word: (spte.0 / 8) as u32 }
+    }
+
+    /// Where the spte is.
+    pub fn spte(&self) -> Mpa {
+        Mpa(u64::from(self.word) * 8)
+    }
+}
+
+#[derive(Debug)]
+struct Bucket {
+    links: Lock<Vec<Link>>,
+    in_progress: AtomicU32,
+    closed_at: AtomicU64,
+}
+
+/// All buckets of a guest.
+#[derive(Debug)]
+pub struct Buckets {
+    buckets: Box<[Bucket]>,
+    mask: u32,
+    sequence: AtomicU64,
+}
+
+/// What a fill read before its walk; the gate compares it in the critical section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence(u64);
+
+/// Proof that bucket(gfn) is held.
+pub struct BucketGuard<'a> {
+    bucket: &'a Bucket,
+    links: Guard<'a, Vec<Link>>,
+}
+
+impl Buckets {
+    /// Buckets for a guest of `pages` pages: about one for four pages.
+    pub fn new(pages: u32) -> Buckets {
+        let count = (pages / 4).next_power_of_two().clamp(64, BUCKETS_MAX);
+        let bucket = |_| Bucket {
+            links: Lock::new(lock_order::BUCKET, Vec::new()),
+            in_progress: AtomicU32::new(0),
+            closed_at: AtomicU64::new(0),
+        };
+        Buckets { buckets: (0..count).map(bucket).collect(), mask: count - 1, sequence: AtomicU64::new(1) }
+    }
+
+    /// The gates' sequence: to be read before the walk that leads to a fill.
+    #[inline]
+    pub fn sequence(&self) -> Sequence {
+        Sequence(self.sequence.load(Ordering::Acquire))
+    }
+
+    /// Takes bucket(gfn).
+    #[inline]
+    pub fn lock(&self, gfn: Gfn) -> BucketGuard<'_> {
+        let bucket = self.bucket(gfn);
+        BucketGuard { bucket, links: bucket.links.lock() }
+    }
+
+    /// Closes the gate of `gfn`. Begins may overlap: each needs its own [`Buckets::open`].
+    pub fn close(&self, gfn: Gfn) {
+        let bucket = self.bucket(gfn);
+        bucket.in_progress.fetch_add(1, Ordering::SeqCst);
+        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
+        bucket.closed_at.fetch_max(now, Ordering::SeqCst);
+    }
+
+    /// Ends one closing of the gate of `gfn`.
+    pub fn open(&self, gfn: Gfn) {
+        let before = self.bucket(gfn).in_progress.fetch_sub(1, Ordering::SeqCst);
+        debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+    }
+
+    /// True while an invalidation of `gfn` (or of a gfn that shares its bucket) is under way.
+    pub fn is_closed(&self, gfn: Gfn) -> bool {
+        self.bucket(gfn).in_progress.load(Ordering::SeqCst) > 0
+    }
+
+    /// Calls `visit` for every link there is; for audits, with nothing else running.
+    pub fn for_each_link(&self, mut visit: impl FnMut(Link)) {
+        for bucket in self.buckets.iter() {
+            bucket.links.lock().iter().copied().for_each(&mut visit);
+        }
+    }
+
+    /// True when `link` would be found in the bucket of its gfn (audits).
+    pub fn is_home(&self, link: Link) -> bool {
+        self.lock(link.gfn).links.contains(&link)
+    }
+
+    #[inline]
+    fn bucket(&self, gfn: Gfn) -> &Bucket {
+        &self.buckets[(gfn.0 & self.mask) as usize]
+    }
+}
+
+impl BucketGuard<'_> {
+    /// True when a mapping may be made by a fill that read `seen` before its walk.
+    #[inline]
+    pub fn admits(&self, seen: Sequence) -> bool {
+        self.bucket.in_progress.load(Ordering::SeqCst) == 0
+            && self.bucket.closed_at.load(Ordering::SeqCst) <= seen.0
+    }
+
+    /// Links an spte. The caller stores it present in this same critical section.
+    #[inline]
+    pub fn link(&mut self, link: Link) {
+        debug_assert!(!self.links.contains(&link), "INV-RMAP-1: {link:?} linked twice");
+        self.links.push(link);
+    }
+
+    /// Takes a link off. The caller has cleared the spte in this same critical section.
+    #[inline]
+    pub fn unlink(&mut self, link: Link) {
+        let at = self.links.iter().rposition(|l| *l == link);
+        debug_assert!(at.is_some(), "INV-RMAP-1: {link:?} was present and not linked");
+        if let Some(at) = at {
+            self.links.swap_remove(at);
+        }
+    }
+
+    /// The links of `gfn`.
+    pub fn links_of(&self, gfn: Gfn) -> impl Iterator<Item = Link> {
+        self.links.iter().copied().filter(move |l| l.gfn == gfn)
+    }
+
+    /// Takes all links of `gfn` off, calling `zap` for each.
+    pub fn unlink_all(&mut self, gfn: Gfn, mut zap: impl FnMut(Link)) {
+        self.links.retain(|link| {
+            if link.gfn == gfn {
+                zap(*link);
+            }
+            link.gfn != gfn
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_admits_only_what_began_after_it_last_closed() {
+        let buckets = Buckets::new(1024);
+        let early = buckets.sequence();
+        assert!(buckets.lock(Gfn(5)).admits(early));
+        buckets.close(Gfn(5));
+        assert!(!buckets.lock(Gfn(5)).admits(buckets.sequence()), "closed: nobody");
+        buckets.open(Gfn(5));
+        assert!(!buckets.lock(Gfn(5)).admits(early), "walked before the gate closed: not any more");
+        assert!(buckets.lock(Gfn(5)).admits(buckets.sequence()));
+        assert!(buckets.lock(Gfn(6)).admits(early), "other gates are not concerned");
+    }
+
+    #[test]
+    fn overlapping_closings_nest() {
+        let buckets = Buckets::new(1024);
+        buckets.close(Gfn(1));
+        buckets.close(Gfn(1));
+        buckets.open(Gfn(1));
+        assert!(buckets.is_closed(Gfn(1)));
+        buckets.open(Gfn(1));
+        assert!(!buckets.is_closed(Gfn(1)));
+    }
+
+    #[test]
+    fn unlink_all_takes_only_the_gfn_asked_for() {
+        let buckets = Buckets::new(4);
+        let (a, b) = (Gfn(1), Gfn(65));
+        let mut guard = buckets.lock(a);
+        for n in 0..4 {
+            guard.link(Link::new(a, Mpa(n * 8)));
+            guard.link(Link::new(b, Mpa(4096 + n * 8)));
+        }
+        let mut zapped = 0;
+        guard.unlink_all(a, |_| zapped += 1);
+        assert_eq!((zapped, guard.links_of(a).count(), guard.links_of(b).count()), (4, 0, 4));
+    }
+}

@@ -1,0 +1,270 @@
+//! TLB coherence: flush epochs, TLB debt and the ack ledger.
+//!
+//! Story: an spte is often removed without a flush, rightly, because the guest owes one; the TLBs may hold it
+//! on. So each removal is stamped with the flush clock, and whoever hands a frame on asks the ledger whether
+//! every vCPU has flushed since. Only a flush epoch excuses a vCPU, never the fact that its root is not loaded
+//! or that the rmap is empty today.
+//!
+//! ```text
+//! remover                              vCPU
+//! spte := 0                            epoch := clock++          (begin_flush)
+//! stamp := clock  ------------------>  the hardware flush
+//! debt(frame) max= stamp               flushed := epoch          (end_flush)
+//!
+//! covered(stamp)  <=>  every vCPU: flushed > stamp, or it is outside with a request > stamp
+//! ```
+//!
+//! A removal stamped `s` read the clock before any flush that took an epoch above `s`, so its store came before
+//! that flush: the flush covers it. One stamped later is not covered, whatever the true order was.
+//!
+//! Holds: INV-COH-1, nothing is reused unless its stamp is covered. Each vCPU's `flushed` only rises.
+//!
+//! Locks: none taken, [`lock_order::REMOVALS`] aside. [`Coherence::shoot_down`] may sleep.
+
+use crate::addr::Mfn;
+use crate::lock_order;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering};
+
+/// The most pages that are flushed one by one; past it a flush is a full one.
+pub const FLUSH_PAGES_MAX: usize = 32;
+
+/// Where a vCPU is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuMode {
+    /// Not running guest code; it looks at requests before it does again.
+    Outside = 0,
+    /// Running guest code, or about to.
+    InGuest = 1,
+}
+
+/// How to make vCPUs that run guest code leave and look at their flush requests.
+pub trait Shootdown: Send + Sync {
+    /// Makes vCPU `vcpu` exit soon; returns without waiting. May be called for a vCPU that is outside.
+    fn kick(&self, vcpu: u32);
+}
+
+/// A [`Shootdown`] where no vCPU ever runs guest code on its own thread: tests and simulation.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoVcpus;
+
+impl Shootdown for NoVcpus {
+    fn kick(&self, _vcpu: u32) {}
+}
+
+#[derive(Debug, Default)]
+struct VcpuFlush {
+    mode: AtomicU32,
+    /// A flush epoch that must be reached before guest code runs again.
+    requested: AtomicU64,
+    /// Epoch of the last completed flush.
+    flushed: AtomicU64,
+}
+
+/// What a notifier shootdown still has to drop: sptes that were present and have been removed or narrowed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Removals {
+    /// Frames whose sptes changed, if they are few.
+    pub pages: Vec<Mfn>,
+    /// Too many to name, or a table was unlinked: everything must go.
+    pub all: bool,
+}
+
+/// The flush clock, and each vCPU's place on it.
+pub struct Coherence {
+    clock: AtomicU64,
+    /// One past the stamp of the last removal.
+    last_removal: AtomicU64,
+    vcpus: Box<[VcpuFlush]>,
+    log_removals: AtomicBool,
+    removals: Lock<Removals>,
+    shootdown: Box<dyn Shootdown>,
+}
+
+impl std::fmt::Debug for Coherence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Coherence")
+            .field("clock", &self.clock)
+            .field("last_removal", &self.last_removal)
+            .field("vcpus", &self.vcpus)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Coherence {
+    /// A ledger for `vcpus` vCPUs, all outside and nothing owed.
+    pub fn new(vcpus: u32, shootdown: Box<dyn Shootdown>) -> Coherence {
+        Coherence {
+            clock: AtomicU64::new(1),
+            last_removal: AtomicU64::new(0),
+            vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
+            log_removals: AtomicBool::new(false),
+            removals: Lock::new(lock_order::REMOVALS, Removals::default()),
+            shootdown,
+        }
+    }
+
+    /// Keeps the list of frames whose sptes were removed, for a backend that shoots down frame by frame
+    /// ([`Coherence::take_removals`]). Off until asked for: other backends pay nothing.
+    pub fn log_removals(&self) {
+        self.log_removals.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes the list of what was removed since the last call.
+    pub fn take_removals(&self) -> Removals {
+        std::mem::take(&mut *self.removals.lock())
+    }
+
+    /// Stamps the removal or narrowing of a leaf spte to `mfn`, already stored. The stamp is the frame's debt.
+    #[inline]
+    pub(crate) fn stamp_leaf(&self, mfn: Mfn) -> u64 {
+        if self.log_removals.load(Ordering::Relaxed) {
+            self.log(Some(mfn));
+        }
+        self.stamp()
+    }
+
+    /// Stamps the unlinking of a table, already stored.
+    pub(crate) fn stamp_table(&self) -> u64 {
+        if self.log_removals.load(Ordering::Relaxed) {
+            self.log(None);
+        }
+        self.stamp()
+    }
+
+    fn stamp(&self) -> u64 {
+        let stamp = self.clock.load(Ordering::SeqCst);
+        self.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
+        stamp
+    }
+
+    fn log(&self, mfn: Option<Mfn>) {
+        let mut removals = self.removals.lock();
+        match mfn {
+            Some(mfn) if removals.pages.len() < FLUSH_PAGES_MAX => removals.pages.push(mfn),
+            _ => removals.all = true,
+        }
+    }
+
+    /// True when something was removed that `vcpu` has not flushed since: what an INVLPG or a CR3 load then owes.
+    pub fn owes_flush(&self, vcpu: u32) -> bool {
+        self.last_removal.load(Ordering::SeqCst) > self.vcpus[vcpu as usize].flushed.load(Ordering::SeqCst)
+    }
+
+    /// Asks `vcpu` to flush before it next runs guest code. For a vCPU's own thread; others use
+    /// [`Coherence::shoot_down`].
+    pub fn request_flush(&self, vcpu: u32) {
+        let stamp = self.clock.load(Ordering::SeqCst);
+        self.vcpus[vcpu as usize].requested.fetch_max(stamp + 1, Ordering::SeqCst);
+    }
+
+    /// Makes every vCPU unable to use what was removed up to now, and returns once that is so. Sleeps
+    /// (spins, kicking once) for vCPUs in the guest. `own` is the caller's vCPU, which is outside.
+    pub fn shoot_down(&self, own: Option<u32>) {
+        lock_order::assert_may_sleep();
+        let stamp = self.clock.load(Ordering::SeqCst);
+        for vcpu in self.vcpus.iter() {
+            vcpu.requested.fetch_max(stamp + 1, Ordering::SeqCst);
+        }
+        for (number, vcpu) in self.vcpus.iter().enumerate() {
+            let number = number as u32;
+            if own != Some(number) && !vcpu.covers(stamp) {
+                self.shootdown.kick(number);
+            }
+        }
+        while !self.covered(stamp) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// The ack ledger: true when no vCPU can still use a translation removed at `stamp`.
+    pub fn covered(&self, stamp: u64) -> bool {
+        self.vcpus.iter().all(|vcpu| vcpu.covers(stamp))
+    }
+
+    /// Before guest code runs: marks `vcpu` as in the guest and says whether it must flush first. The mode is set
+    /// before the request is read, so a shootdown either sees the vCPU inside and kicks it, or its request is
+    /// seen here.
+    pub fn enter_guest(&self, vcpu: u32) -> bool {
+        let state = &self.vcpus[vcpu as usize];
+        state.mode.store(VcpuMode::InGuest as u32, Ordering::SeqCst);
+        state.requested.load(Ordering::SeqCst) > state.flushed.load(Ordering::SeqCst)
+    }
+
+    /// After guest code ran, or when it will not after all.
+    pub fn leave_guest(&self, vcpu: u32) {
+        self.vcpus[vcpu as usize].mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
+    }
+
+    /// Takes the epoch of a flush that is about to be made.
+    #[must_use]
+    pub fn begin_flush(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Notes that the flush begun with `epoch` is complete on `vcpu`.
+    pub fn end_flush(&self, vcpu: u32, epoch: u64) {
+        self.vcpus[vcpu as usize].flushed.fetch_max(epoch, Ordering::SeqCst);
+    }
+}
+
+impl VcpuFlush {
+    fn covers(&self, stamp: u64) -> bool {
+        self.flushed.load(Ordering::SeqCst) > stamp
+            || (self.mode.load(Ordering::SeqCst) == VcpuMode::Outside as u32
+                && self.requested.load(Ordering::SeqCst) > stamp)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one() -> Coherence {
+        Coherence::new(1, Box::new(NoVcpus))
+    }
+
+    #[test]
+    fn a_removal_is_owed_until_a_later_flush() {
+        let ledger = one();
+        assert!(!ledger.owes_flush(0));
+        let stamp = ledger.stamp_leaf(Mfn(1));
+        assert!(ledger.owes_flush(0) && !ledger.covered(stamp));
+        let epoch = ledger.begin_flush();
+        ledger.end_flush(0, epoch);
+        assert!(!ledger.owes_flush(0) && ledger.covered(stamp));
+    }
+
+    #[test]
+    fn a_removal_after_the_epoch_was_taken_is_not_covered() {
+        let ledger = one();
+        let epoch = ledger.begin_flush();
+        let stamp = ledger.stamp_leaf(Mfn(1));
+        ledger.end_flush(0, epoch);
+        assert!(!ledger.covered(stamp));
+    }
+
+    #[test]
+    fn a_vcpu_outside_is_excused_by_its_request_alone() {
+        let ledger = one();
+        let stamp = ledger.stamp_table();
+        assert!(!ledger.covered(stamp), "being outside is no excuse");
+        ledger.shoot_down(None);
+        assert!(ledger.covered(stamp));
+        assert!(ledger.enter_guest(0), "and it must flush before it enters");
+        assert!(!ledger.covered(stamp), "inside, unflushed: not covered");
+    }
+
+    #[test]
+    fn removals_past_the_ceiling_become_a_full_flush() {
+        let ledger = one();
+        ledger.log_removals();
+        for n in 0..FLUSH_PAGES_MAX as u32 {
+            ledger.stamp_leaf(Mfn(n));
+        }
+        assert!(!ledger.removals.lock().all);
+        ledger.stamp_leaf(Mfn(99));
+        let taken = ledger.take_removals();
+        assert!(taken.all && taken.pages.len() == FLUSH_PAGES_MAX);
+        assert_eq!(ledger.take_removals(), Removals::default());
+    }
+}

@@ -1,0 +1,105 @@
+//! The page fault, from end to end.
+//!
+//! Story: a backend calls [`Mmu::fault`] for each page fault of guest code and acts on the [`Outcome`]. This
+//! function shows every branch; its helpers are straight.
+
+use crate::Mmu;
+use crate::access::{Access, AccessKind, PageFault};
+use crate::addr::{Gfn, Gpa, Gva};
+use crate::events::Event;
+use crate::lock_order;
+use crate::shadow::leaf::Mapped;
+use crate::vcpu::Vcpu;
+use crate::walk::{Refusal, Touch};
+
+/// Races a fault may lose before it goes back to the guest to fault again. Each loss is another's progress.
+pub const RACES_MAX: u32 = 16;
+
+/// What is to be done about a page fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Run on: the access will now succeed.
+    Fixed,
+    /// Run on: the spte was already right. Another vCPU was faster, or a TLB had an older one.
+    Spurious,
+    /// The guest must see this fault.
+    Guest(PageFault),
+    /// The address is a device's: emulate the instruction.
+    Mmio(Gpa),
+    /// A store to a frame whose stores must be seen: emulate the instruction.
+    Emulate(Gpa),
+    /// The frame is changing hands: sleep ([`Mmu::wait_at_gate`]) and run on.
+    Gate(Gfn),
+    /// No frame could be had for this page.
+    Need(Gfn),
+    /// Too many races lost: run on and fault again.
+    Again,
+}
+
+impl Mmu {
+    /// Deals with a page fault of `vcpu` at `gva`. Called with no lock held and nothing mapped; may sleep (only
+    /// to shoot down shadow pages whose slots are used anew).
+    pub fn fault(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Outcome {
+        lock_order::assert_may_sleep();
+        vcpu.window.assert_empty();
+        vcpu.count(|s| s.taken += 1);
+        for _ in 0..RACES_MAX {
+            let seen = self.buckets.sequence();
+            let t = match self.walk(vcpu, gva, access, Touch::Set) {
+                Ok(t) => t,
+                Err(Refusal::Fault(fault)) => return guest_fault(vcpu, fault),
+                Err(Refusal::Need(gfn)) => return Outcome::Need(gfn),
+            };
+            match self.map(vcpu, &t, seen, access.user) {
+                Mapped::Done { writable: false, .. } if access.kind == AccessKind::Write => {
+                    if !self.try_unsync(vcpu, t.gpa.gfn(), gva) {
+                        return emulate(vcpu, gva, t.gpa);
+                    }
+                }
+                Mapped::Done { changed, .. } => return fixed(vcpu, gva, changed),
+                Mapped::Device => {
+                    vcpu.count(|s| s.mmio += 1);
+                    return Outcome::Mmio(t.gpa);
+                }
+                Mapped::Gate(gfn) => return Outcome::Gate(gfn),
+                Mapped::Need(gfn) => return Outcome::Need(gfn),
+                // A walk that allowed the access allows the privilege; the tables changed in between.
+                Mapped::Retry | Mapped::Absent => {}
+            }
+            vcpu.count(|s| s.retried += 1);
+        }
+        Outcome::Again
+    }
+
+    /// Sleeps until the gate of `gfn` has been seen open. Called with no lock held and nothing mapped.
+    pub fn wait_at_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
+        lock_order::assert_may_sleep();
+        vcpu.window.assert_empty();
+        while self.buckets.is_closed(gfn) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn guest_fault(vcpu: &Vcpu, fault: PageFault) -> Outcome {
+    vcpu.count(|s| s.guest += 1);
+    vcpu.events.borrow_mut().record(fault.gva, Event::GuestFault);
+    Outcome::Guest(fault)
+}
+
+fn emulate(vcpu: &Vcpu, gva: Gva, gpa: Gpa) -> Outcome {
+    vcpu.count(|s| s.emulated += 1);
+    vcpu.events.borrow_mut().record(gva, Event::Emulated);
+    Outcome::Emulate(gpa)
+}
+
+fn fixed(vcpu: &Vcpu, gva: Gva, changed: bool) -> Outcome {
+    vcpu.events.borrow_mut().record(gva, Event::Filled);
+    if changed {
+        vcpu.count(|s| s.fixed += 1);
+        Outcome::Fixed
+    } else {
+        vcpu.count(|s| s.spurious += 1);
+        Outcome::Spurious
+    }
+}

@@ -1,0 +1,136 @@
+//! The lock order of the mmu crate: the whole of it, in one place.
+//!
+//! Story: every lock is made with a [`Level`]; debug builds keep, per thread, the levels held and assert that
+//! each new one is higher. Holds: INV-LOCK-1, levels rise strictly along every thread's stack of locks.
+//! INV-LOCK-2, nothing sleeps with one of these held ([`assert_may_sleep`]).
+//!
+//! Numbers have gaps for what is still to come. Release builds compile all of it away.
+//!
+//! See: docs/ARCHITECTURE.md, "Threads and locks".
+
+/// Where a lock stands in the order; a thread may only take higher ones than it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Level {
+    number: u16,
+    name: &'static str,
+}
+
+impl Level {
+    const fn new(number: u16, name: &'static str) -> Level {
+        Level { number, name }
+    }
+}
+
+/// The table of roots.
+pub const ROOTS: Level = Level::new(300, "roots");
+/// A shard of the shadow page cache: guest table -> its shadow pages.
+pub const SHADOW_CACHE: Level = Level::new(350, "shadow cache");
+/// A shadow page of the second level (page directories); parents come before children.
+pub const SHADOW_L2: Level = Level::new(420, "shadow page, level 2");
+/// A shadow page of the first level (page tables).
+pub const SHADOW_L1: Level = Level::new(430, "shadow page, level 1");
+/// The free list of shadow pages.
+pub const SHADOW_FREE: Level = Level::new(450, "shadow page free list");
+/// A bucket of the reverse map.
+pub const BUCKET: Level = Level::new(500, "bucket");
+/// The frame allocator.
+pub const FRAMES: Level = Level::new(600, "frames");
+/// The list of unsync guest tables.
+pub const UNSYNC: Level = Level::new(620, "unsync list");
+/// The log of what a notifier shootdown still owes.
+pub const REMOVALS: Level = Level::new(640, "removal log");
+
+#[cfg(debug_assertions)]
+mod held {
+    use std::cell::RefCell;
+
+    use super::Level;
+
+    thread_local! {
+        static HELD: RefCell<Vec<Level>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub fn taken(level: Level) {
+        HELD.with_borrow_mut(|held| {
+            if let Some(top) = held.iter().max() {
+                assert!(*top < level, "INV-LOCK-1: {level:?} taken while holding {held:?}");
+            }
+            held.push(level);
+        });
+    }
+
+    pub fn released(level: Level) {
+        HELD.with_borrow_mut(|held| {
+            let at = held.iter().rposition(|l| *l == level).expect("a released lock was held");
+            held.remove(at);
+        });
+    }
+
+    pub fn assert_none() {
+        HELD.with_borrow(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {held:?}"));
+    }
+}
+
+/// Records that this thread holds `level` now. Panics (debug builds) when that breaks the order.
+#[inline]
+pub(crate) fn taken(level: Level) {
+    #[cfg(debug_assertions)]
+    held::taken(level);
+    let _ = level;
+}
+
+/// Records that this thread has let go of `level`.
+#[inline]
+pub(crate) fn released(level: Level) {
+    #[cfg(debug_assertions)]
+    held::released(level);
+    let _ = level;
+}
+
+/// Asserts (debug builds) that this thread holds no lock of this crate: called at every point that may sleep.
+#[inline]
+pub fn assert_may_sleep() {
+    #[cfg(debug_assertions)]
+    held::assert_none();
+}
+
+#[cfg(all(test, debug_assertions))]
+mod tests {
+    use super::*;
+    use crate::sync::Lock;
+
+    #[test]
+    #[should_panic(expected = "INV-LOCK-1")]
+    fn taking_a_lower_lock_than_held_is_caught() {
+        let bucket = Lock::new(BUCKET, ());
+        let page = Lock::new(SHADOW_L1, ());
+        let _bucket = bucket.lock();
+        let _page = page.lock();
+    }
+
+    #[test]
+    #[should_panic(expected = "INV-LOCK-1")]
+    fn taking_two_of_one_level_is_caught() {
+        let (a, b) = (Lock::new(BUCKET, ()), Lock::new(BUCKET, ()));
+        let _a = a.lock();
+        let _b = b.lock();
+    }
+
+    #[test]
+    #[should_panic(expected = "INV-LOCK-2")]
+    fn sleeping_with_a_lock_held_is_caught() {
+        let frames = Lock::new(FRAMES, ());
+        let _frames = frames.lock();
+        assert_may_sleep();
+    }
+
+    #[test]
+    fn rising_order_and_release_in_any_order_pass() {
+        let (a, b) = (Lock::new(SHADOW_L1, ()), Lock::new(BUCKET, ()));
+        let first = a.lock();
+        let second = b.lock();
+        drop(first);
+        drop(second);
+        assert_may_sleep();
+    }
+}

@@ -1,0 +1,149 @@
+//! What the guest does to its own paging: control registers and INVLPG.
+
+use crate::Mmu;
+use crate::addr::{Gfn, Gpa, Gva};
+use crate::events::Event;
+use crate::format::{Mode, Pdpte};
+use crate::frames::WATCHED;
+use crate::p2m::PageState;
+use crate::shadow::leaf::Mapped;
+use crate::vcpu::Vcpu;
+use crate::walk::Touch;
+use crate::{Access, Refusal, shadow::role};
+
+/// A page-directory-pointer entry with reserved bits: the instruction that loads it is a #GP(0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadPdpte {
+    /// Which of the four.
+    pub index: u32,
+    /// Its value.
+    pub value: u64,
+}
+
+/// What a change of control registers asks for beside the change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// Nothing more (CLTS, a change of CPL).
+    No,
+    /// The architecture flushes the TLB: MOV CR3, and those changes of CR0, CR4 and EFER that say so.
+    Yes,
+}
+
+impl Mmu {
+    /// Sets the paging mode and CR3 of a vCPU; with `flush`, resynchronises and asks for a TLB flush where
+    /// something was removed. PDPTEs are loaded (and checked) when PAE paging is on and `flush` is set: SDM 4.4.1.
+    ///
+    /// # Errors
+    ///
+    /// [`BadPdpte`] when the new PDPTEs have reserved bits; nothing is changed then.
+    pub fn set_paging(&self, vcpu: &mut Vcpu, mode: Mode, cr3: u32, flush: Flush) -> Result<(), BadPdpte> {
+        if mode == vcpu.mode && cr3 == vcpu.cr3 && flush == Flush::No {
+            return Ok(());
+        }
+        let pdptes = match flush {
+            Flush::Yes if mode.paging && mode.pae => self.load_pdptes(vcpu, cr3)?,
+            _ => vcpu.pdptes,
+        };
+        let same_roots = mode == vcpu.mode && pdptes == vcpu.pdptes && (cr3 == vcpu.cr3 || mode.pae);
+        (vcpu.mode, vcpu.cr3, vcpu.pdptes) = (mode, cr3, pdptes);
+        if !same_roots {
+            self.unload_roots(vcpu);
+        }
+        if flush == Flush::Yes {
+            // Both roots, so that a resynchronisation sees what is below them.
+            let _ = (self.root(vcpu, false), self.root(vcpu, true));
+            self.sync_loaded(vcpu);
+            self.flush_if_owed(vcpu);
+        }
+        Ok(())
+    }
+
+    /// The machine address of the PML4 for code of privilege `user`: what CR3 must hold. `None` when the machine
+    /// has no frame left for it. May sleep.
+    pub fn root_address(&self, vcpu: &Vcpu, user: bool) -> Option<crate::Mpa> {
+        self.root(vcpu, user).map(|root| root.pml4.at(0))
+    }
+
+    /// INVLPG: brings the sptes for `gva` up to date, and makes the new one at once where the guest's entry says
+    /// that it has been used (A; writable only with D): a kmap then costs one trap and not two.
+    pub fn invalidate_page(&self, vcpu: &Vcpu, gva: Gva) {
+        vcpu.events.borrow_mut().record(gva, Event::Invalidated);
+        self.sync_address(vcpu, gva);
+        self.flush_if_owed(vcpu);
+        if vcpu.mode.paging {
+            self.prefill(vcpu, gva);
+        }
+    }
+
+    /// Marks a guest frame whose stores the VMM wants to see (descriptor tables in native mode): they come back
+    /// as [`crate::Outcome::Emulate`]. May sleep. False where there is no memory.
+    pub fn watch(&self, vcpu: &Vcpu, gfn: Gfn) -> bool {
+        let PageState::Resident(mfn) = self.resident(gfn) else { return false };
+        let narrowed = {
+            let bucket = self.buckets.lock(gfn);
+            self.frames.change_flags(mfn, 0, WATCHED);
+            self.write_protect(&bucket, gfn, mfn)
+        };
+        if narrowed {
+            self.coherence.shoot_down(Some(vcpu.id));
+        }
+        true
+    }
+
+    /// Ends [`Mmu::watch`].
+    pub fn unwatch(&self, gfn: Gfn) {
+        if let PageState::Resident(mfn) = self.p2m.lookup(gfn) {
+            let _bucket = self.buckets.lock(gfn);
+            self.frames.change_flags(mfn, WATCHED, 0);
+        }
+    }
+
+    /// True when somebody watches the frame.
+    pub fn is_watched(&self, gfn: Gfn) -> bool {
+        matches!(self.p2m.lookup(gfn), PageState::Resident(mfn) if self.frames.flags(mfn) & WATCHED != 0)
+    }
+
+    fn load_pdptes(&self, vcpu: &Vcpu, cr3: u32) -> Result<[Pdpte; 4], BadPdpte> {
+        let mut pdptes = [Pdpte::default(); 4];
+        for (index, pdpte) in pdptes.iter_mut().enumerate() {
+            let gpa = Gpa(u64::from(cr3 & !0x1f) + 8 * index as u64);
+            // Outside memory reads as zeros: not present.
+            *pdpte = Pdpte(self.load(&vcpu.window, gpa, crate::Width::B8).unwrap_or(0));
+            if pdpte.has_reserved_bits() {
+                return Err(BadPdpte { index: index as u32, value: pdpte.0 });
+            }
+        }
+        Ok(pdptes)
+    }
+
+    fn flush_if_owed(&self, vcpu: &Vcpu) {
+        if self.coherence.owes_flush(vcpu.id) {
+            self.coherence.request_flush(vcpu.id);
+        }
+    }
+
+    /// Maps the page into the root of the code that will use it: a user page for user code, else the kernel's.
+    fn prefill(&self, vcpu: &Vcpu, gva: Gva) {
+        let seen = self.buckets.sequence();
+        let look = self.walk(vcpu, gva, Access::read(false), Touch::Look);
+        let Ok(t) = look else { return };
+        let used = [t.directory, t.table].into_iter().flatten().all(|step| step.gpte.is_accessed());
+        if !used {
+            return;
+        }
+        let user = t.rights.user();
+        if role::leaf_rights(role::effective_mode(vcpu.mode, user), user, t.rights, t.dirty).is_none() {
+            return;
+        }
+        if let Mapped::Done { changed: true, .. } = self.map(vcpu, &t, seen, user) {
+            vcpu.count(|s| s.prefilled += 1);
+        }
+    }
+}
+
+impl Mmu {
+    /// Translates for an emulated access, setting A and D as the access itself would.
+    pub fn translate(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Gpa, Refusal> {
+        self.walk(vcpu, gva, access, Touch::Set).map(|t| t.gpa)
+    }
+}

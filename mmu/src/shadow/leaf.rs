@@ -1,0 +1,200 @@
+//! Leaf sptes: made in one place, taken away in one place.
+//!
+//! Story: [`Mmu::map`] ends every fill and prefill. It finds (or builds) the first-level page for a translation
+//! and sets the leaf in one critical section of bucket(gfn), where the gate is checked. [`Mmu::zap_leaf`] is its
+//! opposite.
+//!
+//! Holds: INV-RMAP-1 and INV-GATE-1 (bucket), and INV-TRACK-1: no spte to a tracked frame is writable.
+//!
+//! Locks: the first-level page, then bucket(gfn). Replacing a leaf is zap, then map.
+
+use crate::Mmu;
+use crate::addr::{Gfn, Gva, Mfn, Mpa};
+use crate::bucket::{Link, Sequence};
+use crate::format::STATUS_BITS;
+use crate::frames::{FrameKind, SHADOWED, UNSYNC, WATCHED};
+use crate::p2m::PageState;
+use crate::shadow::RootRef;
+use crate::shadow::role::{LeafRights, effective_mode, leaf_rights, table_key};
+use crate::spte::{Spte, l1_index, l2_index, l3_index};
+use crate::sync::Ordering;
+use crate::vcpu::Vcpu;
+use crate::walk::{Step, Translation};
+
+/// How an attempt to map ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mapped {
+    /// The spte is there; `changed` unless it was before.
+    Done { changed: bool, writable: bool },
+    /// Code of this privilege may not touch the page at all.
+    Absent,
+    /// The frame is a device.
+    Device,
+    /// Something changed under us: walk again.
+    Retry,
+    /// The gate of this frame is closed.
+    Gate(Gfn),
+    /// This frame must be made resident first.
+    Need(Gfn),
+}
+
+impl Mmu {
+    /// Maps what `t` says for code of privilege `user`; `seen` was read before the walk.
+    pub(crate) fn map(&self, vcpu: &Vcpu, t: &Translation, seen: Sequence, user: bool) -> Mapped {
+        let user = user && vcpu.mode.paging;
+        let mode = effective_mode(vcpu.mode, user);
+        let (Some(key), Some(rights)) =
+            (table_key(vcpu.mode, user, t), leaf_rights(mode, user, t.rights, t.dirty))
+        else {
+            return Mapped::Absent;
+        };
+        let gfn = t.gpa.gfn();
+        let Some(root) = self.root(vcpu, user) else { return Mapped::Need(gfn) };
+        let mut slot = self.find_table(root, t.gva);
+        for _ in 0..2 {
+            let Some(found) = slot else {
+                match self.link_table(vcpu, root, t, key, user) {
+                    Ok(made) => slot = Some(made),
+                    Err(end) => return end,
+                }
+                continue;
+            };
+            let page = self.pages.lock(found, false);
+            if page.key != Some(key) {
+                drop(page);
+                slot = None;
+                continue;
+            }
+            // The lock on the page keeps tracked stores to its table away from here on.
+            if t.table.is_some_and(|step| !self.is_unchanged(vcpu, step)) {
+                return Mapped::Retry;
+            }
+            self.pages.touch(found);
+            let spte = self.pages.mfn(found).at(l1_index(t.gva) * 8);
+            return self.set_leaf(spte, gfn, rights, seen);
+        }
+        Mapped::Retry
+    }
+
+    /// The first-level page that the hardware would reach for `gva`, if there is one. Takes no lock: the caller
+    /// locks the slot and checks its key.
+    #[inline]
+    pub(crate) fn find_table(&self, root: RootRef, gva: Gva) -> Option<u32> {
+        let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
+        if !directory.is_present() {
+            return None;
+        }
+        let table = self.spte(directory.mfn().at(l2_index(gva) * 8));
+        match table.is_present().then(|| self.frames.kind(table.mfn())) {
+            Some(FrameKind::Shadow(slot)) => Some(slot),
+            _ => None,
+        }
+    }
+
+    /// One entry of a shadow table.
+    #[inline]
+    pub(crate) fn spte(&self, at: Mpa) -> Spte {
+        Spte(self.machine.word64(at).load(Ordering::Acquire))
+    }
+
+    /// True when the guest's entry still is what the walk saw, A and D aside.
+    #[inline]
+    pub(crate) fn is_unchanged(&self, vcpu: &Vcpu, step: Step) -> bool {
+        self.read_gpte(vcpu, step.table, step.index)
+            .is_ok_and(|now| now.0 & !STATUS_BITS == step.gpte.0 & !STATUS_BITS)
+    }
+
+    /// Makes the leaf at `at` map `gfn`. Caller holds the page's lock.
+    fn set_leaf(&self, at: Mpa, gfn: Gfn, rights: LeafRights, seen: Sequence) -> Mapped {
+        let old = self.spte(at);
+        if old.is_present() && self.frames.gfn(old.mfn()) != Some(gfn) {
+            self.zap_leaf(at);
+        }
+        match self.resident(gfn) {
+            PageState::Resident(_) => {}
+            PageState::Device => return Mapped::Device,
+            PageState::Zero => return Mapped::Need(gfn),
+        }
+        let mut bucket = self.buckets.lock(gfn);
+        if !bucket.admits(seen) {
+            return Mapped::Gate(gfn);
+        }
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return Mapped::Retry };
+        let writable = rights.writable && !self.is_tracked(mfn);
+        let new = Spte::leaf(mfn, writable, rights.executable);
+        let old = self.spte(at);
+        if old == new {
+            return Mapped::Done { changed: false, writable };
+        }
+        self.machine.word64(at).store(new.0, Ordering::Release);
+        if !old.is_present() {
+            bucket.link(Link::new(gfn, at));
+        } else if is_narrowed(old, new) {
+            self.owe_leaf(mfn);
+        }
+        Mapped::Done { changed: true, writable }
+    }
+
+    /// Removes the leaf at `at`, if it is there. Caller holds the lock of the page it is in, so nothing is made
+    /// there meanwhile; an invalidation may be faster, which is fine.
+    pub(crate) fn zap_leaf(&self, at: Mpa) {
+        let old = self.spte(at);
+        let Some(gfn) = old.is_present().then(|| self.frames.gfn(old.mfn())).flatten() else { return };
+        let mut bucket = self.buckets.lock(gfn);
+        if self.spte(at) == old {
+            self.machine.word64(at).store(Spte::ABSENT.0, Ordering::Release);
+            bucket.unlink(Link::new(gfn, at));
+            self.owe_leaf(old.mfn());
+        }
+    }
+
+    /// Replaces the leaf at `at`, which maps the same frame, by one of fewer rights. Caller holds its page.
+    pub(crate) fn narrow_leaf(&self, at: Mpa, rights: LeafRights) {
+        let old = self.spte(at);
+        let Some(gfn) = old.is_present().then(|| self.frames.gfn(old.mfn())).flatten() else { return };
+        let _bucket = self.buckets.lock(gfn);
+        if self.spte(at) != old {
+            return;
+        }
+        let (writable, executable) =
+            (old.is_writable() && rights.writable, old.is_executable() && rights.executable);
+        let new = Spte::leaf(old.mfn(), writable, executable);
+        if new != old {
+            self.machine.word64(at).store(new.0, Ordering::Release);
+            self.owe_leaf(old.mfn());
+        }
+    }
+
+    /// Write-protects every spte to `gfn`, in `mfn`; says whether there was one to protect. Caller holds
+    /// bucket(gfn) through `bucket`.
+    pub(crate) fn write_protect(&self, bucket: &crate::bucket::BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> bool {
+        let mut narrowed = false;
+        for link in bucket.links_of(gfn) {
+            let old = self.spte(link.spte());
+            if old.is_writable() {
+                self.machine.word64(link.spte()).store(old.write_protected().0, Ordering::Release);
+                narrowed = true;
+            }
+        }
+        if narrowed {
+            self.p2m.advance_write_generation(gfn);
+            self.owe_leaf(mfn);
+        }
+        narrowed
+    }
+
+    /// True when stores to the frame must be seen by the VMM.
+    #[inline]
+    pub(crate) fn is_tracked(&self, mfn: Mfn) -> bool {
+        let flags = self.frames.flags(mfn);
+        flags & WATCHED != 0 || flags & (SHADOWED | UNSYNC) == SHADOWED
+    }
+
+    fn owe_leaf(&self, mfn: Mfn) {
+        self.frames.owe(mfn, self.coherence.stamp_leaf(mfn));
+    }
+}
+
+fn is_narrowed(old: Spte, new: Spte) -> bool {
+    (old.is_writable() && !new.is_writable()) || (old.is_executable() && !new.is_executable())
+}

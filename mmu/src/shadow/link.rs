@@ -1,0 +1,264 @@
+//! The structure of shadow tables: pages are made, linked below each other, killed, evicted.
+//!
+//! Story: a fill that finds no first-level page comes here ([`Mmu::link_table`]). A tracked store to a directory
+//! unlinks; a guest table that is none any more, and the limit, kill.
+//!
+//! Holds: INV-SHADOW-1..3 (pages). A link is made only while the guest's directory entry still says what the
+//! walk saw, checked under the lock of the directory's page, which tracked stores take too.
+//!
+//! Locks: shard -> directory page -> table page -> bucket. A table page is entered into the cache and its guest
+//! table write-protected (and shot down) *before* its key is set: until then nobody links or fills it.
+//!
+//! Making a page may sleep (shoot down): its caller holds nothing.
+
+use crate::Mmu;
+use crate::addr::{Gfn, Mpa};
+use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER};
+use crate::p2m::PageState;
+use crate::shadow::RootRef;
+use crate::shadow::leaf::Mapped;
+use crate::shadow::pages::{FreeSlot, Shard, find};
+use crate::shadow::role::{Key, Shape, directory_key};
+use crate::spte::{Spte, l2_index, l3_index};
+use crate::sync::Ordering;
+use crate::vcpu::Vcpu;
+use crate::walk::{Step, Translation};
+
+impl Mmu {
+    /// Links the first-level page of `key` below `root` for the address of `t`; returns its slot.
+    pub(crate) fn link_table(
+        &self,
+        vcpu: &Vcpu,
+        root: RootRef,
+        t: &Translation,
+        key: Key,
+        user: bool,
+    ) -> Result<u32, Mapped> {
+        let table = self.get_or_create(vcpu, key)?;
+        let directory_gfn = t.directory.map_or(Gfn(0), |step| step.table);
+        let directory_key = directory_key(vcpu.mode, user, directory_gfn, t.gva);
+        let directory = self.link_directory(vcpu, root, t, directory_key)?;
+
+        let mut parent = self.pages.lock(directory, true);
+        if parent.key != Some(directory_key) {
+            return Err(Mapped::Retry);
+        }
+        if let Some(step) = t.directory
+            && !self.is_unchanged(vcpu, step)
+        {
+            return Err(Mapped::Retry);
+        }
+        parent.writes = 0;
+        self.pages.touch(directory);
+        let entry = self.pages.mfn(directory).at(l2_index(t.gva) * 8);
+        self.link(entry, table, key, false)?;
+        Ok(table)
+    }
+
+    fn link_directory(&self, vcpu: &Vcpu, root: RootRef, t: &Translation, key: Key) -> Result<u32, Mapped> {
+        let entry = root.pdpt.at(l3_index(t.gva) * 8);
+        if let Some(slot) = self.child(entry) {
+            return Ok(slot);
+        }
+        let slot = self.get_or_create(vcpu, key)?;
+        self.link(entry, slot, key, true)?;
+        Ok(slot)
+    }
+
+    /// The slot that the entry links to.
+    pub(crate) fn child(&self, entry: Mpa) -> Option<u32> {
+        let link = self.spte(entry);
+        match link.is_present().then(|| self.frames.kind(link.mfn())) {
+            Some(FrameKind::Shadow(slot)) => Some(slot),
+            _ => None,
+        }
+    }
+
+    /// Makes `entry` link to the page of `key` in `slot`, unlinking what it linked to before. The caller keeps
+    /// others from linking at `entry`: it holds the page that the entry is in, or the entry is a root's, where
+    /// everybody wants the same child.
+    fn link(&self, entry: Mpa, slot: u32, key: Key, directory: bool) -> Result<(), Mapped> {
+        if self.child(entry).is_some_and(|old| old != slot) {
+            self.unlink(entry, directory);
+        }
+        let mut child = self.pages.lock(slot, directory);
+        if child.key != Some(key) {
+            return Err(Mapped::Retry);
+        }
+        if !self.spte(entry).is_present() {
+            child.parents.push(entry);
+            let link = Spte::link(self.pages.mfn(slot));
+            self.machine.word64(entry).store(link.0, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Makes `entry` link to nothing; `directory` says what it links to.
+    pub(crate) fn unlink(&self, entry: Mpa, directory: bool) {
+        let Some(slot) = self.child(entry) else { return };
+        let mut child = self.pages.lock(slot, directory);
+        if self.child(entry) != Some(slot) {
+            return;
+        }
+        self.machine.word64(entry).store(Spte::ABSENT.0, Ordering::Release);
+        child.parents.retain(|parent| *parent != entry);
+        self.coherence.stamp_table();
+    }
+
+    /// The page of `key`, made if there is none. May sleep.
+    pub(crate) fn get_or_create(&self, vcpu: &Vcpu, key: Key) -> Result<u32, Mapped> {
+        if let Some(slot) = find(&self.pages.shard(key.gfn), key) {
+            return self.ready(slot, key);
+        }
+        let fresh = self.take_slot(vcpu).ok_or(Mapped::Need(key.gfn))?;
+        let mut shard = self.pages.shard(key.gfn);
+        if let Some(slot) = find(&shard, key) {
+            drop(shard);
+            self.pages.put_free(fresh, 0);
+            return self.ready(slot, key);
+        }
+        shard.entry(key.gfn).or_default().push((key.role, fresh));
+        let narrowed = key.role.shadows_table() && self.promote(key);
+        drop(shard);
+        if narrowed {
+            self.coherence.shoot_down(Some(vcpu.id));
+        }
+        if key.role.shape == Shape::Directory {
+            self.sync_table(vcpu, key.gfn);
+        }
+        self.pages.advance_tick();
+        self.pages.touch(fresh);
+        let mut page = self.pages.lock(fresh, key.role.is_directory());
+        page.key = Some(key);
+        page.writes = 0;
+        Ok(fresh)
+    }
+
+    /// A page found in the cache, unless it is still being made.
+    fn ready(&self, slot: u32, key: Key) -> Result<u32, Mapped> {
+        self.pages.touch(slot);
+        let page = self.pages.lock(slot, key.role.is_directory());
+        if page.key == Some(key) { Ok(slot) } else { Err(Mapped::Retry) }
+    }
+
+    /// Marks the guest table of a new page as shadowed and write-protects it; says whether a vCPU may still have
+    /// a writable translation. An unsync table stays so, unless it becomes a directory. Caller holds the shard.
+    fn promote(&self, key: Key) -> bool {
+        let PageState::Resident(mfn) = self.resident(key.gfn) else { return false };
+        let bucket = self.buckets.lock(key.gfn);
+        let upper = key.role.shape == Shape::Directory;
+        if !upper && self.frames.flags(mfn) & UNSYNC != 0 {
+            return false;
+        }
+        let (clear, set) = if upper { (UNSYNC, SHADOWED | UPPER) } else { (0, SHADOWED) };
+        self.frames.change_flags(mfn, clear, set);
+        self.write_protect(&bucket, key.gfn, mfn)
+    }
+
+    /// Takes the marks of shadowing off a guest table according to the pages it still has. Caller holds the
+    /// shard.
+    fn demote(&self, shard: &Shard, gfn: Gfn) {
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+        let _bucket = self.buckets.lock(gfn);
+        let roles = || shard.get(&gfn).into_iter().flatten().map(|(role, _)| role);
+        let mut clear = 0;
+        if !roles().any(|role| role.shape == Shape::Directory) {
+            clear |= UPPER;
+        }
+        if !roles().any(|role| role.shadows_table()) {
+            clear |= SHADOWED | UNSYNC;
+        }
+        self.frames.change_flags(mfn, clear, 0);
+    }
+
+    /// A slot for a new page: its table is all zeros and no TLB or paging-structure cache knows it. `None` when
+    /// the machine has no frame and there is nothing to evict. May sleep.
+    fn take_slot(&self, vcpu: &Vcpu) -> Option<u32> {
+        loop {
+            match self.pages.take_free() {
+                FreeSlot::Fresh(slot) => match self.frames.allocate(FrameKind::Shadow(slot)) {
+                    Some(mfn) => {
+                        self.machine.clear(mfn);
+                        self.pages.set_mfn(slot, mfn);
+                        return Some(slot);
+                    }
+                    None => {
+                        self.pages.put_fresh(slot);
+                        return None;
+                    }
+                },
+                FreeSlot::Dead(slot, stamp) => {
+                    if !self.coherence.covered(stamp) {
+                        self.coherence.shoot_down(Some(vcpu.id));
+                    }
+                    return Some(slot);
+                }
+                FreeSlot::None => self.evict(self.pages.max().div_ceil(16) as usize),
+            }
+        }
+    }
+
+    /// Kills the `count` least recently used pages.
+    pub(crate) fn evict(&self, count: usize) {
+        for slot in self.pages.oldest(count) {
+            // Only a look: the key may change until the shard is held, where it is looked for again.
+            let Some(key) = self.pages.lock(slot, false).key else { continue };
+            let mut shard = self.pages.shard(key.gfn);
+            if find(&shard, key) == Some(slot) {
+                self.kill(&mut shard, key, slot);
+                self.evictions.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Ends a page: out of the cache, unlinked from all parents, all its entries taken away. Its slot is free
+    /// once the flush clock has moved on. A page that is not ready yet is left alone. Caller holds the shard.
+    pub(crate) fn kill(&self, shard: &mut Shard, key: Key, slot: u32) {
+        let directory = key.role.is_directory();
+        let mut page = self.pages.lock(slot, directory);
+        if page.key.take().is_none() {
+            return;
+        }
+        for parent in std::mem::take(&mut page.parents) {
+            self.machine.word64(parent).store(Spte::ABSENT.0, Ordering::Release);
+        }
+        let table = self.pages.mfn(slot);
+        for index in 0..512 {
+            let entry = table.at(index * 8);
+            if !self.spte(entry).is_present() {
+                continue;
+            }
+            if directory {
+                self.unlink(entry, false);
+            } else {
+                self.zap_leaf(entry);
+            }
+        }
+        drop(page);
+        let stamp = self.coherence.stamp_table();
+        if let Some(pages) = shard.get_mut(&key.gfn) {
+            pages.retain(|(_, other)| *other != slot);
+            if pages.is_empty() {
+                shard.remove(&key.gfn);
+            }
+        }
+        if key.role.shadows_table() {
+            self.demote(shard, key.gfn);
+        }
+        self.pages.put_free(slot, stamp);
+    }
+
+    /// Kills every page of a guest table: it is one no more, or must change hands.
+    pub(crate) fn unshadow(&self, gfn: Gfn) {
+        let mut shard = self.pages.shard(gfn);
+        let pages: Vec<_> = shard.get(&gfn).cloned().unwrap_or_default();
+        for (role, slot) in pages.into_iter().filter(|(role, _)| role.shadows_table()) {
+            self.kill(&mut shard, Key { gfn, role }, slot);
+        }
+    }
+
+    /// The step's entry lies in a directory that some page shadows (explain).
+    pub(crate) fn is_shadowed(&self, step: Step) -> bool {
+        self.pages.shard(step.table).contains_key(&step.table)
+    }
+}

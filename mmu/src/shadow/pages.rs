@@ -1,0 +1,190 @@
+//! Shadow pages: their slots, the cache that finds them by key, and their limit.
+//!
+//! Story: a slot owns one machine frame and serves one shadow page after another. The cache, in shards by guest
+//! frame, finds the page of a key and all pages of a guest table.
+//!
+//! Holds: INV-SHADOW-1, at most one live page per key, and it is in the cache. INV-SHADOW-2, a page's `parents`
+//! are exactly the entries that link to it; an entry that links to a page changes only under *that page's* lock.
+//! INV-SHADOW-3, a free slot's table is all zeros and is handed out again only when the ledger covers its death.
+//!
+//! Locks: shard -> page (parent before child) -> bucket. A page's lock guards its key, its parents and who may
+//! store into its entries; the entries themselves are atomics, since zaps come from the reverse map.
+//!
+//! Limits: the number of slots is fixed at start; over it the least recently used pages go, a sixteenth at once.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::addr::{Gfn, Mfn, Mpa};
+use crate::lock_order::{self, Level};
+use crate::shadow::role::{Key, Role};
+use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Ordering};
+
+const SHARDS: usize = 64;
+const NO_FRAME: u32 = u32::MAX;
+
+/// What a slot's lock guards.
+#[derive(Debug, Default)]
+pub(crate) struct Page {
+    /// What the page shadows; `None` while the slot is free or the page is not ready.
+    pub key: Option<Key>,
+    /// Addresses of the entries that link here.
+    pub parents: Vec<Mpa>,
+    /// Emulated stores to the guest table since it was last used for a link.
+    pub writes: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Slot {
+    frame: AtomicU32,
+    used: AtomicU64,
+    page: Lock<Page>,
+}
+
+#[derive(Debug)]
+struct FreeSlots {
+    never_used: u32,
+    /// Slots of dead pages and the stamp of their death.
+    dead: VecDeque<(u32, u64)>,
+}
+
+/// The pages of one guest table.
+pub(crate) type Shard = HashMap<Gfn, Vec<(Role, u32)>>;
+
+/// All slots, and the cache over them.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    slots: Box<[Slot]>,
+    shards: Box<[Lock<Shard>]>,
+    free: Lock<FreeSlots>,
+    tick: AtomicU64,
+}
+
+/// What [`Pages::take_free`] found.
+pub(crate) enum FreeSlot {
+    /// A slot that never had a frame.
+    Fresh(u32),
+    /// The slot of a dead page, with the stamp of its death.
+    Dead(u32, u64),
+    /// None: something must be evicted.
+    None,
+}
+
+/// The place in the lock order of a page, by whether it is a directory.
+pub(crate) fn level(directory: bool) -> Level {
+    if directory { lock_order::SHADOW_L2 } else { lock_order::SHADOW_L1 }
+}
+
+impl Pages {
+    pub fn new(max: u32) -> Pages {
+        let slot = |_| Slot {
+            frame: AtomicU32::new(NO_FRAME),
+            used: AtomicU64::new(0),
+            page: Lock::new(lock_order::SHADOW_L1, Page::default()),
+        };
+        let shard = |_| Lock::new(lock_order::SHADOW_CACHE, HashMap::new());
+        Pages {
+            slots: (0..max).map(slot).collect(),
+            shards: (0..SHARDS).map(shard).collect(),
+            free: Lock::new(lock_order::SHADOW_FREE, FreeSlots { never_used: max, dead: VecDeque::new() }),
+            tick: AtomicU64::new(1),
+        }
+    }
+
+    /// The most pages there can be.
+    pub fn max(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    /// Pages in use, dead ones that wait for a flush included.
+    pub fn in_use(&self) -> u32 {
+        let free = self.free.lock();
+        self.max() - free.never_used - free.dead.len() as u32
+    }
+
+    /// Locks the page in `slot`, at the level of a directory or of a table.
+    #[inline]
+    pub fn lock(&self, slot: u32, directory: bool) -> Guard<'_, Page> {
+        self.slots[slot as usize].page.lock_as(level(directory))
+    }
+
+    /// The frame of the table in `slot`. Meaningful once the slot was taken.
+    #[inline]
+    pub fn mfn(&self, slot: u32) -> Mfn {
+        Mfn(self.slots[slot as usize].frame.load(Ordering::Acquire))
+    }
+
+    /// Gives a fresh slot its frame, for good.
+    pub fn set_mfn(&self, slot: u32, mfn: Mfn) {
+        self.slots[slot as usize].frame.store(mfn.0, Ordering::Release);
+    }
+
+    /// Notes that the page was used now.
+    #[inline]
+    pub fn touch(&self, slot: u32) {
+        let now = self.tick.load(Ordering::Relaxed);
+        let used = &self.slots[slot as usize].used;
+        if used.load(Ordering::Relaxed) != now {
+            used.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// Moves the clock of [`Pages::touch`] on: called when a page is made, so "recent" is counted in pages.
+    pub fn advance_tick(&self) {
+        self.tick.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Locks the shard that has the pages of `gfn`.
+    pub fn shard(&self, gfn: Gfn) -> Guard<'_, Shard> {
+        self.shards[gfn.0 as usize % SHARDS].lock()
+    }
+
+    /// Takes a slot off the free list.
+    pub fn take_free(&self) -> FreeSlot {
+        let mut free = self.free.lock();
+        if free.never_used > 0 {
+            free.never_used -= 1;
+            return FreeSlot::Fresh(self.max() - free.never_used - 1);
+        }
+        free.dead.pop_front().map_or(FreeSlot::None, |(slot, stamp)| FreeSlot::Dead(slot, stamp))
+    }
+
+    /// Puts a slot (with a frame) on the free list; `stamp` is the death of its last page, 0 for none.
+    pub fn put_free(&self, slot: u32, stamp: u64) {
+        self.free.lock().dead.push_back((slot, stamp));
+    }
+
+    /// Takes back the claim on a fresh slot for which no frame could be had.
+    pub fn put_fresh(&self, slot: u32) {
+        let mut free = self.free.lock();
+        debug_assert_eq!(slot, self.max() - free.never_used - 1, "fresh slots come back in order");
+        free.never_used += 1;
+    }
+
+    /// The `count` least recently used slots that hold a page.
+    pub fn oldest(&self, count: usize) -> Vec<u32> {
+        let mut live: Vec<(u64, u32)> = (0..self.max())
+            .filter(|slot| self.slots[*slot as usize].frame.load(Ordering::Relaxed) != NO_FRAME)
+            .map(|slot| (self.slots[slot as usize].used.load(Ordering::Relaxed), slot))
+            .collect();
+        live.sort_unstable();
+        live.into_iter().map(|(_, slot)| slot).take(count).collect()
+    }
+
+    /// Every live page, as (slot, key); for audits and eviction.
+    pub fn live(&self) -> Vec<(u32, Key)> {
+        let mut all = Vec::new();
+        for shard in self.shards.iter() {
+            let shard = shard.lock();
+            for (gfn, pages) in shard.iter() {
+                all.extend(pages.iter().map(|(role, slot)| (*slot, Key { gfn: *gfn, role: *role })));
+            }
+        }
+        all
+    }
+}
+
+/// The slot of `key` in its shard.
+pub(crate) fn find(shard: &Shard, key: Key) -> Option<u32> {
+    let pages = shard.get(&key.gfn)?;
+    pages.iter().find(|(role, _)| *role == key.role).map(|(_, slot)| *slot)
+}

@@ -1,0 +1,283 @@
+//! Guest tables under the guest's pen: tracked stores, unsync tables, resynchronisation.
+//!
+//! Story: a store to a shadowed directory is trapped, emulated and then applied here: the sptes its bytes decide
+//! go. A table of the last level alone may go *unsync*: from the first store on it is writable, and the shadow
+//! catches up when the architecture would: INVLPG looks at one entry, a CR3 load and its kin at every unsync
+//! table below the loaded roots. An spte may always go early; a TLB may forget.
+//!
+//! Holds: INV-SYNC-1, an unsync guest table is in the list. INV-SYNC-2, after a resynchronisation every spte of
+//! the page is justified by the guest's entry: same frame, A set, no right that the entry lacks, W only with D.
+//!
+//! Locks: shard -> page -> bucket; the list alone otherwise.
+//!
+//! Limits: a directory that gets [`FLOOD_MAX`] stores without being used for a link in between is taken for
+//! recycled memory and unshadowed; an unsync table that came through [`CLEAN_MAX`] resynchronisations without a
+//! loss is write-protected again.
+
+use crate::Mmu;
+use crate::addr::{Gfn, Gva};
+use crate::events::Event;
+use crate::format::Gpte;
+use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
+use crate::p2m::PageState;
+use crate::shadow::RootRef;
+use crate::shadow::pages::{Page, Shard};
+use crate::shadow::role::{Key, Role, Shape};
+use crate::spte::{l1_index, l3_index};
+use crate::sync::Ordering;
+use crate::vcpu::Vcpu;
+use crate::window::{LocalMap, Tag};
+
+/// Stores to a shadowed directory, without a use in between, after which it is unshadowed.
+pub const FLOOD_MAX: u32 = 4;
+/// Resynchronisations without a loss after which an unsync table is tracked again.
+pub const CLEAN_MAX: u32 = 16;
+
+/// A guest table that may be written without our knowing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Unsync {
+    pub gfn: Gfn,
+    clean: u32,
+}
+
+/// What a resynchronisation of one guest table found.
+struct Synced {
+    changed: bool,
+    /// No page of the table is linked anywhere.
+    orphan: bool,
+}
+
+impl Mmu {
+    /// Applies a store to `length` bytes at `offset` of a guest frame, already made. For everybody who writes
+    /// guest memory other than the guest's own native stores.
+    pub(crate) fn table_written(&self, gfn: Gfn, offset: u32, length: u32) {
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+        if self.frames.flags(mfn) & SHADOWED == 0 {
+            return;
+        }
+        let shard = self.pages.shard(gfn);
+        let mut flooded = false;
+        for (role, slot) in shard.get(&gfn).into_iter().flatten() {
+            if role.shadows_table() {
+                flooded |= self.apply_store(Key { gfn, role: *role }, *slot, offset, length);
+            }
+        }
+        drop(shard);
+        if flooded {
+            self.unshadow(gfn);
+        }
+    }
+
+    /// Takes away what the bytes decide in one page. True when the page sees stores and no use.
+    fn apply_store(&self, key: Key, slot: u32, offset: u32, length: u32) -> bool {
+        let directory = key.role.is_directory();
+        let mut page = self.pages.lock(slot, directory);
+        if page.key != Some(key) {
+            return false;
+        }
+        let bytes = key.role.mode.entry_bytes();
+        let last = (offset + length.max(1) - 1).min(4095) / bytes;
+        for guest_index in offset / bytes..=last {
+            let (first, count) = key.role.shadow_indexes(guest_index);
+            for index in first..first + count {
+                let entry = self.pages.mfn(slot).at(index * 8);
+                if directory {
+                    self.unlink(entry, false);
+                } else {
+                    self.zap_leaf(entry);
+                }
+            }
+        }
+        page.writes += 1;
+        directory && page.writes > FLOOD_MAX
+    }
+
+    /// Lets the guest write to a tracked table without traps, if its shadows allow: only first-level ones, and
+    /// nobody watches it for another reason.
+    pub(crate) fn try_unsync(&self, vcpu: &Vcpu, gfn: Gfn, gva: Gva) -> bool {
+        let _shard = self.pages.shard(gfn);
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return false };
+        let _bucket = self.buckets.lock(gfn);
+        let flags = self.frames.flags(mfn);
+        if flags & (UPPER | WATCHED) != 0 {
+            return false;
+        }
+        if flags & (SHADOWED | UNSYNC) == SHADOWED {
+            self.frames.change_flags(mfn, 0, UNSYNC);
+            self.unsync.lock().push(Unsync { gfn, clean: 0 });
+            vcpu.count(|s| s.unsynced += 1);
+            vcpu.events.borrow_mut().record(gva, Event::Unsynced);
+        }
+        true
+    }
+
+    /// Brings every unsync table below the loaded roots up to date: what a CR3 load, and a change of CR0 or CR4
+    /// that flushes, does. May sleep.
+    pub(crate) fn sync_loaded(&self, vcpu: &Vcpu) {
+        let mut list = vcpu.scratch.take();
+        list.clear();
+        list.extend(self.unsync.lock().iter().map(|u| u.gfn));
+        if !list.is_empty() {
+            let directories = self.loaded_directories(vcpu);
+            for gfn in &list {
+                self.sync_listed(vcpu, *gfn, &directories);
+            }
+        }
+        vcpu.scratch.replace(list);
+    }
+
+    /// Frames of the second-level tables below the loaded roots.
+    fn loaded_directories(&self, vcpu: &Vcpu) -> Vec<crate::addr::Mfn> {
+        let roots = vcpu.roots.iter().filter_map(|cell| cell.get());
+        let entries = roots.flat_map(|root: RootRef| (0..4).map(move |i| root.pdpt.at(i * 8)));
+        entries.map(|at| self.spte(at)).filter(|s| s.is_present()).map(|s| s.mfn()).collect()
+    }
+
+    fn sync_listed(&self, vcpu: &Vcpu, gfn: Gfn, directories: &[crate::addr::Mfn]) {
+        let synced = {
+            let shard = self.pages.shard(gfn);
+            self.sync_pages(vcpu, &shard, gfn, Some(directories))
+        };
+        match synced {
+            None => {}
+            Some(Synced { orphan: true, .. }) => self.unshadow_unsync(gfn),
+            Some(Synced { changed, .. }) => {
+                if self.note_synced(gfn, changed) {
+                    self.track_again(vcpu, gfn);
+                }
+            }
+        }
+    }
+
+    /// Brings one guest table up to date, whatever it is linked to. Used when it becomes a directory too.
+    pub(crate) fn sync_table(&self, vcpu: &Vcpu, gfn: Gfn) {
+        let shard = self.pages.shard(gfn);
+        self.sync_pages(vcpu, &shard, gfn, None);
+        drop(shard);
+        self.drop_if_synced(gfn);
+    }
+
+    /// Compares the pages of a guest table with it. With `directories`, only if one of them links to a page;
+    /// `None` when none does (and some other does).
+    fn sync_pages(
+        &self,
+        vcpu: &Vcpu,
+        shard: &Shard,
+        gfn: Gfn,
+        directories: Option<&[crate::addr::Mfn]>,
+    ) -> Option<Synced> {
+        let mut all = Synced { changed: false, orphan: true };
+        let mut reached = directories.is_none();
+        for (role, slot) in shard.get(&gfn).into_iter().flatten() {
+            if role.shape != Shape::Table {
+                continue;
+            }
+            let page = self.pages.lock(*slot, false);
+            all.orphan &= page.parents.is_empty();
+            let here =
+                directories.is_none_or(|list| page.parents.iter().any(|parent| list.contains(&parent.mfn())));
+            if here {
+                reached = true;
+                all.changed |= self.sync_page(vcpu, &page, *slot);
+            }
+        }
+        (reached || all.orphan).then_some(all)
+    }
+
+    /// Takes away or narrows every spte of a page that its guest table does not justify. True if there was one.
+    fn sync_page(&self, vcpu: &Vcpu, page: &Page, slot: u32) -> bool {
+        let Some(key) = page.key else { return false };
+        let PageState::Resident(mfn) = self.p2m.lookup(key.gfn) else { return false };
+        let table = vcpu.window.map(&self.machine, &self.frames, key.gfn, mfn, Tag::Sync);
+        let mut changed = false;
+        for index in 0..512 {
+            changed |= self.sync_entry(&table, key.role, slot, index);
+        }
+        changed
+    }
+
+    #[inline]
+    fn sync_entry(&self, table: &LocalMap<'_>, role: Role, slot: u32, index: u32) -> bool {
+        let at = self.pages.mfn(slot).at(index * 8);
+        let spte = self.spte(at);
+        if !spte.is_present() {
+            return false;
+        }
+        let guest_index = role.guest_index(index);
+        let gpte = Gpte(if role.mode.pae {
+            table.word64(guest_index * 8).load(Ordering::Acquire)
+        } else {
+            u64::from(table.word32(guest_index * 4).load(Ordering::Acquire))
+        });
+        match role.leaf_of(gpte) {
+            Some((gfn, rights)) if self.frames.gfn(spte.mfn()) == Some(gfn) => {
+                let excess =
+                    (spte.is_writable() && !rights.writable) || (spte.is_executable() && !rights.executable);
+                if excess {
+                    self.narrow_leaf(at, rights);
+                }
+                excess
+            }
+            _ => {
+                self.zap_leaf(at);
+                true
+            }
+        }
+    }
+
+    /// INVLPG: brings the one spte for `gva` in each loaded root up to date.
+    pub(crate) fn sync_address(&self, vcpu: &Vcpu, gva: Gva) {
+        for root in vcpu.roots.iter().filter_map(|cell| cell.get()) {
+            if !self.spte(root.pdpt.at(l3_index(gva) * 8)).is_present() {
+                continue;
+            }
+            let Some(slot) = self.find_table(root, gva) else { continue };
+            let page = self.pages.lock(slot, false);
+            let Some(key) = page.key.filter(|key| key.role.shape == Shape::Table) else { continue };
+            let PageState::Resident(mfn) = self.p2m.lookup(key.gfn) else { continue };
+            let table = vcpu.window.map(&self.machine, &self.frames, key.gfn, mfn, Tag::Sync);
+            self.sync_entry(&table, key.role, slot, l1_index(gva));
+        }
+    }
+
+    /// Counts a resynchronisation. True when the table has been clean for long enough to be tracked again.
+    fn note_synced(&self, gfn: Gfn, changed: bool) -> bool {
+        let mut list = self.unsync.lock();
+        let Some(entry) = list.iter_mut().find(|u| u.gfn == gfn) else { return false };
+        entry.clean = if changed { 0 } else { entry.clean + 1 };
+        entry.clean >= CLEAN_MAX
+    }
+
+    /// Write-protects an unsync table again: protect, shoot down, and only then compare for the last time, so
+    /// that no store through an old writable translation is missed. May sleep.
+    fn track_again(&self, vcpu: &Vcpu, gfn: Gfn) {
+        let narrowed = {
+            let _shard = self.pages.shard(gfn);
+            let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+            let bucket = self.buckets.lock(gfn);
+            self.frames.change_flags(mfn, UNSYNC, 0);
+            self.write_protect(&bucket, gfn, mfn)
+        };
+        if narrowed {
+            self.coherence.shoot_down(Some(vcpu.id));
+        }
+        self.sync_table(vcpu, gfn);
+    }
+
+    /// Unshadows an unsync table that nothing links to any more.
+    fn unshadow_unsync(&self, gfn: Gfn) {
+        self.unshadow(gfn);
+        self.drop_if_synced(gfn);
+    }
+
+    /// Takes a table off the list unless it is (again) unsync.
+    fn drop_if_synced(&self, gfn: Gfn) {
+        let is_unsync = match self.p2m.lookup(gfn) {
+            PageState::Resident(mfn) => self.frames.flags(mfn) & UNSYNC != 0,
+            _ => false,
+        };
+        if !is_unsync {
+            self.unsync.lock().retain(|u| u.gfn != gfn);
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What the MMU keeps for one vCPU: paging mode, CR3 and PDPTEs, loaded roots, window stack, counters.
+//!
+//! Story: the vCPU's own thread has it and passes it to every call. Nothing here is shared; what other threads
+//! need (flush epochs, mode word) is in coherence.
+
+use std::cell::{Cell, RefCell};
+
+use crate::addr::{Gfn, Gpa, Gva};
+use crate::events::EventRing;
+use crate::format::{Mode, Pdpte};
+use crate::shadow::RootRef;
+use crate::window::LocalStack;
+
+/// How faults ended, counted as KVM counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultStats {
+    /// Faults handed to us.
+    pub taken: u64,
+    /// An spte was made or widened.
+    pub fixed: u64,
+    /// The spte was already as it should be.
+    pub spurious: u64,
+    /// A store to a tracked frame: the instruction must be emulated.
+    pub emulated: u64,
+    /// Passed on to the guest.
+    pub guest: u64,
+    /// A device: the instruction must be emulated.
+    pub mmio: u64,
+    /// Walks begun again because something changed meanwhile.
+    pub retried: u64,
+    /// Sptes made by INVLPG before anybody faulted.
+    pub prefilled: u64,
+    /// Guest page tables that went unsync.
+    pub unsynced: u64,
+    /// Stores to tracked tables that were applied.
+    pub tracked_writes: u64,
+}
+
+impl FaultStats {
+    /// The sum of two.
+    pub fn plus(self, other: FaultStats) -> FaultStats {
+        FaultStats {
+            taken: self.taken + other.taken,
+            fixed: self.fixed + other.fixed,
+            spurious: self.spurious + other.spurious,
+            emulated: self.emulated + other.emulated,
+            guest: self.guest + other.guest,
+            mmio: self.mmio + other.mmio,
+            retried: self.retried + other.retried,
+            prefilled: self.prefilled + other.prefilled,
+            unsynced: self.unsynced + other.unsynced,
+            tracked_writes: self.tracked_writes + other.tracked_writes,
+        }
+    }
+}
+
+/// The MMU's side of one vCPU.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(crate) id: u32,
+    pub(crate) mode: Mode,
+    pub(crate) cr3: u32,
+    pub(crate) pdptes: [Pdpte; 4],
+    /// Loaded roots: supervisor, user.
+    pub(crate) roots: [Cell<Option<RootRef>>; 2],
+    pub(crate) window: LocalStack,
+    pub(crate) stats: Cell<FaultStats>,
+    pub(crate) events: RefCell<EventRing>,
+    /// Scratch for lists of gfns, kept to spare the allocator.
+    pub(crate) scratch: RefCell<Vec<Gfn>>,
+}
+
+impl Vcpu {
+    pub(crate) fn new(id: u32) -> Vcpu {
+        Vcpu {
+            id,
+            mode: Mode::default(),
+            cr3: 0,
+            pdptes: [Pdpte::default(); 4],
+            roots: [Cell::new(None), Cell::new(None)],
+            window: LocalStack::new(),
+            stats: Cell::new(FaultStats::default()),
+            events: RefCell::new(EventRing::new()),
+            scratch: RefCell::new(Vec::new()),
+        }
+    }
+
+    /// The vCPU's number in the coherence ledger.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Its paging mode.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Its CR3, as last loaded.
+    pub fn cr3(&self) -> u32 {
+        self.cr3
+    }
+
+    /// Its fault counters so far.
+    pub fn stats(&self) -> FaultStats {
+        self.stats.get()
+    }
+
+    /// Its window stack, for VMM code that runs on this vCPU's thread.
+    pub fn window(&self) -> &LocalStack {
+        &self.window
+    }
+
+    #[inline]
+    pub(crate) fn count(&self, change: impl FnOnce(&mut FaultStats)) {
+        let mut stats = self.stats.get();
+        change(&mut stats);
+        self.stats.set(stats);
+    }
+
+    /// The page directory that translates `gva`, or `None` where a PDPTE is absent.
+    #[inline]
+    pub(crate) fn directory(&self, gva: Gva) -> Option<Gfn> {
+        if !self.mode.pae {
+            return Some(Gpa(u64::from(self.cr3)).gfn());
+        }
+        let pdpte = self.pdptes[(gva.0 >> 30) as usize];
+        pdpte.is_present().then(|| pdpte.gfn())
+    }
+}

@@ -1,0 +1,230 @@
+//! The temporary highmem window: the only way by which VMM code reaches guest memory.
+//!
+//! Story: walker, interpreter, loader and devices map a guest frame here, touch it and let go. While it is
+//! mapped the frame is pinned: it cannot change hands. This is the *local* kind: a stack per execution context,
+//! strictly last in first out, that never sleeps. Mappings nest (a walk inside an emulated store inside a fault).
+//!
+//! Holds: INV-WINDOW-1, a frame's pins equal the open mappings of it. INV-WINDOW-2, mappings are released in
+//! reverse order, never more than [`DEPTH_MAX`] at once; a breach prints the stack. INV-WINDOW-3, depth is 0 at
+//! every point that sleeps. The [`Tag`] of a mapping is for diagnostics: no behaviour hangs on it.
+//!
+//! Not here: the persistent pool.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use vm_memory::{Bytes, VolatileSlice};
+
+use crate::addr::{Gfn, Mfn};
+use crate::frames::Frames;
+use crate::machine::Machine;
+
+/// The most mappings one context may have open. Today's deepest nest is three (an emulated access to two pages
+/// with a walk inside).
+pub const DEPTH_MAX: usize = 8;
+
+/// Why a frame was mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tag {
+    /// A guest page-table entry is read or gets its A or D bit.
+    Walk,
+    /// A shadow page is compared with its guest table.
+    Sync,
+    /// An emulated instruction's operand, or a code byte.
+    Emulate,
+    /// Loader, witness, explain: the VMM itself.
+    Host,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    gfn: Gfn,
+    tag: Tag,
+}
+
+/// The mapping stack of one execution context.
+#[derive(Debug)]
+pub struct LocalStack {
+    slots: [Cell<Option<Slot>>; DEPTH_MAX],
+    depth: Cell<usize>,
+    high_water: Cell<usize>,
+}
+
+impl Default for LocalStack {
+    fn default() -> LocalStack {
+        LocalStack::new()
+    }
+}
+
+impl LocalStack {
+    /// An empty stack.
+    pub fn new() -> LocalStack {
+        LocalStack {
+            slots: std::array::from_fn(|_| Cell::new(None)),
+            depth: Cell::new(0),
+            high_water: Cell::new(0),
+        }
+    }
+
+    /// Mappings open now.
+    pub fn depth(&self) -> usize {
+        self.depth.get()
+    }
+
+    /// The most there ever were at once.
+    pub fn high_water(&self) -> usize {
+        self.high_water.get()
+    }
+
+    /// Maps `mfn`, which holds `gfn`. The caller has just found it in the p2m.
+    ///
+    /// # Panics
+    ///
+    /// On overflow (INV-WINDOW-2), with the stack: depth is bounded by the code's shape, not by a guest.
+    #[inline]
+    pub(crate) fn map<'a>(
+        &'a self,
+        machine: &'a Machine,
+        frames: &'a Frames,
+        gfn: Gfn,
+        mfn: Mfn,
+        tag: Tag,
+    ) -> LocalMap<'a> {
+        let index = self.depth.get();
+        assert!(
+            index < DEPTH_MAX,
+            "INV-WINDOW-2: window overflow mapping {gfn} for {tag:?}: {}",
+            self.stack()
+        );
+        self.slots[index].set(Some(Slot { gfn, tag }));
+        self.depth.set(index + 1);
+        self.high_water.set(self.high_water.get().max(index + 1));
+        frames.pin(mfn);
+        LocalMap { stack: self, machine, frames, mfn, index }
+    }
+
+    /// Asserts (debug builds) that nothing is mapped: called at every point that sleeps.
+    pub fn assert_empty(&self) {
+        debug_assert_eq!(self.depth.get(), 0, "INV-WINDOW-3: about to sleep holding {}", self.stack());
+    }
+
+    /// The open mappings, outermost first, for diagnostics.
+    fn stack(&self) -> String {
+        let open = self.slots.iter().filter_map(|slot| slot.get());
+        open.map(|slot| format!("[{} for {:?}]", slot.gfn, slot.tag)).collect()
+    }
+
+    fn release(&self, index: usize) {
+        let top = self.depth.get().wrapping_sub(1);
+        if index != top && !std::thread::panicking() {
+            panic!("INV-WINDOW-2: slot {index} released before slot {top}: {}", self.stack());
+        }
+        self.slots[index].set(None);
+        self.depth.set(top);
+    }
+}
+
+/// A guest frame, mapped and pinned until this is dropped.
+#[derive(Debug)]
+pub struct LocalMap<'a> {
+    stack: &'a LocalStack,
+    machine: &'a Machine,
+    frames: &'a Frames,
+    mfn: Mfn,
+    index: usize,
+}
+
+impl LocalMap<'_> {
+    /// The frame it shows.
+    pub fn mfn(&self) -> Mfn {
+        self.mfn
+    }
+
+    /// The aligned 4-byte word at byte `offset` of the frame.
+    #[inline]
+    pub fn word32(&self, offset: u32) -> &AtomicU32 {
+        self.machine.word32(self.mfn.at(offset))
+    }
+
+    /// The aligned 8-byte word at byte `offset` of the frame.
+    #[inline]
+    pub fn word64(&self, offset: u32) -> &AtomicU64 {
+        self.machine.word64(self.mfn.at(offset))
+    }
+
+    /// Copies out; `offset + buffer.len()` is at most a page.
+    pub fn read(&self, offset: u32, buffer: &mut [u8]) {
+        let done = self.bytes().read_slice(buffer, offset as usize);
+        debug_assert!(done.is_ok(), "a window read stays within its frame: {done:?}");
+    }
+
+    /// Copies in; `offset + data.len()` is at most a page.
+    pub fn write(&self, offset: u32, data: &[u8]) {
+        let done = self.bytes().write_slice(data, offset as usize);
+        debug_assert!(done.is_ok(), "a window write stays within its frame: {done:?}");
+    }
+
+    fn bytes(&self) -> VolatileSlice<'_> {
+        self.machine.frame(self.mfn)
+    }
+}
+
+impl Drop for LocalMap<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.frames.unpin(self.mfn);
+        self.stack.release(self.index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frames::FrameKind;
+
+    fn world() -> (Machine, Frames, LocalStack, Mfn) {
+        let frames = Frames::new(8, 0);
+        let mfn = frames.allocate(FrameKind::Guest(Gfn(99))).unwrap();
+        (Machine::anonymous(8), frames, LocalStack::new(), mfn)
+    }
+
+    #[test]
+    fn a_mapping_pins_its_frame_and_nests() {
+        let (machine, frames, stack, mfn) = world();
+        let outer = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
+        let inner = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Walk);
+        outer.write(4090, b"abcdef");
+        let mut back = [0; 6];
+        inner.read(4090, &mut back);
+        assert_eq!((&back, frames.pins(mfn), stack.depth()), (b"abcdef", 2, 2));
+        drop(inner);
+        drop(outer);
+        assert_eq!((frames.pins(mfn), stack.depth(), stack.high_water()), (0, 0, 2));
+    }
+
+    #[test]
+    #[should_panic(expected = "INV-WINDOW-2")]
+    fn a_release_out_of_order_is_caught() {
+        let (machine, frames, stack, mfn) = world();
+        let a = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
+        let _b = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
+        drop(a);
+    }
+
+    #[test]
+    #[should_panic(expected = "INV-WINDOW-2: window overflow")]
+    fn an_overflow_is_caught() {
+        let (machine, frames, stack, mfn) = world();
+        let _all: Vec<_> =
+            (0..=DEPTH_MAX).map(|_| stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host)).collect();
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "INV-WINDOW-3")]
+    fn sleeping_with_a_mapping_open_is_caught() {
+        let (machine, frames, stack, mfn) = world();
+        let _map = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
+        stack.assert_empty();
+    }
+}
