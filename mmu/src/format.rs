@@ -12,6 +12,10 @@ use crate::addr::{Gfn, Gpa, Gva};
 /// MAXPHYADDR of the guest.
 pub const PHYSICAL_BITS: u32 = 36;
 
+const PHYSICAL_MASK: u64 = (1 << PHYSICAL_BITS) - 1;
+/// The address bits above 4 GiB that a PSE-36 entry has from bit 13 on.
+const PSE36_MASK: u64 = (1 << (PHYSICAL_BITS - 32)) - 1;
+
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
@@ -120,7 +124,7 @@ impl Gpte {
     /// The frame of the table or small page it points to.
     #[inline]
     pub fn gfn(self, mode: Mode) -> Gfn {
-        let bits = if mode.pae { self.0 & (1 << PHYSICAL_BITS) - 1 } else { self.0 & 0xffff_ffff };
+        let bits = if mode.pae { self.0 & PHYSICAL_MASK } else { self.0 & 0xffff_ffff };
         Gfn((bits >> 12) as u32)
     }
 
@@ -130,7 +134,7 @@ impl Gpte {
         if mode.pae {
             return Gfn(self.gfn(mode).0 & !0x1ff);
         }
-        let high = (self.0 >> 13 & 0xff) & (1 << (PHYSICAL_BITS - 32)) - 1;
+        let high = self.0 >> 13 & PSE36_MASK;
         Gfn((self.0 as u32 & 0xffc0_0000) >> 12 | (high as u32) << 20)
     }
 }
@@ -138,13 +142,13 @@ impl Gpte {
 #[inline]
 fn reserved_mask(mode: Mode, large: bool) -> u64 {
     if mode.pae {
-        let high = ((1u64 << 63) - 1) & !((1 << PHYSICAL_BITS) - 1);
+        let high = ((1u64 << 63) - 1) & !PHYSICAL_MASK;
         let no_execute = if mode.no_execute { 0 } else { NO_EXECUTE };
         let low = if large { 0x001f_e000 } else { 0 };
         high | no_execute | low
     } else if large {
         // Bit 21, and those of bits 13..=20 (address bits 32..=39) that lie above MAXPHYADDR.
-        1 << 21 | (0x001f_e000 & !((1 << (PHYSICAL_BITS - 32)) - 1 << 13))
+        1 << 21 | (0x001f_e000 & !(PSE36_MASK << 13))
     } else {
         0
     }
@@ -162,13 +166,13 @@ impl Pdpte {
 
     /// True when loading it must raise #GP(0).
     pub fn has_reserved_bits(self) -> bool {
-        let reserved = 0x1e6 | !((1u64 << PHYSICAL_BITS) - 1);
+        let reserved = 0x1e6 | !PHYSICAL_MASK;
         self.is_present() && self.0 & reserved != 0
     }
 
     /// The page directory it points to.
     pub fn gfn(self) -> Gfn {
-        Gpa(self.0 & (1 << PHYSICAL_BITS) - 1).gfn()
+        Gpa(self.0 & PHYSICAL_MASK).gfn()
     }
 }
 

@@ -141,11 +141,8 @@ impl Mmu {
         match synced {
             None => {}
             Some(Synced { orphan: true, .. }) => self.unshadow_unsync(gfn),
-            Some(Synced { changed, .. }) => {
-                if self.note_synced(gfn, changed) {
-                    self.track_again(vcpu, gfn);
-                }
-            }
+            Some(Synced { changed, .. }) if self.note_synced(gfn, changed) => self.track_again(vcpu, gfn),
+            Some(_) => {}
         }
     }
 
