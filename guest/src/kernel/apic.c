@@ -1,0 +1,78 @@
+/* Interrupt controllers: everything masked but the LAPIC's timer.
+ *
+ * Limits: the timer's input is taken as 1 GHz, which is what QEMU's and Umbra's LAPIC have; it is not measured. Nothing
+ * that the guest prints depends on it. */
+#include "apic.h"
+
+#include "cpu.h"
+#include "kpt.h"
+#include "layout.h"
+
+#define PIC1_MASK 0x21
+#define PIC2_MASK 0xa1
+
+#define LAPIC_PHYSICAL 0xfee00000
+#define LAPIC_TASK_PRIORITY 0x080
+#define LAPIC_EOI 0x0b0
+#define LAPIC_SPURIOUS 0x0f0
+#define LAPIC_LVT_TIMER 0x320
+#define LAPIC_LVT_LINT0 0x350
+#define LAPIC_LVT_LINT1 0x360
+#define LAPIC_TIMER_COUNT 0x380
+#define LAPIC_TIMER_DIVIDE 0x3e0
+#define LAPIC_ENABLE (1u << 8)
+#define LVT_MASKED (1u << 16)
+#define LVT_PERIODIC (1u << 17)
+#define DIVIDE_BY_16 3
+#define LAPIC_INPUT_HZ 1000000000u
+
+#define IOAPIC_PHYSICAL 0xfec00000
+#define IOAPIC_SELECT 0x00
+#define IOAPIC_DATA 0x10
+#define IOAPIC_VERSION 1
+#define IOAPIC_REDIRECTION 0x10
+
+volatile u32 ticks;
+
+static void lapic_write(u32 offset, u32 value) { *(volatile u32 *)(LAPIC_BASE + offset) = value; }
+
+static void ioapic_write(u32 reg, u32 value)
+{
+    *(volatile u32 *)(IOAPIC_BASE + IOAPIC_SELECT) = reg;
+    *(volatile u32 *)(IOAPIC_BASE + IOAPIC_DATA) = value;
+}
+
+static u32 ioapic_read(u32 reg)
+{
+    *(volatile u32 *)(IOAPIC_BASE + IOAPIC_SELECT) = reg;
+    return *(volatile u32 *)(IOAPIC_BASE + IOAPIC_DATA);
+}
+
+static void ioapic_mask_all(void)
+{
+    u32 last = ioapic_read(IOAPIC_VERSION) >> 16 & 0xff;
+    for (u32 i = 0; i <= last; i++)
+        ioapic_write(IOAPIC_REDIRECTION + 2 * i, LVT_MASKED);
+}
+
+void apic_init(void)
+{
+    out8(PIC1_MASK, 0xff);
+    out8(PIC2_MASK, 0xff);
+    kpt_map_device(IOAPIC_BASE, IOAPIC_PHYSICAL);
+    kpt_map_device(LAPIC_BASE, LAPIC_PHYSICAL);
+    ioapic_mask_all();
+    lapic_write(LAPIC_LVT_LINT0, LVT_MASKED);
+    lapic_write(LAPIC_LVT_LINT1, LVT_MASKED);
+    lapic_write(LAPIC_TASK_PRIORITY, 0);
+    lapic_write(LAPIC_SPURIOUS, LAPIC_ENABLE | VECTOR_SPURIOUS);
+}
+
+void apic_timer_start(void)
+{
+    lapic_write(LAPIC_TIMER_DIVIDE, DIVIDE_BY_16);
+    lapic_write(LAPIC_LVT_TIMER, LVT_PERIODIC | VECTOR_TIMER);
+    lapic_write(LAPIC_TIMER_COUNT, LAPIC_INPUT_HZ / 16 / TIMER_HZ);
+}
+
+void apic_end_of_interrupt(void) { lapic_write(LAPIC_EOI, 0); }

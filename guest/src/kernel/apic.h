@@ -1,0 +1,16 @@
+/* Interrupt controllers: everything masked but the LAPIC's timer. */
+#ifndef APIC_H
+#define APIC_H
+
+#include "types.h"
+
+/* Timer interrupts since boot. */
+extern volatile u32 ticks;
+
+/* Masks the 8259s and the IOAPIC, enables the LAPIC. Needs kpt_init. */
+void apic_init(void);
+/* Starts the periodic timer at TIMER_HZ. */
+void apic_timer_start(void);
+void apic_end_of_interrupt(void);
+
+#endif

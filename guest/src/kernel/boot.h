@@ -1,0 +1,54 @@
+/* What the code that runs before paging leaves for the kernel: the parsed command line and the memory map. */
+#ifndef BOOT_H
+#define BOOT_H
+
+#include "types.h"
+
+/* Workloads: name in C, name on the command line. */
+#define WORKLOADS(X) \
+    X(ALL, "all")    \
+    X(HELLO, "hello") \
+    X(MM, "mm")      \
+    X(KMAP, "kmap")  \
+    X(OOPS, "oops")
+
+enum workload {
+#define X(id, name) WORKLOAD_##id,
+    WORKLOADS(X)
+#undef X
+};
+
+struct options {
+    enum workload workload;
+    bool legacy; /* two-level paging */
+    u32 seed;
+    u32 scale;  /* percent of the default work */
+    u32 lowmem; /* MiB, a multiple of 4 */
+};
+
+struct memory_range {
+    u32 start; /* first frame */
+    u32 end;   /* frame after the last */
+};
+
+#define MEMORY_RANGES_MAX 16
+
+struct boot {
+    struct options options;
+    char bad_word[64]; /* first word of the command line that was not understood; "" when all were */
+    bool multiboot;    /* the loader's magic was right */
+    u32 range_count;
+    struct memory_range ranges[MEMORY_RANGES_MAX]; /* RAM, as the loader reports it, unsorted */
+};
+
+extern struct boot boot;
+
+/* Built before paging, then owned by kpt.c. */
+extern u64 kernel_pdpt[4];
+extern u32 kernel_directory[1024];
+
+/* Fills `options` from a Multiboot command line whose first word may be the image's name. Copies the first word that it
+ * does not know into `bad_word` and returns false. Runs with paging off: see early.c. */
+bool command_line_parse(const char *line, struct options *options, char *bad_word, u32 bad_word_bytes);
+
+#endif

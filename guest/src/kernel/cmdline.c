@@ -1,0 +1,115 @@
+/* The command line: key=value words, each known or refused.
+ *
+ * Story: early.c calls this once, with paging still off, because `paging=` and `lowmem=` decide what page tables to
+ * build. Holds: this file is linked at its physical address and so calls nothing outside itself. */
+#include "boot.h"
+#include "layout.h"
+
+static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
+
+static u32 word_length(const char *word)
+{
+    u32 n = 0;
+    while (word[n] && !is_space(word[n]))
+        n++;
+    return n;
+}
+
+/* If the word starts with `key` (which includes its '='), returns what follows it. */
+static const char *value_of(const char *word, const char *key)
+{
+    for (; *key; word++, key++)
+        if (*word != *key)
+            return NULL;
+    return word;
+}
+
+static bool value_is(const char *value, const char *name)
+{
+    for (; *name; value++, name++)
+        if (*value != *name)
+            return false;
+    return word_length(value) == 0;
+}
+
+/* Decimal, without sign, at most `max`. */
+static bool parse_number(const char *value, u32 max, u32 *out)
+{
+    u32 n = 0, digits = word_length(value);
+    if (digits == 0 || digits > 9)
+        return false;
+    for (u32 i = 0; i < digits; i++) {
+        if (value[i] < '0' || value[i] > '9')
+            return false;
+        n = n * 10 + (u32)(value[i] - '0');
+    }
+    *out = n;
+    return n <= max;
+}
+
+static bool parse_workload(const char *value, enum workload *out)
+{
+#define X(id, name)               \
+    if (value_is(value, name)) {  \
+        *out = WORKLOAD_##id;     \
+        return true;              \
+    }
+    WORKLOADS(X)
+#undef X
+    return false;
+}
+
+static bool parse_paging(const char *value, bool *legacy)
+{
+    *legacy = value_is(value, "legacy");
+    return *legacy || value_is(value, "pae");
+}
+
+static bool parse_word(const char *word, struct options *options)
+{
+    const char *value;
+    if ((value = value_of(word, "workload=")))
+        return parse_workload(value, &options->workload);
+    if ((value = value_of(word, "paging=")))
+        return parse_paging(value, &options->legacy);
+    if ((value = value_of(word, "seed=")))
+        return parse_number(value, 999999999, &options->seed);
+    if ((value = value_of(word, "scale=")))
+        return parse_number(value, 1000, &options->scale) && options->scale > 0;
+    if ((value = value_of(word, "lowmem=")))
+        return parse_number(value, LOWMEM_MAX, &options->lowmem) && options->lowmem >= LOWMEM_MIN &&
+               options->lowmem % 4 == 0;
+    return false;
+}
+
+/* The first word may be the image's name: loaders put it there. A name holds no '='. */
+static bool is_image_name(const char *word, u32 length)
+{
+    for (u32 i = 0; i < length; i++)
+        if (word[i] == '=')
+            return false;
+    return true;
+}
+
+bool command_line_parse(const char *line, struct options *options, char *bad_word, u32 bad_word_bytes)
+{
+    options->workload = WORKLOAD_ALL;
+    options->legacy = false;
+    options->seed = 1;
+    options->scale = 100;
+    options->lowmem = LOWMEM_DEFAULT;
+    bool first = true;
+    while (*line) {
+        u32 length = word_length(line);
+        if (length && !(first && is_image_name(line, length)) && !parse_word(line, options)) {
+            u32 kept = min_u32(length, bad_word_bytes - 1);
+            for (u32 i = 0; i < kept; i++)
+                bad_word[i] = line[i];
+            bad_word[kept] = 0;
+            return false;
+        }
+        first = first && !length;
+        line += length ? length : 1;
+    }
+    return true;
+}

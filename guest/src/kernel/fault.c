@@ -1,0 +1,115 @@
+/* Page faults at user addresses: demand-zero, demand-load, copy on write, stack growth.
+ *
+ *              no region allows it --> BAD_ACCESS
+ *   absent --> anonymous, read ------> the zero page, read-only
+ *          \-> else -----------------> a fresh frame, filled from the image or with zeros
+ *   present, write, read-only -------> sole holder: made writable; else a private copy
+ *
+ * Holds: no entry gets W before its frame has this space as the only holder. */
+#include "check.h"
+#include "cpu.h"
+#include "frames.h"
+#include "space.h"
+#include "string.h"
+#include "tlb.h"
+#include "trap.h"
+#include "window.h"
+
+static pte_t region_bits(const struct region *region)
+{
+    return PTE_P | PTE_U | PTE_A | (region->flags & REGION_EXEC ? 0 : paging.nx);
+}
+
+static pte_t writable(pte_t entry) { return entry | PTE_W | PTE_D; }
+
+static bool region_allows(const struct region *region, u32 error)
+{
+    if (error & FAULT_W)
+        return region->flags & REGION_WRITE;
+    if (error & FAULT_FETCH)
+        return region->flags & REGION_EXEC;
+    return true;
+}
+
+/* The page's initial contents: from the image as far as it reaches, then zeros. */
+static void fill_page(u32 frame, const struct region *region, u32 page)
+{
+    u8 *to = kmap_local(frame, "first touch");
+    u32 offset = page - region->start;
+    u32 bytes = region->image_bytes > offset ? min_u32(region->image_bytes - offset, PAGE_SIZE) : 0;
+    if (bytes)
+        memcpy(to, region->image + offset, bytes);
+    memset(to + bytes, 0, PAGE_SIZE - bytes);
+    kunmap_local(to);
+}
+
+static enum fault_result fix_absent(struct leaf *leaf, const struct region *region, u32 page, bool write)
+{
+    bool anonymous = page - region->start >= region->image_bytes;
+    if (anonymous && !write && !(region->flags & REGION_EXEC)) {
+        frame_get(zero_frame);
+        upt_set(leaf, pte_make(zero_frame, region_bits(region)));
+        return FAULT_FIXED;
+    }
+    u32 frame = frame_alloc(ZONE_HIGH);
+    if (frame == FRAME_NONE)
+        return FAULT_OUT_OF_MEMORY;
+    fill_page(frame, region, page);
+    pte_t entry = pte_make(frame, region_bits(region));
+    upt_set(leaf, write ? writable(entry) : entry);
+    return FAULT_FIXED;
+}
+
+/* Making an entry more permissive needs no flush: a stale read-only translation only brings the CPU back here, and the fault
+ * itself has dropped it. A new frame behind a present entry does need one. */
+static enum fault_result fix_write(struct leaf *leaf, u32 page)
+{
+    pte_t entry = upt_get(leaf);
+    u32 shared = pte_frame(entry);
+    if ((entry & PTE_W) || (shared != zero_frame && frame_of(shared)->refs == 1)) {
+        upt_set(leaf, writable(entry));
+        return FAULT_FIXED;
+    }
+    u32 own = frame_alloc(ZONE_HIGH);
+    if (own == FRAME_NONE)
+        return FAULT_OUT_OF_MEMORY;
+    void *to = kmap_local(own, "copy on write, to");
+    if (shared == zero_frame) {
+        clear_page(to);
+    } else {
+        void *from = kmap_local(shared, "copy on write, from");
+        copy_page(to, from);
+        kunmap_local(from);
+    }
+    kunmap_local(to);
+    upt_set(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
+    invlpg(page);
+    frame_put(shared);
+    return FAULT_FIXED;
+}
+
+enum fault_result space_fault(struct space *space, u32 va, u32 error)
+{
+    if (va >= USER_END)
+        return FAULT_BAD_ACCESS;
+    if (error & FAULT_RSVD)
+        panic("reserved bit in the user page tables at %08x", va);
+    struct region *region = space_find(space, va);
+    if (!region)
+        region = space_grow_stack(space, va);
+    if (!region || !region_allows(region, error))
+        return FAULT_BAD_ACCESS;
+    u32 page = va & PAGE_MASK;
+    struct leaf leaf;
+    if (!upt_open(&space->upt, page, true, &leaf))
+        return FAULT_OUT_OF_MEMORY;
+    enum fault_result result = FAULT_FIXED;
+    bool write = error & FAULT_W;
+    pte_t entry = upt_get(&leaf);
+    if (!entry)
+        result = fix_absent(&leaf, region, page, write);
+    else if (write)
+        result = fix_write(&leaf, page);
+    upt_close(&leaf);
+    return result;
+}

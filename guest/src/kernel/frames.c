@@ -1,0 +1,115 @@
+/* Physical frames: two zones, and a table of frames that exists only as far as frames were handed out.
+ *
+ * Story: a machine may have gigabytes that a run never touches, so nothing here is proportional to memory. Each zone has a
+ * frontier; frames beyond it have no entry in the table and were never touched. An allocation takes the free list's
+ * head, else moves the frontier one frame and makes the frame's entry, backing the table's page first if need be.
+ *
+ *   low    [end of kernel image, lowmem)        high   [lowmem, end of RAM)
+ *
+ * Holds: an entry is readable if and only if its frame is, or ever was, in use. The frames behind the table itself, and the
+ * kernel's page tables, have no entry and are never freed.
+ * Locks: none. Kernel code is never preempted, and interrupt handlers allocate nothing. */
+#include "frames.h"
+
+#include "boot.h"
+#include "check.h"
+#include "kpt.h"
+#include "string.h"
+
+struct frontier {
+    u32 first, end;  /* the zone's bounds */
+    u32 range, next; /* where the frontier is: a memory range and a frame in it */
+    u32 free;        /* head of the free list */
+    u32 in_use;
+};
+
+static struct frontier zones[ZONES];
+static struct frame *const table = (struct frame *)FRAME_TABLE_BASE;
+
+extern const char kernel_end[];
+
+static u32 zone_of(u32 frame) { return frame < zones[ZONE_LOW].end ? ZONE_LOW : ZONE_HIGH; }
+
+bool frame_is_low(u32 frame) { return zone_of(frame) == ZONE_LOW; }
+
+/* The next frame beyond the frontier that is RAM, or none. */
+static u32 frontier_advance(struct frontier *zone)
+{
+    for (; zone->range < boot.range_count; zone->range++, zone->next = 0) {
+        const struct memory_range *range = &boot.ranges[zone->range];
+        u32 frame = max_u32(max_u32(range->start, zone->first), zone->next);
+        if (frame < min_u32(range->end, zone->end)) {
+            zone->next = frame + 1;
+            return frame;
+        }
+    }
+    return FRAME_NONE;
+}
+
+u32 frame_alloc_untracked(void)
+{
+    u32 frame = frontier_advance(&zones[ZONE_LOW]);
+    if (frame == FRAME_NONE)
+        panic("no low memory left for a kernel page table: raise lowmem=");
+    clear_page(low_address(frame));
+    return frame;
+}
+
+static void back_entry(u32 frame)
+{
+    u32 va = (u32)&table[frame] & PAGE_MASK;
+    if (!(kpt_get(va) & PTE_P))
+        kpt_set(va, pte_make(frame_alloc_untracked(), kpt_data_bits()));
+}
+
+void frames_init(void)
+{
+    u32 end = 0, limit = paging.pae ? FRAMES_MAX : 1u << 20;
+    for (u32 i = 0; i < boot.range_count; i++)
+        end = max_u32(end, boot.ranges[i].end);
+    end = min_u32(end, limit);
+    u32 low_end = min_u32(boot.options.lowmem * (MIB / PAGE_SIZE), end);
+    zones[ZONE_LOW].first = low_physical(kernel_end) >> PAGE_SHIFT;
+    zones[ZONE_LOW].end = low_end;
+    zones[ZONE_HIGH].first = low_end;
+    zones[ZONE_HIGH].end = end;
+    kpt_cover(FRAME_TABLE_BASE, (u32)&table[end]);
+}
+
+u32 frame_alloc(enum zone which)
+{
+    struct frontier *zone = &zones[which];
+    u32 frame = zone->free;
+    if (frame != FRAME_NONE) {
+        zone->free = table[frame].link;
+    } else {
+        frame = frontier_advance(zone);
+        if (frame == FRAME_NONE)
+            return which == ZONE_HIGH ? frame_alloc(ZONE_LOW) : FRAME_NONE;
+        back_entry(frame);
+    }
+    table[frame] = (struct frame){.refs = 1, .link = 0};
+    zone->in_use++;
+    return frame;
+}
+
+struct frame *frame_of(u32 frame) { return &table[frame]; }
+
+void frame_get(u32 frame)
+{
+    ASSERT(table[frame].refs);
+    table[frame].refs++;
+}
+
+void frame_put(u32 frame)
+{
+    ASSERT(table[frame].refs);
+    if (--table[frame].refs)
+        return;
+    struct frontier *zone = &zones[zone_of(frame)];
+    table[frame].link = zone->free;
+    zone->free = frame;
+    zone->in_use--;
+}
+
+u32 frames_in_use(void) { return zones[ZONE_LOW].in_use + zones[ZONE_HIGH].in_use; }

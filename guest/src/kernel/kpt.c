@@ -1,0 +1,97 @@
+/* Page tables of the kernel itself.
+ *
+ * Story: early.c left low memory in large pages, writable and executable, at 0 and at 3 GiB. kpt_init makes that the kernel's
+ * address space of layout.h. All these tables lie in low memory and are read and written where they lie; user page
+ * tables lie in high memory and are upt.c's. Keeping the two apart means that the window, which needs a kernel page table
+ * to map anything, never needs itself.
+ *
+ * Holds: no page of the kernel is both writable and executable (with NX); every kernel directory entry is final after
+ * kpt_cover has run for the last time, in frames_init. */
+#include "kpt.h"
+
+#include "boot.h"
+#include "check.h"
+#include "cpu.h"
+#include "frames.h"
+
+u64 kernel_pdpt[4] __attribute__((aligned(32)));
+u32 kernel_directory[1024] __attribute__((aligned(PAGE_SIZE)));
+
+/* Tables that are needed before frames can be had: the first large page's, cut up, and the top 4 MiB's. */
+static u32 image_table[1024] __attribute__((aligned(PAGE_SIZE)));
+static u32 top_tables[2][1024] __attribute__((aligned(PAGE_SIZE)));
+
+extern const char kernel_text[], kernel_rodata[], kernel_data[], kernel_end[];
+
+pte_t kpt_data_bits(void) { return paging.nx | paging.global | PTE_D | PTE_A | PTE_W | PTE_P; }
+
+u32 kpt_root(void) { return low_physical(paging.pae ? (void *)kernel_pdpt : (void *)kernel_directory); }
+
+static void set_directory(u32 va, pte_t entry) { table_set(kernel_directory, directory_index(va), entry); }
+
+void *kpt_table(u32 va)
+{
+    pte_t entry = table_get(kernel_directory, directory_index(va));
+    ASSERT((entry & PTE_P) && !(entry & PTE_PS));
+    return low_address(pte_frame(entry));
+}
+
+pte_t kpt_get(u32 va) { return table_get(kpt_table(va), table_index(va)); }
+
+void kpt_set(u32 va, pte_t entry) { table_set(kpt_table(va), table_index(va), entry); }
+
+void kpt_cover(u32 start, u32 end)
+{
+    for (u32 va = ALIGN_DOWN(start, table_reach()); va < end; va += table_reach())
+        set_directory(va, pte_make(frame_alloc_untracked(), PTE_A | PTE_W | PTE_P));
+}
+
+void kpt_map_device(u32 va, u32 physical)
+{
+    kpt_set(va, pte_make(physical >> PAGE_SHIFT, kpt_data_bits() | PTE_PCD | PTE_PWT));
+}
+
+static pte_t image_bits(u32 va)
+{
+    pte_t data = kpt_data_bits();
+    if (va < (u32)kernel_text || va >= (u32)kernel_data)
+        return data;
+    data &= ~(pte_t)PTE_W;
+    return va < (u32)kernel_rodata ? data & ~PTE_NX : data;
+}
+
+/* The first large page holds the image: it is cut into small pages, so that text can be read-only and data not executable. */
+static void cut_image(void)
+{
+    for (u32 i = 0; i < paging.entries; i++) {
+        u32 physical = i << PAGE_SHIFT;
+        table_set(image_table, i, pte_make(i, image_bits(KERNEL_BASE + physical)));
+    }
+    set_directory(KERNEL_BASE, pte_make(low_physical(image_table) >> PAGE_SHIFT, PTE_A | PTE_W | PTE_P));
+}
+
+static void finish_low_memory(void)
+{
+    u32 end = KERNEL_BASE + boot.options.lowmem * MIB;
+    for (u32 va = KERNEL_BASE + table_reach(); va < end; va += table_reach())
+        set_directory(va, pte_make((va - KERNEL_BASE) >> PAGE_SHIFT, kpt_data_bits() | PTE_PS));
+}
+
+static void drop_identity(void)
+{
+    kernel_pdpt[0] = 0;
+    if (!paging.pae)
+        for (u32 va = 0; va < boot.options.lowmem * MIB; va += table_reach())
+            set_directory(va, 0);
+}
+
+void kpt_init(void)
+{
+    cut_image();
+    finish_low_memory();
+    drop_identity();
+    u32 table = 0;
+    for (u32 va = TOP_BASE; va >= TOP_BASE; va += table_reach())
+        set_directory(va, pte_make(low_physical(top_tables[table++]) >> PAGE_SHIFT, PTE_A | PTE_W | PTE_P));
+    write_cr3(kpt_root());
+}

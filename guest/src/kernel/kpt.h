@@ -1,0 +1,33 @@
+/* Page tables of the kernel itself: low memory, the frame table, stacks, devices, the window and the pool. */
+#ifndef KPT_H
+#define KPT_H
+
+#include "layout.h"
+#include "paging.h"
+
+/* Drops the identity mapping, gives the kernel image its real permissions and low memory its global bit, and makes the
+ * tables of the top 4 MiB. Needs paging_init. */
+void kpt_init(void);
+
+/* Makes the tables that cover [start, end). Only before the first process: directories are copied into processes. */
+void kpt_cover(u32 start, u32 end);
+
+/* The page-table entry for a kernel address that a table covers, and the table that holds it. Nothing is flushed: an
+ * absent entry needs no flush to become present, and whoever changes a present one knows when the flush is due. */
+pte_t kpt_get(u32 va);
+void kpt_set(u32 va, pte_t entry);
+void *kpt_table(u32 va);
+
+void kpt_map_device(u32 va, u32 physical);
+
+/* Bits of a writable, never executable, global kernel page. A and D are set: the kernel does not ask for them, and a
+ * CPU or monitor need not come back to set them. */
+pte_t kpt_data_bits(void);
+
+/* What CR3 is to hold for a task without user memory. */
+u32 kpt_root(void);
+
+/* One cleared low frame that the frame table knows nothing of (frames.c). */
+u32 frame_alloc_untracked(void);
+
+#endif

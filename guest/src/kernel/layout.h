@@ -1,0 +1,67 @@
+/* The kernel's address space, and every limit of the kernel, in one place.
+ *
+ *   00000000 - bfffffff   user
+ *   c0000000 - dfffffff   low memory, physical address + KERNEL_BASE, large pages
+ *   e0000000 - e7ffffff   frame table: 8 bytes a frame, backed only as far as frames were handed out
+ *   ffc00000 - ffc7ffff   kernel stacks: an absent guard page, then two pages each
+ *   ffd00000 - ffd01fff   LAPIC, IOAPIC
+ *   ffe00000 - ffe0ffff   slots of the temporary window (kmap_local)
+ *   ffe80000 - ffe9ffff   slots of the persistent pool (kmap)
+ *
+ * The last four share the top 4 MiB, whose page tables exist from boot on. So every kernel directory entry is final
+ * before the first process is made, and a copy of one in a process's root never goes stale.
+ *
+ * Also read by the assembler: nothing but #define here. */
+#ifndef LAYOUT_H
+#define LAYOUT_H
+
+#define KERNEL_BASE 0xc0000000
+#define KERNEL_LOAD 0x00100000
+
+#define FRAME_TABLE_BASE 0xe0000000
+#define TOP_BASE 0xffc00000
+#define STACKS_BASE 0xffc00000
+#define LAPIC_BASE 0xffd00000
+#define IOAPIC_BASE 0xffd01000
+#define WINDOW_BASE 0xffe00000
+#define POOL_BASE 0xffe80000
+
+#define USER_END KERNEL_BASE
+#define USER_MAP_BASE 0x40000000
+#define USER_STACK_TOP 0xbfffe000
+#define USER_STACK_PAGES_MAX 64
+
+/* Low memory in MiB: a multiple of 4, since legacy large pages are that big. */
+#define LOWMEM_DEFAULT 8
+#define LOWMEM_MIN 4
+#define LOWMEM_MAX 512
+
+#define TASKS_MAX 32
+#define STACK_PAGES 2
+#define REGIONS_MAX 16
+
+/* Window slots a context may hold: what the deepest kernel path needs and what an interrupt on top of it needs. */
+#define WINDOW_TASK_DEPTH_MAX 8
+#define WINDOW_IRQ_DEPTH_MAX 4
+#define WINDOW_DEPTH_MAX (WINDOW_TASK_DEPTH_MAX + WINDOW_IRQ_DEPTH_MAX)
+/* One more slot, outside the stack, for the walk that a crash dump does. */
+#define WINDOW_DUMP_SLOT WINDOW_DEPTH_MAX
+
+#define POOL_SLOTS 32
+
+/* Selectors. */
+#define KERNEL_CS 0x08
+#define KERNEL_DS 0x10
+#define USER_CS 0x1b
+#define USER_DS 0x23
+#define TSS_SELECTOR 0x28
+
+/* Vectors above the exceptions. */
+#define VECTOR_TIMER 0x20
+#define VECTOR_SYSCALL 0x80
+#define VECTOR_SPURIOUS 0xff
+
+/* Timer interrupts a second. */
+#define TIMER_HZ 100
+
+#endif

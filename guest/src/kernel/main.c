@@ -1,0 +1,67 @@
+/* The kernel's main: bring everything up in order, run the workloads, close. */
+#include "apic.h"
+#include "boot.h"
+#include "check.h"
+#include "console.h"
+#include "desc.h"
+#include "frames.h"
+#include "irq.h"
+#include "kpt.h"
+#include "space.h"
+#include "task.h"
+#include "tick.h"
+#include "umbra_abi.h"
+#include "witness.h"
+#include "work.h"
+
+struct boot boot;
+
+void kernel_main(void);
+
+static void refuse_bad_start(void)
+{
+    if (!boot.multiboot) {
+        printk("pager: not started by a Multiboot1 loader\n");
+        finish(STATUS_COMMAND_LINE);
+    }
+    if (boot.bad_word[0]) {
+        printk("pager: command line: cannot use \"%s\"\n", boot.bad_word);
+        tally.errors++;
+        finish(STATUS_COMMAND_LINE);
+    }
+}
+
+static void run(enum workload workload)
+{
+    bool all = workload == WORKLOAD_ALL;
+    if (all || workload == WORKLOAD_HELLO)
+        work_hello();
+    if (all || workload == WORKLOAD_MM)
+        work_mm();
+    if (all || workload == WORKLOAD_KMAP)
+        work_kmap();
+    if (workload == WORKLOAD_OOPS)
+        work_oops();
+}
+
+void kernel_main(void)
+{
+    console_init();
+    descriptors_init();
+    refuse_bad_start();
+    paging_init();
+    kpt_init();
+    frames_init();
+    task_init();
+    space_init();
+    tick_init();
+    apic_init();
+    printk("pager: boot paging=%s lowmem=%uM seed=%u scale=%u\n", paging.pae ? "pae" : "legacy", boot.options.lowmem,
+           boot.options.seed, boot.options.scale);
+    apic_timer_start();
+    irq_on();
+    run(boot.options.workload);
+    irq_off();
+    witness_seal();
+    finish(tally.errors ? STATUS_FAIL : STATUS_PASS);
+}

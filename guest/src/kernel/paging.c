@@ -1,0 +1,66 @@
+/* The two paging formats, behind one entry type. See paging.h. */
+#include "paging.h"
+
+#include "boot.h"
+#include "cpu.h"
+
+struct paging paging;
+
+#define CPUID_1_EDX_PGE (1u << 13)
+#define CPUID_7_EBX_SMEP (1u << 7)
+#define CPUID_EXT1_EDX_NX (1u << 20)
+#define MSR_EFER 0xc0000080
+#define EFER_NXE (1u << 11)
+
+static void enable_nx(void)
+{
+    if (cpuid(0x80000000).eax < 0x80000001 || !(cpuid(0x80000001).edx & CPUID_EXT1_EDX_NX))
+        return;
+    write_msr(MSR_EFER, read_msr(MSR_EFER) | EFER_NXE);
+    paging.nx = PTE_NX;
+}
+
+void paging_init(void)
+{
+    paging.pae = !boot.options.legacy;
+    paging.entries = paging.pae ? 512 : 1024;
+    paging.directory_shift = paging.pae ? 21 : 22;
+    if (paging.pae)
+        enable_nx();
+    u32 cr4 = read_cr4();
+    if (cpuid(1).edx & CPUID_1_EDX_PGE) {
+        cr4 |= CR4_PGE;
+        paging.global = PTE_G;
+    }
+    if (cpuid(0).eax >= 7 && cpuid(7).ebx & CPUID_7_EBX_SMEP) {
+        cr4 |= CR4_SMEP;
+        paging.smep = true;
+    }
+    write_cr4(cr4);
+}
+
+pte_t table_get(const void *table, u32 index)
+{
+    const volatile u32 *words = table;
+    if (!paging.pae)
+        return words[index];
+    return words[2 * index] | (pte_t)words[2 * index + 1] << 32;
+}
+
+/* A PAE entry is written in two halves. The half with the present bit goes last when an entry appears, and first, as
+ * zero, when the other half of a present entry changes. */
+void table_set(void *table, u32 index, pte_t entry)
+{
+    volatile u32 *words = table;
+    if (!paging.pae) {
+        words[index] = (u32)entry;
+        return;
+    }
+    volatile u32 *low = &words[2 * index], *high = &words[2 * index + 1];
+    if (*high != (u32)(entry >> 32)) {
+        if (*low & PTE_P)
+            *low = 0;
+        *high = (u32)(entry >> 32);
+    }
+    *low = (u32)entry;
+}

@@ -1,0 +1,23 @@
+/* Running one program to its end, from a kernel thread. */
+#include "process.h"
+
+#include "boot.h"
+#include "check.h"
+#include "frames.h"
+#include "syscalls.h"
+#include "task.h"
+#include "witness.h"
+
+u32 process_run(const struct program *program)
+{
+    u32 held_before = frames_in_use() - witness_frames();
+    struct arguments arguments = {
+        .seed = boot.options.seed, .scale = boot.options.scale, .flags = paging.nx ? FLAG_NX : 0};
+    u32 status = 0, pid = 0;
+    struct task *task = task_spawn(program, &arguments);
+    if (task)
+        pid = task_wait_child(&status);
+    check(task && pid, "the program runs");
+    check(frames_in_use() - witness_frames() == held_before, "the program's frames are free again");
+    return status;
+}

@@ -1,0 +1,276 @@
+/* Address spaces of processes.
+ *
+ * Jobs: 1. regions, 2. zapping pages, 3. the heap, 4. fork.
+ * Holds: a present user entry is writable only if its region is and its frame has no other holder; every present entry holds
+ * one reference to its frame, the zero page included; only the owner's task, or its parent before it first runs, changes a
+ * space. */
+#include "space.h"
+
+#include "check.h"
+#include "cpu.h"
+#include "frames.h"
+#include "string.h"
+#include "tlb.h"
+#include "window.h"
+
+u32 zero_frame;
+
+void space_init(void)
+{
+    zero_frame = frame_alloc(ZONE_HIGH);
+    ASSERT(zero_frame != FRAME_NONE);
+    void *page = kmap_local(zero_frame, "zero page");
+    clear_page(page);
+    kunmap_local(page);
+}
+
+bool space_create(struct space *space)
+{
+    space->region_count = 0;
+    space->brk_start = space->brk = 0;
+    return upt_create(&space->upt);
+}
+
+/* Job 1: regions. */
+
+struct region *space_find(struct space *space, u32 va)
+{
+    for (u32 i = 0; i < space->region_count; i++)
+        if (va >= space->regions[i].start && va < space->regions[i].end)
+            return &space->regions[i];
+    return NULL;
+}
+
+static bool overlaps(const struct space *space, u32 start, u32 end)
+{
+    for (u32 i = 0; i < space->region_count; i++)
+        if (start < space->regions[i].end && end > space->regions[i].start)
+            return true;
+    return false;
+}
+
+bool space_map(struct space *space, struct region region)
+{
+    if (region.start >= region.end || region.end > USER_END || region.start < PAGE_SIZE)
+        return false;
+    if (space->region_count == REGIONS_MAX || overlaps(space, region.start, region.end))
+        return false;
+    space->regions[space->region_count++] = region;
+    return true;
+}
+
+struct region *space_grow_stack(struct space *space, u32 va)
+{
+    u32 page = va & PAGE_MASK;
+    for (u32 i = 0; i < space->region_count; i++) {
+        struct region *region = &space->regions[i];
+        if (!(region->flags & REGION_GROWS_DOWN) || va >= region->start ||
+            va < region->end - USER_STACK_PAGES_MAX * PAGE_SIZE || overlaps(space, page, region->start))
+            continue;
+        region->start = page;
+        return region;
+    }
+    return NULL;
+}
+
+/* What is left of a region from `start` on. */
+static struct region region_tail(struct region region, u32 start)
+{
+    u32 skipped = start - region.start;
+    region.image_bytes = region.image_bytes > skipped ? region.image_bytes - skipped : 0;
+    region.image = region.image_bytes ? region.image + skipped : NULL;
+    region.start = start;
+    return region;
+}
+
+static struct region region_head(struct region region, u32 end)
+{
+    region.end = end;
+    region.image_bytes = min_u32(region.image_bytes, end - region.start);
+    return region;
+}
+
+/* Takes [start, end) out of region i; it may vanish, shrink, or fall in two. */
+static void region_cut(struct space *space, u32 i, u32 start, u32 end)
+{
+    struct region region = space->regions[i];
+    bool head = region.start < start, tail = region.end > end;
+    if (head)
+        space->regions[i] = region_head(region, start);
+    else if (tail)
+        space->regions[i] = region_tail(region, end);
+    else
+        space->regions[i] = space->regions[--space->region_count];
+    if (head && tail)
+        space->regions[space->region_count++] = region_tail(region, end);
+}
+
+/* Job 2: zapping. Frames are collected and put only after the flush: until then a TLB may still lead to them. */
+
+#define ZAP_BATCH 32
+#define ZAP_SINGLE_FLUSHES_MAX 4
+
+struct zap {
+    struct space *space;
+    u32 count;
+    u32 va[ZAP_BATCH];
+    u32 frame[ZAP_BATCH];
+};
+
+static void zap_finish(struct zap *zap)
+{
+    if (tlb_is_loaded(zap->space->upt.cr3)) {
+        if (zap->count > ZAP_SINGLE_FLUSHES_MAX)
+            flush_not_global();
+        else
+            for (u32 i = 0; i < zap->count; i++)
+                invlpg(zap->va[i]);
+    }
+    for (u32 i = 0; i < zap->count; i++)
+        frame_put(zap->frame[i]);
+    zap->count = 0;
+}
+
+static void zap_add(struct zap *zap, u32 va, u32 frame)
+{
+    if (zap->count == ZAP_BATCH)
+        zap_finish(zap);
+    zap->va[zap->count] = va;
+    zap->frame[zap->count] = frame;
+    zap->count++;
+}
+
+/* [start, end) lies within one table. */
+static void zap_table(struct zap *zap, u32 start, u32 end)
+{
+    struct leaf leaf;
+    if (!upt_open(&zap->space->upt, start, false, &leaf))
+        return;
+    for (u32 va = start; va < end && upt_count(&leaf); va += PAGE_SIZE, leaf.index++) {
+        pte_t entry = upt_get(&leaf);
+        if (!entry)
+            continue;
+        upt_set(&leaf, 0);
+        zap_add(zap, va, pte_frame(entry));
+    }
+    bool empty = upt_count(&leaf) == 0;
+    upt_close(&leaf);
+    if (empty)
+        zap_add(zap, start, upt_unlink(&zap->space->upt, start));
+}
+
+static u32 table_end(u32 va, u32 end) { return min_u32(ALIGN_DOWN(va, table_reach()) + table_reach(), end); }
+
+static void zap_range(struct space *space, u32 start, u32 end)
+{
+    struct zap zap = {.space = space};
+    for (u32 va = start; va < end; va = table_end(va, end))
+        zap_table(&zap, va, table_end(va, end));
+    zap_finish(&zap);
+}
+
+/* Whether cutting [start, end) out leaves more regions than there is room for: only a cut from the middle adds one. */
+static bool cut_fits(const struct space *space, u32 start, u32 end)
+{
+    for (u32 i = 0; i < space->region_count; i++)
+        if (space->regions[i].start < start && space->regions[i].end > end)
+            return space->region_count < REGIONS_MAX;
+    return true;
+}
+
+bool space_unmap(struct space *space, u32 start, u32 end)
+{
+    if (start >= end || end > USER_END || !cut_fits(space, start, end))
+        return false;
+    for (u32 i = space->region_count; i-- > 0;) {
+        struct region *region = &space->regions[i];
+        if (start >= region->end || end <= region->start)
+            continue;
+        zap_range(space, max_u32(start, region->start), min_u32(end, region->end));
+        region_cut(space, i, start, end);
+    }
+    return true;
+}
+
+void space_destroy(struct space *space)
+{
+    for (u32 i = 0; i < space->region_count; i++)
+        zap_range(space, space->regions[i].start, space->regions[i].end);
+    space->region_count = 0;
+    upt_destroy(&space->upt);
+}
+
+/* Job 3: the heap, from brk_start on. */
+
+static bool heap_grow(struct space *space, u32 from, u32 to)
+{
+    struct region *last = from > space->brk_start ? space_find(space, from - 1) : NULL;
+    if (overlaps(space, from, to))
+        return false;
+    if (!last)
+        return space_map(space, (struct region){.start = from, .end = to, .flags = REGION_WRITE});
+    last->end = to;
+    return true;
+}
+
+u32 space_brk(struct space *space, u32 end)
+{
+    if (end < space->brk_start || end > USER_MAP_BASE)
+        return space->brk;
+    u32 from = ALIGN_UP(space->brk, PAGE_SIZE), to = ALIGN_UP(end, PAGE_SIZE);
+    if (to > from && !heap_grow(space, from, to))
+        return space->brk;
+    if (to < from && !space_unmap(space, to, from))
+        return space->brk;
+    space->brk = end;
+    return end;
+}
+
+/* Job 4: fork. */
+
+/* Shares the pages of one table's part of a region. The child's entry and the parent's become read-only alike; the parent's
+ * old, writable translation is flushed once, at the end of space_fork. */
+static bool fork_table(struct space *parent, struct space *child, u32 start, u32 end)
+{
+    struct leaf from, to;
+    if (!upt_open(&parent->upt, start, false, &from))
+        return true;
+    bool ok = upt_open(&child->upt, start, true, &to);
+    if (ok) {
+        for (u32 va = start, left = upt_count(&from); va < end && left; va += PAGE_SIZE, from.index++, to.index++) {
+            pte_t entry = upt_get(&from);
+            if (!entry)
+                continue;
+            left--;
+            if (entry & PTE_W)
+                upt_set(&from, entry &= ~(pte_t)PTE_W);
+            frame_get(pte_frame(entry));
+            upt_set(&to, entry);
+        }
+        upt_close(&to);
+    }
+    upt_close(&from);
+    return ok;
+}
+
+static bool fork_region(struct space *parent, struct space *child, const struct region *region)
+{
+    for (u32 va = region->start; va < region->end; va = table_end(va, region->end))
+        if (!fork_table(parent, child, va, table_end(va, region->end)))
+            return false;
+    return true;
+}
+
+bool space_fork(struct space *parent, struct space *child)
+{
+    bool ok = true;
+    child->brk_start = parent->brk_start;
+    child->brk = parent->brk;
+    for (u32 i = 0; i < parent->region_count && ok; i++) {
+        child->regions[child->region_count++] = parent->regions[i];
+        ok = fork_region(parent, child, &parent->regions[i]);
+    }
+    if (tlb_is_loaded(parent->upt.cr3))
+        flush_not_global();
+    return ok;
+}

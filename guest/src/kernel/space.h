@@ -1,0 +1,61 @@
+/* Address spaces of processes: regions, and the pages behind them. */
+#ifndef SPACE_H
+#define SPACE_H
+
+#include "layout.h"
+#include "upt.h"
+
+#define REGION_WRITE (1u << 0)
+#define REGION_EXEC (1u << 1)
+#define REGION_GROWS_DOWN (1u << 2)
+
+/* [start, end), page aligned. Pages appear when they are touched: from the image as far as it reaches, then zeros. */
+struct region {
+    u32 start, end;
+    u32 flags;
+    const u8 *image; /* contents at `start`, or NULL */
+    u32 image_bytes;
+};
+
+struct space {
+    struct upt upt;
+    u32 brk_start, brk;
+    u32 region_count;
+    struct region regions[REGIONS_MAX]; /* unsorted, disjoint */
+};
+
+/* Makes the zero page. */
+void space_init(void);
+
+bool space_create(struct space *space);
+/* Frees everything; the space must not be loaded. */
+void space_destroy(struct space *space);
+/* Makes `child`, already created, a copy that shares every page; both sides copy a page when they write to it. On failure
+ * (out of memory) the child is to be destroyed. */
+bool space_fork(struct space *parent, struct space *child);
+
+/* False if the range is not user memory, overlaps a region, or there are too many regions. */
+bool space_map(struct space *space, struct region region);
+/* Takes the range out of whatever regions it meets, and frees its pages. False if a region would have to be split and there
+ * are too many. */
+bool space_unmap(struct space *space, u32 start, u32 end);
+/* Moves the end of the heap; returns the new end, or the old one if that cannot be. */
+u32 space_brk(struct space *space, u32 end);
+
+struct region *space_find(struct space *space, u32 va);
+/* Extends the stack's region down to the page of `va`, if it may grow that far; else NULL. */
+struct region *space_grow_stack(struct space *space, u32 va);
+
+enum fault_result {
+    FAULT_FIXED,
+    FAULT_BAD_ACCESS,    /* no region, or one that does not allow it */
+    FAULT_OUT_OF_MEMORY,
+};
+
+/* fault.c: a page fault at a user address, from user or kernel mode. */
+enum fault_result space_fault(struct space *space, u32 va, u32 error);
+
+/* The page of zeros that untouched memory reads from; it is never freed. */
+extern u32 zero_frame;
+
+#endif

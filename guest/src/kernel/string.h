@@ -1,0 +1,16 @@
+/* Memory and string primitives. The mem* ones are also what the compiler calls by itself. */
+#ifndef STRING_H
+#define STRING_H
+
+#include "types.h"
+
+void *memcpy(void *to, const void *from, size_t bytes);
+void *memset(void *to, int byte, size_t bytes);
+int memcmp(const void *a, const void *b, size_t bytes);
+size_t strlen(const char *s);
+
+/* Whole pages, dword by dword. */
+void clear_page(void *page);
+void copy_page(void *to, const void *from);
+
+#endif

@@ -1,0 +1,24 @@
+/* System calls: number in EAX, arguments in EBX, ECX and EDX, result in EAX. Shared with the programs. */
+#ifndef SYSCALLS_H
+#define SYSCALLS_H
+
+#define SYS_EXIT 1        /* status 0..255; does not return */
+#define SYS_FORK 2        /* child's pid, 0 in the child, SYS_ERROR when it cannot be */
+#define SYS_WAIT 3        /* u32 *status; pid of the child that ended, SYS_ERROR when there is none */
+#define SYS_GETPID 4
+#define SYS_YIELD 5
+#define SYS_WRITE 6       /* text, bytes; to the console */
+#define SYS_BRK 7         /* new end of the heap; the end after the call */
+#define SYS_MAP 8         /* start, bytes; anonymous and writable */
+#define SYS_UNMAP 9       /* start, bytes */
+#define SYS_TALLY 10      /* checks, errors; added to the run's */
+#define SYS_WITNESS 11    /* name, start, pages; publishes mapped pages and keeps them */
+#define SYS_PREEMPTIONS 12 /* how often the caller was switched away against its will */
+#define SYS_SLEEP 13      /* timer ticks */
+
+#define SYS_ERROR 0xffffffff
+
+/* In the flags that a program starts with. */
+#define FLAG_NX 1
+
+#endif

@@ -1,0 +1,307 @@
+/* Tasks: kernel threads and user processes, their life and their scheduling.
+ *
+ * Story: round robin over a fixed table. The timer only asks for a switch; it happens on the way back to user mode. Kernel
+ * code runs until it waits or yields. When nobody can run, schedule() halts on the stack of whoever called it.
+ *
+ *   a new task's stack      | struct trap_frame | edi esi ebx ebp | trap_return_first |  <- esp grows to the left
+ *
+ * Holds: a task's stack pages stay mapped for ever, so a slot's next task finds them; the lowest word of each stack holds
+ * a mark that every switch checks.
+ * Limits: a stack that overflows past its mark meets an absent page, and then there is no stack to report it on. */
+#include "task.h"
+
+#include "apic.h"
+#include "check.h"
+#include "desc.h"
+#include "frames.h"
+#include "image.h"
+#include "irq.h"
+#include "kpt.h"
+#include "tlb.h"
+
+#define STACK_MARK 0x5ac7f00d
+#define EFLAGS_FIXED (1u << 1)
+#define EFLAGS_IF (1u << 9)
+
+static struct task tasks[TASKS_MAX];
+struct task *current = &tasks[0];
+bool need_resched;
+u32 irq_depth = 1; /* boot.S left interrupts off */
+static u32 last_pid;
+
+void switch_stacks(u32 *save_esp, u32 esp);
+void task_first_run(void);
+
+/* Stacks. Task 0 keeps the one that boot.S gave it. */
+
+extern u32 boot_stack[];
+
+static u32 *stack_bottom(const struct task *task)
+{
+    u32 index = (u32)(task - tasks);
+    return index == 0 ? boot_stack : (u32 *)(STACKS_BASE + (index * (STACK_PAGES + 1) + 1) * PAGE_SIZE);
+}
+
+static u32 stack_top(const struct task *task) { return (u32)stack_bottom(task) + STACK_PAGES * PAGE_SIZE; }
+
+static void back_stack(const struct task *task)
+{
+    u32 bottom = (u32)stack_bottom(task);
+    for (u32 page = 0; page < STACK_PAGES; page++) {
+        u32 va = bottom + page * PAGE_SIZE;
+        if (!(kpt_get(va) & PTE_P))
+            kpt_set(va, pte_make(frame_alloc_untracked(), kpt_data_bits()));
+    }
+}
+
+/* Birth. */
+
+void task_init(void)
+{
+    current->state = TASK_RUNNABLE;
+    current->pid = ++last_pid;
+    current->name = "main";
+    *stack_bottom(current) = STACK_MARK;
+    window_init(&current->windows);
+}
+
+static struct task *new_task(const char *name)
+{
+    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
+        if (task->state != TASK_FREE)
+            continue;
+        back_stack(task);
+        *stack_bottom(task) = STACK_MARK;
+        task->pid = ++last_pid;
+        task->name = name;
+        task->parent = current;
+        task->is_process = false;
+        task->preemptions = 0;
+        task->windows.depth = 0;
+        return task;
+    }
+    return NULL;
+}
+
+static struct trap_frame *first_frame(const struct task *task)
+{
+    return (struct trap_frame *)(stack_top(task) - sizeof(struct trap_frame));
+}
+
+/* Puts what switch_stacks expects below the task's first frame, and lets it run. */
+static void make_runnable(struct task *task)
+{
+    u32 *stack = (u32 *)first_frame(task);
+    *--stack = (u32)trap_return_first;
+    for (u32 saved = 0; saved < 4; saved++)
+        *--stack = 0;
+    task->esp = (u32)stack;
+    task->irq_depth = 1;
+    task->state = TASK_RUNNABLE;
+}
+
+/* traps.S comes here on a task's first switch, before it leaves through its frame. */
+void task_first_run(void) { irq_depth--; }
+
+struct task *task_spawn(const struct program *program, const struct arguments *arguments)
+{
+    struct task *task = new_task(program->name);
+    if (!task || !space_create(&task->space))
+        return NULL;
+    u32 entry;
+    struct region stack = {.start = USER_STACK_TOP - PAGE_SIZE,
+                           .end = USER_STACK_TOP,
+                           .flags = REGION_WRITE | REGION_GROWS_DOWN};
+    if (!image_map(&task->space, program, &entry) || !space_map(&task->space, stack)) {
+        space_destroy(&task->space);
+        return NULL;
+    }
+    task->is_process = true;
+    *first_frame(task) = (struct trap_frame){.eax = arguments->seed,
+                                             .ebx = arguments->scale,
+                                             .ecx = arguments->flags,
+                                             .ds = USER_DS,
+                                             .es = USER_DS,
+                                             .eip = entry,
+                                             .cs = USER_CS,
+                                             .eflags = EFLAGS_IF | EFLAGS_FIXED,
+                                             .user_esp = USER_STACK_TOP,
+                                             .user_ss = USER_DS};
+    make_runnable(task);
+    return task;
+}
+
+static void thread_end(void) { task_exit(0); }
+
+/* IRET within ring 0 leaves the frame's last two words on the stack: there they are a return address and an argument. */
+struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
+{
+    struct task *task = new_task(name);
+    if (!task)
+        return NULL;
+    *first_frame(task) = (struct trap_frame){.ds = KERNEL_DS,
+                                             .es = KERNEL_DS,
+                                             .eip = (u32)run,
+                                             .cs = KERNEL_CS,
+                                             .eflags = EFLAGS_IF | EFLAGS_FIXED,
+                                             .user_esp = (u32)thread_end,
+                                             .user_ss = argument};
+    make_runnable(task);
+    return task;
+}
+
+u32 task_fork(const struct trap_frame *frame)
+{
+    struct task *child = new_task(current->name);
+    if (!child || !space_create(&child->space))
+        return 0;
+    if (!space_fork(&current->space, &child->space)) {
+        space_destroy(&child->space);
+        return 0;
+    }
+    child->is_process = true;
+    *first_frame(child) = *frame;
+    first_frame(child)->eax = 0;
+    make_runnable(child);
+    return child->pid;
+}
+
+/* Death. */
+
+static void abandon_children(void)
+{
+    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
+        if (task->state == TASK_FREE || task->parent != current)
+            continue;
+        task->parent = NULL;
+        if (task->state == TASK_ZOMBIE)
+            task->state = TASK_FREE;
+    }
+}
+
+void task_exit(u32 status)
+{
+    irq_off();
+    tlb_load(kpt_root());
+    if (current->is_process)
+        space_destroy(&current->space);
+    abandon_children();
+    current->status = status;
+    current->state = current->parent ? TASK_ZOMBIE : TASK_FREE;
+    if (current->parent)
+        task_wake(current->parent);
+    schedule();
+    panic("a task that had ended ran again");
+}
+
+/* Any child, preferring one that has ended. */
+static struct task *find_child(void)
+{
+    struct task *child = NULL;
+    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
+        if (task->state == TASK_FREE || task->parent != current)
+            continue;
+        child = task;
+        if (task->state == TASK_ZOMBIE)
+            break;
+    }
+    return child;
+}
+
+u32 task_wait_child(u32 *status)
+{
+    struct task *child;
+    while ((child = find_child())) {
+        if (child->state == TASK_ZOMBIE) {
+            *status = child->status;
+            child->state = TASK_FREE;
+            return child->pid;
+        }
+        task_wait_on(current);
+    }
+    return 0;
+}
+
+/* Scheduling. */
+
+void task_wait_on(const void *channel)
+{
+    current->channel = channel;
+    current->state = TASK_WAITING;
+    schedule();
+}
+
+void task_wake(const void *channel)
+{
+    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++)
+        if (task->state == TASK_WAITING && task->channel == channel)
+            task->state = TASK_RUNNABLE;
+}
+
+void task_sleep(u32 for_ticks)
+{
+    current->wake_tick = ticks + for_ticks;
+    current->state = TASK_SLEEPING;
+    schedule();
+}
+
+static bool can_run(struct task *task)
+{
+    if (task->state == TASK_SLEEPING && (int)(ticks - task->wake_tick) >= 0)
+        task->state = TASK_RUNNABLE;
+    return task->state == TASK_RUNNABLE;
+}
+
+/* The next in turn after the current one, which itself comes last. */
+static struct task *find_next(void)
+{
+    u32 index = (u32)(current - tasks);
+    for (u32 step = 1; step <= TASKS_MAX; step++) {
+        struct task *task = &tasks[(index + step) % TASKS_MAX];
+        if (can_run(task))
+            return task;
+    }
+    return NULL;
+}
+
+static bool anyone_sleeps(void)
+{
+    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++)
+        if (task->state == TASK_SLEEPING)
+            return true;
+    return false;
+}
+
+static struct task *wait_for_next(void)
+{
+    struct task *next;
+    while (!(next = find_next())) {
+        if (!anyone_sleeps())
+            panic("every task waits for another");
+        __asm__ volatile("sti; hlt; cli" : : : "memory");
+    }
+    return next;
+}
+
+static void switch_to(struct task *next)
+{
+    struct task *previous = current;
+    ASSERT(*stack_bottom(previous) == STACK_MARK);
+    previous->irq_depth = irq_depth;
+    irq_depth = next->irq_depth;
+    window_switch(&previous->windows, &next->windows);
+    tlb_load(next->is_process ? next->space.upt.cr3 : kpt_root());
+    tss_set_stack(stack_top(next));
+    current = next;
+    switch_stacks(&previous->esp, next->esp);
+}
+
+void schedule(void)
+{
+    irq_off();
+    need_resched = false;
+    struct task *next = wait_for_next();
+    if (next != current)
+        switch_to(next);
+    irq_on();
+}

@@ -1,0 +1,73 @@
+/* Tasks: kernel threads and user processes, their life and their scheduling. */
+#ifndef TASK_H
+#define TASK_H
+
+#include "space.h"
+#include "trap.h"
+#include "window.h"
+
+enum task_state {
+    TASK_FREE,
+    TASK_RUNNABLE,
+    TASK_WAITING,  /* until task_wake(channel) */
+    TASK_SLEEPING, /* until ticks reaches wake_tick */
+    TASK_ZOMBIE,   /* its status waits for the parent */
+};
+
+struct task {
+    struct space space; /* only if is_process */
+    struct window_stack windows;
+    enum task_state state;
+    bool is_process;
+    u32 pid;
+    const char *name;
+    struct task *parent; /* NULL: nobody will ask for the status */
+    u32 status;
+    u32 esp;       /* while switched away */
+    u32 irq_depth; /* while switched away */
+    u32 preemptions;
+    const void *channel;
+    u32 wake_tick;
+};
+
+extern struct task *current;
+
+/* Set by the timer; the next return to user mode switches. */
+extern bool need_resched;
+
+/* A status tells how a process ended: its own exit value 0..255, or this plus the vector that killed it. */
+#define STATUS_KILLED 0x100
+/* Killed because memory ran out, whatever the vector. */
+#define STATUS_NO_MEMORY 0x200
+
+/* Makes the running code task 1, and its window stack the current one. */
+void task_init(void);
+
+/* What a new process finds in EAX, EBX and ECX. */
+struct arguments {
+    u32 seed, scale, flags;
+};
+
+struct program;
+
+/* Both return NULL when there is no free task or no memory. The caller is the parent. */
+struct task *task_spawn(const struct program *program, const struct arguments *arguments);
+struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument);
+
+/* A copy of the current process that resumes at `frame` with 0 in EAX. Returns its pid, or 0. */
+u32 task_fork(const struct trap_frame *frame);
+
+void task_exit(u32 status) __attribute__((noreturn));
+
+/* Waits for any child to end; returns its pid, or 0 if there is none. */
+u32 task_wait_child(u32 *status);
+
+/* Sleep until task_wake with the same channel. The caller checks its condition again. */
+void task_wait_on(const void *channel);
+void task_wake(const void *channel);
+void task_sleep(u32 for_ticks);
+
+/* Lets others run. */
+void schedule(void);
+
+#endif

@@ -1,0 +1,13 @@
+/* The clock interrupt's work. */
+#ifndef TICK_H
+#define TICK_H
+
+#include "types.h"
+
+/* Allocates the page that ticks are stamped into. */
+void tick_init(void);
+void tick(void);
+/* Whether the stamp is that of the last tick. */
+bool tick_stamp_holds(void);
+
+#endif

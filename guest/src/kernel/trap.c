@@ -1,0 +1,94 @@
+/* Traps: where each goes.
+ *
+ *   timer          tick, end of interrupt
+ *   int 0x80       system call
+ *   page fault     at a user address, from user code or user_copy: the address space may repair it
+ *   the rest       from user code: kills the process; from kernel code: stops the guest
+ *
+ * Then, on the way back to user code only: switch if the timer asked for it. */
+#include "trap.h"
+
+#include "apic.h"
+#include "check.h"
+#include "console.h"
+#include "cpu.h"
+#include "dump.h"
+#include "irq.h"
+#include "syscall.h"
+#include "task.h"
+#include "tick.h"
+
+static const char *const names[] = {
+    "divide error", "debug", "NMI", "breakpoint", "overflow", "bound range", "invalid opcode", "no coprocessor",
+    "double fault", "coprocessor overrun", "invalid TSS", "segment not present", "stack fault",
+    "general protection", "page fault", "reserved 15", "x87 error", "alignment check", "machine check",
+    "SIMD error",
+};
+
+const char *trap_name(u32 vector) { return vector < ARRAY_SIZE(names) ? names[vector] : "unknown exception"; }
+
+static void timer_interrupt(void)
+{
+    u32 depth = window_irq_enter();
+    tick();
+    window_irq_leave(depth);
+    need_resched = true;
+    apic_end_of_interrupt();
+}
+
+/* The process cannot go on. The line says nothing that differs between machines. */
+static void kill(const struct trap_frame *frame, u32 cr2, u32 status)
+{
+    printk("pager: process %u (%s) killed: %s", current->pid, current->name,
+           status == STATUS_NO_MEMORY ? "out of memory" : trap_name(frame->vector));
+    if (frame->vector == TRAP_PAGE_FAULT)
+        printk(", %s of %08x, %s", fault_access_text(frame->error), cr2, fault_reason_text(frame->error));
+    printk("\n");
+    task_exit(status);
+}
+
+static void page_fault(struct trap_frame *frame)
+{
+    u32 cr2 = read_cr2();
+    bool user = trap_from_user(frame), copying = frame->eip == (u32)user_copy_access;
+    if (!(user || copying) || !current->is_process)
+        die(frame, cr2);
+    enum fault_result result = space_fault(&current->space, cr2, frame->error);
+    if (result == FAULT_FIXED)
+        return;
+    if (copying && !user)
+        frame->eip = (u32)user_copy_failed;
+    else
+        kill(frame, cr2, result == FAULT_OUT_OF_MEMORY ? STATUS_NO_MEMORY : STATUS_KILLED + TRAP_PAGE_FAULT);
+}
+
+static void exception(struct trap_frame *frame)
+{
+    bool users_own = trap_from_user(frame) && frame->vector != TRAP_NMI && frame->vector != TRAP_DOUBLE_FAULT;
+    if (!users_own)
+        die(frame, read_cr2());
+    kill(frame, 0, STATUS_KILLED + frame->vector);
+}
+
+static void preempt(void)
+{
+    current->preemptions++;
+    schedule();
+}
+
+void trap_dispatch(struct trap_frame *frame)
+{
+    irq_depth++;
+    switch (frame->vector) {
+    case VECTOR_TIMER: timer_interrupt(); break;
+    case VECTOR_SYSCALL: syscall_dispatch(frame); break;
+    case TRAP_PAGE_FAULT: page_fault(frame); break;
+    default: exception(frame); break;
+    }
+    if (trap_from_user(frame)) {
+        ASSERT(window_depth() == 0);
+        if (need_resched)
+            preempt();
+    }
+    irq_depth--;
+}

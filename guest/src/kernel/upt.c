@@ -1,0 +1,158 @@
+/* User page tables: in high memory, reached through the window only.
+ *
+ *                 CR3 -> pdpt[0..2] -> directory -> table        PAE:    pdpt in the task (low memory), the rest high;
+ *                        pdpt[3]    -> kernel_directory                  directories appear with their first table
+ *                 CR3 -> root (directory) -> table               legacy: root is high, its top quarter a copy of the kernel's
+ *
+ * Holds: a table's frame counts its entries in use (frame.link), and a directory those it has below USER_END; an entry is in
+ * use if it is not 0. A table or directory that is not linked has no entries in use. */
+#include "upt.h"
+
+#include "boot.h"
+#include "check.h"
+#include "frames.h"
+#include "kpt.h"
+#include "string.h"
+#include "tlb.h"
+#include "window.h"
+
+static const pte_t link_bits = PTE_A | PTE_U | PTE_W | PTE_P;
+
+/* A cleared frame for a table or directory. */
+static u32 new_table(void)
+{
+    u32 frame = frame_alloc(ZONE_HIGH);
+    if (frame == FRAME_NONE)
+        return FRAME_NONE;
+    void *table = kmap_local(frame, "new page table");
+    clear_page(table);
+    kunmap_local(table);
+    return frame;
+}
+
+static void copy_kernel_directory(u32 frame)
+{
+    void *directory = kmap_local(frame, "new root");
+    for (u32 i = directory_index(KERNEL_BASE); i < paging.entries; i++)
+        table_set(directory, i, table_get(kernel_directory, i));
+    kunmap_local(directory);
+}
+
+bool upt_create(struct upt *upt)
+{
+    *upt = (struct upt){.root = FRAME_NONE};
+    if (paging.pae) {
+        upt->pdpt[3] = kernel_pdpt[3];
+        upt->cr3 = low_physical(upt->pdpt);
+        return true;
+    }
+    upt->root = new_table();
+    if (upt->root == FRAME_NONE)
+        return false;
+    copy_kernel_directory(upt->root);
+    upt->cr3 = upt->root << PAGE_SHIFT;
+    return true;
+}
+
+static void put_directory(u32 frame)
+{
+    ASSERT(frame_of(frame)->link == 0);
+    frame_put(frame);
+}
+
+void upt_destroy(struct upt *upt)
+{
+    ASSERT(!tlb_is_loaded(upt->cr3));
+    if (!paging.pae) {
+        put_directory(upt->root);
+        return;
+    }
+    for (u32 i = 0; i < USER_END >> 30; i++)
+        if (upt->pdpt[i])
+            put_directory(pte_frame(upt->pdpt[i]));
+}
+
+/* The directory for `va`. In PAE the CPU has to be told of a new one: it read the PDPT at the last MOV CR3. */
+static u32 directory_of(struct upt *upt, u32 va, bool create)
+{
+    if (!paging.pae)
+        return upt->root;
+    u64 *entry = &upt->pdpt[va >> 30];
+    if (*entry || !create)
+        return pte_frame(*entry);
+    u32 frame = new_table();
+    if (frame == FRAME_NONE)
+        return FRAME_NONE;
+    *entry = pte_make(frame, PTE_P);
+    if (tlb_is_loaded(upt->cr3))
+        flush_not_global();
+    return frame;
+}
+
+static u32 table_of(struct upt *upt, u32 va, bool create)
+{
+    u32 directory_frame = directory_of(upt, va, create);
+    if (directory_frame == FRAME_NONE)
+        return FRAME_NONE;
+    void *directory = kmap_local(directory_frame, "user directory");
+    u32 frame = pte_frame(table_get(directory, directory_index(va)));
+    if (frame == FRAME_NONE && create) {
+        frame = new_table();
+        if (frame != FRAME_NONE) {
+            table_set(directory, directory_index(va), pte_make(frame, link_bits));
+            frame_of(directory_frame)->link++;
+        }
+    }
+    kunmap_local(directory);
+    return frame;
+}
+
+bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+{
+    ASSERT(va < USER_END);
+    leaf->frame = table_of(upt, va, create);
+    if (leaf->frame == FRAME_NONE)
+        return false;
+    leaf->table = kmap_local(leaf->frame, "user page table");
+    leaf->index = table_index(va);
+    return true;
+}
+
+void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
+
+pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->table, leaf->index); }
+
+void upt_set(struct leaf *leaf, pte_t entry)
+{
+    u32 *count = &frame_of(leaf->frame)->link;
+    *count += (entry != 0) - (upt_get(leaf) != 0);
+    table_set(leaf->table, leaf->index, entry);
+}
+
+u32 upt_count(const struct leaf *leaf) { return frame_of(leaf->frame)->link; }
+
+u32 upt_unlink(struct upt *upt, u32 va)
+{
+    u32 directory_frame = directory_of(upt, va, false);
+    if (directory_frame == FRAME_NONE)
+        return FRAME_NONE;
+    void *directory = kmap_local(directory_frame, "user directory");
+    u32 frame = pte_frame(table_get(directory, directory_index(va)));
+    if (frame != FRAME_NONE) {
+        ASSERT(frame_of(frame)->link == 0);
+        table_set(directory, directory_index(va), 0);
+        frame_of(directory_frame)->link--;
+    }
+    kunmap_local(directory);
+    return frame;
+}
+
+u32 upt_frame_at(struct upt *upt, u32 va)
+{
+    struct leaf leaf;
+    if (!upt_open(upt, va, false, &leaf))
+        return FRAME_NONE;
+    u32 frame = pte_frame(upt_get(&leaf));
+    upt_close(&leaf);
+    return frame;
+}

@@ -1,0 +1,44 @@
+/* User page tables: in high memory, reached through the window only.
+ *
+ * upt_open maps the page table that covers an address and takes one window slot until upt_close. */
+#ifndef UPT_H
+#define UPT_H
+
+#include "paging.h"
+
+/* The tables of one address space. CR3 points at `pdpt` in PAE and at frame `root` in the legacy format. */
+struct upt {
+    u64 pdpt[4] __attribute__((aligned(32)));
+    u32 root;
+    u32 cr3;
+};
+
+/* An open page table: entry `index` is that of the address it was opened for. */
+struct leaf {
+    void *table;
+    u32 frame;
+    u32 index;
+};
+
+/* False when out of memory. */
+bool upt_create(struct upt *upt);
+/* Frees the directories; the tables below must be gone (upt_unlink). The tables must not be loaded. */
+void upt_destroy(struct upt *upt);
+
+/* False if there is no table for `va` and `create` is not set, or memory has run out. */
+bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf);
+void upt_close(struct leaf *leaf);
+
+pte_t upt_get(const struct leaf *leaf);
+/* Keeps count of the entries in use. Flushes nothing. */
+void upt_set(struct leaf *leaf, pte_t entry);
+/* Entries in use in this table. */
+u32 upt_count(const struct leaf *leaf);
+
+/* Takes an empty table out of its directory. Returns its frame, to be put after the flush; FRAME_NONE if there was none. */
+u32 upt_unlink(struct upt *upt, u32 va);
+
+/* The frame mapped at `va`, or FRAME_NONE. */
+u32 upt_frame_at(struct upt *upt, u32 va);
+
+#endif

@@ -1,0 +1,111 @@
+/* The temporary window.
+ *
+ * Story: high frames have no address of their own. A mapping claims the next slot of the CPU, writes its page-table entry and
+ * flushes that one page; a release clears the entry and leaves the flush to the slot's next user, so a map-and-release costs
+ * one INVLPG. Low frames claim a slot too, so that order and depth are checked alike, but are reached where they are.
+ *
+ * Holds: slot i is mapped only while i < depth. A slot is claimed before its entry is written and given back after it was
+ * cleared, so an interrupt in between takes the next one and no interrupt needs to be held off.
+ * Locks: none; never sleeps. */
+#include "window.h"
+
+#include "check.h"
+#include "console.h"
+#include "cpu.h"
+#include "frames.h"
+#include "kpt.h"
+
+static struct window_stack *current_stack;
+static u32 depth_max = WINDOW_TASK_DEPTH_MAX; /* of the context that runs now */
+static u32 high_water;
+
+static u32 slot_address(u32 slot) { return WINDOW_BASE + slot * PAGE_SIZE; }
+
+static void slot_map(u32 slot, u32 frame)
+{
+    kpt_set(slot_address(slot), pte_make(frame, kpt_data_bits()));
+    invlpg(slot_address(slot));
+}
+
+void *kmap_local(u32 frame, const char *why)
+{
+    struct window_stack *stack = current_stack;
+    u32 slot = stack->depth++;
+    barrier();
+    if (slot >= depth_max)
+        panic("window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
+    if (depth_max == WINDOW_TASK_DEPTH_MAX)
+        high_water = max_u32(high_water, slot + 1);
+    void *address = frame_is_low(frame) ? low_address(frame) : (void *)slot_address(slot);
+    stack->entries[slot] = (struct window_entry){frame, address, why};
+    if (!frame_is_low(frame))
+        slot_map(slot, frame);
+    return address;
+}
+
+enum window_error window_release(const void *address)
+{
+    struct window_stack *stack = current_stack;
+    if (stack->depth == 0)
+        return WINDOW_EMPTY;
+    u32 slot = stack->depth - 1;
+    if (stack->entries[slot].address != address)
+        return WINDOW_OUT_OF_ORDER;
+    if ((u32)address == slot_address(slot))
+        kpt_set(slot_address(slot), 0);
+    barrier();
+    stack->depth = slot;
+    return WINDOW_OK;
+}
+
+void kunmap_local(const void *address)
+{
+    if (window_release(address) != WINDOW_OK)
+        panic("window release of %08x is not that of the newest mapping", (u32)address);
+}
+
+u32 window_depth(void) { return current_stack->depth; }
+u32 window_high_water(void) { return high_water; }
+void window_reset_high_water(void) { high_water = 0; }
+
+u32 window_irq_enter(void)
+{
+    depth_max += WINDOW_IRQ_DEPTH_MAX;
+    return current_stack->depth;
+}
+
+void window_irq_leave(u32 depth_at_entry)
+{
+    if (current_stack->depth != depth_at_entry)
+        panic("interrupt handler entered at window depth %u and left at %u", depth_at_entry, current_stack->depth);
+    depth_max -= WINDOW_IRQ_DEPTH_MAX;
+}
+
+void window_init(struct window_stack *stack) { current_stack = stack; }
+
+void window_switch(const struct window_stack *from, struct window_stack *to)
+{
+    for (u32 slot = 0; slot < from->depth; slot++)
+        kpt_set(slot_address(slot), 0);
+    current_stack = to;
+    for (u32 slot = 0; slot < to->depth; slot++)
+        if ((u32)to->entries[slot].address == slot_address(slot))
+            slot_map(slot, to->entries[slot].frame);
+}
+
+void *window_map_for_dump(u32 frame)
+{
+    slot_map(WINDOW_DUMP_SLOT, frame);
+    return (void *)slot_address(WINDOW_DUMP_SLOT);
+}
+
+void window_dump_stack(void)
+{
+    if (!current_stack)
+        return;
+    u32 depth = min_u32(current_stack->depth, WINDOW_DEPTH_MAX);
+    printk("windows held: %u\n", current_stack->depth);
+    for (u32 i = 0; i < depth; i++)
+        printk("  %u: frame %05x at %08x for \"%s\"\n", i, current_stack->entries[i].frame,
+               (u32)current_stack->entries[i].address, current_stack->entries[i].why);
+}

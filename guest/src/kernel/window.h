@@ -1,0 +1,49 @@
+/* The temporary window: kmap_local, a stack of mappings for every execution context.
+ *
+ * kmap_local(frame, why) maps a frame until kunmap_local of the same address. Mappings nest and are released strictly in
+ * reverse; they never sleep; a task may be switched away while it holds some. `why` is for diagnostics only. */
+#ifndef WINDOW_H
+#define WINDOW_H
+
+#include "layout.h"
+#include "types.h"
+
+struct window_entry {
+    u32 frame;
+    void *address;
+    const char *why;
+};
+
+/* The mappings that a context holds; part of its task. An interrupt uses the stack of whom it interrupts. */
+struct window_stack {
+    u32 depth;
+    struct window_entry entries[WINDOW_DEPTH_MAX];
+};
+
+enum window_error { WINDOW_OK, WINDOW_EMPTY, WINDOW_OUT_OF_ORDER };
+
+void *kmap_local(u32 frame, const char *why);
+/* A wrong release is a bug of the kernel's: the stack is printed and the guest stops. */
+void kunmap_local(const void *address);
+/* The same, but a wrong release changes nothing and is reported: for whoever tests the rule. */
+enum window_error window_release(const void *address);
+
+u32 window_depth(void);
+/* The deepest any task has been since boot, or since the last call of window_reset_high_water. */
+u32 window_high_water(void);
+void window_reset_high_water(void);
+
+/* Around an interrupt handler: allows it its share of depth, and checks that it released what it mapped. */
+u32 window_irq_enter(void);
+void window_irq_leave(u32 depth_at_entry);
+
+/* Names the first context. */
+void window_init(struct window_stack *stack);
+/* Moves the CPU's slots from one context's mappings to another's. */
+void window_switch(const struct window_stack *from, struct window_stack *to);
+
+/* Maps any frame in the slot reserved for crash dumps, whatever state the stack is in. */
+void *window_map_for_dump(u32 frame);
+void window_dump_stack(void);
+
+#endif

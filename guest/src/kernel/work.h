@@ -1,0 +1,11 @@
+/* The workloads. Each prints its result lines and counts its checks. */
+#ifndef WORK_H
+#define WORK_H
+
+void work_hello(void);
+void work_mm(void);
+void work_kmap(void);
+/* Reads through a null pointer in kernel code: what a kernel fault looks like. */
+void work_oops(void);
+
+#endif

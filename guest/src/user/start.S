@@ -1,0 +1,14 @@
+/* Where a program starts: EAX, EBX and ECX hold the arguments of program_main; what it returns is the exit status. */
+#include "syscalls.h"
+
+    .section .text.start, "ax"
+    .globl _start
+_start:
+    xorl %ebp, %ebp
+    pushl %ecx
+    pushl %ebx
+    pushl %eax
+    call program_main
+    movl %eax, %ebx
+    movl $SYS_EXIT, %eax
+    int $0x80

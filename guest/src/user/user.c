@@ -1,0 +1,69 @@
+/* What programs use. See user.h. */
+#include "user.h"
+
+#define LINE_BYTES 160
+
+struct line {
+    char text[LINE_BYTES];
+    u32 bytes;
+};
+
+static u32 checks, errors;
+
+static void put_text(struct line *line, const char *text)
+{
+    for (; *text && line->bytes < LINE_BYTES - 1; text++)
+        line->text[line->bytes++] = *text;
+}
+
+static void put_number(struct line *line, u32 value)
+{
+    char digits[11];
+    u32 at = sizeof(digits) - 1;
+    digits[at] = 0;
+    do
+        digits[--at] = (char)('0' + value % 10);
+    while ((value /= 10));
+    put_text(line, digits + at);
+}
+
+void say(const char *text, ...)
+{
+    struct line line;
+    line.bytes = 0;
+    va_list args;
+    va_start(args, text);
+    put_text(&line, text);
+    while (1) {
+        put_number(&line, va_arg(args, u32));
+        text = va_arg(args, const char *);
+        if (!text)
+            break;
+        put_text(&line, text);
+    }
+    va_end(args);
+    line.text[line.bytes++] = '\n';
+    write(line.text, line.bytes);
+}
+
+void expect(bool holds, const char *what)
+{
+    checks++;
+    if (holds)
+        return;
+    struct line line;
+    line.bytes = 0;
+    put_text(&line, "pager: check failed: ");
+    put_text(&line, what);
+    line.text[line.bytes++] = '\n';
+    if (errors++ < 3)
+        write(line.text, line.bytes);
+}
+
+void tally_report(void)
+{
+    system_call(SYS_TALLY, checks, errors, 0);
+    tally_forget();
+}
+
+void tally_forget(void) { checks = errors = 0; }
