@@ -2,3 +2,6 @@
 
 pub mod cpu;
 pub mod interp;
+pub mod kvm;
+pub mod machine;
+pub mod probe;

@@ -1,0 +1,191 @@
+//! The machine pool: the memory that the VMM really has, seen by KVM as one slot at machine address 0.
+//!
+//! Story: made once at start-up. The firmware takes its first frames, the MMU hands out the rest; KVM reads guest
+//! and shadow memory through the same pages. Nobody else maps it.
+//!
+//! Holds: the mapping is shared and lives as long as any [`Pool`] handle; a frame that was never written costs the
+//! host nothing. Every access is bounds-checked, volatile, and atomic where the caller asks for an atomic.
+//!
+//! Not here: which frame is whose (the MMU), giving frames back to the host.
+
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+mod advise;
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use umbra_mmu::{Mfn, Mpa, PAGE_SIZE};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+
+/// Why the pool cannot be made, or an access to it is not possible.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// The host does not give the memory.
+    #[error(
+        "the host does not map {} MiB for the machine pool: {source}; ask for fewer frames (--frames) or raise \
+         the limit on address space (ulimit -v)",
+        frames / 256
+    )]
+    Map {
+        /// Frames that were asked for.
+        frames: u64,
+        /// What the host said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// An access beyond the pool.
+    #[error("machine address {address} (length {length}) lies beyond the pool of {frames} frames")]
+    Outside {
+        /// The first byte.
+        address: Mpa,
+        /// Bytes.
+        length: usize,
+        /// Frames in the pool.
+        frames: u64,
+    },
+    /// The host refuses to drop its translations of a frame.
+    #[error("madvise on machine frame {frame} failed: {source}")]
+    Advise {
+        /// The frame.
+        frame: Mfn,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// The machine pool.
+#[derive(Debug)]
+pub struct Pool {
+    region: MmapRegion,
+}
+
+impl Pool {
+    /// A pool of `frames` 4 KiB frames, all zero.
+    ///
+    /// # Errors
+    /// When the host does not map it; 0 frames are an error too.
+    pub fn new(frames: u64) -> Result<Pool, PoolError> {
+        let bytes = frames.checked_mul(PAGE_SIZE).and_then(|bytes| usize::try_from(bytes).ok());
+        MmapRegionBuilder::new(bytes.unwrap_or(usize::MAX))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+            .map(|region| Pool { region })
+            .map_err(|source| PoolError::Map { frames, source })
+    }
+
+    /// Frames in the pool.
+    pub fn frames(&self) -> u64 {
+        self.bytes() / PAGE_SIZE
+    }
+
+    /// Bytes in the pool.
+    pub fn bytes(&self) -> u64 {
+        self.region.size() as u64
+    }
+
+    /// The whole pool; its offsets are machine addresses.
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        self.region.as_volatile_slice()
+    }
+
+    /// The host's address of machine address 0: what a KVM memory slot is told.
+    pub fn host_address(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    /// Copies `bytes` to `address`.
+    ///
+    /// # Errors
+    /// When they do not fit the pool.
+    pub fn write(&self, address: Mpa, bytes: &[u8]) -> Result<(), PoolError> {
+        self.slice().write_slice(bytes, address.0 as usize).map_err(|_| self.outside(address, bytes.len()))
+    }
+
+    /// Fills `bytes` from `address`.
+    ///
+    /// # Errors
+    /// When they do not lie in the pool.
+    pub fn read(&self, address: Mpa, bytes: &mut [u8]) -> Result<(), PoolError> {
+        let length = bytes.len();
+        self.slice().read_slice(bytes, address.0 as usize).map_err(|_| self.outside(address, length))
+    }
+
+    /// Reads the aligned quadword at `address`, in one piece.
+    ///
+    /// # Errors
+    /// When it is not aligned or does not lie in the pool.
+    pub fn load(&self, address: Mpa) -> Result<u64, PoolError> {
+        self.quadword(address).map(|word| u64::from_le(word.load(Ordering::SeqCst)))
+    }
+
+    /// Writes the aligned quadword at `address`, in one piece.
+    ///
+    /// # Errors
+    /// When it is not aligned or does not lie in the pool.
+    pub fn store(&self, address: Mpa, value: u64) -> Result<(), PoolError> {
+        self.quadword(address).map(|word| word.store(value.to_le(), Ordering::SeqCst))
+    }
+
+    /// Makes the host drop every translation of `frame`, its contents kept: KVM is told by its own MMU notifier, and
+    /// every vCPU has flushed what it had of the frame before this returns. The next touch maps it again.
+    ///
+    /// # Errors
+    /// When the frame lies beyond the pool or the host refuses.
+    pub fn drop_translations(&self, frame: Mfn) -> Result<(), PoolError> {
+        let address = frame.at(0);
+        let page = self
+            .slice()
+            .subslice(address.0 as usize, PAGE_SIZE as usize)
+            .map_err(|_| self.outside(address, PAGE_SIZE as usize))?;
+        advise::drop_translations(&page).map_err(|source| PoolError::Advise { frame, source })
+    }
+
+    fn quadword(&self, address: Mpa) -> Result<&AtomicU64, PoolError> {
+        self.region.get_atomic_ref(address.0 as usize).map_err(|_| self.outside(address, 8))
+    }
+
+    fn outside(&self, address: Mpa, length: usize) -> PoolError {
+        PoolError::Outside { address, length, frames: self.frames() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pool_is_zero_and_keeps_what_is_written() {
+        let pool = Pool::new(4).unwrap();
+        assert_eq!((pool.frames(), pool.load(Mpa(8)).unwrap()), (4, 0));
+        pool.write(Mpa(0x1ffc), &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+        assert_eq!(pool.load(Mpa(0x2000)).unwrap(), 0x0807_0605);
+    }
+
+    #[test]
+    fn access_beyond_the_pool_is_an_error() {
+        let pool = Pool::new(1).unwrap();
+        assert!(matches!(pool.load(Mpa(0x1000)), Err(PoolError::Outside { length: 8, frames: 1, .. })));
+        assert!(matches!(pool.write(Mpa(0xfff), &[0, 0]), Err(PoolError::Outside { .. })));
+        assert!(matches!(pool.read(Mpa(u64::MAX), &mut [0]), Err(PoolError::Outside { .. })));
+        assert!(matches!(pool.drop_translations(Mfn(1)), Err(PoolError::Outside { .. })));
+        assert!(pool.load(Mpa(1)).is_err(), "unaligned");
+    }
+
+    #[test]
+    fn pool_that_cannot_be_is_an_error_with_a_remedy() {
+        for frames in [0, 1 << 50, u64::MAX] {
+            assert!(Pool::new(frames).unwrap_err().to_string().contains("--frames"), "{frames}");
+        }
+    }
+
+    #[test]
+    fn dropped_translations_keep_the_contents() {
+        let pool = Pool::new(2).unwrap();
+        pool.store(Mpa(0x1000), 0x1234).unwrap();
+        pool.drop_translations(Mfn(1)).unwrap();
+        assert_eq!(pool.load(Mpa(0x1000)).unwrap(), 0x1234);
+    }
+}

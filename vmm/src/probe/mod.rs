@@ -1,0 +1,6 @@
+//! The host probe.
+
+#![forbid(unsafe_code)]
+
+#[doc(hidden)]
+pub mod scratch;
