@@ -1,5 +1,6 @@
 //! umbra
 
+pub mod board;
 pub mod cpu;
 pub mod interp;
 pub mod kvm;
