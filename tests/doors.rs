@@ -32,15 +32,15 @@ fn main() {
 fn with_kvm(host: &'static Host) -> Vec<Trial> {
     // Some KVMs suffer when the last VM goes and another comes, again and again: one stays.
     std::mem::forget(host.kvm().create_vm());
-    let bodies = vcpu::ALL.iter().map(|&(name, body)| trial(name.into(), move || body(host)));
-    bodies.chain(attacks::ALL.iter().flat_map(|attack| attacks::trials(host, attack))).collect()
+    let bodies = vcpu::TESTS.iter().map(|&(name, body)| trial(name.into(), move || body(host)));
+    bodies.chain(attacks::ATTACKS.iter().flat_map(|attack| attacks::trials(host, attack))).collect()
 }
 
 fn without_kvm(reason: &str) -> Vec<Trial> {
     let required = std::env::var("UMBRA_REQUIRE").is_ok_and(|list| list.split(',').any(|it| it == "kvm"));
-    let names = vcpu::ALL.iter().map(|(name, _)| (*name).to_owned());
+    let names = vcpu::TESTS.iter().map(|(name, _)| (*name).to_owned());
     names
-        .chain(attacks::ALL.iter().flat_map(attacks::names))
+        .chain(attacks::ATTACKS.iter().flat_map(attacks::names))
         .map(|name| {
             let error = format!("UMBRA_REQUIRE asks for kvm, but {reason}");
             match required {

@@ -27,6 +27,7 @@ pub mod host;
 pub mod kick;
 pub mod registers;
 mod run_page;
+pub mod shootdown;
 #[allow(unsafe_code)]
 mod sys;
 pub mod vcpu;

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::machine::Pool;
@@ -72,6 +72,17 @@ impl MachineVm {
         // back. It stays mapped while a vCPU can run: `self` holds the pool, and each vCPU holds `self`.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
     }
+}
+
+/// Sets a vCPU's extended state.
+///
+/// # Errors
+/// What KVM says.
+pub fn set_xsave(vcpu: &VcpuFd, state: &kvm_xsave) -> io::Result<()> {
+    // SAFETY: KVM reads as many bytes as the state of the features that this process may give to guests takes:
+    // size_of::<kvm_xsave>() unless it has asked for more (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM), which nothing
+    // here does.
+    unsafe { vcpu.set_xsave(state) }.map_err(io::Error::from)
 }
 
 /// The calling thread's id.

@@ -32,7 +32,7 @@ use super::registers::{
     EntryPlan, can_run, flags_from_hardware, gprs_from_hardware, null_segment, regs_to_hardware, slot,
     unchanged,
 };
-use super::sys::MachineVm;
+use super::sys::{self, MachineVm};
 use super::vm::call;
 use crate::cpu::{CpuState, Seg, Segment};
 
@@ -55,6 +55,9 @@ pub struct KvmVcpu {
     root: Mpa,
     debug: [u64; 5],
 }
+
+/// FPU and SSE registers as FXSAVE stores them in 32-bit code.
+pub type FxsaveArea = [u8; 512];
 
 /// How a run of the vCPU ended.
 enum Left {
@@ -91,7 +94,7 @@ impl KvmVcpu {
         image: Mpa,
     ) -> Result<KvmVcpu, KvmError> {
         let root = Mpa(0);
-        let mut vcpu = KvmVcpu {
+        let vcpu = KvmVcpu {
             fd,
             machine,
             index,
@@ -105,7 +108,10 @@ impl KvmVcpu {
             root,
             debug: NO_BREAKPOINTS,
         };
-        vcpu.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() })?;
+        // A reset vCPU has FCW 0x40, which a program that never executes FNINIT would see; KVM's sets MXCSR itself.
+        vcpu.fd
+            .set_fpu(&kvm_fpu { fcw: 0x37f, ..kvm_fpu::default() })
+            .map_err(|error| call("KVM_SET_FPU", error))?;
         Ok(vcpu)
     }
 
@@ -143,16 +149,28 @@ impl KvmVcpu {
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn fpu(&self) -> Result<kvm_fpu, KvmError> {
-        self.fd.get_fpu().map_err(|error| call("KVM_GET_FPU", error))
+    pub fn fpu(&self) -> Result<FxsaveArea, KvmError> {
+        let state = self.fd.get_xsave().map_err(|error| call("KVM_GET_XSAVE", error))?;
+        let mut area = [0; 512];
+        for (bytes, word) in area.as_chunks_mut::<4>().0.iter_mut().zip(&state.region) {
+            *bytes = word.to_le_bytes();
+        }
+        Ok(area)
     }
 
     /// Sets the guest's FPU and SSE registers.
     ///
     /// # Errors
-    /// When KVM refuses.
-    pub fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), KvmError> {
-        self.fd.set_fpu(fpu).map_err(|error| call("KVM_SET_FPU", error))
+    /// When KVM refuses; an MXCSR with reserved bits is refused.
+    pub fn set_fpu(&mut self, area: &FxsaveArea) -> Result<(), KvmError> {
+        const XSTATE_BV: usize = 512 / 4;
+        const X87_AND_SSE: u32 = 3;
+        let mut state = self.fd.get_xsave().map_err(|error| call("KVM_GET_XSAVE", error))?;
+        for (word, bytes) in state.region.iter_mut().zip(area.as_chunks::<4>().0) {
+            *word = u32::from_le_bytes(*bytes);
+        }
+        state.region[XSTATE_BV] |= X87_AND_SSE;
+        sys::set_xsave(&self.fd, &state).map_err(|source| KvmError::Call { what: "KVM_SET_XSAVE", source })
     }
 
     /// Runs the guest from `cpu` on the page tables at `root`, whose entry for the firmware must be there, until it
@@ -168,7 +186,6 @@ impl KvmVcpu {
     /// [`KvmError::Stopped`] with a dump where the vCPU stopped in a way that has no answer.
     pub fn enter(&mut self, cpu: &mut CpuState, root: Mpa, flush: bool) -> Result<KvmExit, KvmError> {
         can_run(cpu)?;
-        self.root = root;
         if flush && self.flush(cpu, root)? {
             return Ok(KvmExit::Kicked);
         }
@@ -183,8 +200,13 @@ impl KvmVcpu {
         }
     }
 
-    /// Runs the flush stub. True where a kick came meanwhile.
-    fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
+    /// Flushes the vCPU's TLB for `root` and does not run the guest: for a caller that must say at once that it has
+    /// flushed. True where a kick came meanwhile (it has been taken back).
+    ///
+    /// # Errors
+    /// As [`KvmVcpu::enter`].
+    pub fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
+        self.root = root;
         let (mut regs, mut sregs) = (kvm_regs::default(), self.reset);
         self.plan.flush(cpu, root, &mut regs, &mut sregs);
         self.write_registers(&regs, &sregs);
@@ -200,6 +222,7 @@ impl KvmVcpu {
     }
 
     fn load(&mut self, cpu: &CpuState, root: Mpa) -> Result<(), KvmError> {
+        self.root = root;
         let stale = [cpu.segment(Seg::Cs), cpu.segment(Seg::Ss)];
         self.tables.mask_stale(self.machine.pool(), Mode::of_cpl(cpu.cpl), stale)?;
         self.load_debug(cpu)?;
