@@ -6,3 +6,4 @@ pub mod interp;
 pub mod kvm;
 pub mod machine;
 pub mod probe;
+pub mod units;

@@ -1,5 +1,7 @@
 //! The architectural CPU: the state that is the VMM's between any two exits.
 
+pub mod cpuid;
 pub mod state;
 
+pub use cpuid::CpuModel;
 pub use state::{CpuState, Msrs, Seg, Segment, TableRegister, cr0, cr4, efer, eflags};
