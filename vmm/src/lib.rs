@@ -2,6 +2,7 @@
 
 pub mod board;
 pub mod cpu;
+#[forbid(unsafe_code)]
 pub mod interp;
 pub mod kvm;
 pub mod machine;

@@ -32,7 +32,8 @@ pub struct Segment {
     /// Limit in bytes, granularity already applied.
     pub limit: u32,
     /// Descriptor bits 40..=55 as they stand in the descriptor: type in 0..=3, S 4, DPL 5..=6, P 7, AVL 12, L 13,
-    /// D/B 14, G 15. Bits 8..=11 (the limit's top) are zero.
+    /// D/B 14, G 15. Bits 8..=11 (the limit's top) are zero, and so is L: this CPU has no long mode, and a guest's
+    /// L must never reach the one that has.
     pub attributes: u16,
     /// True for a null or never loaded register: any use faults.
     pub unusable: bool,
@@ -52,6 +53,31 @@ impl Segment {
     /// The D/B bit: 32-bit default operand and stack size.
     pub fn big(&self) -> bool {
         self.attributes & (1 << 14) != 0
+    }
+
+    /// True for a code segment (in protected mode; real mode does not care).
+    pub fn code(&self) -> bool {
+        self.kind() & 8 != 0
+    }
+
+    /// True for conforming code: runs at its caller's privilege.
+    pub fn conforming(&self) -> bool {
+        self.kind() & 0xc == 0xc
+    }
+
+    /// True where data may be read: data, or readable code.
+    pub fn readable(&self) -> bool {
+        !self.code() || self.kind() & 2 != 0
+    }
+
+    /// True for writable data.
+    pub fn writable(&self) -> bool {
+        self.kind() & 0xa == 2
+    }
+
+    /// True for data whose valid offsets lie above the limit.
+    pub fn expand_down(&self) -> bool {
+        self.kind() & 0xc == 4
     }
 }
 
@@ -162,6 +188,21 @@ impl CpuState {
     /// One segment register.
     pub fn segment(&self, seg: Seg) -> &Segment {
         &self.seg[seg as usize]
+    }
+
+    /// True in protected mode.
+    pub fn protected(&self) -> bool {
+        self.cr0 & cr0::PE != 0
+    }
+
+    /// True where an external interrupt would be taken before the next instruction.
+    pub fn interruptible(&self) -> bool {
+        self.eflags & eflags::IF != 0 && !self.interrupt_shadow
+    }
+
+    /// The I/O privilege level, 0..=3.
+    pub fn iopl(&self) -> u8 {
+        ((self.eflags & eflags::IOPL) >> 12) as u8
     }
 
     /// True in protected mode with paging on.

@@ -7,6 +7,7 @@
 
 use umbra_mmu::{Access, Gva, PageFault};
 
+use super::exception::Exception;
 use crate::cpu::CpuState;
 
 /// Width of a scalar access.
@@ -27,22 +28,29 @@ impl Width {
     pub fn bytes(self) -> u32 {
         self as u32
     }
-}
 
-/// An exception to deliver to the guest. A value, not an error of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Exception {
-    /// Vector, 0..=31.
-    pub vector: u8,
-    /// Error code, for the vectors that push one.
-    pub error: Option<u32>,
-    /// The faulting linear address of a #PF: what CR2 is to hold.
-    pub cr2: Option<u32>,
-}
+    /// The width in bits.
+    pub fn bits(self) -> u32 {
+        8 * self.bytes()
+    }
 
-impl From<PageFault> for Exception {
-    fn from(fault: PageFault) -> Exception {
-        Exception { vector: 14, error: Some(fault.code.bits()), cr2: Some(fault.gva.0) }
+    /// All ones, for the widths of a register (1, 2 and 4 bytes); 8 bytes give the mask of their low half.
+    pub fn mask(self) -> u32 {
+        match self {
+            Width::B1 => 0xff,
+            Width::B2 => 0xffff,
+            Width::B4 | Width::B8 => u32::MAX,
+        }
+    }
+
+    /// The sign bit within [`Width::mask`].
+    pub fn sign(self) -> u32 {
+        (self.mask() >> 1) + 1
+    }
+
+    /// `value` (already masked) with its sign extended to 32 bits.
+    pub fn extend(self, value: u32) -> u32 {
+        (value ^ self.sign()).wrapping_sub(self.sign())
     }
 }
 
@@ -83,11 +91,13 @@ pub trait Bus {
     ) -> Result<u64, BusError>;
 
     /// Checks that `length` bytes could be accessed, setting A (and D for a write), touching nothing else. For
-    /// instructions of several accesses that must not stop half way.
+    /// instructions of several accesses that must not stop half way: after a probe the same instruction's accesses
+    /// to those bytes shall not fault, and should not return [`BusError::Again`] but in a race (it would be run
+    /// again from its start; INS alone then loses what the port gave).
     fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError>;
 
     /// Fetches up to `buffer.len()` (at most 15) instruction bytes and returns how many; stops short where the
-    /// next page cannot be fetched, and faults only where the first byte cannot.
+    /// next page cannot be fetched, and faults only where the first byte cannot. Never returns 0.
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError>;
 
     /// Reads an I/O port. Ports nobody owns read as ones.
@@ -99,7 +109,8 @@ pub trait Bus {
     /// INVLPG.
     fn invalidate_page(&mut self, gva: Gva);
 
-    /// CR0, CR3, CR4, EFER or the CPL are about to become those of `new` (already checked for reserved bits).
+    /// CR0, CR3, CR4, EFER or the CPL, or with CR4.SMAP on EFLAGS.AC, are about to become those of `new` (already
+    /// checked for reserved bits). Where this succeeds the instruction completes without a further bus call.
     /// `flush` is set where the architecture asks for a TLB flush although nothing may differ (MOV CR3).
     /// Loading PAE page-directory-pointer entries with reserved bits is a #GP and changes nothing.
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError>;

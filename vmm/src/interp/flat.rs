@@ -1,0 +1,222 @@
+//! A bus without paging: linear addresses are offsets into one block of memory. The twin of the real one for tests,
+//! fuzzing and benchmarks.
+//!
+//! Holds: pages can be made absent, read-only or a supervisor's, which faults as paging would; and the bus can be
+//! told to answer `Again` at its n-th call, so that restarts can be tried at every point.
+
+use std::collections::BTreeMap;
+
+use umbra_mmu::{Access, AccessKind, FaultCode, Gva, PageFault};
+
+use super::bus::{Bus, BusError, Width};
+use crate::cpu::CpuState;
+
+/// What a page of a [`FlatBus`] admits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Page {
+    /// Nothing.
+    Absent,
+    /// Reads and fetches.
+    ReadOnly,
+    /// Everything, at CPL 0 to 2.
+    Supervisor,
+}
+
+/// One access to a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortAccess {
+    /// A read of so many bytes.
+    In(u16, u32),
+    /// A write of so many bytes, and what.
+    Out(u16, u32, u32),
+}
+
+/// Flat memory, with what a test wants to see or to set.
+#[derive(Clone, Debug, Default)]
+pub struct FlatBus {
+    /// The linear address of `memory[0]`.
+    pub base: u32,
+    /// Memory; everything outside is absent.
+    pub memory: Vec<u8>,
+    /// Pages (by linear address / 4096) that are not open to everything.
+    pub pages: BTreeMap<u32, Page>,
+    /// Ports touched, in order.
+    pub ports: Vec<PortAccess>,
+    /// What ports read as.
+    pub port_value: u32,
+    /// INVLPGs, in order.
+    pub invalidated: Vec<Gva>,
+    /// How often `set_paging` was called, and the CPL of its last call.
+    pub paging: (u32, u8),
+    /// Calls that may fail, so far.
+    pub calls: u32,
+    /// The call (counting from 0) that answers `Again`.
+    pub again_at: Option<u32>,
+    /// Set: `set_paging` is a #GP, as with reserved bits in a PAE directory pointer.
+    pub refuse_paging: bool,
+}
+
+/// CPUID.1:EDX of the twin: DE, PSE, TSC, MSR, PAE, MCE, CX8, PGE, CMOV, FXSR, SSE and SSE2.
+const FEATURES: u32 = 0x0700_a1fc;
+
+impl FlatBus {
+    /// `size` bytes of zeros from linear address `base` on.
+    pub fn new(base: u32, size: usize) -> FlatBus {
+        FlatBus { base, memory: vec![0; size], port_value: u32::MAX, ..FlatBus::default() }
+    }
+
+    /// Copies `bytes` to `address`; what falls outside memory is dropped.
+    pub fn place(&mut self, address: u32, bytes: &[u8]) {
+        for (byte, n) in bytes.iter().zip(0..) {
+            if let Some(slot) = self.slot(address.wrapping_add(n)) {
+                *slot = *byte;
+            }
+        }
+    }
+
+    /// The little-endian dword at `address`; zeros outside memory.
+    pub fn dword(&self, address: u32) -> u32 {
+        self.scalar(Gva(address), Width::B4) as u32
+    }
+
+    fn slot(&mut self, address: u32) -> Option<&mut u8> {
+        self.memory.get_mut(address.wrapping_sub(self.base) as usize)
+    }
+
+    fn scalar(&self, gva: Gva, width: Width) -> u64 {
+        (0..width.bytes()).rev().fold(0, |value, n| {
+            let index = gva.0.wrapping_add(n).wrapping_sub(self.base) as usize;
+            value << 8 | u64::from(self.memory.get(index).copied().unwrap_or(0))
+        })
+    }
+
+    /// Counts a call, and lets it fail where it was told to.
+    fn call(&mut self) -> Result<(), BusError> {
+        let again = self.again_at == Some(self.calls);
+        self.calls += 1;
+        if again { Err(BusError::Again) } else { Ok(()) }
+    }
+
+    fn fault_at(&self, gva: Gva, access: Access) -> Option<PageFault> {
+        let inside = (gva.0.wrapping_sub(self.base) as usize) < self.memory.len();
+        let page = if inside { self.pages.get(&(gva.0 >> 12)).copied() } else { Some(Page::Absent) };
+        let write = access.kind == AccessKind::Write;
+        let refused = match page {
+            None => false,
+            Some(Page::Absent) => true,
+            Some(Page::ReadOnly) => write,
+            Some(Page::Supervisor) => access.user,
+        };
+        let mut code = FaultCode::empty();
+        code.set(FaultCode::PRESENT, page != Some(Page::Absent));
+        code.set(FaultCode::WRITE, write);
+        code.set(FaultCode::USER, access.user);
+        refused.then_some(PageFault { gva, code })
+    }
+
+    /// Checks the first and last byte: an access touches at most two pages. The second's fault is at its start.
+    fn check(&self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
+        let last = gva.wrapping_add(length.max(1) - 1);
+        let second = if last.page() == gva.page() { None } else { self.fault_at(last.page(), access) };
+        match self.fault_at(gva, access).or(second) {
+            Some(fault) => Err(fault.into()),
+            None => Ok(()),
+        }
+    }
+
+    fn put(&mut self, gva: Gva, width: Width, value: u64) {
+        let bytes = value.to_le_bytes();
+        self.place(gva.0, &bytes[..width.bytes() as usize]);
+    }
+}
+
+impl Bus for FlatBus {
+    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        self.call()?;
+        self.check(gva, width.bytes(), access)?;
+        Ok(self.scalar(gva, width))
+    }
+
+    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        self.call()?;
+        self.check(gva, width.bytes(), access)?;
+        self.put(gva, width, value);
+        Ok(())
+    }
+
+    fn update(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        self.call()?;
+        self.check(gva, width.bytes(), Access::write(user))?;
+        let old = self.scalar(gva, width);
+        // A compare-and-swap that loses once: `change` must bear it.
+        change(!old & u64::MAX >> (64 - width.bits()));
+        let new = change(old);
+        self.put(gva, width, new);
+        Ok(old)
+    }
+
+    fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
+        self.call()?;
+        self.check(gva, length, access)
+    }
+
+    fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
+        self.call()?;
+        let access = Access::execute(user);
+        let mut length = 0;
+        for (slot, n) in buffer.iter_mut().zip(0..) {
+            let at = gva.wrapping_add(n);
+            match self.fault_at(at, access) {
+                Some(fault) if n == 0 => return Err(fault.into()),
+                Some(_) => break,
+                None => *slot = self.scalar(at, Width::B1) as u8,
+            }
+            length += 1;
+        }
+        Ok(length)
+    }
+
+    fn port_in(&mut self, port: u16, width: Width) -> u32 {
+        self.ports.push(PortAccess::In(port, width.bytes()));
+        self.port_value
+    }
+
+    fn port_out(&mut self, port: u16, width: Width, value: u32) {
+        self.ports.push(PortAccess::Out(port, width.bytes(), value));
+    }
+
+    fn invalidate_page(&mut self, gva: Gva) {
+        self.invalidated.push(gva);
+    }
+
+    fn set_paging(&mut self, new: &CpuState, _flush: bool) -> Result<(), BusError> {
+        self.call()?;
+        if self.refuse_paging {
+            return Err(BusError::Exception(super::Exception::gp(0)));
+        }
+        self.paging = (self.paging.0 + 1, new.cpl);
+        Ok(())
+    }
+
+    fn cpuid(&mut self, leaf: u32, _subleaf: u32) -> [u32; 4] {
+        match leaf {
+            0 => [7, 0x7263_7355, 0, 0],
+            1 => [0x600, 0, 0, FEATURES],
+            // SMEP, SMAP; UMIP.
+            7 => [0, 1 << 7 | 1 << 20, 1 << 2, 0],
+            0x8000_0000 => [0x8000_0001, 0, 0, 0],
+            0x8000_0001 => [0, 0, 0, 1 << 20],
+            _ => [0; 4],
+        }
+    }
+
+    fn tsc(&mut self) -> u64 {
+        u64::from(self.calls)
+    }
+}

@@ -1,0 +1,151 @@
+//! The stack: single pushes and pops, and frames that are written whole or not at all.
+//!
+//! Holds: ESP changes only after the last access that can fail.
+
+use umbra_mmu::{Access, AccessKind, Gva};
+
+use super::operand::{ESP, merge};
+use super::segment::admits;
+use super::{Bus, Core, Exception, Exec, Width, ensure};
+use crate::cpu::{Seg, Segment};
+
+/// A stack to push a frame on: the current one, or the one that a gate switches to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stack {
+    pub(super) segment: Segment,
+    pub(super) pointer: u32,
+    /// The accesses are a user's.
+    pub(super) user: bool,
+    /// Misaligned accesses fault.
+    pub(super) aligned: bool,
+    /// What a frame beyond the limit raises.
+    pub(super) fault: Exception,
+}
+
+impl Stack {
+    /// The mask of the pointer: SP or ESP.
+    pub(super) fn mask(&self) -> u32 {
+        if self.segment.big() { u32::MAX } else { 0xffff }
+    }
+
+    /// The pointer `bytes` further down.
+    pub(super) fn below(&self, bytes: u32) -> u32 {
+        merge(self.pointer, self.pointer.wrapping_sub(bytes), self.mask())
+    }
+
+    /// The pointer `bytes` further up.
+    pub(super) fn above(&self, bytes: u32) -> u32 {
+        merge(self.pointer, self.pointer.wrapping_add(bytes), self.mask())
+    }
+}
+
+impl<B: Bus + ?Sized> Core<'_, B> {
+    /// The stack at SS:ESP.
+    pub(super) fn stack(&self) -> Stack {
+        Stack {
+            segment: *self.cpu.segment(Seg::Ss),
+            pointer: self.cpu.gpr[ESP],
+            user: self.user(),
+            aligned: self.aligned(),
+            fault: Exception::ss(0),
+        }
+    }
+
+    /// SS's address size as a mask: SP or ESP, BP or EBP.
+    pub(super) fn stack_mask(&self) -> u32 {
+        self.stack().mask()
+    }
+
+    /// The checked linear address of a slot of `stack`.
+    fn slot(&self, stack: &Stack, pointer: u32, width: Width, kind: AccessKind) -> Exec<Gva> {
+        let offset = pointer & stack.mask();
+        ensure(admits(&stack.segment, offset, width.bytes(), kind, self.cpu.protected()), stack.fault)?;
+        let gva = Gva(stack.segment.base.wrapping_add(offset));
+        ensure(gva.0 & (width.bytes() - 1) == 0 || !stack.aligned, Exception::AC)?;
+        Ok(gva)
+    }
+
+    /// Checks `count` slots from `pointer` upwards, segment and pages, touching none. Goes from the top down, as
+    /// pushes do, so that the first fault is the one that they would meet.
+    fn probe_slots(
+        &mut self,
+        stack: &Stack,
+        pointer: u32,
+        count: u32,
+        width: Width,
+        kind: AccessKind,
+    ) -> Exec {
+        let bytes = width.bytes();
+        let access = Access { kind, user: stack.user };
+        let mut probed = None;
+        for n in (0..count).rev() {
+            let gva = self.slot(stack, pointer.wrapping_add(n * bytes), width, kind)?;
+            let crosses = gva.wrapping_add(bytes - 1).page() != gva.page();
+            if crosses || probed != Some(gva.page()) {
+                self.bus.probe(gva, bytes, access)?;
+                probed = Some(gva.page());
+            }
+        }
+        Ok(())
+    }
+
+    /// Pushes `values`, the first one first, all or none. Returns the new pointer; the caller commits it.
+    pub(super) fn push_frame(&mut self, stack: &Stack, values: &[u32], width: Width) -> Exec<u32> {
+        let count = values.len() as u32;
+        let bottom = stack.below(count * width.bytes());
+        self.probe_slots(stack, bottom, count, width, AccessKind::Write)?;
+        for (value, n) in values.iter().zip(1..) {
+            let gva = self.slot(stack, stack.below(n * width.bytes()), width, AccessKind::Write)?;
+            self.bus.write(gva, width, u64::from(value & width.mask()), Access::write(stack.user))?;
+            self.watch(gva, width.bytes(), true);
+        }
+        Ok(bottom)
+    }
+
+    /// Reads `N` slots from `skip` bytes above the pointer, the top of the stack first. Moves no pointer.
+    pub(super) fn peek_frame<const N: usize>(
+        &mut self,
+        stack: &Stack,
+        skip: u32,
+        width: Width,
+    ) -> Exec<[u32; N]> {
+        let mut values = [0; N];
+        for (value, n) in values.iter_mut().zip(0..) {
+            *value = self.peek(stack, skip + n * width.bytes(), width)?;
+        }
+        Ok(values)
+    }
+
+    /// Reads the slot `skip` bytes above the pointer.
+    pub(super) fn peek(&mut self, stack: &Stack, skip: u32, width: Width) -> Exec<u32> {
+        let gva = self.slot(stack, stack.above(skip), width, AccessKind::Read)?;
+        let value = self.bus.read(gva, width, Access::read(stack.user))?;
+        self.watch(gva, width.bytes(), false);
+        Ok(value as u32)
+    }
+
+    /// Pushes one value.
+    pub(super) fn push(&mut self, width: Width, value: u32) -> Exec {
+        let pointer = self.stack().below(width.bytes());
+        self.store(Seg::Ss, pointer & self.stack_mask(), width, value)?;
+        self.cpu.gpr[ESP] = pointer;
+        Ok(())
+    }
+
+    /// Reads the top of the stack without moving the pointer.
+    pub(super) fn top(&mut self, width: Width) -> Exec<u32> {
+        let offset = self.cpu.gpr[ESP] & self.stack_mask();
+        self.load(Seg::Ss, offset, width)
+    }
+
+    /// Moves the pointer up: the last part of a pop.
+    pub(super) fn release(&mut self, bytes: u32) {
+        self.cpu.gpr[ESP] = self.stack().above(bytes);
+    }
+
+    /// Checks that `count` slots from `pointer` upwards on the current stack can be accessed.
+    pub(super) fn probe_stack(&mut self, pointer: u32, count: u32, width: Width, kind: AccessKind) -> Exec {
+        let stack = self.stack();
+        self.probe_slots(&stack, pointer, count, width, kind)
+    }
+}

@@ -1,0 +1,169 @@
+//! String instructions, with and without REP.
+//!
+//! Holds: each iteration is complete before the next begins, ESI, EDI and ECX with it; a fault, an interrupt or a
+//! wait between two leaves EIP at the instruction, which then goes on. A fault gives the flags back as they were
+//! before the instruction (they are no input of any string instruction).
+//!
+//! Limits: a REP does at most [`ITERATIONS_MAX`] iterations a step, and one while single-stepping or with
+//! breakpoints set.
+//!
+//! See: Intel SDM vol. 2, REP; vol. 1, 7.3.9.
+
+use iced_x86::{Instruction, OpKind};
+use umbra_mmu::{Access, AccessKind};
+
+use super::alu;
+use super::operand::{EAX, ECX, EDI, EDX, ESI, merge, segment_of};
+use super::{Bus, Core, Exec, Flow, Leave, Width};
+use crate::cpu::{Seg, eflags};
+
+/// The most iterations of one step.
+const ITERATIONS_MAX: u32 = 4096;
+
+/// Which string instruction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum StringKind {
+    Movs,
+    Cmps,
+    Stos,
+    Lods,
+    Scas,
+    Ins,
+    Outs,
+}
+
+/// A string instruction, taken apart.
+struct Strings {
+    kind: StringKind,
+    width: Width,
+    /// The address size as a mask on ESI, EDI and ECX.
+    mask: u32,
+    /// The segment that ESI is in.
+    source: Seg,
+    /// What ESI and EDI move by.
+    step: u32,
+    /// Some(zf): REPE or REPNE goes on while ZF is `zf`.
+    while_zero: Option<bool>,
+}
+
+impl StringKind {
+    fn compares(self) -> bool {
+        matches!(self, StringKind::Cmps | StringKind::Scas)
+    }
+}
+
+impl<B: Bus + ?Sized> Core<'_, B> {
+    /// Runs a string instruction: once, or for a bounded number of iterations under REP.
+    pub(super) fn string(&mut self, i: &Instruction, kind: StringKind, width: Width) -> Exec<Flow> {
+        if matches!(kind, StringKind::Ins | StringKind::Outs) {
+            self.check_port(self.cpu.gpr[EDX] as u16, width)?;
+        }
+        let strings = self.strings(i, kind, width);
+        if i.has_rep_prefix() || i.has_repne_prefix() {
+            return self.repeat(&strings);
+        }
+        self.iterate(&strings)?;
+        Ok(Flow::Next)
+    }
+
+    fn strings(&self, i: &Instruction, kind: StringKind, width: Width) -> Strings {
+        let small = |op| matches!(i.op_kind(op), OpKind::MemorySegSI | OpKind::MemoryESDI);
+        let backwards = self.cpu.eflags & eflags::DF != 0;
+        Strings {
+            kind,
+            width,
+            mask: if small(0) || small(1) { 0xffff } else { u32::MAX },
+            source: segment_of(i.memory_segment()),
+            step: if backwards { width.bytes().wrapping_neg() } else { width.bytes() },
+            while_zero: kind.compares().then_some(!i.has_repne_prefix()),
+        }
+    }
+
+    fn repeat(&mut self, strings: &Strings) -> Exec<Flow> {
+        let flags = self.cpu.eflags;
+        let single = flags & eflags::TF != 0 || self.breakpoints_on();
+        let budget = if single { 1 } else { ITERATIONS_MAX };
+        for done in 0..budget {
+            if self.cpu.gpr[ECX] & strings.mask == 0 {
+                return Ok(Flow::Next);
+            }
+            match self.iterate(strings) {
+                Ok(()) => {}
+                Err(Leave::Again) if done > 0 => return Ok(Flow::Repeat),
+                Err(leave) => {
+                    self.cpu.eflags = flags;
+                    return Err(leave);
+                }
+            }
+            self.advance(ECX, u32::MAX, strings.mask);
+            let zero = self.cpu.eflags & eflags::ZF != 0;
+            if strings.while_zero.is_some_and(|wanted| wanted != zero) {
+                return Ok(Flow::Next);
+            }
+        }
+        let finished = self.cpu.gpr[ECX] & strings.mask == 0;
+        Ok(if finished { Flow::Next } else { Flow::Repeat })
+    }
+
+    /// Adds to a register within the address size.
+    fn advance(&mut self, register: usize, by: u32, mask: u32) {
+        let old = self.cpu.gpr[register];
+        self.cpu.gpr[register] = merge(old, old.wrapping_add(by), mask);
+    }
+
+    /// One iteration: all of it or, on error, nothing.
+    fn iterate(&mut self, s: &Strings) -> Exec {
+        let (from, to) = (self.cpu.gpr[ESI] & s.mask, self.cpu.gpr[EDI] & s.mask);
+        match s.kind {
+            StringKind::Movs => {
+                let target = self.probe_target(s, to);
+                if let Err(Leave::Again) = target {
+                    return Err(Leave::Again);
+                }
+                // Where both fault, the read comes first.
+                let value = self.load(s.source, from, s.width)?;
+                target?;
+                self.store(Seg::Es, to, s.width, value)?;
+            }
+            StringKind::Cmps => {
+                let left = self.load(s.source, from, s.width)?;
+                let right = self.load(Seg::Es, to, s.width)?;
+                self.cpu.eflags = alu::sub(left, right, self.cpu.eflags, s.width).flags;
+            }
+            StringKind::Stos => self.store(Seg::Es, to, s.width, self.cpu.gpr[EAX])?,
+            StringKind::Lods => {
+                let value = self.load(s.source, from, s.width)?;
+                self.set_accumulator(s.width, value);
+            }
+            StringKind::Scas => {
+                let right = self.load(Seg::Es, to, s.width)?;
+                self.cpu.eflags = alu::sub(self.accumulator(s.width), right, self.cpu.eflags, s.width).flags;
+            }
+            StringKind::Ins => {
+                self.probe_target(s, to)?;
+                let value = self.read_port(self.cpu.gpr[EDX] as u16, s.width);
+                self.store(Seg::Es, to, s.width, value)?;
+            }
+            StringKind::Outs => {
+                let value = self.load(s.source, from, s.width)?;
+                self.write_port(self.cpu.gpr[EDX] as u16, s.width, value);
+            }
+        }
+        if !matches!(s.kind, StringKind::Stos | StringKind::Scas | StringKind::Ins) {
+            self.advance(ESI, s.step, s.mask);
+        }
+        if !matches!(s.kind, StringKind::Lods | StringKind::Outs) {
+            self.advance(EDI, s.step, s.mask);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the store to come will go through: what is read first may be a port or a device, and cannot
+    /// be read twice.
+    fn probe_target(&mut self, s: &Strings, to: u32) -> Exec {
+        let gva = self.linear(Seg::Es, to, s.width, AccessKind::Write)?;
+        let access = Access::write(self.user());
+        self.bus.probe(gva, s.width.bytes(), access)?;
+        Ok(())
+    }
+}
