@@ -38,7 +38,7 @@ const IMAGES: &[Image] = &[
 ];
 
 /// Programs, each linked of its own file, `start.S` and `user.c`.
-const PROGRAMS: &[&str] = &["hello", "mm"];
+const PROGRAMS: &[&str] = &["hello", "mm", "access"];
 
 /// No FPU, no position-independent code, nothing that a hosted C would add. Stores are not merged, because a merged store to
 /// bytes may cross a page (see string.c); loops are not turned into calls, because early.c has nobody to call.
@@ -102,7 +102,6 @@ fn build() -> Result<()> {
     println!("cargo::rerun-if-changed=src/kernel");
     println!("cargo::rerun-if-changed=src/user");
     println!("cargo::rerun-if-env-changed=UMBRA_GUEST_CC");
-    println!("cargo::rerun-if-env-changed=PATH");
     fs::write(tree.out.join("umbra_abi.h"), abi_header())?;
     for program in PROGRAMS {
         tree.link_program(program)?;

@@ -10,11 +10,32 @@
     X(HELLO, "hello") \
     X(MM, "mm")      \
     X(KMAP, "kmap")  \
+    X(ACCESS, "access") \
     X(OOPS, "oops")
 
 enum workload {
 #define X(id, name) WORKLOAD_##id,
     WORKLOADS(X)
+#undef X
+};
+
+/* Ways in which a CPU is known to differ from the architecture's page faults; `allow=` names those that are no error.
+ *   rsvd-no-p   a reserved bit is reported without P
+ *   rmw-read    an unlocked read-modify-write reads first: it faults as a read, and a fault of its write comes after A was set */
+#define QUIRKS(X) \
+    X(RSVD_NO_P, "rsvd-no-p") \
+    X(RMW_READ, "rmw-read")
+
+enum quirk_index {
+#define X(id, name) QUIRK_INDEX_##id,
+    QUIRKS(X)
+#undef X
+    QUIRK_COUNT
+};
+
+enum quirk {
+#define X(id, name) QUIRK_##id = 1u << QUIRK_INDEX_##id,
+    QUIRKS(X)
 #undef X
 };
 
@@ -24,6 +45,7 @@ struct options {
     u32 seed;
     u32 scale;  /* percent of the default work */
     u32 lowmem; /* MiB, a multiple of 4 */
+    u32 allow;  /* set of enum quirk */
 };
 
 struct memory_range {

@@ -15,7 +15,7 @@ static u32 word_length(const char *word)
     return n;
 }
 
-/* If the word starts with `key` (which includes its '='), returns what follows it. */
+/* If the word starts with `key`, returns what follows it. */
 static const char *value_of(const char *word, const char *key)
 {
     for (; *key; word++, key++)
@@ -59,6 +59,36 @@ static bool parse_workload(const char *value, enum workload *out)
     return false;
 }
 
+static bool quirk_named(const char *name, u32 length, u32 *quirks)
+{
+#define X(id, text)                                                             \
+    if (length == sizeof(text) - 1 && value_of(name, text) == name + length) {  \
+        *quirks |= QUIRK_##id;                                                  \
+        return true;                                                            \
+    }
+    QUIRKS(X)
+#undef X
+    return false;
+}
+
+/* Names with a comma between two. */
+static bool parse_quirks(const char *value, u32 *quirks)
+{
+    u32 left = word_length(value);
+    *quirks = 0;
+    while (1) {
+        u32 length = 0;
+        while (length < left && value[length] != ',')
+            length++;
+        if (!quirk_named(value, length, quirks))
+            return false;
+        if (length == left)
+            return true;
+        value += length + 1;
+        left -= length + 1;
+    }
+}
+
 static bool parse_paging(const char *value, bool *legacy)
 {
     *legacy = value_is(value, "legacy");
@@ -79,6 +109,8 @@ static bool parse_word(const char *word, struct options *options)
     if ((value = value_of(word, "lowmem=")))
         return parse_number(value, LOWMEM_MAX, &options->lowmem) && options->lowmem >= LOWMEM_MIN &&
                options->lowmem % 4 == 0;
+    if ((value = value_of(word, "allow=")))
+        return parse_quirks(value, &options->allow);
     return false;
 }
 
@@ -98,6 +130,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->seed = 1;
     options->scale = 100;
     options->lowmem = LOWMEM_DEFAULT;
+    options->allow = 0;
     bool first = true;
     while (*line) {
         u32 length = word_length(line);

@@ -26,6 +26,7 @@ struct elf_segment {
 
 PROGRAM(hello, "hello")
 PROGRAM(mm, "mm")
+PROGRAM(access, "access")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

@@ -9,7 +9,7 @@ struct program {
     const u8 *elf, *end;
 };
 
-extern const struct program program_hello, program_mm;
+extern const struct program program_hello, program_mm, program_access;
 
 /* Makes regions of the program's segments and sets where its heap starts. Nothing is loaded until it is touched. */
 bool image_map(struct space *space, const struct program *program, u32 *entry);

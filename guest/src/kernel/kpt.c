@@ -11,8 +11,8 @@
 
 #include "boot.h"
 #include "check.h"
-#include "cpu.h"
 #include "frames.h"
+#include "tlb.h"
 
 u64 kernel_pdpt[4] __attribute__((aligned(32)));
 u32 kernel_directory[1024] __attribute__((aligned(PAGE_SIZE)));
@@ -93,5 +93,5 @@ void kpt_init(void)
     u32 table = 0;
     for (u32 va = TOP_BASE; va >= TOP_BASE; va += table_reach())
         set_directory(va, pte_make(low_physical(top_tables[table++]) >> PAGE_SHIFT, PTE_A | PTE_W | PTE_P));
-    write_cr3(kpt_root());
+    tlb_load(kpt_root());
 }

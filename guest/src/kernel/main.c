@@ -40,6 +40,8 @@ static void run(enum workload workload)
         work_mm();
     if (all || workload == WORKLOAD_KMAP)
         work_kmap();
+    if (workload == WORKLOAD_ACCESS)
+        work_access();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }
@@ -49,6 +51,8 @@ void kernel_main(void)
     console_init();
     descriptors_init();
     refuse_bad_start();
+    printk("pager: boot paging=%s lowmem=%uM seed=%u scale=%u\n", boot.options.legacy ? "legacy" : "pae",
+           boot.options.lowmem, boot.options.seed, boot.options.scale);
     paging_init();
     kpt_init();
     frames_init();
@@ -56,8 +60,6 @@ void kernel_main(void)
     space_init();
     tick_init();
     apic_init();
-    printk("pager: boot paging=%s lowmem=%uM seed=%u scale=%u\n", paging.pae ? "pae" : "legacy", boot.options.lowmem,
-           boot.options.seed, boot.options.scale);
     apic_timer_start();
     irq_on();
     run(boot.options.workload);

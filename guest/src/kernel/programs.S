@@ -10,3 +10,4 @@ program_\name\()_elf_end:
 
     program hello
     program mm
+    program access

@@ -16,6 +16,15 @@
 #define SYS_PREEMPTIONS 12 /* how often the caller was switched away against its will */
 #define SYS_SLEEP 13      /* timer ticks */
 
+#define SYS_PROBE 14      /* what the read in EDX gave; EAX = what to do next, at the address in ECX (access.c) */
+
+/* What SYS_PROBE asks for. */
+#define PROBE_END 0
+#define PROBE_READ 1
+#define PROBE_WRITE 2   /* of EDX */
+#define PROBE_MODIFY 3  /* increment */
+#define PROBE_EXECUTE 4 /* call */
+
 #define SYS_ERROR 0xffffffff
 
 /* In the flags that a program starts with. */

@@ -2,12 +2,14 @@
  *
  *   timer          tick, end of interrupt
  *   int 0x80       system call
- *   page fault     at a user address, from user code or user_copy: the address space may repair it
+ *   page fault     one that the access workload provoked: noted there
+ *                  at a user address, from user code or user_copy: the address space may repair it
  *   the rest       from user code: kills the process; from kernel code: stops the guest
  *
  * Then, on the way back to user code only: switch if the timer asked for it. */
 #include "trap.h"
 
+#include "access.h"
 #include "apic.h"
 #include "check.h"
 #include "console.h"
@@ -50,6 +52,8 @@ static void kill(const struct trap_frame *frame, u32 cr2, u32 status)
 static void page_fault(struct trap_frame *frame)
 {
     u32 cr2 = read_cr2();
+    if (access_fault(frame, cr2))
+        return;
     bool user = trap_from_user(frame), copying = frame->eip == (u32)user_copy_access;
     if (!(user || copying) || !current->is_process)
         die(frame, cr2);

@@ -5,6 +5,7 @@
 void work_hello(void);
 void work_mm(void);
 void work_kmap(void);
+void work_access(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 
