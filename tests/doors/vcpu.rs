@@ -267,12 +267,9 @@ fn return_to_user(host: &Host) -> Test {
     let exit = enter(&mut scratch)?;
     let selector = u32::from(USER_CODE & !3);
     let at_iret = scratch.cpu.eip == CODE.0 + code.len() as u32 - 1;
-    // An emulator may name no selector.
-    check!(
-        at_iret && (trapped(exit, 13, selector) || trapped(exit, 13, 0)),
-        "{exit:x?} {:#x}",
-        scratch.cpu.eip
-    );
+    // An emulator may name no selector; TCG pops a frame with the kernel's rights, which SMAP refuses.
+    let wanted = trapped(exit, 13, selector) || trapped(exit, 13, 0) || trapped(exit, 14, 1);
+    check!(at_iret && wanted, "{exit:x?} {:#x}", scratch.cpu.eip);
     // jmp 0x08:.. from user mode: the kernel's code is hidden.
     let exit = run(&mut scratch, &[0xea, 0, 0, 0x10, 0, KERNEL_CODE as u8, 0])?;
     check!(scratch.cpu.eip == CODE.0, "{exit:x?} {:#x}", scratch.cpu.eip);
@@ -420,18 +417,16 @@ fn kick_in_loop(host: &Host) -> Test {
 }
 
 /// Kicks at intervals from 0 to `most_us` microseconds until told to stop.
-fn spawn_kicks(kicker: umbra::kvm::Kicker, stop: Arc<AtomicBool>, most_us: u64) -> thread::JoinHandle<u64> {
+fn spawn_kicks(kicker: umbra::kvm::Kicker, stop: Arc<AtomicBool>, most_us: u64) -> thread::JoinHandle<()> {
     thread::spawn(move || {
-        let (mut kicks, mut random) = (0, 0x2545_f491_4f6c_dd1d_u64);
+        let mut random = 0x2545_f491_4f6c_dd1d_u64;
         while !stop.load(Ordering::Relaxed) {
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
             thread::sleep(Duration::from_micros(random % most_us));
             kicker.kick();
-            kicks += 1;
         }
-        kicks
     })
 }
 
@@ -443,8 +438,9 @@ fn kicks_under_traps(host: &Host) -> Test {
     let stop = Arc::new(AtomicBool::new(false));
     let kicks = spawn_kicks(scratch.vcpu.kicker(), Arc::clone(&stop), 200);
     let (mut traps, mut kicked) = (0u32, 0u32);
-    let end = Instant::now() + Duration::from_millis(700);
-    while Instant::now() < end {
+    let (begun, enough) = (Instant::now(), Duration::from_millis(500));
+    while begun.elapsed() < enough || traps < 300 || kicked < 30 {
+        check!(begun.elapsed() < Duration::from_secs(20), "{traps} traps, {kicked} kicks seen in 20 s");
         match enter(&mut scratch)? {
             KvmExit::Kicked => kicked += 1,
             exit if halted(exit) && scratch.cpu.eip == CODE.0 + 3 => {
@@ -456,13 +452,9 @@ fn kicks_under_traps(host: &Host) -> Test {
         }
     }
     stop.store(true, Ordering::Relaxed);
-    let sent = kicks.join().map_err(|_| "the kicker panicked")?;
+    kicks.join().map_err(|_| "the kicker panicked")?;
     let counted = scratch.data_word(0).map_err(text)?;
     check!(counted == u64::from(scratch.cpu.gpr[3]), "memory {counted}, EBX {}", scratch.cpu.gpr[3]);
-    check!(
-        traps > 100 && kicked > 10,
-        "{traps} traps, {kicked} of {sent} kicks seen: too few to mean anything"
-    );
     Ok(())
 }
 
@@ -478,8 +470,9 @@ fn kicks_under_faults(host: &Host) -> Test {
     let kicks = spawn_kicks(scratch.vcpu.kicker(), Arc::clone(&stop), 200);
     let entry = scratch.space.entry(ABSENT).map_err(text)?;
     let (mut rounds, mut flush) = (0u64, false);
-    let end = Instant::now() + Duration::from_millis(700);
-    while Instant::now() < end {
+    let (begun, enough) = (Instant::now(), Duration::from_millis(500));
+    while begun.elapsed() < enough || rounds < 100 {
+        check!(begun.elapsed() < Duration::from_secs(20), "{rounds} rounds in 20 s");
         let root = scratch.space.root();
         let exit = scratch.vcpu.enter(&mut scratch.cpu, root, flush).map_err(text)?;
         flush = false;
@@ -503,7 +496,6 @@ fn kicks_under_faults(host: &Host) -> Test {
     }
     stop.store(true, Ordering::Relaxed);
     kicks.join().map_err(|_| "the kicker panicked")?;
-    check!(rounds > 50, "{rounds} rounds: too few to mean anything");
     Ok(())
 }
 

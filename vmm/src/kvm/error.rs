@@ -15,6 +15,10 @@ use crate::machine::PoolError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvmExit {
     /// The guest raised an exception. Nothing has been delivered to it; EIP is as the CPU saved it.
+    ///
+    /// A #PF whose error code has no U bit, below 4 GiB, is no fault of the page tables: some hosts (TCG) make the
+    /// stack accesses of IRET, RETF and far CALL with the kernel's rights, and SMAP refuses those. Interpret the
+    /// instruction; repairing nothing and going back would repeat it for ever.
     Trap {
         /// The vector. Hosts differ in which one an instruction raises: decode at CS:EIP and decide.
         vector: u8,
@@ -92,6 +96,8 @@ pub enum Stop {
         /// RSP at the exit.
         rsp: u64,
     },
+    /// Code runs at CPL 0 that is not the firmware's.
+    Escaped,
     /// The guest did I/O by itself.
     GuestIo {
         /// The port.
@@ -127,6 +133,7 @@ impl fmt::Display for Stop {
                 write!(f, "exception {vector} (error code {error:#x}) in the firmware at {rip:#x}")
             }
             Stop::BadFrame { frame, rsp } => write!(f, "impossible exception frame {frame:x?} at {rsp:#x}"),
+            Stop::Escaped => f.write_str("code that is not the firmware's runs at CPL 0"),
             Stop::GuestIo { port, write } => {
                 let direction = if *write { "OUT to" } else { "IN from" };
                 write!(f, "the guest executed an {direction} port {port:#x} itself")

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{kvm_debugregs, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
-use umbra_firmware::constants::{FLUSH_PORT, FRAME_BYTES, TRAP_PORT, UPPER_BASE};
+use umbra_firmware::constants::{CODE_BYTES, FLUSH_PORT, FRAME_BYTES, TRAP_PORT, UPPER_BASE};
 use umbra_mmu::Mpa;
 
 use super::descriptors::{Mode, Tables, decode};
@@ -216,6 +216,9 @@ impl KvmVcpu {
                 Some((FLUSH_PORT, true)) if self.in_firmware() => return Ok(kicked),
                 Some((TRAP_PORT, true)) => return Err(self.firmware_fault()),
                 Some((port, write)) => return Err(self.stopped(Stop::GuestIo { port, write })),
+                None if self.fd.get_kvm_run().kvm_dirty_regs == 0 && !self.in_firmware() => {
+                    return Err(self.stopped(Stop::Escaped));
+                }
                 None => kicked = true,
             }
         }
@@ -282,7 +285,9 @@ impl KvmVcpu {
                 Some((TRAP_PORT, true)) if self.in_firmware() => return Ok(Left::Out),
                 Some((port, write)) => return Err(self.stopped(Stop::GuestIo { port, write })),
                 None if self.fd.get_kvm_run().kvm_dirty_regs != 0 => return Ok(Left::NotEntered),
-                None if self.in_firmware() || self.exception_in_flight()? => {}
+                None if self.in_firmware() => {}
+                None if self.privileged() => return Err(self.stopped(Stop::Escaped)),
+                None if self.exception_in_flight()? => {}
                 None => return Ok(Left::Guest),
             }
         }
@@ -315,8 +320,13 @@ impl KvmVcpu {
         }
     }
 
+    fn privileged(&mut self) -> bool {
+        self.fd.sync_regs_mut().sregs.cs.dpl != 3
+    }
+
     fn in_firmware(&mut self) -> bool {
-        self.fd.sync_regs_mut().sregs.cs.dpl == 0
+        let rip = self.fd.sync_regs_mut().regs.rip;
+        self.privileged() && rip.wrapping_sub(UPPER_BASE) < CODE_BYTES
     }
 
     /// True where KVM holds an exception that the guest has raised and nobody has seen.
