@@ -1,6 +1,7 @@
 //! umbra
 
 pub mod board;
+pub mod boot;
 pub mod cpu;
 #[forbid(unsafe_code)]
 pub mod interp;

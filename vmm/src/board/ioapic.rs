@@ -165,6 +165,9 @@ impl IoApic {
 mod tests {
     use super::*;
 
+    /// Typed, since other crates can compare bytes too.
+    const NONE: [u8; 0] = [];
+
     /// An IOAPIC with a bus that records, and accepts if told to.
     struct Rig {
         ioapic: IoApic,
@@ -231,31 +234,31 @@ mod tests {
         let mut rig = Rig::new();
         rig.write(0x10 + 2 * 4, 0x31);
         assert_eq!(rig.line(4, true), [0x31]);
-        assert_eq!(rig.line(4, true), []);
-        assert_eq!(rig.line(4, false), []);
+        assert_eq!(rig.line(4, true), NONE);
+        assert_eq!(rig.line(4, false), NONE);
         assert_eq!(rig.line(4, true), [0x31]);
-        assert_eq!(rig.eoi(0x31), []);
+        assert_eq!(rig.eoi(0x31), NONE);
     }
 
     #[test]
     fn edge_at_a_masked_pin_is_lost() {
         let mut rig = Rig::new();
-        assert_eq!(rig.line(4, true), []);
-        assert_eq!(rig.write(0x10 + 2 * 4, 0x31), []);
+        assert_eq!(rig.line(4, true), NONE);
+        assert_eq!(rig.write(0x10 + 2 * 4, 0x31), NONE);
     }
 
     #[test]
     fn level_waits_for_its_end_and_comes_again_while_the_line_is_up() {
         let mut rig = Rig::new();
-        assert_eq!(rig.line(9, true), []);
+        assert_eq!(rig.line(9, true), NONE);
         assert_eq!(rig.write(0x10 + 2 * 9, 0x8041), [0x41], "unmasked with the line up");
         assert_eq!(rig.read(0x10 + 2 * 9), 0xc041, "Remote IRR");
-        assert_eq!(rig.line(9, false), []);
-        assert_eq!(rig.line(9, true), [], "one is under way");
-        assert_eq!(rig.eoi(0x40), []);
+        assert_eq!(rig.line(9, false), NONE);
+        assert_eq!(rig.line(9, true), NONE, "one is under way");
+        assert_eq!(rig.eoi(0x40), NONE);
         assert_eq!(rig.eoi(0x41), [0x41]);
-        assert_eq!(rig.line(9, false), []);
-        assert_eq!(rig.eoi(0x41), []);
+        assert_eq!(rig.line(9, false), NONE);
+        assert_eq!(rig.eoi(0x41), NONE);
         assert_eq!(rig.read(0x10 + 2 * 9), 0x8041);
     }
 
@@ -263,7 +266,7 @@ mod tests {
     fn level_that_nobody_accepts_is_not_in_service() {
         let mut rig = Rig::new();
         rig.accept = false;
-        assert_eq!(rig.write(0x10 + 2 * 9, 0x8041), []);
+        assert_eq!(rig.write(0x10 + 2 * 9, 0x8041), NONE);
         assert_eq!(rig.line(9, true), [0x41]);
         assert_eq!(rig.read(0x10 + 2 * 9), 0x8041);
         rig.accept = true;

@@ -24,6 +24,9 @@ const TIMER_INITIAL: u64 = 0x380;
 const TIMER_CURRENT: u64 = 0x390;
 const TIMER_DIVIDE: u64 = 0x3e0;
 
+/// Typed, since other crates can compare bytes too.
+const NONE: [u8; 0] = [];
+
 fn board(vcpus: usize) -> Board {
     Board::new(BoardConfig {
         memory: MemoryMap::new(64 << 20).unwrap(),
@@ -175,7 +178,7 @@ fn software_disable_masks_the_vector_table_and_takes_nothing() {
     board.set(0, LVT_TIMER, 0x40);
     assert_eq!(board.get(0, LVT_TIMER), 0x1_0040, "masked while disabled");
     board.ipi(1, 0, 0x50);
-    assert_eq!(board.vectors(0, IRR), []);
+    assert_eq!(board.vectors(0, IRR), NONE);
     board.ipi(1, 0, 0x4400);
     assert!(board.take_signals(0).nmi, "NMIs still come");
     board.set(0, SVR, 0x1ff);
