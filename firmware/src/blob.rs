@@ -9,6 +9,9 @@ use crate::constants::{ERROR_VECTORS, FLUSH, FLUSH_PORT, STUB_BYTES, STUBS, TRAP
 core::arch::global_asm!(
     ".pushsection .rodata.umbra_firmware, \"a\", @progbits",
     ".p2align 4",
+    // Global, since the reference may end up in another object file than this; hidden, since it is nobody else's.
+    ".globl umbra_firmware_start, umbra_firmware_end",
+    ".hidden umbra_firmware_start, umbra_firmware_end",
     "umbra_firmware_start:",
     ".org umbra_firmware_start + {stubs}, 0xcc",
     ".set umbra_vector, 0",

@@ -114,6 +114,7 @@ pub struct Mmu {
     roots: Lock<Roots>,
     unsync: Lock<Vec<track::Unsync>>,
     evictions: AtomicU64,
+    tracked_stores: AtomicU64,
 }
 
 /// What the MMU holds now.
@@ -129,6 +130,8 @@ pub struct Usage {
     pub shadow_pages: u32,
     /// Shadow pages evicted so far.
     pub evictions: u64,
+    /// Emulated stores to shadowed tables, applied to their shadows.
+    pub tracked_stores: u64,
     /// Guest tables that are unsync.
     pub unsync: u32,
 }
@@ -147,6 +150,7 @@ impl Mmu {
             roots: Lock::new(lock_order::ROOTS, Roots::default()),
             unsync: Lock::new(lock_order::UNSYNC, Vec::new()),
             evictions: AtomicU64::new(0),
+            tracked_stores: AtomicU64::new(0),
             config,
         }
     }
@@ -187,6 +191,7 @@ impl Mmu {
             resident,
             shadow_pages: self.pages.in_use(),
             evictions: self.evictions.load(Ordering::Relaxed),
+            tracked_stores: self.tracked_stores.load(Ordering::Relaxed),
             unsync: self.unsync.lock().len() as u32,
         }
     }

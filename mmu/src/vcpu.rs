@@ -32,8 +32,6 @@ pub struct FaultStats {
     pub prefilled: u64,
     /// Guest page tables that went unsync.
     pub unsynced: u64,
-    /// Stores to tracked tables that were applied.
-    pub tracked_writes: u64,
 }
 
 impl FaultStats {
@@ -49,7 +47,6 @@ impl FaultStats {
             retried: self.retried + other.retried,
             prefilled: self.prefilled + other.prefilled,
             unsynced: self.unsynced + other.unsynced,
-            tracked_writes: self.tracked_writes + other.tracked_writes,
         }
     }
 }

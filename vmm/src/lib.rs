@@ -1,11 +1,16 @@
-//! umbra
+//! Umbra: a VMM whose MMU lives in userspace.
+//!
+//! See docs/ARCHITECTURE.md for the map.
 
 pub mod board;
 pub mod boot;
+pub mod cli;
 pub mod cpu;
 #[forbid(unsafe_code)]
 pub mod interp;
 pub mod kvm;
 pub mod machine;
 pub mod probe;
+pub mod status;
 pub mod units;
+pub mod vm;

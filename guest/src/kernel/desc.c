@@ -39,7 +39,11 @@ struct table_register {
 #define TSS_AVAILABLE 0x89ull
 
 static struct tss tss = {.ss0 = KERNEL_DS, .io_map = sizeof(struct tss)};
-static u64 gdt[6] = {0, SEGMENT(CODE_KERNEL), SEGMENT(DATA_KERNEL), SEGMENT(CODE_USER), SEGMENT(DATA_USER), 0};
+/* A page of its own: a hypervisor that keeps a copy of the table must look at every store to its page. */
+static u64 gdt[4096 / 8] __attribute__((aligned(4096))) = {
+    0, SEGMENT(CODE_KERNEL), SEGMENT(DATA_KERNEL), SEGMENT(CODE_USER), SEGMENT(DATA_USER),
+};
+#define GDT_ENTRIES (TSS_SELECTOR / 8 + 1)
 static struct gate idt[256];
 
 static void set_gate(u32 vector, const void *stub, u8 type)
@@ -56,7 +60,7 @@ static void load_gdt(void)
     u64 base = (u32)&tss;
     gdt[TSS_SELECTOR / 8] =
         (sizeof(tss) - 1) | (base & 0xffffff) << 16 | TSS_AVAILABLE << 40 | (base >> 24) << 56;
-    struct table_register gdtr = {sizeof(gdt) - 1, (u32)gdt};
+    struct table_register gdtr = {GDT_ENTRIES * sizeof(gdt[0]) - 1, (u32)gdt};
     __asm__ volatile("lgdt %0\n\t"
                      "ljmp %1, $1f\n"
                      "1:\tmov %2, %%ds\n\t"

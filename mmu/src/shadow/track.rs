@@ -55,6 +55,7 @@ impl Mmu {
         if self.frames.flags(mfn) & SHADOWED == 0 {
             return;
         }
+        self.tracked_stores.fetch_add(1, Ordering::Relaxed);
         let shard = self.pages.shard(gfn);
         let mut flooded = false;
         for (role, slot) in shard.get(&gfn).into_iter().flatten() {

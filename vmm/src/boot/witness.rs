@@ -25,7 +25,7 @@ const NAME_BYTES: usize = abi::WITNESS_NAME_BYTES as usize;
 const REGION_BYTES: usize = abi::WITNESS_REGION_BYTES as usize;
 
 /// One region, and what is true of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Witness {
     /// The guest's name for it; what is not printable ASCII shows as '?'.
     pub name: String,

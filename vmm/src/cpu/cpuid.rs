@@ -12,8 +12,8 @@
 //!   costs 32-bit Linux its "generic" path with a warning, and small kernels the local APIC or the MSRs altogether.
 //!   Of those that are known, Intel's fits what we do: no SYSCALL outside 64-bit mode, and our error codes and
 //!   page-fault rules are those of Intel's manual. That we are Umbra is said in the brand string and at 0x4000_0000.
-//! - DE is not offered: I/O breakpoints and the fault at DR4 and DR5 are not emulated. VME, MCE, MTRR, PSE-36 and
-//!   CLFLUSH neither.
+//! - DE is not offered: I/O breakpoints and the fault at DR4 and DR5 are not emulated. VME, MCE, MTRR and CLFLUSH
+//!   neither.
 //! - MMX, SSE and SSE2 are offered since user code runs natively; FXSR comes with them.
 //!
 //! See: Intel SDM vol. 2A, CPUID.
@@ -51,12 +51,14 @@ pub mod leaf1_edx {
     pub const PGE: u32 = 1 << 13;
     pub const CMOV: u32 = 1 << 15;
     pub const PAT: u32 = 1 << 16;
+    pub const PSE36: u32 = 1 << 17;
     pub const MMX: u32 = 1 << 23;
     pub const FXSR: u32 = 1 << 24;
     pub const SSE: u32 = 1 << 25;
     pub const SSE2: u32 = 1 << 26;
     /// All of them but APIC, which comes and goes with IA32_APIC_BASE.
-    pub const OFFERED: u32 = FPU | PSE | TSC | MSR | PAE | CX8 | PGE | CMOV | PAT | MMX | FXSR | SSE | SSE2;
+    pub const OFFERED: u32 =
+        FPU | PSE | TSC | MSR | PAE | CX8 | PGE | CMOV | PAT | PSE36 | MMX | FXSR | SSE | SSE2;
 }
 
 /// Leaf 1, ECX: a hypervisor is present.

@@ -1,6 +1,7 @@
 //! The architectural CPU: the state that is the VMM's between any two exits.
 
 pub mod cpuid;
+mod dump;
 pub mod state;
 
 pub use cpuid::CpuModel;

@@ -111,12 +111,12 @@ pub trait Bus {
 
     /// CR0, CR3, CR4, EFER or the CPL, or with CR4.SMAP on EFLAGS.AC, are about to become those of `new` (already
     /// checked for reserved bits). Where this succeeds the instruction completes without a further bus call.
-    /// `flush` is set where the architecture asks for a TLB flush although nothing may differ (MOV CR3).
-    /// Loading PAE page-directory-pointer entries with reserved bits is a #GP and changes nothing.
+    /// `flush` is set where the architecture asks for a TLB flush, whatever differs (MOV CR3 always, some bits of CR0
+    /// and CR4): PAE's directory pointers are then loaded too. Loading PAE page-directory-pointer entries with reserved bits is a #GP and changes nothing.
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError>;
 
     /// CPUID with EAX = `leaf`, ECX = `subleaf`; returns EAX, EBX, ECX, EDX.
-    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
+    fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4];
 
     /// The time-stamp counter's source, before the CPU's own offset.
     fn tsc(&mut self) -> u64;

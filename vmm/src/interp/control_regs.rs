@@ -24,8 +24,12 @@ const CR0_BITS: u32 = cr0::PE
     | cr0::NW
     | cr0::CD
     | cr0::PG;
-/// The bits of CR0 that the bus must hear of: paging, and those whose change loads PAE's directory pointers again.
-const CR0_PAGING: u32 = cr0::PE | cr0::PG | cr0::WP | cr0::CD | cr0::NW;
+/// The bits of CR0 whose change flushes the TLB, or loads PAE's directory pointers again (SDM 4.4.1, 4.10.4.1).
+const CR0_FLUSHING: u32 = cr0::PE | cr0::PG | cr0::CD | cr0::NW;
+/// The bits of CR0 that the bus must hear of.
+const CR0_PAGING: u32 = CR0_FLUSHING | cr0::WP;
+/// The same of CR4. (SMEP flushes when it is set; clearing it only loads the pointers.)
+const CR4_FLUSHING: u32 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP;
 /// CR4 bits and the CPUID.1:EDX bits that offer them.
 const CR4_OF_LEAF_1: [(u32, u32); 8] = [
     (cr4::TSD, 4),
@@ -76,9 +80,10 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let value = value & CR0_BITS | cr0::ET;
         ensure(value & cr0::PG == 0 || value & cr0::PE != 0, Exception::gp(0))?;
         ensure(value & cr0::NW == 0 || value & cr0::CD != 0, Exception::gp(0))?;
-        if (value ^ self.cpu.cr0) & CR0_PAGING != 0 {
+        let changed = value ^ self.cpu.cr0;
+        if changed & CR0_PAGING != 0 {
             let after = CpuState { cr0: value, ..self.cpu.clone() };
-            self.bus.set_paging(&after, false)?;
+            self.bus.set_paging(&after, changed & CR0_FLUSHING != 0)?;
         }
         self.cpu.cr0 = value;
         Ok(Flow::Next)
@@ -102,15 +107,15 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.require_supervisor()?;
         ensure(value & !self.cr4_offered() == 0, Exception::gp(0))?;
         let after = CpuState { cr4: value, ..self.cpu.clone() };
-        self.bus.set_paging(&after, false)?;
+        self.bus.set_paging(&after, (value ^ self.cpu.cr4) & CR4_FLUSHING != 0)?;
         self.cpu.cr4 = value;
         Ok(Flow::Next)
     }
 
     /// The CR4 bits whose features CPUID offers.
     fn cr4_offered(&mut self) -> u32 {
-        let [_, _, _, basic] = self.bus.cpuid(1, 0);
-        let [_, extended, extended_c, _] = self.bus.cpuid(7, 0);
+        let [_, _, _, basic] = self.bus.cpuid(1, 0, self.cpu);
+        let [_, extended, extended_c, _] = self.bus.cpuid(7, 0, self.cpu);
         let bit = |offered: bool, bit| if offered { bit } else { 0 };
         let leaf_1 = CR4_OF_LEAF_1.iter().fold(0, |bits, (cr4, n)| bits | bit(basic >> n & 1 != 0, *cr4));
         leaf_1

@@ -204,7 +204,7 @@ impl Bus for FlatBus {
         Ok(())
     }
 
-    fn cpuid(&mut self, leaf: u32, _subleaf: u32) -> [u32; 4] {
+    fn cpuid(&mut self, leaf: u32, _subleaf: u32, _cpu: &CpuState) -> [u32; 4] {
         match leaf {
             0 => [7, 0x7263_7355, 0, 0],
             1 => [0x600, 0, 0, FEATURES],

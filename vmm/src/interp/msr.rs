@@ -72,7 +72,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
 
     /// NXE, where CPUID offers NX.
     fn efer_offered(&mut self) -> u64 {
-        let [_, _, _, edx] = self.bus.cpuid(0x8000_0001, 0);
+        let [_, _, _, edx] = self.bus.cpuid(0x8000_0001, 0, self.cpu);
         if edx & 1 << 20 != 0 { efer::NXE } else { 0 }
     }
 

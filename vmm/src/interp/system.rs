@@ -115,7 +115,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
 
     /// CLAC and STAC: #UD where CPUID offers no SMAP, and for users.
     pub(super) fn set_alignment_flag(&mut self, set: bool) -> Exec<Flow> {
-        let offered = self.bus.cpuid(7, 0)[1] & 1 << 20 != 0;
+        let offered = self.bus.cpuid(7, 0, self.cpu)[1] & 1 << 20 != 0;
         ensure(offered && self.cpu.cpl == 0, Exception::UD)?;
         let flags = self.cpu.eflags & !AC | if set { AC } else { 0 };
         self.commit_flags(flags)?;
@@ -124,7 +124,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
 
     /// CPUID.
     pub(super) fn cpuid(&mut self) -> Exec<Flow> {
-        let [eax, ebx, ecx, edx] = self.bus.cpuid(self.cpu.gpr[EAX], self.cpu.gpr[ECX]);
+        let [eax, ebx, ecx, edx] = self.bus.cpuid(self.cpu.gpr[EAX], self.cpu.gpr[ECX], self.cpu);
         for (register, value) in [(EAX, eax), (EBX, ebx), (ECX, ecx), (EDX, edx)] {
             self.cpu.gpr[register] = value;
         }

@@ -14,6 +14,7 @@
 mod advise;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use umbra_mmu::{Mfn, Mpa, PAGE_SIZE};
@@ -58,7 +59,7 @@ pub enum PoolError {
 /// The machine pool.
 #[derive(Debug)]
 pub struct Pool {
-    region: MmapRegion,
+    region: Arc<MmapRegion>,
 }
 
 impl Pool {
@@ -72,8 +73,13 @@ impl Pool {
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
-            .map(|region| Pool { region })
+            .map(|region| Pool { region: Arc::new(region) })
             .map_err(|source| PoolError::Map { frames, source })
+    }
+
+    /// The mapping itself, for the mmu crate.
+    pub fn region(&self) -> Arc<MmapRegion> {
+        Arc::clone(&self.region)
     }
 
     /// Frames in the pool.

@@ -1,0 +1,127 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::units::{parse_duration, parse_size};
+
+/// Umbra: a KVM-based VMM whose MMU lives in userspace.
+///
+/// It boots a 32-bit Multiboot1 kernel and runs it on shadow page tables of its own. The guest's serial port is
+/// standard output; Umbra's own words go to standard error.
+#[derive(Debug, Parser)]
+#[command(
+    name = "umbra",
+    version,
+    after_help = "Exit status: 0 when the guest ended with 0 and every witness agrees, (v << 1) | 1 when it ended with v;\n\
+                  2 usage, 4 input or host, 6 Umbra could not go on, 8 a witness contradicts the guest, 10 timeout,\n\
+                  12 guest reset, 14 ended by an operator.\n\n\
+                  Set UMBRA_LOG=debug for what Umbra does in detail."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest image and report its verdict.
+    ///
+    /// Without IMAGE the built-in guest runs. Examples:
+    ///
+    ///   umbra run
+    ///   umbra run --append 'workload=kmap paging=legacy'
+    ///   umbra run my-kernel.elf --mem 128M --timeout 30s --json summary.json
+    #[command(verbatim_doc_comment)]
+    Run(Box<RunArgs>),
+    /// Ask a running guest's MMU why an address is mapped as it is.
+    ///
+    /// The guest must have been started with --qmp SOCKET. Example:
+    ///
+    ///   umbra explain --qmp /tmp/umbra.sock 0xc0101000
+    #[command(verbatim_doc_comment)]
+    Explain(ExplainArgs),
+}
+
+/// Which backend runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// The best that this host has.
+    Auto,
+    /// /dev/kvm.
+    Kvm,
+}
+
+/// Options of `run`.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// Guest image: a Multiboot1 kernel, ELF32 or with the address fields. The built-in guest if left out.
+    pub image: Option<PathBuf>,
+    /// What runs the guest.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub backend: Backend,
+    /// Guest memory, 2M to 16G, in whole pages.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
+    pub mem: u64,
+    /// The guest's command line.
+    #[arg(long, value_name = "CMDLINE", default_value = "")]
+    pub append: String,
+    /// A file to load as a Multiboot module; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub module: Vec<PathBuf>,
+    /// The most shadow pages at once; over it the least recently used go.
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(64..=1 << 20))]
+    pub shadow_pages: u32,
+    /// End the run after this long, with status 10.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Write a summary of the run to FILE as JSON; "-" is standard error.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Listen on a Unix socket for QMP: query-status, stop-less subset, x-explain, quit.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+}
+
+/// Options of `explain`.
+#[derive(Args, Clone, Debug)]
+pub struct ExplainArgs {
+    /// The socket of the running guest.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// A guest linear address, decimal or 0x hexadecimal.
+    #[arg(value_parser = parse_address)]
+    pub gva: u32,
+}
+
+fn parse_address(text: &str) -> Result<u32, String> {
+    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|error| format!("'{text}' is no 32-bit address ({error}); write it like 0xc0101000"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses_are_decimal_or_hexadecimal_and_32_bits() {
+        assert_eq!(parse_address("0xc0101000"), Ok(0xc010_1000));
+        assert_eq!(parse_address("4096"), Ok(4096));
+        assert!(parse_address("0x100000000").is_err());
+        assert!(parse_address("").is_err());
+    }
+}

@@ -1,0 +1,157 @@
+//! The board behind its lock, with real time, an alarm for its next deadline, and the means to wake vCPUs.
+//!
+//! Story: vCPU loops and the event loop reach the board through [`Devices::with`] alone. After each call the
+//! alarm is set to the board's next deadline if that changed, and vCPUs that have something to look at are woken.
+//!
+//! Locks: the board's lock is a leaf: nothing else is taken under it.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::board::{Board, Nanos};
+use crate::kvm::Kicker;
+
+/// How a sleeping or running vCPU is made to look up.
+#[derive(Debug, Default)]
+pub struct Waker {
+    kicker: OnceLock<Kicker>,
+    woken: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Waker {
+    /// The vCPU runs by KVM: kick it by this.
+    pub fn set_kicker(&self, kicker: Kicker) {
+        let first = self.kicker.set(kicker);
+        debug_assert!(first.is_ok(), "a vCPU has one kicker");
+    }
+
+    /// Makes the vCPU leave the guest, or end its sleep.
+    pub fn wake(&self) {
+        *lock(&self.woken) = true;
+        self.changed.notify_all();
+        if let Some(kicker) = self.kicker.get() {
+            kicker.kick();
+        }
+    }
+
+    /// Sleeps until woken; for the vCPU's own thread. A wake since the last sleep ends it at once.
+    pub fn sleep(&self) {
+        let mut woken = lock(&self.woken);
+        while !*woken {
+            woken = self.changed.wait(woken).unwrap_or_else(PoisonError::into_inner);
+        }
+        *woken = false;
+    }
+}
+
+/// The board and what surrounds it.
+pub struct Devices {
+    state: Mutex<State>,
+    started: Instant,
+    alarm: RawFd,
+    wakers: Box<[Waker]>,
+}
+
+struct State {
+    board: Board,
+    timer: TimerFd,
+    /// What the timer is set to.
+    deadline: Option<Nanos>,
+}
+
+impl Devices {
+    /// Guest time begins now.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no timer descriptor left.
+    pub fn new(board: Board, vcpus: u32) -> io::Result<Devices> {
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        Ok(Devices {
+            alarm: timer.as_raw_fd(),
+            state: Mutex::new(State { board, timer, deadline: None }),
+            started: Instant::now(),
+            wakers: (0..vcpus).map(|_| Waker::default()).collect(),
+        })
+    }
+
+    /// Guest time.
+    pub fn now(&self) -> Nanos {
+        Nanos(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Calls the board with the time, then sets the alarm and wakes whom it concerns.
+    pub fn with<R>(&self, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+        self.call(None, call)
+    }
+
+    /// The same on the thread of `vcpu`, which is not woken: it looks at the board before it enters or sleeps.
+    pub fn with_as<R>(&self, vcpu: u32, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+        self.call(Some(vcpu as usize), call)
+    }
+
+    fn call<R>(&self, caller: Option<usize>, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+        let mut state = lock(&self.state);
+        let result = call(&mut state.board, self.now());
+        let wakes = state.board.take_wakes();
+        self.set_alarm(&mut state);
+        drop(state);
+        for (vcpu, waker) in self.wakers.iter().enumerate() {
+            if wakes & 1 << vcpu != 0 && caller != Some(vcpu) {
+                waker.wake();
+            }
+        }
+        result
+    }
+
+    /// The waker of one vCPU.
+    pub fn waker(&self, vcpu: u32) -> &Waker {
+        &self.wakers[vcpu as usize]
+    }
+
+    /// A descriptor that becomes readable at the board's next deadline. It lives as long as this does.
+    pub fn alarm_fd(&self) -> RawFd {
+        self.alarm
+    }
+
+    /// The alarm has gone off: lets the board catch up and sets the alarm anew, which also makes it silent.
+    pub fn alarm_rang(&self) {
+        {
+            let mut state = lock(&self.state);
+            if let Err(error) = state.timer.clear() {
+                log::warn!("silencing the board's timer: {error}");
+            }
+            state.deadline = None;
+        }
+        self.with(|board, now| board.advance(now));
+    }
+
+    fn set_alarm(&self, state: &mut State) {
+        let next = state.board.next_deadline();
+        if state.deadline == next {
+            return;
+        }
+        let set = match next {
+            // A delay of zero would disarm the timer: what is due rings at once.
+            Some(at) => {
+                let delay = Duration::from_nanos(at.since(self.now()).max(1));
+                state.timer.reset(delay, None)
+            }
+            None => state.timer.clear(),
+        };
+        match set {
+            Ok(()) => state.deadline = next,
+            Err(error) => log::warn!("setting the board's timer: {error}; the guest's timers may be late"),
+        }
+    }
+}
+
+/// Takes a lock; a thread that panicked with it leaves the guest to be ended, not this one to panic too.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

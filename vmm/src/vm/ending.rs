@@ -1,0 +1,127 @@
+//! How a run ends, and the one place where it is decided: the first reason wins.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use umbra_mmu::Gfn;
+
+use super::devices::Devices;
+use crate::board::BoardExit;
+use crate::cpu::CpuState;
+use crate::interp::UnknownInstruction;
+use crate::kvm::KvmError;
+
+/// Why a run ended.
+#[derive(Debug)]
+pub enum End {
+    /// The guest asked for it.
+    Board(BoardExit),
+    /// A fault on the way to the guest's double-fault handler.
+    TripleFault(Box<CpuState>),
+    /// `--timeout` is over.
+    Timeout(Duration),
+    /// An operator asked for it.
+    Quit,
+    /// An instruction that the host's KVM trapped on and the interpreter does not know.
+    Unknown {
+        /// What and where.
+        instruction: UnknownInstruction,
+        /// What the hardware raised: vector and error code.
+        trap: Option<(u8, u32)>,
+        /// The CPU.
+        cpu: Box<CpuState>,
+    },
+    /// KVM has stopped in a way that has no answer.
+    Backend {
+        /// What it said.
+        error: KvmError,
+        /// The CPU, as far as it is known.
+        cpu: Box<CpuState>,
+    },
+    /// No machine frame is left for this page.
+    OutOfFrames(Gfn),
+    /// The vCPU waits for an interrupt that can never come.
+    Stuck(Box<CpuState>),
+}
+
+impl End {
+    /// What the guest wrote to its exit port, if that was the end.
+    pub fn guest_value(&self) -> Option<u32> {
+        match self {
+            End::Board(BoardExit::DebugExit(value)) => Some(*value),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Board(BoardExit::DebugExit(value)) => {
+                write!(f, "the guest ended with {value} at its exit port")
+            }
+            End::Board(exit) => write!(f, "the guest asked for {exit:?}; a reset ends the run"),
+            End::TripleFault(cpu) => write!(
+                f,
+                "triple fault: the guest raised an exception that neither its handler nor its double-fault \
+                 handler could take. Look at its IDT and stack:\n{cpu}"
+            ),
+            End::Timeout(after) => write!(f, "the guest did not end within --timeout {after:?}"),
+            End::Quit => write!(f, "ended by the operator"),
+            End::Unknown { instruction, trap, cpu } => {
+                write!(f, "{instruction}")?;
+                if let Some((vector, error)) = trap {
+                    write!(f, " (this host's KVM raised vector {vector}, error {error:#x}, there)")?;
+                }
+                write!(f, ":\n{cpu}")
+            }
+            End::Backend { error, cpu } => write!(f, "KVM cannot go on: {error}\nlast known state:\n{cpu}"),
+            End::OutOfFrames(gfn) => {
+                write!(
+                    f,
+                    "no machine frame is left for guest frame {gfn}; give the machine more with --frames"
+                )
+            }
+            End::Stuck(cpu) => write!(
+                f,
+                "the guest halted with interrupts off, or with none that could ever come, and waits for ever:\n{cpu}"
+            ),
+        }
+    }
+}
+
+/// Where a run's end is noted.
+#[derive(Clone)]
+pub struct Ending {
+    end: Arc<Mutex<Option<End>>>,
+    devices: Arc<Devices>,
+    vcpus: u32,
+}
+
+impl Ending {
+    /// Not ended yet.
+    pub fn new(devices: Arc<Devices>, vcpus: u32) -> Ending {
+        Ending { end: Arc::default(), devices, vcpus }
+    }
+
+    /// Ends the run, unless it has ended, and makes every vCPU look up.
+    pub fn set(&self, end: End) {
+        self.lock().get_or_insert(end);
+        (0..self.vcpus).for_each(|vcpu| self.devices.waker(vcpu).wake());
+    }
+
+    /// True once the run has ended.
+    pub fn is_set(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    /// Takes the reason.
+    pub fn take(&self) -> Option<End> {
+        self.lock().take()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<End>> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

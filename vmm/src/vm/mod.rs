@@ -1,0 +1,312 @@
+//! A guest's whole life: built, booted, run, judged.
+//!
+//! | file | its job |
+//! |---|---|
+//! | native | the loop of a vCPU that runs by KVM: the decision about every trap |
+//! | bus | what the interpreter asks for, answered by MMU and board |
+//! | tables | the guest's descriptor tables, translated for the hardware |
+//! | flush | how this host's TLBs are flushed |
+//! | devices, events | the board behind its lock; the loop that serves descriptors |
+//! | control, requests | the control socket; questions to a vCPU's thread |
+//! | ending, witness, summary | why it ended; what Umbra itself saw; the verdict |
+
+mod bus;
+pub mod control;
+mod devices;
+mod ending;
+mod events;
+mod flush;
+mod memory;
+mod native;
+mod paging;
+mod requests;
+mod serial;
+mod summary;
+mod tables;
+mod witness;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use umbra_mmu::{Config, Gfn, LocalStack, Machine, Mmu, PAGE_SIZE};
+
+pub use ending::End;
+pub use flush::Method;
+pub use native::VcpuStats;
+pub use serial::process_start;
+pub use summary::Summary;
+
+use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
+use crate::boot::notes::Notes;
+use crate::boot::{BootRequest, Image, ImageError, Module};
+use crate::cli::RunArgs;
+use crate::cpu::CpuState;
+use crate::kvm::{Host, HostError, KvmError, KvmVm, Options};
+use crate::machine::{Pool, PoolError};
+use control::{ControlSocket, Controls};
+use devices::Devices;
+use ending::Ending;
+use events::{EventLoop, Subscriber};
+use flush::{Flusher, Kicks};
+use memory::BootMemory;
+use native::{NativeVcpu, Surroundings};
+use requests::Requests;
+use serial::{Console, FirstByte};
+
+/// The largest file that is read as an image or a module.
+pub const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Roots kept at once: address spaces times two, of which the least recently loaded go.
+const ROOTS_MAX: u32 = 128;
+/// Frames beyond what the guest and its tables can take.
+const SPARE_FRAMES: u64 = 64;
+/// vCPUs of a guest.
+const VCPUS: u32 = 1;
+
+/// Why a guest could not be run at all. Each is a sentence for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A file could not be read.
+    #[error("reading {what} {path}: {source}")]
+    Read {
+        /// "image" or "module".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is too large.
+    #[error("{what} {path} is larger than {} MiB, the most that is loaded; is it a disk image?", FILE_BYTES_MAX >> 20)]
+    TooLarge {
+        /// "image" or "module".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+    /// No Multiboot1 kernel, or one that does not fit.
+    #[error("{name}: {source}")]
+    Image {
+        /// The image.
+        name: String,
+        /// Why.
+        source: ImageError,
+    },
+    /// `--mem` makes no sense.
+    #[error("--mem: {0}")]
+    MemorySize(#[from] MemorySizeError),
+    /// /dev/kvm cannot be used.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The backend could not be set up.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The machine pool could not be made.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The board could not be made.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// The control socket could not be made.
+    #[error("--qmp: listening on {path}: {source}; choose another path, or remove what is there")]
+    Control {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host ran out of something small.
+    #[error("setting up timers and threads: {0}")]
+    Setup(io::Error),
+    /// The summary could not be written.
+    #[error("writing the summary to {path}: {source}")]
+    Json {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A guest that is ready to start.
+struct Guest {
+    vm: Arc<KvmVm>,
+    mmu: Arc<Mmu>,
+    devices: Arc<Devices>,
+    first_byte: FirstByte,
+    start: CpuState,
+    notes: Notes,
+    method: Method,
+}
+
+/// Runs a guest to its end.
+///
+/// # Errors
+///
+/// When it could not be started; how a started one ended is in the summary.
+pub fn run(args: &RunArgs) -> Result<Summary, RunError> {
+    let guest = Guest::build(args)?;
+    let summary = guest.run(args)?;
+    if let Some(path) = &args.json {
+        write_json(path, &summary)?;
+    }
+    Ok(summary)
+}
+
+impl Guest {
+    fn build(args: &RunArgs) -> Result<Guest, RunError> {
+        let (name, bytes) = read_image(args)?;
+        let failed = |source| RunError::Image { name: name.clone(), source };
+        let image = Image::parse(&bytes).map_err(failed)?;
+        let modules = read_modules(args)?;
+        let memory = MemoryMap::new(args.mem)?;
+
+        let host = Host::open()?;
+        let method = Method::Kick;
+        let (guest_pages, hole) = memory::extent(&memory);
+        let config = Config {
+            guest_pages,
+            reserved_frames: 0,
+            shadow_pages_max: args.shadow_pages,
+            roots_max: ROOTS_MAX,
+            firmware_entry: 0,
+            vcpus: VCPUS,
+        };
+        let firmware = KvmVm::firmware_frames(VCPUS)?;
+        let frames = firmware + args.mem / PAGE_SIZE + u64::from(config.table_frames_max()) + SPARE_FRAMES;
+        let pool = Arc::new(Pool::new(frames)?);
+        let vm =
+            Arc::new(KvmVm::new(&host, Arc::clone(&pool), Options { vcpus: VCPUS, ..Options::default() })?);
+
+        let (console, first_byte) = Console::new();
+        let board = Board::new(BoardConfig {
+            memory,
+            vcpus: VCPUS as usize,
+            serial: Box::new(console),
+            epoch_seconds: epoch_seconds(),
+        })?;
+        let devices = Arc::new(Devices::new(board, VCPUS).map_err(RunError::Setup)?);
+        let config =
+            Config { reserved_frames: vm.first_free_frame().0, firmware_entry: vm.root_entry().1, ..config };
+        let machine = Machine::new(pool.region());
+        let mmu = Arc::new(Mmu::new(machine, config, Box::new(Kicks(Arc::clone(&devices)))));
+        hole.map(Gfn).for_each(|gfn| {
+            mmu.make_device(gfn);
+        });
+
+        let modules: Vec<_> = modules
+            .iter()
+            .map(|(command_line, data)| Module { command_line: command_line.as_str(), data: data.as_slice() })
+            .collect();
+        // As QEMU and GRUB have it, the first word is the kernel's name.
+        let command_line = format!("{name} {}", args.append);
+        let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
+        let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
+        let notes = *image.notes();
+        Ok(Guest { vm, mmu, devices, first_byte, start: entry.cpu, notes, method })
+    }
+
+    fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
+        if !self.notes.kernel.is_some_and(|kernel| kernel.clean) {
+            eprintln!(
+                "umbra: this image has no Umbra note, so its kernel runs natively at CPL 3: PUSHF and POPF will not \
+                 show or set IF, and MOV from CS, LAR, LSL, VERR and VERW will show the host's view"
+            );
+        }
+        let requests = Arc::new(Requests::default());
+        let ending = Ending::new(Arc::clone(&self.devices), VCPUS);
+        let mut subscribers: Vec<Subscriber> = Vec::new();
+        if let Some(path) = &args.qmp {
+            let controls = Controls {
+                ending: ending.clone(),
+                requests: Arc::clone(&requests),
+                devices: Arc::clone(&self.devices),
+            };
+            let socket = ControlSocket::bind(path, controls);
+            let socket = socket.map_err(|source| RunError::Control { path: path.clone(), source })?;
+            subscribers.push(Box::new(socket));
+        }
+        let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
+            .map_err(RunError::Setup)?;
+        let around = Surroundings {
+            mmu: Arc::clone(&self.mmu),
+            devices: Arc::clone(&self.devices),
+            ending: ending.clone(),
+            requests,
+            flusher: Arc::new(Flusher::new(self.method, Arc::clone(&self.vm), &self.mmu)),
+        };
+        let mut vcpu = NativeVcpu::new(self.start.clone(), self.vm.create_vcpu(0)?, 0, around);
+        let guest_started = micros();
+        vcpu.run();
+        drop(events);
+        let end = ending.take().unwrap_or(End::Quit);
+        Ok(self.judge(&end, &vcpu, guest_started))
+    }
+
+    fn judge(&self, end: &End, vcpu: &NativeVcpu, guest_started: u64) -> Summary {
+        let ended = micros();
+        let (regions, witness_error) = witness::hear(&self.mmu, &LocalStack::new(), &self.notes, end);
+        let audit = self.mmu.audit();
+        let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
+        Summary {
+            version: env!("CARGO_PKG_VERSION"),
+            backend: "kvm",
+            verdict: status.verdict(),
+            status: status.code(),
+            guest_exit: end.guest_value(),
+            end: end.to_string(),
+            regions,
+            witness_error,
+            audit,
+            faults: vcpu.mmu_vcpu.stats().into(),
+            vcpu: vcpu.stats.into(),
+            memory: summary::Memory::of(&self.mmu, vcpu.mmu_vcpu.window().high_water()),
+            times: summary::Times { guest_started, first_serial_byte: self.first_byte.micros(), ended },
+        }
+    }
+}
+
+fn micros() -> u64 {
+    process_start().elapsed().as_micros() as u64
+}
+
+fn epoch_seconds() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+fn read_image(args: &RunArgs) -> Result<(String, Vec<u8>), RunError> {
+    match &args.image {
+        Some(path) => Ok((path.display().to_string(), read_file("image", path)?)),
+        None => Ok(("pager".into(), umbra_guest::PAGER.to_vec())),
+    }
+}
+
+/// Names and contents of the modules.
+fn read_modules(args: &RunArgs) -> Result<Vec<(String, Vec<u8>)>, RunError> {
+    let module = |path: &PathBuf| Ok((path.display().to_string(), read_file("module", path)?));
+    args.module.iter().map(module).collect()
+}
+
+fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, RunError> {
+    let failed = |source| RunError::Read { what, path: path.to_owned(), source };
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(RunError::TooLarge { what, path: path.to_owned() });
+    }
+    Ok(bytes)
+}
+
+fn write_json(path: &Path, summary: &Summary) -> Result<(), RunError> {
+    let failed = |source| RunError::Json { path: path.to_owned(), source };
+    let mut text = serde_json::to_string_pretty(summary).map_err(|e| failed(e.into()))?;
+    text.push('\n');
+    if path == Path::new("-") {
+        eprint!("{text}");
+        return Ok(());
+    }
+    fs::write(path, text).map_err(failed)
+}

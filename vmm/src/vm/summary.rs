@@ -1,0 +1,223 @@
+//! The summary of a run: Umbra's own witnesses, and the verdict they come to.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use umbra_mmu::{FaultStats, Mmu};
+
+use super::ending::End;
+use super::native::VcpuStats;
+use crate::board::BoardExit;
+use crate::boot::witness::Witness;
+use crate::status::Status;
+
+/// Memory in use at the end.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Memory {
+    /// Pages of guest memory.
+    pub guest_pages: u32,
+    /// Those that were touched and have a frame.
+    pub resident: u32,
+    /// Shadow pages in use.
+    pub shadow_pages: u32,
+    /// Shadow pages evicted.
+    pub evictions: u64,
+    /// Emulated stores to shadowed tables.
+    pub tracked_stores: u64,
+    /// The deepest nest of window mappings.
+    pub window_high_water: usize,
+}
+
+/// Times, in microseconds since the process started.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Times {
+    /// First entry into the guest.
+    pub guest_started: u64,
+    /// The guest's first serial byte.
+    pub first_serial_byte: Option<u64>,
+    /// The end of the run.
+    pub ended: u64,
+}
+
+/// Everything about a run that has ended.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Version of Umbra.
+    pub version: &'static str,
+    /// Backend.
+    pub backend: &'static str,
+    /// PASS, FAIL, TIMEOUT, RESET, QUIT or ERROR.
+    pub verdict: &'static str,
+    /// The process's exit status.
+    pub status: u8,
+    /// What the guest wrote to its exit port, if it did.
+    pub guest_exit: Option<u32>,
+    /// The end in words.
+    pub end: String,
+    /// Named regions and their hashes.
+    pub regions: Vec<Witness>,
+    /// Why the witnesses could not be heard, if they could not.
+    pub witness_error: Option<String>,
+    /// What the audit of the shadow found; empty when all is well.
+    pub audit: Vec<String>,
+    /// Faults as the MMU counts them.
+    pub faults: Faults,
+    /// What the vCPUs did.
+    pub vcpu: Counts,
+    /// Memory.
+    pub memory: Memory,
+    /// Times.
+    pub times: Times,
+}
+
+/// [`FaultStats`] for JSON.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Faults {
+    pub taken: u64,
+    pub fixed: u64,
+    pub spurious: u64,
+    pub emulated: u64,
+    pub guest: u64,
+    pub mmio: u64,
+    pub retried: u64,
+    pub prefilled: u64,
+    pub unsynced: u64,
+}
+
+impl From<FaultStats> for Faults {
+    fn from(s: FaultStats) -> Faults {
+        Faults {
+            taken: s.taken,
+            fixed: s.fixed,
+            spurious: s.spurious,
+            emulated: s.emulated,
+            guest: s.guest,
+            mmio: s.mmio,
+            retried: s.retried,
+            prefilled: s.prefilled,
+            unsynced: s.unsynced,
+        }
+    }
+}
+
+/// [`VcpuStats`] for JSON.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Counts {
+    pub entries: u64,
+    pub page_faults: u64,
+    pub traps: u64,
+    pub kicks: u64,
+    pub interpreted: u64,
+    pub exceptions: u64,
+    pub user_faults: u64,
+    pub interrupts: u64,
+    pub flushes: u64,
+}
+
+impl From<VcpuStats> for Counts {
+    fn from(s: VcpuStats) -> Counts {
+        Counts {
+            entries: s.entries,
+            page_faults: s.page_faults,
+            traps: s.traps,
+            kicks: s.kicks,
+            interpreted: s.interpreted,
+            exceptions: s.exceptions,
+            user_faults: s.user_faults,
+            interrupts: s.interrupts,
+            flushes: s.flushes,
+        }
+    }
+}
+
+impl Memory {
+    /// What `mmu` holds now.
+    pub fn of(mmu: &Mmu, window_high_water: usize) -> Memory {
+        let usage = mmu.usage();
+        Memory {
+            guest_pages: mmu.p2m().pages(),
+            resident: usage.resident,
+            shadow_pages: usage.shadow_pages,
+            evictions: usage.evictions,
+            tracked_stores: usage.tracked_stores,
+            window_high_water,
+        }
+    }
+}
+
+/// The status that the end of a run and its witnesses come to.
+pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit: &[String]) -> Status {
+    let status = match end {
+        End::Board(BoardExit::DebugExit(0)) => Status::Pass,
+        End::Board(BoardExit::DebugExit(value)) => Status::Guest(*value),
+        End::Board(_) | End::TripleFault(_) | End::Stuck(_) => Status::Reset,
+        End::Timeout(_) => Status::Timeout,
+        End::Quit => Status::Quit,
+        End::Unknown { .. } | End::Backend { .. } => Status::Failure,
+        End::OutOfFrames(_) => Status::Operator,
+    };
+    if !audit.is_empty() {
+        return Status::Failure;
+    }
+    let contradicted = witness_error.is_some() || regions.iter().any(|r| !r.agrees());
+    if status == Status::Pass && contradicted { Status::Witness } else { status }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for region in self.regions.iter().filter(|r| !r.agrees()) {
+            writeln!(
+                f,
+                "region '{}' ({} pages): the guest says its CRC-32 is {:08x}, it is {:08x}",
+                region.name, region.pages, region.claimed, region.computed
+            )?;
+        }
+        if let Some(error) = &self.witness_error {
+            writeln!(f, "the guest's witness table cannot be read: {error}")?;
+        }
+        for finding in &self.audit {
+            writeln!(f, "audit: {finding}")?;
+        }
+        let good = self.regions.iter().filter(|r| r.agrees()).count();
+        write!(
+            f,
+            "verdict={} status={} backend={} regions={}/{} fills={} user_faults={} frames={} time={:.3}s",
+            self.verdict,
+            self.status,
+            self.backend,
+            good,
+            self.regions.len(),
+            self.faults.fixed + self.faults.prefilled,
+            self.vcpu.user_faults,
+            self.memory.resident,
+            Duration::from_micros(self.times.ended).as_secs_f64(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(claimed: u32, computed: u32) -> Witness {
+        Witness { name: "r".into(), pages: 1, claimed, computed }
+    }
+
+    #[test]
+    fn a_witness_that_disagrees_turns_a_pass_into_a_failure() {
+        let pass = End::Board(BoardExit::DebugExit(0));
+        assert_eq!(judge(&pass, &[region(1, 1)], None, &[]), Status::Pass);
+        assert_eq!(judge(&pass, &[region(1, 2)], None, &[]), Status::Witness);
+        assert_eq!(judge(&pass, &[], Some("no table"), &[]), Status::Witness);
+        assert_eq!(judge(&pass, &[], None, &["INV-X".into()]), Status::Failure);
+    }
+
+    #[test]
+    fn a_guest_that_fails_fails_whatever_the_witnesses_say() {
+        let fail = End::Board(BoardExit::DebugExit(2));
+        assert_eq!(judge(&fail, &[region(1, 2)], None, &[]), Status::Guest(2));
+    }
+}
