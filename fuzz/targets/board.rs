@@ -1,0 +1,108 @@
+//! The board under random accesses: any port, any device register, any width, at any time.
+//!
+//! What must hold: no panic, no arithmetic overflow, and each call ends at once (libFuzzer's own limits watch time and
+//! memory). The same calls on a second board give the same answers.
+#![no_main]
+
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+use umbra::board::{Board, BoardConfig, MemoryMap, Nanos};
+use umbra::interp::Width;
+use umbra_mmu::Gpa;
+
+const VCPUS: usize = 3;
+
+/// Ports and pages that belong to somebody; a random address would miss them nearly always.
+const PORTS: [u16; 14] =
+    [0x20, 0x40, 0x43, 0x60, 0x61, 0x70, 0x71, 0x92, 0xa0, 0xf4, 0x3f8, 0x3fc, 0x4d0, 0xcf9];
+const PAGES: [u64; 4] = [0xfea0_0000, 0xfec0_0000, 0xfec1_0000, 0xfee0_0000];
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Port {
+    Owned { which: u8, further: u8 },
+    Any(u16),
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Operation {
+    PortIn(Port),
+    PortOut(Port, u32),
+    MmioRead { page: u8, offset: u16 },
+    MmioWrite { page: u8, offset: u16, value: u64 },
+    Line { gsi: u8, level: bool },
+    Serial([u8; 3]),
+    Acknowledge,
+    Signals,
+    Init,
+    Nmi,
+    ApicBase(u64),
+    Reset,
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+struct Step {
+    /// Nanoseconds since the step before, as a power of two, so that one byte reaches from now to centuries.
+    later_log2: u8,
+    vcpu: u8,
+    width: u8,
+    operation: Operation,
+}
+
+fn board() -> Board {
+    let memory = MemoryMap::new(64 << 20).expect("64 MiB is a fine size");
+    let config =
+        BoardConfig { memory, vcpus: VCPUS, serial: Box::new(std::io::sink()), epoch_seconds: 1_000_000_000 };
+    Board::new(config).expect("three vCPUs are allowed")
+}
+
+fn port(port: Port) -> u16 {
+    match port {
+        Port::Owned { which, further } => PORTS[usize::from(which) % PORTS.len()] + u16::from(further % 8),
+        Port::Any(port) => port,
+    }
+}
+
+/// An address of a device page from which `width` stays within the page.
+fn register(page: u8, offset: u16, width: Width) -> Gpa {
+    let last = 4096 - width.bytes() as u64;
+    Gpa(PAGES[usize::from(page) % PAGES.len()] + u64::from(offset) % (last + 1))
+}
+
+/// One step; what it answered, for the comparison.
+fn apply(board: &mut Board, now: Nanos, step: Step) -> u64 {
+    // One vCPU more than there is: the board must stand a wrong number too.
+    let vcpu = usize::from(step.vcpu) % (VCPUS + 1);
+    let width = [Width::B1, Width::B2, Width::B4, Width::B8][usize::from(step.width) % 4];
+    match step.operation {
+        Operation::PortIn(at) => return board.port_in(now, vcpu, port(at), width).into(),
+        Operation::PortOut(at, value) => board.port_out(now, vcpu, port(at), width, value),
+        Operation::MmioRead { page, offset } => {
+            return board.mmio_read(now, vcpu, register(page, offset, width), width);
+        }
+        Operation::MmioWrite { page, offset, value } => {
+            board.mmio_write(now, vcpu, register(page, offset, width), width, value);
+        }
+        Operation::Line { gsi, level } => board.set_gsi(now, u32::from(gsi) % 64, level),
+        Operation::Serial(bytes) => return board.serial_input(now, &bytes) as u64,
+        Operation::Acknowledge => return board.acknowledge(now, vcpu).map_or(256, u64::from),
+        Operation::Signals => return u64::from(board.take_signals(vcpu).is_empty()),
+        Operation::Init => board.init_vcpu(now, vcpu),
+        Operation::Nmi => board.raise_nmi(vcpu),
+        Operation::ApicBase(value) => return u64::from(board.set_apic_base(vcpu, value).is_ok()),
+        Operation::Reset => board.reset(now),
+    }
+    0
+}
+
+fuzz_target!(|steps: Vec<Step>| {
+    let mut boards = [board(), board()];
+    let mut now = Nanos(0);
+    for step in steps {
+        now = now.plus(1 << (step.later_log2 % 60));
+        let [one, two] = boards.each_mut().map(|board| {
+            let answer = apply(board, now, step);
+            (answer, board.take_wakes(), board.next_deadline(), board.take_exit(), board.counters())
+        });
+        assert_eq!(one, two, "the same calls gave different answers at {step:?}");
+    }
+});
