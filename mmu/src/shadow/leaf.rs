@@ -183,6 +183,20 @@ impl Mmu {
         narrowed
     }
 
+    /// Removes every spte to `gfn`: the unmap step of an invalidation. The TLBs may hold them on until the debt
+    /// that this leaves on the frame is covered. An empty reverse map is fine.
+    pub fn zap_frame(&self, gfn: Gfn) {
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+        let mut zapped = false;
+        self.buckets.lock(gfn).unlink_all(gfn, |link| {
+            self.machine.word64(link.spte()).store(Spte::ABSENT.0, Ordering::Release);
+            zapped = true;
+        });
+        if zapped {
+            self.owe_leaf(mfn);
+        }
+    }
+
     /// True when stores to the frame must be seen by the VMM.
     #[inline]
     pub(crate) fn is_tracked(&self, mfn: Mfn) -> bool {
