@@ -5,12 +5,12 @@
 //!
 //! - `door_*_closed`: the attack traps. `door_*_opened`: with that one door open, the same bytes succeed, so that the
 //!   first can fail. Where a host makes the second impossible, it is ignored with the reason.
-//! - `kvm_*`: traps, state, kicks, flushes, shootdown, two vCPUs.
+//! - `kvm_*`: traps, state, kicks, flushes, shootdown, two vCPUs, the host probe.
 
 #[path = "doors/attacks.rs"]
 mod attacks;
-#[path = "doors/deadline.rs"]
-mod deadline;
+#[path = "doors/probe.rs"]
+mod probe;
 #[path = "doors/vcpu.rs"]
 mod vcpu;
 
@@ -32,14 +32,14 @@ fn main() {
 fn with_kvm(host: &'static Host) -> Vec<Trial> {
     // Some KVMs suffer when the last VM goes and another comes, again and again: one stays.
     std::mem::forget(host.kvm().create_vm());
-    let bodies = vcpu::TESTS.iter().map(|&(name, body)| trial(name.into(), move || body(host)));
+    let bodies = tests().map(|(name, body)| trial(name.into(), move || body(host)));
     bodies.chain(attacks::ATTACKS.iter().flat_map(|attack| attacks::trials(host, attack))).collect()
 }
 
 fn without_kvm(reason: &str) -> Vec<Trial> {
     let required = std::env::var("UMBRA_REQUIRE").is_ok_and(|list| list.split(',').any(|it| it == "kvm"));
-    let names = vcpu::TESTS.iter().map(|(name, _)| (*name).to_owned());
-    names
+    tests()
+        .map(|(name, _)| name.to_owned())
         .chain(attacks::ATTACKS.iter().flat_map(attacks::names))
         .map(|name| {
             let error = format!("UMBRA_REQUIRE asks for kvm, but {reason}");
@@ -49,6 +49,11 @@ fn without_kvm(reason: &str) -> Vec<Trial> {
             }
         })
         .collect()
+}
+
+/// The tests that are no attacks.
+fn tests() -> impl Iterator<Item = (&'static str, Body)> {
+    vcpu::TESTS.iter().chain(probe::TESTS).copied()
 }
 
 /// A test that is run.

@@ -32,6 +32,7 @@ core::arch::global_asm!(
     ".org umbra_firmware_start + {flush}, 0xcc",
     "mov rax, cr3",
     "mov cr3, rax",
+    "nop",
     "out {flush_port}, al",
     ".byte 0xcc",
     "umbra_firmware_end:",
@@ -64,7 +65,7 @@ pub fn code() -> &'static [u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::constants::{CODE_BYTES, VECTORS};
+    use crate::constants::{CODE_BYTES, FLUSH_END, VECTORS};
 
     #[test]
     fn code_fits_its_pages() {
@@ -90,7 +91,8 @@ mod tests {
 
     #[test]
     fn flush_reloads_cr3_and_leaves() {
-        let expected = [0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8, 0xe6, FLUSH_PORT as u8, 0xcc];
+        let expected = [0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8, 0x90, 0xe6, FLUSH_PORT as u8, 0xcc];
         assert_eq!(code()[FLUSH as usize..], expected);
+        assert_eq!(code()[FLUSH_END as usize], 0x90);
     }
 }

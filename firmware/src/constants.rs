@@ -26,6 +26,9 @@ pub const STUB_BYTES: u64 = 16;
 pub const VECTORS: u64 = 256;
 /// Offset of the flush stub.
 pub const FLUSH: u64 = STUBS + VECTORS * STUB_BYTES;
+/// Offset of the flush stub's end, a `nop` and its `out`: entered there, it leaves at once. (Not at the `out`: some
+/// KVMs finish an `out` at the next entry by stepping over it, if that entry is where the exit was.)
+pub const FLUSH_END: u64 = FLUSH + 6;
 /// Bytes reserved for code.
 pub const CODE_BYTES: u64 = 2 * PAGE;
 /// Offset of the interrupt descriptor table, shared by all vCPUs.

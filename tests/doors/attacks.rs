@@ -9,12 +9,12 @@ use libtest_mimic::Trial;
 use umbra::cpu::eflags;
 use umbra::kvm::{Doors, Features, Host, KvmError, KvmExit, OpenDoors, Options, Stop};
 use umbra::probe::scratch::{CODE, GDT, Scratch};
+use umbra::probe::watchdog::Watchdog;
 use umbra_firmware::ImageDoors;
 use umbra_firmware::blob;
 use umbra_firmware::constants::{CODE_SELECTOR, UPPER_BASE};
 use umbra_mmu::Gva;
 
-use crate::deadline::Deadline;
 use crate::{ignored, trial};
 
 /// One attack.
@@ -336,9 +336,9 @@ fn run(host: &Host, attack: &Attack, doors: OpenDoors) -> Result<Outcome, KvmErr
     let mut scratch = Scratch::new(host, Options { doors: Doors::opened(doors), ..Options::default() })?;
     let code = (attack.prepare)(&mut scratch)?;
     scratch.space.pool().write(scratch.code.at(0), &code)?;
-    let deadline = Deadline::new(scratch.vcpu.kicker(), Duration::from_secs(5));
+    let watchdog = Watchdog::new(Duration::from_secs(5));
+    watchdog.watch(attack.name, scratch.vcpu.kicker());
     let exit = scratch.enter();
-    drop(deadline);
     Ok(Outcome { exit, eip: scratch.cpu.eip, data: scratch.data_word(0)? })
 }
 

@@ -11,11 +11,11 @@ use umbra::kvm::shootdown::Notifier;
 use umbra::kvm::{CannotRun, Host, KvmError, KvmExit, KvmVm, Options, Stop};
 use umbra::machine::Pool;
 use umbra::probe::scratch::*;
+use umbra::probe::watchdog::Watchdog;
 use umbra_mmu::coherence::Removals;
 use umbra_mmu::{Gva, Mfn, Mpa};
 
 use crate::Body;
-use crate::deadline::Deadline;
 
 /// Every test.
 pub const TESTS: &[(&str, Body)] = &[
@@ -33,6 +33,7 @@ pub const TESTS: &[(&str, Body)] = &[
     ("kvm_state_that_cannot_run_is_refused", cannot_run),
     ("kvm_translation_to_no_memory_is_an_error_with_a_dump", hole),
     ("kvm_pool_too_small_is_an_error", small_pool),
+    ("kvm_vcpu_beyond_the_number_is_an_error", no_such_vcpu),
     ("kvm_kick_before_the_entry_changes_nothing", kick_before),
     ("kvm_kick_in_a_loop_leaves_it_exactly", kick_in_loop),
     ("kvm_kicks_under_traps_lose_and_repeat_nothing", kicks_under_traps),
@@ -43,6 +44,7 @@ pub const TESTS: &[(&str, Body)] = &[
     ("kvm_notifier_drops_one_frame_everywhere", notifier_one),
     ("kvm_notifier_drops_everything", notifier_all),
     ("kvm_two_vcpus_count_exactly", two_vcpus),
+    ("kvm_watchdog_ends_a_guest_that_never_leaves", watchdog),
     ("kvm_fpu_stays_with_the_vcpu", fpu),
 ];
 
@@ -66,7 +68,8 @@ macro_rules! check {
 
 /// Enters; a guest that does not leave within seconds fails the test.
 fn enter(scratch: &mut Scratch) -> Result<KvmExit, String> {
-    let _deadline = Deadline::new(scratch.vcpu.kicker(), Duration::from_secs(10));
+    let watchdog = Watchdog::new(Duration::from_secs(10));
+    watchdog.watch("a test", scratch.vcpu.kicker());
     scratch.enter().map_err(text)
 }
 
@@ -372,6 +375,13 @@ fn small_pool(host: &Host) -> Test {
     Ok(())
 }
 
+fn no_such_vcpu(host: &Host) -> Test {
+    let scratch = guest(host)?;
+    let error = scratch.vm.create_vcpu(1).err().map(text).unwrap_or_default();
+    check!(error.contains("no vCPU 1"), "{error}");
+    Ok(())
+}
+
 fn kick_before(host: &Host) -> Test {
     let mut scratch = guest(host)?;
     scratch.load(&[0x40, HLT], true).map_err(text)?;
@@ -661,5 +671,21 @@ fn fpu(host: &Host) -> Test {
     scratch.cpu.cr0 |= cr0::TS;
     let exit = enter(&mut scratch)?;
     check!(trapped(exit, 7, 0) && scratch.cpu.eip == CODE.0, "{exit:?}");
+    Ok(())
+}
+
+fn watchdog(host: &Host) -> Test {
+    const LIMIT: Duration = Duration::from_millis(50);
+    let mut scratch = guest(host)?;
+    // jmp to itself
+    scratch.load(&[0xeb, 0xfe], true).map_err(text)?;
+    let begun = Instant::now();
+    let watchdog = Watchdog::new(LIMIT);
+    watchdog.watch("a loop", scratch.vcpu.kicker());
+    for _ in 0..3 {
+        let exit = scratch.enter().map_err(text)?;
+        check!(exit == KvmExit::Kicked && scratch.cpu.eip == CODE.0, "{exit:?}");
+    }
+    check!(begun.elapsed() >= LIMIT && watchdog.what() == "a loop", "{:?}", begun.elapsed());
     Ok(())
 }

@@ -54,6 +54,14 @@ pub enum KvmError {
         /// Frames in the pool.
         frames: u64,
     },
+    /// The VM was not made for so many vCPUs.
+    #[error("there is no vCPU {index}: the VM was made for {vcpus}")]
+    NoSuchVcpu {
+        /// The vCPU asked for.
+        index: u32,
+        /// vCPUs that there can be.
+        vcpus: u32,
+    },
     /// A call to KVM failed.
     #[error("KVM: {what} failed: {source}")]
     Call {

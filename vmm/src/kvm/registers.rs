@@ -14,7 +14,7 @@
 //! Not here: entering, trap frames, and which descriptors the tables show.
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
-use umbra_firmware::constants::{FLUSH, IDT, IDT_BYTES, UPPER_BASE};
+use umbra_firmware::constants::{IDT, IDT_BYTES, UPPER_BASE};
 use umbra_firmware::{Layout, VcpuLayout};
 use umbra_mmu::Mpa;
 
@@ -125,10 +125,17 @@ impl EntryPlan {
         sregs.tr.selector = cpu.tr.selector & !7;
     }
 
-    /// Fills `regs` and `sregs` for the flush stub on the page tables at `root`.
-    pub fn flush(&self, cpu: &CpuState, root: Mpa, regs: &mut kvm_regs, sregs: &mut kvm_sregs) {
+    /// Fills `regs` and `sregs` for the firmware's code at `offset` on the page tables at `root`.
+    pub fn firmware(
+        &self,
+        offset: u64,
+        cpu: &CpuState,
+        root: Mpa,
+        regs: &mut kvm_regs,
+        sregs: &mut kvm_sregs,
+    ) {
         *regs = kvm_regs {
-            rip: UPPER_BASE + FLUSH,
+            rip: UPPER_BASE + offset,
             rsp: UPPER_BASE + self.layout.stack_top(),
             rflags: u64::from(eflags::FIXED),
             ..kvm_regs::default()

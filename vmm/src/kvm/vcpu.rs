@@ -21,7 +21,9 @@ use std::sync::Arc;
 
 use kvm_bindings::{kvm_debugregs, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
-use umbra_firmware::constants::{CODE_BYTES, FLUSH_PORT, FRAME_BYTES, TRAP_PORT, UPPER_BASE};
+use umbra_firmware::constants::{
+    CODE_BYTES, FLUSH, FLUSH_END, FLUSH_PORT, FRAME_BYTES, TRAP_PORT, UPPER_BASE,
+};
 use umbra_mmu::Mpa;
 
 use super::descriptors::{Mode, Tables, decode};
@@ -206,9 +208,21 @@ impl KvmVcpu {
     /// # Errors
     /// As [`KvmVcpu::enter`].
     pub fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
+        self.run_firmware(FLUSH, cpu, root)
+    }
+
+    /// Enters and leaves without doing anything: what an exit costs. True where a kick came meanwhile.
+    ///
+    /// # Errors
+    /// As [`KvmVcpu::enter`].
+    pub fn bounce(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
+        self.run_firmware(FLUSH_END, cpu, root)
+    }
+
+    fn run_firmware(&mut self, offset: u64, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
         self.root = root;
         let (mut regs, mut sregs) = (kvm_regs::default(), self.reset);
-        self.plan.flush(cpu, root, &mut regs, &mut sregs);
+        self.plan.firmware(offset, cpu, root, &mut regs, &mut sregs);
         self.write_registers(&regs, &sregs);
         let mut kicked = false;
         loop {

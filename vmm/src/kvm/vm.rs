@@ -101,8 +101,11 @@ impl KvmVm {
     /// Makes vCPU `index`, below the number that the VM was made for. Each can be made once.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// When there is no such vCPU, or KVM refuses.
     pub fn create_vcpu(&self, index: u32) -> Result<KvmVcpu, KvmError> {
+        if index >= self.options.vcpus {
+            return Err(KvmError::NoSuchVcpu { index, vcpus: self.options.vcpus });
+        }
         let fd = self.machine.vm().create_vcpu(u64::from(index)).map_err(|e| call("KVM_CREATE_VCPU", e))?;
         fd.set_cpuid2(&self.cpuid).map_err(|error| call("KVM_SET_CPUID2", error))?;
         let cpuid_faults = !self.options.doors.open().native_cpuid && enable_cpuid_faulting(&fd);

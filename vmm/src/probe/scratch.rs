@@ -210,6 +210,19 @@ impl Scratch {
         self.enter()
     }
 
+    /// Another root, with the same tables under it.
+    ///
+    /// # Errors
+    /// When the pool is used up.
+    pub fn second_root(&mut self) -> Result<Mpa, KvmError> {
+        let other = self.space.frame()?.at(0);
+        for entry in 0..512 {
+            let value = self.space.pool().load(Mpa(self.space.root.0 + entry * 8))?;
+            self.space.pool().store(Mpa(other.0 + entry * 8), value)?;
+        }
+        Ok(other)
+    }
+
     /// The quadword at `offset` of the data page.
     ///
     /// # Errors
