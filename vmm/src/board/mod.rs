@@ -19,6 +19,15 @@
 //!
 //! Locks: none of its own; whoever shares a board puts it behind one.
 //!
+//! Differences from QEMU 7.2, found by running the same random register accesses on both; each is the data sheets'
+//! rule:
+//! - a line that stays up is one edge, also at an IOAPIC and after ICW1; a level is seen also if it rose while the
+//!   pin was masked or edge-triggered;
+//! - LINT0 in fixed mode gives its own vector, not the 8259's; in special mask mode a non-specific EOI leaves masked
+//!   in-service bits alone; a local APIC whose interrupt goes away gives none, not the spurious vector;
+//! - what nobody owns reads as ones also in memory; the 8259s begin masked, and reach the boot processor while its
+//!   local APIC is disabled; there are ports 0x60, 0x61, 0x64, 0x92 and 0xcf9.
+//!
 //! Not here: fw_cfg and virtio-mmio (0xfeb00000 is free for it), MSIs, SMIs.
 //!
 //! See: Intel SDM vol. 3A chapter 11, the data sheets named in each file; what microvm answers was read from QEMU
@@ -432,10 +441,11 @@ impl Board {
     pub fn acknowledge(&mut self, now: Nanos, vcpu: usize) -> Option<u8> {
         self.advance(now);
         let lapic = self.bus.lapic_mut(vcpu)?;
-        let vector = match lapic.acknowledge() {
-            Some(vector) => vector,
-            None if lapic.accepts_extint() && self.pic.output() => self.pic.acknowledge(),
-            None => return None,
+        // The 8259 comes first: what it sends has no priority that the local APIC could compare.
+        let vector = if lapic.accepts_extint() && self.pic.output() {
+            self.pic.acknowledge()
+        } else {
+            lapic.acknowledge()?
         };
         self.counters.interrupts += 1;
         self.woken &= !(1 << vcpu);

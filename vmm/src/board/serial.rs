@@ -21,9 +21,28 @@ const INPUT_BYTES_MAX: usize = 4096;
 const DATA: u8 = 0;
 const INTERRUPT_ENABLE: u8 = 1;
 const INTERRUPT_IDENTIFICATION: u8 = 2;
+const FIFO_CONTROL: u8 = 2;
+/// FIFO control: FIFOs on. Interrupt identification: they are.
+const FIFO_ENABLE: u8 = 0x01;
+const FIFOS_ON: u8 = 0xc0;
 /// Bits of the interrupt identification as vm-superio keeps them.
 const RECEIVED: u8 = 0b100;
 const SENT: u8 = 0b010;
+
+/// What the interrupt identification shows when there is none.
+const NONE_PENDING: u8 = 0b001;
+const ENABLE_RECEIVED: u8 = 0b01;
+const ENABLE_SENT: u8 = 0b10;
+const LINE_CONTROL: u8 = 3;
+/// Line control: the first two registers are the divisor.
+const DIVISOR_LATCH: u8 = 0x80;
+
+/// The bits of the interrupt identification that `enables` lets through.
+fn enabled_interrupts(enables: u8) -> u8 {
+    let received = if enables & ENABLE_RECEIVED != 0 { RECEIVED } else { 0 };
+    let sent = if enables & ENABLE_SENT != 0 { SENT } else { 0 };
+    received | sent
+}
 
 /// The line is computed from the UART's state; its own signal is not needed.
 struct NoTrigger;
@@ -40,19 +59,23 @@ impl Trigger for NoTrigger {
 pub(super) struct Uart {
     serial: Serial<NoTrigger, NoEvents, Box<dyn Write + Send>>,
     input: VecDeque<u8>,
+    /// What the guest last wrote to FIFO control said so. There are no FIFOs, but drivers tell a 16550A by the bits
+    /// that answer.
+    fifos_on: bool,
     /// Bytes that the sink did not take.
     pub(super) lost: u64,
 }
 
 impl Uart {
     pub(super) fn new(sink: Box<dyn Write + Send>) -> Uart {
-        Uart { serial: Serial::new(NoTrigger, sink), input: VecDeque::new(), lost: 0 }
+        Uart { serial: Serial::new(NoTrigger, sink), input: VecDeque::new(), fifos_on: false, lost: 0 }
     }
 
     /// The same port after a reset of the machine: registers as new, sink and waiting input kept.
     pub(super) fn reset(&mut self) {
         let sink = std::mem::replace(self.serial.writer_mut(), Box::new(std::io::sink()));
         self.serial = Serial::new(NoTrigger, sink);
+        self.fifos_on = false;
         self.receive();
     }
 
@@ -78,9 +101,7 @@ impl Uart {
     /// The interrupt line, IRQ 4.
     pub(super) fn output(&self) -> bool {
         let state = self.serial.state();
-        let received = state.interrupt_identification & RECEIVED != 0 && state.interrupt_enable & 1 != 0;
-        let sent = state.interrupt_identification & SENT != 0 && state.interrupt_enable & 2 != 0;
-        received || sent
+        state.interrupt_identification & enabled_interrupts(state.interrupt_enable) != 0
     }
 
     /// Reads register `offset`, 0..=7.
@@ -96,23 +117,35 @@ impl Uart {
         }
     }
 
-    /// Shows the most urgent pending interrupt alone, as the chip does, where vm-superio shows all and forgets them.
-    /// Reading ends "sent"; "received" lasts until the data is read.
+    /// Shows the most urgent pending and enabled interrupt alone, as the chip does, where vm-superio shows all and
+    /// forgets them. Reading ends "sent"; "received" lasts until the data is read.
     fn identify(&mut self, value: u8) -> u8 {
-        if value & RECEIVED == 0 {
-            return value;
+        let state = self.serial.state();
+        let pending = value & enabled_interrupts(state.interrupt_enable);
+        if pending & RECEIVED != 0 && (pending & SENT != 0 || state.interrupt_enable & ENABLE_SENT == 0) {
+            self.raise_again(state.interrupt_enable, state.line_control);
         }
-        let enabled = self.serial.read(INTERRUPT_ENABLE);
-        // Writing the enables again raises what they enable: right for data that is still there, and for "sent"
-        // only if it was pending too.
-        if value & SENT != 0 || enabled & 2 == 0 {
-            self.write_register(INTERRUPT_ENABLE, enabled);
-        }
-        value & !SENT
+        let shown = match pending {
+            0 => NONE_PENDING,
+            SENT => SENT,
+            _ => RECEIVED,
+        };
+        shown | if self.fifos_on { FIFOS_ON } else { 0 }
+    }
+
+    /// Writes the interrupt enables again, which raises what they enable: right for data that is still there, and
+    /// for "sent" only if it was pending too.
+    fn raise_again(&mut self, enables: u8, line_control: u8) {
+        self.write_register(LINE_CONTROL, line_control & !DIVISOR_LATCH);
+        self.write_register(INTERRUPT_ENABLE, enables);
+        self.write_register(LINE_CONTROL, line_control);
     }
 
     /// Writes register `offset`, 0..=7.
     pub(super) fn write(&mut self, offset: u8, value: u8) {
+        if offset == FIFO_CONTROL {
+            self.fifos_on = value & FIFO_ENABLE != 0;
+        }
         self.write_register(offset, value);
         self.receive();
     }
@@ -226,6 +259,33 @@ mod tests {
         assert_eq!(uart.read(INTERRUPT_IDENTIFICATION) & 0xf, 0b100);
         uart.read(DATA);
         assert!(!uart.output());
+    }
+
+    #[test]
+    fn identification_shows_what_is_enabled_also_under_the_divisor_latch() {
+        let (mut uart, _) = uart();
+        uart.write(INTERRUPT_ENABLE, 2);
+        uart.write(INTERRUPT_ENABLE, 0);
+        assert_eq!(uart.read(INTERRUPT_IDENTIFICATION), 0x01);
+        uart.write(LINE_CONTROL, DIVISOR_LATCH | 3);
+        uart.write(1, 0x12);
+        uart.write(LINE_CONTROL, 3);
+        uart.write(INTERRUPT_ENABLE, 1);
+        uart.queue(b"x");
+        uart.write(LINE_CONTROL, DIVISOR_LATCH | 3);
+        assert_eq!(uart.read(INTERRUPT_IDENTIFICATION), 0x04);
+        assert!(uart.output());
+        assert_eq!((uart.read(1), uart.read(LINE_CONTROL)), (0x12, DIVISOR_LATCH | 3));
+    }
+
+    #[test]
+    fn fifos_show_once_they_are_on() {
+        let (mut uart, _) = uart();
+        assert_eq!(uart.read(INTERRUPT_IDENTIFICATION), 0x01);
+        uart.write(FIFO_CONTROL, 0x07);
+        assert_eq!(uart.read(INTERRUPT_IDENTIFICATION), 0xc1);
+        uart.write(FIFO_CONTROL, 0x00);
+        assert_eq!(uart.read(INTERRUPT_IDENTIFICATION), 0x01);
     }
 
     #[test]

@@ -364,6 +364,17 @@ fn pit_reaches_the_8259_as_line_0_and_the_ioapic_as_pin_2() {
 }
 
 #[test]
+fn interrupts_of_the_8259_come_before_those_of_the_local_apic() {
+    let mut board = enabled(1);
+    board.init_pics(!0x20);
+    board.set(0, LVT_LINT0, 0x700);
+    board.set(0, TPR, 0x80);
+    board.ipi(0, 0, 0x90);
+    board.set_gsi(Nanos(0), 5, true);
+    assert_eq!((board.ack(0), board.ack(0)), (Some(0x25), Some(0x90)), "ExtINT knows no priority");
+}
+
+#[test]
 fn masked_pit_sets_no_deadline() {
     let mut board = board(1);
     assert_eq!(board.next_deadline(), None);

@@ -24,15 +24,17 @@ impl Nanos {
         self.0.saturating_sub(earlier.0)
     }
 
-    /// Whole ticks of a clock of `hertz` that started at zero.
+    /// Whole ticks of a clock of `hertz` (1 to 10^9) that started at zero. Seconds and the rest apart, so that 64
+    /// bits are enough.
     pub fn ticks(self, hertz: u64) -> u64 {
-        (u128::from(self.0) * u128::from(hertz) / u128::from(NANOS_PER_SECOND)) as u64
+        let (seconds, rest) = (self.0 / NANOS_PER_SECOND, self.0 % NANOS_PER_SECOND);
+        seconds * hertz + rest * hertz / NANOS_PER_SECOND
     }
 
     /// The first nanosecond at which a clock of `hertz` shows `ticks`; the inverse of [`Nanos::ticks`].
     pub fn of_tick(ticks: u64, hertz: u64) -> Nanos {
-        let nanos = (u128::from(ticks) * u128::from(NANOS_PER_SECOND)).div_ceil(u128::from(hertz));
-        Nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+        let (seconds, rest) = (ticks / hertz, ticks % hertz);
+        Nanos(seconds.saturating_mul(NANOS_PER_SECOND)).plus((rest * NANOS_PER_SECOND).div_ceil(hertz))
     }
 }
 
@@ -48,6 +50,17 @@ mod tests {
                 assert_eq!(at.ticks(hertz), tick, "{hertz} Hz");
                 assert_eq!(Nanos(at.0 - 1).ticks(hertz), tick - 1, "{hertz} Hz");
             }
+        }
+    }
+
+    #[test]
+    fn end_of_time_does_not_overflow() {
+        for hertz in [1, 32_768, 1_193_182, NANOS_PER_SECOND] {
+            let ticks = Nanos(u64::MAX).ticks(hertz);
+            let exact = u128::from(u64::MAX) * u128::from(hertz) / u128::from(NANOS_PER_SECOND);
+            assert_eq!(u128::from(ticks), exact, "{hertz} Hz");
+            assert!(Nanos::of_tick(ticks, hertz) <= Nanos(u64::MAX));
+            assert_eq!(Nanos::of_tick(u64::MAX, 1), Nanos(u64::MAX));
         }
     }
 }
