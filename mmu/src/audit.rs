@@ -9,7 +9,7 @@ use crate::Mmu;
 use crate::addr::{Gfn, Mfn, Mpa};
 use crate::bucket::Link;
 use crate::format::Gpte;
-use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER};
+use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::shadow::role::{Key, Shape};
 use crate::spte::Spte;
@@ -240,15 +240,22 @@ impl Audit<'_> {
         for (_, key) in self.mmu.pages.live() {
             if key.role.shadows_table() {
                 let upper = if key.role.shape == Shape::Directory { UPPER } else { 0 };
-                *shapes.entry(key.gfn).or_default() |= SHADOWED | upper;
+                let wide = if key.role.mode.pae { WIDE } else { 0 };
+                *shapes.entry(key.gfn).or_default() |= SHADOWED | upper | wide;
             }
         }
         let listed: Vec<Gfn> = self.mmu.unsync.lock().iter().map(|u| u.gfn).collect();
+        for (index, gfn) in listed.iter().enumerate() {
+            let once = !listed[..index].contains(gfn);
+            self.require(once && self.flags(*gfn) & UNSYNC != 0, || {
+                format!("INV-SYNC-1: {gfn} is listed as unsync, and is not (or twice)")
+            });
+        }
         let mmu = self.mmu;
         mmu.p2m.for_each_resident(|gfn, mfn| {
             let flags = mmu.frames.flags(mfn);
             let want = shapes.get(&gfn).copied().unwrap_or(0);
-            self.require(flags & (SHADOWED | UPPER) == want, || {
+            self.require(flags & (SHADOWED | UPPER | WIDE) == want, || {
                 format!("INV-TRACK-2: {gfn} has marks {flags:#x}, its pages call for {want:#x}")
             });
             let unsync = flags & UNSYNC != 0;

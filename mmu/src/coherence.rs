@@ -176,9 +176,10 @@ impl Coherence {
         }
     }
 
-    /// The ack ledger: true when no vCPU can still use a translation removed at `stamp`.
+    /// The ack ledger: true when no vCPU can still use a translation removed at `stamp`. The clock begins at 1: a stamp
+    /// of 0 is that of no removal.
     pub fn covered(&self, stamp: u64) -> bool {
-        self.vcpus.iter().all(|vcpu| vcpu.covers(stamp))
+        stamp == 0 || self.vcpus.iter().all(|vcpu| vcpu.covers(stamp))
     }
 
     /// Before guest code runs: marks `vcpu` as in the guest and says whether it must flush first. The mode is set

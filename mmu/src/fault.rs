@@ -47,7 +47,7 @@ impl Mmu {
             let seen = self.buckets.sequence();
             let t = match self.walk(vcpu, gva, access, Touch::Set) {
                 Ok(t) => t,
-                Err(Refusal::Fault(fault)) => return guest_fault(vcpu, fault),
+                Err(Refusal::Fault(fault)) => return self.guest_fault(vcpu, fault),
                 Err(Refusal::Need(gfn)) => return Outcome::Need(gfn),
             };
             match self.map(vcpu, &t, seen, access.user) {
@@ -71,6 +71,15 @@ impl Mmu {
         Outcome::Again
     }
 
+    /// A page fault forgets the translation of its address (SDM 4.10.4.1): a kernel that then makes the entry valid
+    /// owes no INVLPG.
+    fn guest_fault(&self, vcpu: &Vcpu, fault: PageFault) -> Outcome {
+        self.forget_address(vcpu, fault.gva);
+        vcpu.count(|s| s.guest += 1);
+        vcpu.events.borrow_mut().record(fault.gva, Event::GuestFault);
+        Outcome::Guest(fault)
+    }
+
     /// Sleeps until the gate of `gfn` has been seen open. Called with no lock held and nothing mapped.
     pub fn wait_at_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
         lock_order::assert_may_sleep();
@@ -79,12 +88,6 @@ impl Mmu {
             std::thread::yield_now();
         }
     }
-}
-
-fn guest_fault(vcpu: &Vcpu, fault: PageFault) -> Outcome {
-    vcpu.count(|s| s.guest += 1);
-    vcpu.events.borrow_mut().record(fault.gva, Event::GuestFault);
-    Outcome::Guest(fault)
 }
 
 fn emulate(vcpu: &Vcpu, gva: Gva, gpa: Gpa) -> Outcome {

@@ -40,6 +40,9 @@ pub const UNSYNC: u32 = 1 << 10;
 /// The VMM watches writes to it for a reason of its own (descriptor tables in native mode).
 pub const WATCHED: u32 = 1 << 11;
 
+/// Some shadow page of it is for PAE paging: its entries are 8 bytes wide.
+pub const WIDE: u32 = 1 << 12;
+
 const KIND_MASK: u32 = 0xff;
 
 /// Metadata of one frame.

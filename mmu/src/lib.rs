@@ -202,6 +202,13 @@ impl Mmu {
             || self.p2m.transition(gfn, PageState::Zero, PageState::Device)
     }
 
+    /// Gives up the `count` least recently used shadow pages, for memory pressure. Their frames are used for other
+    /// shadow pages first. Called with no lock held.
+    pub fn evict_shadow(&self, count: u32) {
+        lock_order::assert_may_sleep();
+        self.evict(count as usize);
+    }
+
     /// Where a page is, giving it a zeroed frame if it has none yet. `Zero` only when no frame is left.
     #[inline]
     pub(crate) fn resident(&self, gfn: Gfn) -> PageState {

@@ -49,9 +49,8 @@ impl Mmu {
         if !same_roots {
             self.unload_roots(vcpu);
         }
-        if flush == Flush::Yes {
-            // Both roots, so that a resynchronisation sees what is below them.
-            let _ = (self.root(vcpu, false), self.root(vcpu, true));
+        // Other tables than before, though nothing was flushed: what INVLPG did under the old mode must hold there.
+        if flush == Flush::Yes || !same_roots {
             self.sync_loaded(vcpu);
             self.flush_if_owed(vcpu);
         }
@@ -68,8 +67,7 @@ impl Mmu {
     /// that it has been used (A; writable only with D): a kmap then costs one trap and not two.
     pub fn invalidate_page(&self, vcpu: &Vcpu, gva: Gva) {
         vcpu.events.borrow_mut().record(gva, Event::Invalidated);
-        self.sync_address(vcpu, gva);
-        self.flush_if_owed(vcpu);
+        self.forget_address(vcpu, gva);
         if vcpu.mode.paging {
             self.prefill(vcpu, gva);
         }
@@ -79,12 +77,12 @@ impl Mmu {
     /// as [`crate::Outcome::Emulate`]. May sleep. False where there is no memory.
     pub fn watch(&self, vcpu: &Vcpu, gfn: Gfn) -> bool {
         let PageState::Resident(mfn) = self.resident(gfn) else { return false };
-        let narrowed = {
+        let owed = {
             let bucket = self.buckets.lock(gfn);
             self.frames.change_flags(mfn, 0, WATCHED);
             self.write_protect(&bucket, gfn, mfn)
         };
-        if narrowed {
+        if owed {
             self.coherence.shoot_down(Some(vcpu.id));
         }
         true
@@ -116,6 +114,12 @@ impl Mmu {
         Ok(pdptes)
     }
 
+    /// Makes the vCPU unable to use anything for `gva` that the guest's tables do not say now.
+    pub(crate) fn forget_address(&self, vcpu: &Vcpu, gva: Gva) {
+        self.sync_address(vcpu, gva);
+        self.flush_if_owed(vcpu);
+    }
+
     fn flush_if_owed(&self, vcpu: &Vcpu) {
         if self.coherence.owes_flush(vcpu.id) {
             self.coherence.request_flush(vcpu.id);
@@ -142,8 +146,17 @@ impl Mmu {
 }
 
 impl Mmu {
-    /// Translates for an emulated access, setting A and D as the access itself would.
+    /// Translates for an emulated access, setting A and D as the access itself would. A fault is as
+    /// [`crate::Outcome::Guest`]: for the guest to see.
     pub fn translate(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Gpa, Refusal> {
-        self.walk(vcpu, gva, access, Touch::Set).map(|t| t.gpa)
+        match self.walk(vcpu, gva, access, Touch::Set) {
+            Ok(t) => Ok(t.gpa),
+            Err(refusal) => {
+                if let Refusal::Fault(fault) = refusal {
+                    self.forget_address(vcpu, fault.gva);
+                }
+                Err(refusal)
+            }
+        }
     }
 }

@@ -10,7 +10,8 @@
 //! but A bits on the way, which the architecture allows at any time. A and D change by compare-and-swap in guest
 //! memory, so that a store of another vCPU to the same entry is never lost.
 //!
-//! Locks: none. Does not sleep.
+//! Locks: none, but where a two-level walk sets A or D in a frame that is a PAE table too: what it changes there are
+//! address bits, so the shadow is told. Does not sleep.
 //!
 //! A of an upper entry is set when the walk goes on past it, even if it then faults; A and D of the last entry
 //! only when the access is allowed. The SDM (4.8) leaves the former open; this is what QEMU does too.
@@ -23,6 +24,7 @@ use crate::Mmu;
 use crate::access::{Access, AccessKind, FaultCode, PageFault};
 use crate::addr::{Gfn, Gpa, Gva};
 use crate::format::{Gpte, Mode, Rights, STATUS_BITS};
+use crate::frames::WIDE;
 use crate::p2m::PageState;
 use crate::vcpu::Vcpu;
 use crate::window::Tag;
@@ -204,6 +206,12 @@ impl Mmu {
             let (old, new) = (step.gpte.0 as u32, wanted as u32);
             map.word32(offset).compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
+        // Bits 5 and 6 of the upper half of a PAE entry are address bits.
+        let foreign = !vcpu.mode.pae && step.index & 1 == 1 && self.frames.flags(map.mfn()) & WIDE != 0;
+        drop(map);
+        if swapped && foreign {
+            self.table_written(step.table, offset, 4);
+        }
         step.gpte = Gpte(wanted);
         Ok(swapped)
     }

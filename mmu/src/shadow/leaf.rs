@@ -97,11 +97,11 @@ impl Mmu {
         Spte(self.machine.word64(at).load(Ordering::Acquire))
     }
 
-    /// True when the guest's entry still is what the walk saw, A and D aside.
+    /// True when the guest's entry still is what the walk saw: A or D may have come, but not gone.
     #[inline]
     pub(crate) fn is_unchanged(&self, vcpu: &Vcpu, step: Step) -> bool {
         self.read_gpte(vcpu, step.table, step.index)
-            .is_ok_and(|now| now.0 & !STATUS_BITS == step.gpte.0 & !STATUS_BITS)
+            .is_ok_and(|now| now.0 | STATUS_BITS == step.gpte.0 | STATUS_BITS && step.gpte.0 & !now.0 == 0)
     }
 
     /// Makes the leaf at `at` map `gfn`. Caller holds the page's lock.
@@ -165,7 +165,8 @@ impl Mmu {
         }
     }
 
-    /// Write-protects every spte to `gfn`, in `mfn`; says whether there was one to protect. Caller holds
+    /// Write-protects every spte to `gfn`, in `mfn`; says whether some TLB may still let it be written: through an
+    /// spte protected now, or through one that was removed before and not flushed since (TLB debt). Caller holds
     /// bucket(gfn) through `bucket`.
     pub(crate) fn write_protect(&self, bucket: &crate::bucket::BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> bool {
         let mut narrowed = false;
@@ -180,7 +181,7 @@ impl Mmu {
             self.p2m.advance_write_generation(gfn);
             self.owe_leaf(mfn);
         }
-        narrowed
+        !self.coherence.covered(self.frames.debt(mfn))
     }
 
     /// Removes every spte to `gfn`: the unmap step of an invalidation. The TLBs may hold them on until the debt

@@ -13,14 +13,14 @@
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mpa};
-use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER};
+use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::shadow::RootRef;
 use crate::shadow::leaf::Mapped;
-use crate::shadow::pages::{FreeSlot, Shard, find};
+use crate::shadow::pages::{Shard, find};
 use crate::shadow::role::{Key, Shape, directory_key};
 use crate::spte::{Spte, l2_index, l3_index};
-use crate::sync::Ordering;
+use crate::sync::{Ordering, fence};
 use crate::vcpu::Vcpu;
 use crate::walk::{Step, Translation};
 
@@ -51,7 +51,7 @@ impl Mmu {
         parent.writes = 0;
         self.pages.touch(directory);
         let entry = self.pages.mfn(directory).at(l2_index(t.gva) * 8);
-        self.link(entry, table, key, false)?;
+        self.link(vcpu, entry, table, key)?;
         Ok(table)
     }
 
@@ -61,7 +61,7 @@ impl Mmu {
             return Ok(slot);
         }
         let slot = self.get_or_create(vcpu, key)?;
-        self.link(entry, slot, key, true)?;
+        self.link(vcpu, entry, slot, key)?;
         Ok(slot)
     }
 
@@ -77,7 +77,11 @@ impl Mmu {
     /// Makes `entry` link to the page of `key` in `slot`, unlinking what it linked to before. The caller keeps
     /// others from linking at `entry`: it holds the page that the entry is in, or the entry is a root's, where
     /// everybody wants the same child.
-    fn link(&self, entry: Mpa, slot: u32, key: Key, directory: bool) -> Result<(), Mapped> {
+    ///
+    /// An unsync table is brought up to date first: the address may never have been translated through it, so what
+    /// it forgot to follow was never owed a flush here.
+    fn link(&self, vcpu: &Vcpu, entry: Mpa, slot: u32, key: Key) -> Result<(), Mapped> {
+        let directory = key.role.is_directory();
         if self.child(entry).is_some_and(|old| old != slot) {
             self.unlink(entry, directory);
         }
@@ -86,6 +90,9 @@ impl Mmu {
             return Err(Mapped::Retry);
         }
         if !self.spte(entry).is_present() {
+            if key.role.shape == Shape::Table && self.is_unsync(key.gfn) {
+                self.sync_page(vcpu, &child, slot);
+            }
             child.parents.push(entry);
             let link = Spte::link(self.pages.mfn(slot));
             self.machine.word64(entry).store(link.0, Ordering::Release);
@@ -118,9 +125,9 @@ impl Mmu {
             return self.ready(slot, key);
         }
         shard.entry(key.gfn).or_default().push((key.role, fresh));
-        let narrowed = key.role.shadows_table() && self.promote(key);
+        let owed = key.role.shadows_table() && self.promote(key);
         drop(shard);
-        if narrowed {
+        if owed {
             self.coherence.shoot_down(Some(vcpu.id));
         }
         if key.role.shape == Shape::Directory {
@@ -147,11 +154,14 @@ impl Mmu {
         let PageState::Resident(mfn) = self.resident(key.gfn) else { return false };
         let bucket = self.buckets.lock(key.gfn);
         let upper = key.role.shape == Shape::Directory;
+        let wide = if key.role.mode.pae { WIDE } else { 0 };
         if !upper && self.frames.flags(mfn) & UNSYNC != 0 {
+            self.frames.change_flags(mfn, 0, wide);
             return false;
         }
         let (clear, set) = if upper { (UNSYNC, SHADOWED | UPPER) } else { (0, SHADOWED) };
-        self.frames.change_flags(mfn, clear, set);
+        self.frames.change_flags(mfn, clear, set | wide);
+        fence(Ordering::SeqCst);
         self.write_protect(&bucket, key.gfn, mfn)
     }
 
@@ -160,55 +170,72 @@ impl Mmu {
     fn demote(&self, shard: &Shard, gfn: Gfn) {
         let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
         let _bucket = self.buckets.lock(gfn);
-        let roles = || shard.get(&gfn).into_iter().flatten().map(|(role, _)| role);
+        let pages = || shard.get(&gfn).into_iter().flatten();
+        let roles = || pages().map(|(role, _)| role).filter(|role| role.shadows_table());
         let mut clear = 0;
         if !roles().any(|role| role.shape == Shape::Directory) {
             clear |= UPPER;
         }
-        if !roles().any(|role| role.shadows_table()) {
+        if !roles().any(|role| role.mode.pae) {
+            clear |= WIDE;
+        }
+        if roles().next().is_none() {
             clear |= SHADOWED | UNSYNC;
         }
+        let was = self.frames.flags(mfn);
         self.frames.change_flags(mfn, clear, 0);
+        if was & clear & UNSYNC != 0 {
+            self.forget_unsync(gfn);
+        }
     }
 
     /// A slot for a new page: its table is all zeros and no TLB or paging-structure cache knows it. `None` when
     /// the machine has no frame and there is nothing to evict. May sleep.
     fn take_slot(&self, vcpu: &Vcpu) -> Option<u32> {
+        if let Some(slot) = self.pages.take_fresh() {
+            if let Some(mfn) = self.frames.allocate(FrameKind::Shadow(slot)) {
+                self.machine.clear(mfn);
+                self.pages.set_mfn(slot, mfn);
+                return Some(slot);
+            }
+            self.pages.put_fresh(slot);
+        }
+        self.take_dead_slot(vcpu)
+    }
+
+    /// The slot of a dead page; one is killed if there is none.
+    fn take_dead_slot(&self, vcpu: &Vcpu) -> Option<u32> {
         loop {
-            match self.pages.take_free() {
-                FreeSlot::Fresh(slot) => match self.frames.allocate(FrameKind::Shadow(slot)) {
-                    Some(mfn) => {
-                        self.machine.clear(mfn);
-                        self.pages.set_mfn(slot, mfn);
-                        return Some(slot);
-                    }
-                    None => {
-                        self.pages.put_fresh(slot);
-                        return None;
-                    }
-                },
-                FreeSlot::Dead(slot, stamp) => {
-                    if !self.coherence.covered(stamp) {
-                        self.coherence.shoot_down(Some(vcpu.id));
-                    }
-                    return Some(slot);
+            if let Some((slot, stamp)) = self.pages.take_dead() {
+                if !self.coherence.covered(stamp) {
+                    self.coherence.shoot_down(Some(vcpu.id));
                 }
-                FreeSlot::None => self.evict(self.pages.max().div_ceil(16) as usize),
+                return Some(slot);
+            }
+            let some = self.pages.max().div_ceil(16) as usize;
+            if self.evict(some) == 0 && self.evict(self.pages.max() as usize) == 0 {
+                return None;
             }
         }
     }
 
-    /// Kills the `count` least recently used pages.
-    pub(crate) fn evict(&self, count: usize) {
-        for slot in self.pages.oldest(count) {
+    /// Kills the `count` least recently used pages; says how many went.
+    pub(crate) fn evict(&self, count: usize) -> usize {
+        let mut killed = 0;
+        for slot in self.pages.by_age() {
+            if killed == count {
+                break;
+            }
             // Only a look: the key may change until the shard is held, where it is looked for again.
             let Some(key) = self.pages.lock(slot, false).key else { continue };
             let mut shard = self.pages.shard(key.gfn);
             if find(&shard, key) == Some(slot) {
                 self.kill(&mut shard, key, slot);
-                self.evictions.fetch_add(1, Ordering::Relaxed);
+                killed += 1;
             }
         }
+        self.evictions.fetch_add(killed as u64, Ordering::Relaxed);
+        killed
     }
 
     /// Ends a page: out of the cache, unlinked from all parents, all its entries taken away. Its slot is free

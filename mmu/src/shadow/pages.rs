@@ -42,7 +42,8 @@ pub(crate) struct Slot {
 
 #[derive(Debug)]
 struct FreeSlots {
-    never_used: u32,
+    /// Slots without a frame yet.
+    fresh: Vec<u32>,
     /// Slots of dead pages and the stamp of their death.
     dead: VecDeque<(u32, u64)>,
 }
@@ -57,16 +58,6 @@ pub(crate) struct Pages {
     shards: Box<[Lock<Shard>]>,
     free: Lock<FreeSlots>,
     tick: AtomicU64,
-}
-
-/// What [`Pages::take_free`] found.
-pub(crate) enum FreeSlot {
-    /// A slot that never had a frame.
-    Fresh(u32),
-    /// The slot of a dead page, with the stamp of its death.
-    Dead(u32, u64),
-    /// None: something must be evicted.
-    None,
 }
 
 /// The place in the lock order of a page, by whether it is a directory.
@@ -85,7 +76,10 @@ impl Pages {
         Pages {
             slots: (0..max).map(slot).collect(),
             shards: (0..SHARDS).map(shard).collect(),
-            free: Lock::new(lock_order::SHADOW_FREE, FreeSlots { never_used: max, dead: VecDeque::new() }),
+            free: Lock::new(
+                lock_order::SHADOW_FREE,
+                FreeSlots { fresh: (0..max).rev().collect(), dead: VecDeque::new() },
+            ),
             tick: AtomicU64::new(1),
         }
     }
@@ -98,7 +92,7 @@ impl Pages {
     /// Pages in use, dead ones that wait for a flush included.
     pub fn in_use(&self) -> u32 {
         let free = self.free.lock();
-        self.max() - free.never_used - free.dead.len() as u32
+        self.max() - free.fresh.len() as u32 - free.dead.len() as u32
     }
 
     /// Locks the page in `slot`, at the level of a directory or of a table.
@@ -138,14 +132,19 @@ impl Pages {
         self.shards[gfn.0 as usize % SHARDS].lock()
     }
 
-    /// Takes a slot off the free list.
-    pub fn take_free(&self) -> FreeSlot {
-        let mut free = self.free.lock();
-        if free.never_used > 0 {
-            free.never_used -= 1;
-            return FreeSlot::Fresh(self.max() - free.never_used - 1);
-        }
-        free.dead.pop_front().map_or(FreeSlot::None, |(slot, stamp)| FreeSlot::Dead(slot, stamp))
+    /// Takes a slot that has no frame yet.
+    pub fn take_fresh(&self) -> Option<u32> {
+        self.free.lock().fresh.pop()
+    }
+
+    /// Takes back a slot for which no frame could be had.
+    pub fn put_fresh(&self, slot: u32) {
+        self.free.lock().fresh.push(slot);
+    }
+
+    /// Takes the slot of the page that has been dead for longest, with the stamp of its death.
+    pub fn take_dead(&self) -> Option<(u32, u64)> {
+        self.free.lock().dead.pop_front()
     }
 
     /// Puts a slot (with a frame) on the free list; `stamp` is the death of its last page, 0 for none.
@@ -153,21 +152,14 @@ impl Pages {
         self.free.lock().dead.push_back((slot, stamp));
     }
 
-    /// Takes back the claim on a fresh slot for which no frame could be had.
-    pub fn put_fresh(&self, slot: u32) {
-        let mut free = self.free.lock();
-        debug_assert_eq!(slot, self.max() - free.never_used - 1, "fresh slots come back in order");
-        free.never_used += 1;
-    }
-
-    /// The `count` least recently used slots that hold a page.
-    pub fn oldest(&self, count: usize) -> Vec<u32> {
+    /// Every slot with a frame, the least recently used first; dead ones too.
+    pub fn by_age(&self) -> Vec<u32> {
         let mut live: Vec<(u64, u32)> = (0..self.max())
             .filter(|slot| self.slots[*slot as usize].frame.load(Ordering::Relaxed) != NO_FRAME)
             .map(|slot| (self.slots[slot as usize].used.load(Ordering::Relaxed), slot))
             .collect();
         live.sort_unstable();
-        live.into_iter().map(|(_, slot)| slot).take(count).collect()
+        live.into_iter().map(|(_, slot)| slot).collect()
     }
 
     /// Every live page, as (slot, key); for audits and eviction.

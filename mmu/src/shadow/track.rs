@@ -5,7 +5,7 @@
 //! catches up when the architecture would: INVLPG looks at one entry, a CR3 load and its kin at every unsync
 //! table below the loaded roots. An spte may always go early; a TLB may forget.
 //!
-//! Holds: INV-SYNC-1, an unsync guest table is in the list. INV-SYNC-2, after a resynchronisation every spte of
+//! Holds: INV-SYNC-1, exactly the unsync guest tables are in the list, but for the moment of a resynchronisation. INV-SYNC-2, after a resynchronisation every spte of
 //! the page is justified by the guest's entry: same frame, A set, no right that the entry lacks, W only with D.
 //!
 //! Locks: shard -> page -> bucket; the list alone otherwise.
@@ -15,16 +15,15 @@
 //! loss is write-protected again.
 
 use crate::Mmu;
-use crate::addr::{Gfn, Gva};
+use crate::addr::{Gfn, Gva, Mfn, Mpa};
 use crate::events::Event;
 use crate::format::Gpte;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
-use crate::shadow::RootRef;
-use crate::shadow::pages::{Page, Shard};
-use crate::shadow::role::{Key, Role, Shape};
-use crate::spte::{l1_index, l3_index};
-use crate::sync::Ordering;
+use crate::shadow::pages::{Page, Shard, find};
+use crate::shadow::role::{Key, Role, Shape, directory_key};
+use crate::spte::{l1_index, l2_index};
+use crate::sync::{Ordering, fence};
 use crate::vcpu::Vcpu;
 use crate::window::{LocalMap, Tag};
 
@@ -52,6 +51,8 @@ impl Mmu {
     /// guest memory other than the guest's own native stores.
     pub(crate) fn table_written(&self, gfn: Gfn, offset: u32, length: u32) {
         let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+        // Store, then look at the mark; promotion sets the mark, then looks at the table. One of us sees the other.
+        fence(Ordering::SeqCst);
         if self.frames.flags(mfn) & SHADOWED == 0 {
             return;
         }
@@ -127,14 +128,22 @@ impl Mmu {
         vcpu.scratch.replace(list);
     }
 
-    /// Frames of the second-level tables below the loaded roots.
-    fn loaded_directories(&self, vcpu: &Vcpu) -> Vec<crate::addr::Mfn> {
-        let roots = vcpu.roots.iter().filter_map(|cell| cell.get());
-        let entries = roots.flat_map(|root: RootRef| (0..4).map(move |i| root.pdpt.at(i * 8)));
-        entries.map(|at| self.spte(at)).filter(|s| s.is_present()).map(|s| s.mfn()).collect()
+    /// Frames of the second-level pages that the vCPU's roots lead to, or will once a fault has linked them.
+    fn loaded_directories(&self, vcpu: &Vcpu) -> [Option<Mfn>; 8] {
+        std::array::from_fn(|n| {
+            let slot = self.find_directory(vcpu, n >= 4, Gva((n as u32 % 4) << 30))?;
+            Some(self.pages.mfn(slot))
+        })
     }
 
-    fn sync_listed(&self, vcpu: &Vcpu, gfn: Gfn, directories: &[crate::addr::Mfn]) {
+    /// The second-level page for `gva` and code of privilege `user`, linked to the root yet or not.
+    fn find_directory(&self, vcpu: &Vcpu, user: bool, gva: Gva) -> Option<u32> {
+        let directory = vcpu.directory(gva).filter(|_| vcpu.mode.paging)?;
+        let key = directory_key(vcpu.mode, user, directory, gva);
+        find(&self.pages.shard(key.gfn), key)
+    }
+
+    fn sync_listed(&self, vcpu: &Vcpu, gfn: Gfn, directories: &[Option<Mfn>]) {
         let synced = {
             let shard = self.pages.shard(gfn);
             self.sync_pages(vcpu, &shard, gfn, Some(directories))
@@ -162,7 +171,7 @@ impl Mmu {
         vcpu: &Vcpu,
         shard: &Shard,
         gfn: Gfn,
-        directories: Option<&[crate::addr::Mfn]>,
+        directories: Option<&[Option<Mfn>]>,
     ) -> Option<Synced> {
         let mut all = Synced { changed: false, orphan: true };
         let mut reached = directories.is_none();
@@ -172,8 +181,8 @@ impl Mmu {
             }
             let page = self.pages.lock(*slot, false);
             all.orphan &= page.parents.is_empty();
-            let here =
-                directories.is_none_or(|list| page.parents.iter().any(|parent| list.contains(&parent.mfn())));
+            let is_loaded = |parent: &Mpa| directories.is_none_or(|list| list.contains(&Some(parent.mfn())));
+            let here = directories.is_none() || page.parents.iter().any(is_loaded);
             if here {
                 reached = true;
                 all.changed |= self.sync_page(vcpu, &page, *slot);
@@ -183,7 +192,7 @@ impl Mmu {
     }
 
     /// Takes away or narrows every spte of a page that its guest table does not justify. True if there was one.
-    fn sync_page(&self, vcpu: &Vcpu, page: &Page, slot: u32) -> bool {
+    pub(crate) fn sync_page(&self, vcpu: &Vcpu, page: &Page, slot: u32) -> bool {
         let Some(key) = page.key else { return false };
         let PageState::Resident(mfn) = self.p2m.lookup(key.gfn) else { return false };
         let table = vcpu.window.map(&self.machine, &self.frames, key.gfn, mfn, Tag::Sync);
@@ -223,13 +232,12 @@ impl Mmu {
         }
     }
 
-    /// INVLPG: brings the one spte for `gva` in each loaded root up to date.
+    /// INVLPG: brings the spte for `gva` up to date, the kernel's and the user's, in every place where a root of
+    /// this mode will find it.
     pub(crate) fn sync_address(&self, vcpu: &Vcpu, gva: Gva) {
-        for root in vcpu.roots.iter().filter_map(|cell| cell.get()) {
-            if !self.spte(root.pdpt.at(l3_index(gva) * 8)).is_present() {
-                continue;
-            }
-            let Some(slot) = self.find_table(root, gva) else { continue };
+        for user in [false, true] {
+            let Some(directory) = self.find_directory(vcpu, user, gva) else { continue };
+            let Some(slot) = self.child(self.pages.mfn(directory).at(l2_index(gva) * 8)) else { continue };
             let page = self.pages.lock(slot, false);
             let Some(key) = page.key.filter(|key| key.role.shape == Shape::Table) else { continue };
             let PageState::Resident(mfn) = self.p2m.lookup(key.gfn) else { continue };
@@ -249,14 +257,14 @@ impl Mmu {
     /// Write-protects an unsync table again: protect, shoot down, and only then compare for the last time, so
     /// that no store through an old writable translation is missed. May sleep.
     fn track_again(&self, vcpu: &Vcpu, gfn: Gfn) {
-        let narrowed = {
+        let owed = {
             let _shard = self.pages.shard(gfn);
             let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
             let bucket = self.buckets.lock(gfn);
             self.frames.change_flags(mfn, UNSYNC, 0);
             self.write_protect(&bucket, gfn, mfn)
         };
-        if narrowed {
+        if owed {
             self.coherence.shoot_down(Some(vcpu.id));
         }
         self.sync_table(vcpu, gfn);
@@ -268,14 +276,25 @@ impl Mmu {
         self.drop_if_synced(gfn);
     }
 
-    /// Takes a table off the list unless it is (again) unsync.
+    /// Takes a table off the list unless it is (again) unsync. The flag and the list change together, under
+    /// bucket(gfn): another vCPU may be making it unsync again right now.
     fn drop_if_synced(&self, gfn: Gfn) {
-        let is_unsync = match self.p2m.lookup(gfn) {
+        let _bucket = self.buckets.lock(gfn);
+        if !self.is_unsync(gfn) {
+            self.forget_unsync(gfn);
+        }
+    }
+
+    /// Takes a table off the list. Caller holds bucket(gfn) and has cleared its flag.
+    pub(crate) fn forget_unsync(&self, gfn: Gfn) {
+        self.unsync.lock().retain(|u| u.gfn != gfn);
+    }
+
+    /// True when stores to the table are not tracked now.
+    pub(crate) fn is_unsync(&self, gfn: Gfn) -> bool {
+        match self.p2m.lookup(gfn) {
             PageState::Resident(mfn) => self.frames.flags(mfn) & UNSYNC != 0,
             _ => false,
-        };
-        if !is_unsync {
-            self.unsync.lock().retain(|u| u.gfn != gfn);
         }
     }
 }
