@@ -1,0 +1,14 @@
+//! Tests of the mmu crate from outside, one program: against a naive twin, bit by bit, at random, and by threads.
+//!
+//! | module | what it tests | how to run more of it |
+//! |---|---|---|
+//! | matrix | every combination of entry bits, control bits and access | |
+//! | property | random guest programs | `UMBRA_OPS=10000000 cargo test -p umbra-mmu --test model property` |
+//! | regressions | programs that once failed | |
+//! | threads | two vCPUs on two threads | |
+#![forbid(unsafe_code)]
+
+mod model;
+mod program;
+mod property;
+mod regressions;

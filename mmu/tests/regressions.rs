@@ -1,0 +1,116 @@
+//! Guest programs that once behaved otherwise than on a CPU, shrunk, kept for ever.
+
+use crate::model::hardware::Memory::Sticky;
+use crate::model::layout::{A, D, P, PS, U, W};
+use crate::model::walker::Kind::{Fetch, Read, Write};
+use crate::program::Op::*;
+use crate::program::{Bit, Op, Program, Then};
+
+const ALL: u16 = P | W | U | A | D;
+
+fn check(pae: bool, ops: &[(u8, Op)]) {
+    let program = Program { tlb: Sticky, pae, ops: ops.to_vec() };
+    if let Err(wrong) = program.run() {
+        panic!("{}", wrong.0);
+    }
+}
+
+fn touch(kind: crate::model::walker::Kind, user: bool, page: u8) -> Op {
+    Touch { kind, user, page, offset: 0, value: 0 }
+}
+
+/// An unsync table that is linked in a new place shows nothing older than the link.
+#[test]
+fn an_unsync_table_is_up_to_date_where_it_is_linked_anew() {
+    check(
+        false,
+        &[
+            (0, touch(Read, false, 0)),
+            (0, Edit { page: 25, level: 1, frame: 16, bits: ALL, then: Then::Nothing }),
+            (0, touch(Read, false, 0)),
+            (0, touch(Read, false, 9)),
+            (1, Invlpg { page: 0 }),
+            (0, Wipe { frame: 3 }),
+            (0, LoadCr3 { which: 1 }),
+            (0, EditIn { table: 7, page: 0, level: 1, frame: 16, bits: ALL }),
+            (0, Edit { page: 14, level: 1, frame: 16, bits: ALL, then: Then::Nothing }),
+        ],
+    );
+}
+
+/// A page fault forgets the translation of its address: a kernel owes no INVLPG after it.
+#[test]
+fn a_guest_page_fault_forgets_its_address() {
+    check(
+        true,
+        &[
+            (0, touch(Read, true, 30)),
+            (0, Edit { page: 19, level: 1, frame: 16, bits: 0, then: Then::Nothing }),
+            (0, touch(Write, false, 19)),
+            (0, touch(Fetch, true, 19)),
+        ],
+    );
+}
+
+/// INVLPG reaches the shadow pages of a directory that no root links to at the moment.
+#[test]
+fn invlpg_reaches_tables_below_an_unlinked_directory() {
+    check(
+        true,
+        &[
+            (0, Switch { pae: false, which: 1 }),
+            (1, touch(Read, true, 7)),
+            (1, Flip { bit: Bit::Pae }),
+            (0, LoadCr3 { which: 0 }),
+            (1, Flip { bit: Bit::Pae }),
+            (1, Emulate { kind: Read, user: false, page: 20, offset: 0, value: 0 }),
+            (1, Edit { page: 7, level: 1, frame: 16, bits: 0, then: Then::Invlpg }),
+            (1, Invlpg { page: 8 }),
+            (1, touch(Read, true, 7)),
+        ],
+    );
+}
+
+/// Eviction takes an spte away without a flush; when its frame becomes a table, a TLB may still let it be written.
+#[test]
+fn a_frame_with_tlb_debt_is_flushed_before_it_is_tracked() {
+    let evict_under = |count, page| {
+        check(
+            true,
+            &[
+                (0, Toggle { page: 23, level: 1, bits: P, then: Then::Nothing }),
+                (0, Evict { count }),
+                (0, touch(Read, false, page)),
+                (0, Edit { page: 5, level: 1, frame: 16, bits: ALL, then: Then::Nothing }),
+            ],
+        );
+    };
+    evict_under(6, 1);
+    check(
+        true,
+        &[
+            (0, Edit { page: 12, level: 1, frame: 16, bits: ALL, then: Then::Nothing }),
+            (0, Evict { count: 1 }),
+            (0, touch(Write, false, 6)),
+            (0, Toggle { page: 6, level: 1, bits: P, then: Then::LoadCr3 }),
+        ],
+    );
+}
+
+/// A two-level walk sets A in a frame that is a PAE directory too: an address bit of the PAE entry.
+#[test]
+fn status_bits_of_one_format_are_address_bits_of_the_other() {
+    check(
+        true,
+        &[
+            (0, Switch { pae: true, which: 0 }),
+            (0, Flip { bit: Bit::WriteProtect }),
+            (0, touch(Read, false, 0)),
+            (0, Edit { page: 6, level: 2, frame: 55, bits: ALL | PS, then: Then::Nothing }),
+            (0, Edit { page: 0, level: 1, frame: 16, bits: ALL, then: Then::Invlpg }),
+            (0, Switch { pae: false, which: 0 }),
+            (0, LoadCr3 { which: 2 }),
+            (0, touch(Read, false, 6)),
+        ],
+    );
+}
