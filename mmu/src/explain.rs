@@ -121,7 +121,8 @@ impl Mmu {
             return format!("{who} root: not loaded since the last CR3 load");
         };
         let mode = effective_mode(vcpu.mode, user);
-        let Some(wanted) = leaf_rights(mode, user, t.rights, t.dirty) else {
+        // What the guest's tables allow once D is set.
+        let Some(wanted) = leaf_rights(mode, user, t.rights, true) else {
             return format!("{who} root: absent, since it is a supervisor page");
         };
         let Some(slot) = self.find_table(root, t.gva) else {
@@ -131,8 +132,8 @@ impl Mmu {
         let reason = match (spte.is_present(), spte.is_writable()) {
             (false, _) => "nobody has touched it since it was last removed",
             (true, true) => "writable",
-            (true, false) if !t.dirty => "read-only, so that the first store sets D",
             (true, false) if !wanted.writable => "read-only, as the guest's tables say",
+            (true, false) if !t.dirty => "read-only, so that the first store sets D",
             (true, false) => "read-only, because its stores are tracked",
         };
         let spte = if spte.is_present() { spte } else { Spte::ABSENT };

@@ -1,6 +1,7 @@
 //! The `umbra` program: the command line, and nothing behind it.
 #![forbid(unsafe_code)]
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -18,35 +19,57 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
+/// Says it on standard error. A reader that has gone is no reason to fail.
+macro_rules! say {
+    ($($part:tt)*) => { let _ = writeln!(io::stderr(), "umbra: {}", format_args!($($part)*)); };
+}
+
 fn run(args: &RunArgs) -> u8 {
-    match vm::run(args) {
-        Ok(summary) => {
-            if summary.guest_exit != Some(0) {
-                eprintln!("umbra: {}", summary.end);
-            }
-            eprintln!("umbra: {summary}");
-            summary.status
-        }
-        Err(error) => refuse(&error),
+    // Before the run, so that a wrong path costs no run.
+    let mut json = match args.json.as_deref().map(vm::JsonSink::open).transpose() {
+        Ok(json) => json,
+        Err(error) => return refuse(&error),
+    };
+    let summary = match vm::run(args) {
+        Ok(summary) => summary,
+        Err(error) => return refuse(&error),
+    };
+    if summary.guest_exit != Some(0) {
+        say!("{}", summary.end);
+    }
+    say!("{summary}");
+    match json.as_mut().map(|json| json.write(&summary)) {
+        Some(Err(error)) => refuse(&error),
+        _ => summary.status,
     }
 }
 
 fn explain(args: &ExplainArgs) -> u8 {
     match vm::control::ask_explain(&args.qmp, args.gva) {
         Ok(lines) => {
-            println!("gva {:#x}", args.gva);
-            lines.iter().for_each(|line| println!("  {line}"));
+            let mut out = io::stdout().lock();
+            let _ = writeln!(out, "gva {:#x}", args.gva);
+            lines.iter().for_each(|line| drop(writeln!(out, "  {line}")));
             Status::Pass.code()
         }
         Err(error) => {
-            eprintln!("umbra: {error}");
+            say!("{error}");
             Status::Operator.code()
         }
     }
 }
 
-/// Says why, with the chain of causes.
+/// Says why, with those causes that the message does not name itself.
 fn refuse(error: &dyn std::error::Error) -> u8 {
-    eprintln!("umbra: {error}");
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let words = inner.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        cause = inner.source();
+    }
+    say!("{text}");
     Status::Operator.code()
 }

@@ -25,8 +25,8 @@ mod summary;
 mod tables;
 mod witness;
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -148,11 +148,45 @@ struct Guest {
 /// When it could not be started; how a started one ended is in the summary.
 pub fn run(args: &RunArgs) -> Result<Summary, RunError> {
     let guest = Guest::build(args)?;
-    let summary = guest.run(args)?;
-    if let Some(path) = &args.json {
-        write_json(path, &summary)?;
+    guest.run(args)
+}
+
+/// Where the summary goes: opened before the run, so that a wrong path costs no run.
+#[derive(Debug)]
+pub struct JsonSink {
+    path: PathBuf,
+    /// `None` for standard error.
+    file: Option<File>,
+}
+
+impl JsonSink {
+    /// Opens `path`, "-" being standard error.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be made.
+    pub fn open(path: &Path) -> Result<JsonSink, RunError> {
+        let failed = |source| RunError::Json { path: path.to_owned(), source };
+        let is_stderr = path == Path::new("-");
+        let file = if is_stderr { None } else { Some(File::create(path).map_err(failed)?) };
+        Ok(JsonSink { path: path.to_owned(), file })
     }
-    Ok(summary)
+
+    /// Writes the summary.
+    ///
+    /// # Errors
+    ///
+    /// When the file does not take it.
+    pub fn write(&mut self, summary: &Summary) -> Result<(), RunError> {
+        let failed = |source| RunError::Json { path: self.path.clone(), source };
+        let mut text = serde_json::to_string_pretty(summary).map_err(|e| failed(e.into()))?;
+        text.push('\n');
+        match &mut self.file {
+            Some(file) => file.write_all(text.as_bytes()),
+            None => io::stderr().write_all(text.as_bytes()),
+        }
+        .map_err(failed)
+    }
 }
 
 impl Guest {
@@ -210,8 +244,8 @@ impl Guest {
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
         if !self.notes.kernel.is_some_and(|kernel| kernel.clean) {
-            eprintln!(
-                "umbra: this image has no Umbra note, so its kernel runs natively at CPL 3: PUSHF and POPF will not \
+            log::warn!(
+                "this image has no Umbra note, so its kernel runs natively at CPL 3: PUSHF and POPF will not \
                  show or set IF, and MOV from CS, LAR, LSL, VERR and VERW will show the host's view"
             );
         }
@@ -298,15 +332,4 @@ fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, RunError> {
         return Err(RunError::TooLarge { what, path: path.to_owned() });
     }
     Ok(bytes)
-}
-
-fn write_json(path: &Path, summary: &Summary) -> Result<(), RunError> {
-    let failed = |source| RunError::Json { path: path.to_owned(), source };
-    let mut text = serde_json::to_string_pretty(summary).map_err(|e| failed(e.into()))?;
-    text.push('\n');
-    if path == Path::new("-") {
-        eprint!("{text}");
-        return Ok(());
-    }
-    fs::write(path, text).map_err(failed)
 }
