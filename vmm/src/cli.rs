@@ -38,6 +38,8 @@ pub enum Command {
     ///   umbra run my-kernel.elf --mem 128M --timeout 30s --json summary.json
     #[command(verbatim_doc_comment)]
     Run(Box<RunArgs>),
+    /// Look at this host: what its KVM can do, what it costs, what will be slow or missing.
+    Doctor(DoctorArgs),
     /// Ask a running guest's MMU why an address is mapped as it is.
     ///
     /// The guest must have been started with --qmp SOCKET. Example:
@@ -85,6 +87,14 @@ pub struct RunArgs {
     /// Listen on a Unix socket for QMP: query-status, stop-less subset, x-explain, quit.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,
+}
+
+/// Options of `doctor`.
+#[derive(Args, Clone, Debug)]
+pub struct DoctorArgs {
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `explain`.

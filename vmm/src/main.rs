@@ -5,15 +5,16 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use umbra::cli::{Cli, Command, ExplainArgs, RunArgs};
+use umbra::cli::{Cli, Command, DoctorArgs, ExplainArgs, RunArgs};
 use umbra::status::Status;
-use umbra::vm;
+use umbra::{probe, vm};
 
 fn main() -> ExitCode {
     vm::process_start();
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("UMBRA_LOG", "warn")).init();
     let code = match Cli::parse().command {
         Command::Run(args) => run(&args),
+        Command::Doctor(args) => doctor(&args),
         Command::Explain(args) => explain(&args),
     };
     ExitCode::from(code)
@@ -42,6 +43,20 @@ fn run(args: &RunArgs) -> u8 {
         Some(Err(error)) => refuse(&error),
         _ => summary.status,
     }
+}
+
+fn doctor(args: &DoctorArgs) -> u8 {
+    let report = probe::Probe::complete();
+    let text = if args.json {
+        match serde_json::to_string_pretty(&report) {
+            Ok(text) => text,
+            Err(error) => return refuse(&error),
+        }
+    } else {
+        report.to_string()
+    };
+    let _ = writeln!(io::stdout(), "{}", text.trim_end());
+    if report.usable() { Status::Pass.code() } else { Status::Operator.code() }
 }
 
 fn explain(args: &ExplainArgs) -> u8 {

@@ -21,8 +21,7 @@ pub enum HostError {
     /// There is no device.
     #[error(
         "{path} does not exist: this kernel has no KVM loaded. Load it (modprobe kvm_intel or kvm_amd), switch \
-         virtualization on in the machine's firmware setup, or give the container the device (--device /dev/kvm); \
-         --backend soft needs none of it"
+         virtualization on in the machine's firmware setup, or give the container the device (--device /dev/kvm)"
     )]
     Missing {
         /// The path that was tried.
@@ -31,14 +30,14 @@ pub enum HostError {
     /// It may not be opened.
     #[error(
         "{path} may not be opened by this user. Add the user to the group that owns it \
-         (sudo usermod -aG kvm $USER, then log in again); --backend soft needs no privilege"
+         (sudo usermod -aG kvm $USER, then log in again)"
     )]
     Denied {
         /// The path that was tried.
         path: String,
     },
     /// It cannot be opened for another reason.
-    #[error("{path} cannot be opened: {source}; --backend soft does without it")]
+    #[error("{path} cannot be opened: {source}")]
     Open {
         /// The path that was tried.
         path: String,
@@ -47,7 +46,7 @@ pub enum HostError {
     },
     /// It speaks another version.
     #[error(
-        "{path} speaks KVM API version {version}, but only version {KVM_API_VERSION} was ever released; use --backend soft"
+        "{path} speaks KVM API version {version}, but only version {KVM_API_VERSION} was ever released: is it KVM's device?"
     )]
     Version {
         /// The path that was tried.
@@ -57,7 +56,7 @@ pub enum HostError {
     },
     /// It lacks what the backend stands on.
     #[error(
-        "this host's KVM lacks {}; it needs a newer kernel (4.17 or later has all of it), or use --backend soft",
+        "this host's KVM lacks {}; it needs a newer kernel (4.17 or later has all of it)",
         .0.join(", ")
     )]
     Lacks(Vec<&'static str>),
@@ -211,7 +210,6 @@ mod tests {
         let error = Host::open_at("/dev/no-such-kvm").unwrap_err();
         assert!(matches!(error, HostError::Missing { .. }));
         assert!(error.to_string().contains("modprobe"), "{error}");
-        assert!(error.to_string().contains("--backend soft"), "{error}");
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl Quick {
     pub fn verdict(&self) -> String {
         let speed = self.speed;
         match speed.emulated {
-            true => format!("this KVM emulates 32-bit code ({speed}); --backend soft will be faster here"),
+            true => format!("this KVM emulates 32-bit code ({speed}); guests run slowly here"),
             false => format!("this KVM runs 32-bit code natively ({speed})"),
         }
     }

@@ -80,15 +80,16 @@ impl DoctorReport {
         }
         if let Some(speed) = self.speed.filter(|speed| speed.emulated) {
             advice.push(format!(
-                "Slow: this KVM emulates 32-bit code, {speed}. Use --backend soft, which is faster here, or keep \
-                 workloads to some ten million instructions."
+                "Slow: this KVM emulates 32-bit code, {speed}. Keep workloads to some ten million \
+                 instructions."
             ));
         }
         let missing = self.traps.iter().filter(|row| row.interpreted).map(|row| row.instruction);
         let missing: Vec<_> = missing.collect();
         if !missing.is_empty() {
             advice.push(format!(
-                "Slow: this KVM does not run {}; Umbra's interpreter does, one trap for each.",
+                "Missing: this KVM does not run {}. Integer instructions among them are interpreted, one trap for \
+                 each; x87, MMX and SSE end the run.",
                 missing.join(", ")
             ));
         }
@@ -111,10 +112,10 @@ impl DoctorReport {
             ),
             (_, Some(false)) => advice.push(
                 "Missing: this KVM does not forget a page when the host drops it. Taking memory from a guest is not \
-                 safe here: use --backend soft, and report this kernel."
+                 safe here; report this kernel."
                     .into(),
             ),
-            (Some(false), None) => advice.push("Missing: no shootdown works here; use --backend soft.".into()),
+            (Some(false), None) => advice.push("Missing: no shootdown works here.".into()),
             _ => {}
         }
     }

@@ -8,38 +8,31 @@
 
 use std::sync::Arc;
 
-use umbra_mmu::{Mmu, Shootdown};
+use umbra_mmu::Mmu;
 
-use super::devices::Devices;
+use crate::kvm::shootdown::Notifier;
 use crate::kvm::{KvmError, KvmVm};
+use crate::probe::Translation;
 
-/// Which shootdown a host needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// Flush at entry; other vCPUs are kicked.
-    Kick,
-    /// KVM's MMU notifier.
-    Notifier,
-}
-
-/// Flushes.
+/// Flushes the TLBs of one VM.
 pub struct Flusher {
-    method: Method,
-    vm: Arc<KvmVm>,
+    /// `None` where a flush at entry is enough.
+    notifier: Option<Notifier>,
 }
 
 impl Flusher {
-    /// Flushes by `method`.
-    pub fn new(method: Method, vm: Arc<KvmVm>, mmu: &Mmu) -> Flusher {
-        if method == Method::Notifier {
-            mmu.coherence().log_removals();
+    /// Flushes as this host's KVM needs it.
+    pub fn new(translation: Translation, vm: Arc<KvmVm>, mmu: &Mmu) -> Flusher {
+        if translation == Translation::FlushSuffices {
+            return Flusher { notifier: None };
         }
-        Flusher { method, vm }
+        mmu.coherence().log_removals();
+        Flusher { notifier: Some(Notifier::new(vm)) }
     }
 
     /// True when the vCPU itself must flush as it enters.
     pub fn flushes_at_entry(&self) -> bool {
-        self.method == Method::Kick
+        self.notifier.is_none()
     }
 
     /// What must be done before a vCPU enters that owes a flush, beside its own.
@@ -48,25 +41,9 @@ impl Flusher {
     ///
     /// When the host refuses.
     pub fn before_entry(&self, mmu: &Mmu) -> Result<(), KvmError> {
-        if self.method == Method::Kick {
-            return Ok(());
+        match &self.notifier {
+            Some(notifier) => notifier.drop_removed(&mmu.coherence().take_removals()),
+            None => Ok(()),
         }
-        let removals = mmu.coherence().take_removals();
-        if removals.all {
-            return self.vm.flush_by_slot();
-        }
-        for mfn in removals.pages {
-            self.vm.pool().drop_translations(mfn)?;
-        }
-        Ok(())
-    }
-}
-
-/// Makes vCPUs leave the guest, for [`umbra_mmu::Coherence::shoot_down`].
-pub struct Kicks(pub Arc<Devices>);
-
-impl Shootdown for Kicks {
-    fn kick(&self, vcpu: u32) {
-        self.0.waker(vcpu).wake();
     }
 }

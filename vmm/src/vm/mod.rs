@@ -34,7 +34,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use umbra_mmu::{Config, Gfn, LocalStack, Machine, Mmu, PAGE_SIZE};
 
 pub use ending::End;
-pub use flush::Method;
 pub use native::VcpuStats;
 pub use serial::process_start;
 pub use summary::Summary;
@@ -44,13 +43,15 @@ use crate::boot::notes::Notes;
 use crate::boot::{BootRequest, Image, ImageError, Module};
 use crate::cli::RunArgs;
 use crate::cpu::CpuState;
-use crate::kvm::{Host, HostError, KvmError, KvmVm, Options};
+use crate::kvm::shootdown::Kicks;
+use crate::kvm::{Host, HostError, KvmError, KvmVcpu, KvmVm, Options};
 use crate::machine::{Pool, PoolError};
+use crate::probe::{Probe, ProbeError, Translation};
 use control::{ControlSocket, Controls};
 use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
-use flush::{Flusher, Kicks};
+use flush::Flusher;
 use memory::BootMemory;
 use native::{NativeVcpu, Surroundings};
 use requests::Requests;
@@ -100,6 +101,9 @@ pub enum RunError {
     /// /dev/kvm cannot be used.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The probe of the host failed.
+    #[error("looking at this host's KVM: {0}")]
+    Probe(#[from] ProbeError),
     /// The backend could not be set up.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -138,7 +142,8 @@ struct Guest {
     first_byte: FirstByte,
     start: CpuState,
     notes: Notes,
-    method: Method,
+    kvm: KvmVcpu,
+    translation: Translation,
 }
 
 /// Runs a guest to its end.
@@ -197,8 +202,11 @@ impl Guest {
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
 
+        let probe = Probe::quick()?;
+        if probe.speed.emulated {
+            log::warn!("{}", probe.verdict());
+        }
         let host = Host::open()?;
-        let method = Method::Kick;
         let (guest_pages, hole) = memory::extent(&memory);
         let config = Config {
             guest_pages,
@@ -224,8 +232,9 @@ impl Guest {
         let devices = Arc::new(Devices::new(board, VCPUS).map_err(RunError::Setup)?);
         let config =
             Config { reserved_frames: vm.first_free_frame().0, firmware_entry: vm.root_entry().1, ..config };
+        let kvm = vm.create_vcpu(0)?;
         let machine = Machine::new(pool.region());
-        let mmu = Arc::new(Mmu::new(machine, config, Box::new(Kicks(Arc::clone(&devices)))));
+        let mmu = Arc::new(Mmu::new(machine, config, Box::new(Kicks::new(vec![kvm.kicker()]))));
         hole.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
         });
@@ -239,7 +248,16 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest { vm, mmu, devices, first_byte, start: entry.cpu, notes, method })
+        Ok(Guest {
+            vm,
+            mmu,
+            devices,
+            first_byte,
+            start: entry.cpu,
+            notes,
+            kvm,
+            translation: probe.translation,
+        })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
@@ -269,36 +287,43 @@ impl Guest {
             devices: Arc::clone(&self.devices),
             ending: ending.clone(),
             requests,
-            flusher: Arc::new(Flusher::new(self.method, Arc::clone(&self.vm), &self.mmu)),
+            flusher: Arc::new(Flusher::new(self.translation, Arc::clone(&self.vm), &self.mmu)),
         };
-        let mut vcpu = NativeVcpu::new(self.start.clone(), self.vm.create_vcpu(0)?, 0, around);
+        let mut vcpu = NativeVcpu::new(self.start, self.kvm, 0, around);
         let guest_started = micros();
         vcpu.run();
         drop(events);
         let end = ending.take().unwrap_or(End::Quit);
-        Ok(self.judge(&end, &vcpu, guest_started))
+        Ok(judge(&self.mmu, &self.notes, &self.first_byte, &end, &vcpu, guest_started))
     }
+}
 
-    fn judge(&self, end: &End, vcpu: &NativeVcpu, guest_started: u64) -> Summary {
-        let ended = micros();
-        let (regions, witness_error) = witness::hear(&self.mmu, &LocalStack::new(), &self.notes, end);
-        let audit = self.mmu.audit();
-        let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
-        Summary {
-            version: env!("CARGO_PKG_VERSION"),
-            backend: "kvm",
-            verdict: status.verdict(),
-            status: status.code(),
-            guest_exit: end.guest_value(),
-            end: end.to_string(),
-            regions,
-            witness_error,
-            audit,
-            faults: vcpu.mmu_vcpu.stats().into(),
-            vcpu: vcpu.stats.into(),
-            memory: summary::Memory::of(&self.mmu, vcpu.mmu_vcpu.window().high_water()),
-            times: summary::Times { guest_started, first_serial_byte: self.first_byte.micros(), ended },
-        }
+fn judge(
+    mmu: &Mmu,
+    notes: &Notes,
+    first_byte: &FirstByte,
+    end: &End,
+    vcpu: &NativeVcpu,
+    guest_started: u64,
+) -> Summary {
+    let ended = micros();
+    let (regions, witness_error) = witness::hear(mmu, &LocalStack::new(), notes, end);
+    let audit = mmu.audit();
+    let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
+    Summary {
+        version: env!("CARGO_PKG_VERSION"),
+        backend: "kvm",
+        verdict: status.verdict(),
+        status: status.code(),
+        guest_exit: end.guest_value(),
+        end: end.to_string(),
+        regions,
+        witness_error,
+        audit,
+        faults: vcpu.mmu_vcpu.stats().into(),
+        vcpu: vcpu.stats.into(),
+        memory: summary::Memory::of(mmu, vcpu.mmu_vcpu.window().high_water()),
+        times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
     }
 }
 
