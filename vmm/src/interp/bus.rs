@@ -92,8 +92,8 @@ pub trait Bus {
 
     /// Checks that `length` bytes could be accessed, setting A (and D for a write), touching nothing else. For
     /// instructions of several accesses that must not stop half way: after a probe the same instruction's accesses
-    /// to those bytes shall not fault, and should not return [`BusError::Again`] but in a race (it would be run
-    /// again from its start; INS alone then loses what the port gave).
+    /// to the pages of those bytes shall not fault, and should not return [`BusError::Again`] but in a race (it is
+    /// then run again from its start with some of its stores made; INS alone loses by that what the port gave).
     fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError>;
 
     /// Fetches up to `buffer.len()` (at most 15) instruction bytes and returns how many; stops short where the

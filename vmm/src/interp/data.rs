@@ -5,6 +5,7 @@ use umbra_mmu::AccessKind;
 
 use super::alu::{ARITHMETIC, condition};
 use super::operand::{EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, in_memory, merge, segment_of, width_of};
+use super::stack::Stack;
 use super::{Bus, Core, Exception, Exec, Flow, Leave, Width, ensure};
 use crate::cpu::eflags::{AC, CF, DF, FIXED, ID, IF, IOPL, NT, RF, TF, VIF, VIP, VM};
 use crate::cpu::{Seg, cr4};
@@ -230,33 +231,46 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         Ok(Flow::Next)
     }
 
-    /// ENTER: pushes (E)BP, copies the enclosing frames' pointers, makes room.
+    /// ENTER: pushes (E)BP, copies the enclosing frames' pointers, makes room. The copies are all read before the
+    /// first push, so that it can be run again.
     pub(super) fn enter(&mut self, i: &Instruction, width: Width) -> Exec<Flow> {
         let (room, level) = (u32::from(i.immediate16()), u32::from(i.immediate8_2nd()) & ENTER_LEVELS_MAX);
-        let mut stack = self.stack();
-        let old = self.cpu.gpr[EBP];
-        let bytes = width.bytes();
-        let frame = stack.below(bytes);
-        let pushes = if level == 0 { 1 } else { level + 1 };
-        let mask = stack.mask();
-        if level > 1 {
-            let copied = old.wrapping_sub((level - 1) * bytes);
-            self.probe_stack(copied & mask, level - 1, width, AccessKind::Read)?;
-        }
+        let stack = self.stack();
+        let (old, bytes) = (self.cpu.gpr[EBP], width.bytes());
+        let pushes = level + 1;
         self.probe_stack(stack.below(pushes * bytes), pushes, width, AccessKind::Write)?;
-        let last = stack.below(pushes * bytes + room);
-        self.probe(Seg::Ss, last & mask, bytes, AccessKind::Write)?;
-        stack.pointer = self.push_frame(&stack, &[old], width)?;
+        let mut frame = [0; ENTER_LEVELS_MAX as usize + 1];
+        frame[0] = old;
         for n in 1..level {
-            let pointer = self.load(Seg::Ss, old.wrapping_sub(n * bytes) & mask, width)?;
-            stack.pointer = self.push_frame(&stack, &[pointer], width)?;
+            let from = old.wrapping_sub(n * bytes);
+            frame[n as usize] = self.enclosing_frame(&stack, &frame[..n as usize], from, width)?;
         }
+        let pointer = stack.below(bytes);
         if level > 0 {
-            self.push_frame(&stack, &[frame], width)?;
+            frame[level as usize] = pointer;
         }
-        self.cpu.gpr[EBP] = merge(old, frame, width.mask());
+        // The last word of the room must be writable too.
+        let last = stack.below(pushes * bytes + room);
+        self.probe(Seg::Ss, last & stack.mask(), bytes, AccessKind::Write)?;
+        self.push_frame(&stack, &frame[..pushes as usize], width)?;
+        self.cpu.gpr[EBP] = merge(old, pointer, width.mask());
         self.cpu.gpr[ESP] = last;
         Ok(Flow::Next)
+    }
+
+    /// Reads a frame pointer at SS:`from`, bytes that ENTER itself is pushing (`pushed`, the first one first)
+    /// included.
+    fn enclosing_frame(&mut self, stack: &Stack, pushed: &[u32], from: u32, width: Width) -> Exec<u32> {
+        let (mask, bytes) = (stack.mask(), width.bytes());
+        let mut value = self.load(Seg::Ss, from & mask, width)?.to_le_bytes();
+        for (byte, n) in value.iter_mut().zip(0..bytes) {
+            // How far below the old top of the stack this byte lies, counting from 1.
+            let depth = stack.pointer.wrapping_sub(from.wrapping_add(n)) & mask;
+            if let Some(word) = pushed.get((depth.wrapping_sub(1) / bytes) as usize) {
+                *byte = word.to_le_bytes()[((bytes - depth % bytes) % bytes) as usize];
+            }
+        }
+        Ok(u32::from_le_bytes(value))
     }
 
     /// LEAVE: ESP from EBP, then POP EBP.

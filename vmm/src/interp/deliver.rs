@@ -117,25 +117,29 @@ fn escalate(first: &Event, second: Exception) -> Option<Exception> {
 impl<B: Bus + ?Sized> Core<'_, B> {
     fn deliver(&mut self, event: Event) -> Delivered {
         let mut pending = event;
-        let mut cr2 = self.cpu.cr2;
+        // A page fault writes CR2 even where it ends as a double fault.
+        let mut cr2 = match event {
+            Event::Exception(Exception { cr2: Some(address), .. }) => address,
+            _ => self.cpu.cr2,
+        };
         loop {
-            if let Event::Exception(Exception { cr2: Some(address), .. }) = pending {
-                cr2 = address;
-            }
             match self.enter_handler(&pending.entry(self.cpu)) {
                 Ok(()) => {
                     self.delivered(&event, &pending, cr2);
                     return Delivered::Handler;
                 }
                 Err(Leave::Again) => return Delivered::Again,
-                Err(Leave::Unknown(what)) => return Delivered::Unknown(self.unknown_here(what)),
-                Err(Leave::Fault(fault)) => match escalate(&pending, fault) {
-                    Some(next) => pending = Event::Exception(next),
-                    None => {
+                Err(Leave::Unknown(what)) => {
+                    return self.unknown_here(what).map_or(Delivered::Again, Delivered::Unknown);
+                }
+                Err(Leave::Fault(fault)) => {
+                    cr2 = fault.cr2.unwrap_or(cr2);
+                    let Some(next) = escalate(&pending, fault) else {
                         self.cpu.cr2 = cr2;
                         return Delivered::TripleFault;
-                    }
-                },
+                    };
+                    pending = Event::Exception(next);
+                }
             }
         }
     }

@@ -4,7 +4,7 @@
 //! Holds: pages can be made absent, read-only or a supervisor's, which faults as paging would; and the bus can be
 //! told to answer `Again` at its n-th call, so that restarts can be tried at every point.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_mmu::{Access, AccessKind, FaultCode, Gva, PageFault};
 
@@ -52,6 +52,10 @@ pub struct FlatBus {
     pub calls: u32,
     /// The call (counting from 0) that answers `Again`.
     pub again_at: Option<u32>,
+    /// Pages probed since the last fetch: writes to them do not answer `Again`.
+    probed: BTreeSet<u32>,
+    /// What the time-stamp counter's source says.
+    pub time: u64,
     /// Set: `set_paging` is a #GP, as with reserved bits in a PAE directory pointer.
     pub refuse_paging: bool,
 }
@@ -138,7 +142,10 @@ impl Bus for FlatBus {
     }
 
     fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
-        self.call()?;
+        let last = gva.wrapping_add(width.bytes() - 1);
+        if ![gva, last].iter().all(|at| self.probed.contains(&at.page().0)) {
+            self.call()?;
+        }
         self.check(gva, width.bytes(), access)?;
         self.put(gva, width, value);
         Ok(())
@@ -163,11 +170,14 @@ impl Bus for FlatBus {
 
     fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
         self.call()?;
-        self.check(gva, length, access)
+        self.check(gva, length, access)?;
+        self.probed.extend([gva, gva.wrapping_add(length.max(1) - 1)].map(|at| at.page().0));
+        Ok(())
     }
 
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
         self.call()?;
+        self.probed.clear();
         let access = Access::execute(user);
         let mut length = 0;
         for (slot, n) in buffer.iter_mut().zip(0..) {
@@ -217,6 +227,6 @@ impl Bus for FlatBus {
     }
 
     fn tsc(&mut self) -> u64 {
-        u64::from(self.calls)
+        self.time
     }
 }

@@ -187,6 +187,9 @@ impl<'a, B: Bus + ?Sized> Core<'a, B> {
         if self.cpu.halted {
             return Step::Halted;
         }
+        if self.cpu.eflags & eflags::VM != 0 {
+            return self.stopped(Leave::Unknown("virtual-8086 mode"));
+        }
         if let Some(exception) = self.instruction_breakpoint() {
             return Step::Exception(exception);
         }
@@ -232,17 +235,20 @@ impl<'a, B: Bus + ?Sized> Core<'a, B> {
         match leave {
             Leave::Fault(exception) => Step::Exception(exception),
             Leave::Again => Step::Again,
-            Leave::Unknown(what) => Step::Unknown(self.unknown_here(what)),
+            Leave::Unknown(what) => self.unknown_here(what).map_or(Step::Again, Step::Unknown),
         }
     }
 
-    /// Describes what stands at CS:EIP, for the operator.
-    fn unknown_here(&mut self, what: &'static str) -> UnknownInstruction {
-        let eip = self.cpu.eip;
+    /// Describes what stands at CS:EIP, for the operator. None where the bus has to sleep first.
+    fn unknown_here(&mut self, what: &'static str) -> Option<UnknownInstruction> {
+        let (eip, user) = (self.cpu.eip, self.user());
         let linear = self.code_address(eip);
         let mut bytes = [0; 15];
-        let user = self.user();
-        let length = self.bus.fetch(linear, user, &mut bytes).unwrap_or(0).min(bytes.len()) as u8;
-        UnknownInstruction { what, eip, linear, bytes, length }
+        let length = match self.bus.fetch(linear, user, &mut bytes) {
+            Ok(length) => length.min(bytes.len()) as u8,
+            Err(BusError::Exception(_)) => 0,
+            Err(BusError::Again) => return None,
+        };
+        Some(UnknownInstruction { what, eip, linear, bytes, length })
     }
 }

@@ -79,30 +79,27 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         }
     }
 
+    /// Iterates up to the budget. A pause gives the flags back too, so that whoever looks, and a fault after it, finds
+    /// those from before the instruction; a single-stepping debugger sees each iteration's.
     fn repeat(&mut self, strings: &Strings) -> Exec<Flow> {
         let flags = self.cpu.eflags;
         let single = flags & eflags::TF != 0 || self.breakpoints_on();
         let budget = if single { 1 } else { ITERATIONS_MAX };
-        for done in 0..budget {
-            if self.cpu.gpr[ECX] & strings.mask == 0 {
-                return Ok(Flow::Next);
+        let mut done = 0;
+        while self.cpu.gpr[ECX] & strings.mask != 0 {
+            let result = if done < budget { self.iterate(strings) } else { Err(Leave::Again) };
+            if let Err(leave) = result {
+                self.cpu.eflags = if single { self.cpu.eflags } else { flags };
+                return if matches!(leave, Leave::Again) && done > 0 { Ok(Flow::Repeat) } else { Err(leave) };
             }
-            match self.iterate(strings) {
-                Ok(()) => {}
-                Err(Leave::Again) if done > 0 => return Ok(Flow::Repeat),
-                Err(leave) => {
-                    self.cpu.eflags = flags;
-                    return Err(leave);
-                }
-            }
+            done += 1;
             self.advance(ECX, u32::MAX, strings.mask);
             let zero = self.cpu.eflags & eflags::ZF != 0;
             if strings.while_zero.is_some_and(|wanted| wanted != zero) {
-                return Ok(Flow::Next);
+                break;
             }
         }
-        let finished = self.cpu.gpr[ECX] & strings.mask == 0;
-        Ok(if finished { Flow::Next } else { Flow::Repeat })
+        Ok(Flow::Next)
     }
 
     /// Adds to a register within the address size.

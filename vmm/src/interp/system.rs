@@ -54,6 +54,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.require_umip()?;
         let (seg, offset) = self.effective(i);
         self.probe(seg, offset, 6, AccessKind::Write)?;
+        // A word and a dword: the second may be misaligned where the first is not.
+        self.linear(seg, offset.wrapping_add(2), Width::B4, AccessKind::Write)?;
         self.store(seg, offset, Width::B2, table.limit.into())?;
         self.store(seg, offset.wrapping_add(2), Width::B4, table.base)?;
         Ok(Flow::Next)

@@ -1,1 +1,18 @@
 //! Unit tests of the interpreter, on the flat bus.
+//!
+//! What user instructions compute is tested against the CPU, in `tests/interp_native.rs`; here are privilege,
+//! segments, delivery, restarts and whatever else has no native twin.
+
+mod data;
+mod debug;
+mod decimal;
+mod deliver;
+mod far;
+mod fetch;
+mod load;
+mod machine;
+mod random;
+mod restart;
+mod segment;
+mod string;
+mod system;
