@@ -9,6 +9,10 @@
 
 #[path = "doors/attacks.rs"]
 mod attacks;
+#[path = "doors/common.rs"]
+mod common;
+#[path = "doors/kicks.rs"]
+mod kicks;
 #[path = "doors/probe.rs"]
 mod probe;
 #[path = "doors/vcpu.rs"]
@@ -53,7 +57,7 @@ fn without_kvm(reason: &str) -> Vec<Trial> {
 
 /// The tests that are no attacks.
 fn tests() -> impl Iterator<Item = (&'static str, Body)> {
-    vcpu::TESTS.iter().chain(probe::TESTS).copied()
+    vcpu::TESTS.iter().chain(kicks::TESTS).chain(probe::TESTS).copied()
 }
 
 /// A test that is run.

@@ -1,7 +1,7 @@
 //! The image: every byte of the firmware's frames, and the entry by which a root maps them.
 //!
 //! Story: the backend writes the image once, into the first frames of the machine pool, before any vCPU runs.
-//! Holds: FW-1 to FW-3 (see the crate). Limits: [`VCPUS_MAX`](crate::constants::VCPUS_MAX) vCPUs.
+//! Holds: FW-1 to FW-3 (see the crate). Limits: [`VCPUS_MAX`] vCPUs.
 //!
 //! ```text
 //!   offset 0   stubs, flush             R-X   2 pages
@@ -98,7 +98,7 @@ impl Layout {
     /// A layout for `vcpus` vCPUs, every door closed.
     ///
     /// # Errors
-    /// When `vcpus` is 0 or above [`VCPUS_MAX`](crate::constants::VCPUS_MAX).
+    /// When `vcpus` is 0 or above [`VCPUS_MAX`].
     pub fn new(vcpus: u32) -> Result<Layout, LayoutError> {
         Layout::with_doors(vcpus, ImageDoors::default())
     }

@@ -44,6 +44,12 @@ pub enum HostError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// It is something else.
+    #[error("{path} is not a KVM device; --backend soft needs none")]
+    NotKvm {
+        /// The path that was tried.
+        path: String,
+    },
     /// It speaks another version.
     #[error(
         "{path} speaks KVM API version {version}, but only version {KVM_API_VERSION} was ever released: is it KVM's device?"
@@ -51,7 +57,7 @@ pub enum HostError {
     Version {
         /// The path that was tried.
         path: String,
-        /// What it answered; negative where it is not KVM at all.
+        /// What it answered.
         version: i32,
     },
     /// It lacks what the backend stands on.
@@ -110,6 +116,9 @@ impl Host {
         let name = CString::new(path).map_err(|_| HostError::Missing { path: path.into() })?;
         let kvm = Kvm::new_with_path(name).map_err(|error| open_error(path, error.into()))?;
         let version = kvm.get_api_version();
+        if version < 0 {
+            return Err(HostError::NotKvm { path: path.into() });
+        }
         if version != KVM_API_VERSION as i32 {
             return Err(HostError::Version { path: path.into(), version });
         }
@@ -139,8 +148,6 @@ fn open_error(path: &str, source: io::Error) -> HostError {
     match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => HostError::Missing { path },
         Some(libc::EACCES | libc::EPERM) => HostError::Denied { path },
-        // A file that is no KVM device opens well and fails at its first ioctl.
-        Some(libc::ENOTTY) => HostError::Version { path, version: -1 },
         _ => HostError::Open { path, source },
     }
 }
@@ -223,7 +230,7 @@ mod tests {
 
     #[test]
     fn file_that_is_no_kvm_is_an_error() {
-        assert!(matches!(Host::open_at("/dev/null"), Err(HostError::Version { .. })));
+        assert!(matches!(Host::open_at("/dev/null"), Err(HostError::NotKvm { .. })));
         assert!(Host::open_at("/dev/kvm\0").is_err());
     }
 

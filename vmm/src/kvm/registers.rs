@@ -86,6 +86,10 @@ pub fn can_run(cpu: &CpuState) -> Result<(), CannotRun> {
 /// What entries of one vCPU have in common.
 #[derive(Clone, Debug)]
 pub struct EntryPlan {
+    /// The vCPU's index.
+    pub index: u32,
+    /// Where the firmware's image is.
+    pub image: Mpa,
     /// The firmware's code selector.
     pub code_selector: u16,
     /// Limit of the task register.
@@ -101,9 +105,18 @@ pub struct EntryPlan {
 }
 
 impl EntryPlan {
-    /// The plan for vCPU `index` of `layout`.
-    pub fn new(layout: &Layout, index: u32, features: Features, doors: Doors, trap_tsc: bool) -> EntryPlan {
+    /// The plan for vCPU `index` of `layout`, whose image is at `image`.
+    pub fn new(
+        layout: &Layout,
+        image: Mpa,
+        index: u32,
+        features: Features,
+        doors: Doors,
+        trap_tsc: bool,
+    ) -> EntryPlan {
         EntryPlan {
+            index,
+            image,
             code_selector: layout.code_selector(),
             tss_limit: layout.tss_limit(),
             layout: layout.vcpu(index),
@@ -335,7 +348,7 @@ mod tests {
 
     fn plan(doors: Doors) -> EntryPlan {
         let features = Features { smep: true, smap: true, umip: true, ..Features::default() };
-        EntryPlan::new(&Layout::new(2).unwrap(), 1, features, doors, true)
+        EntryPlan::new(&Layout::new(2).unwrap(), Mpa(0), 1, features, doors, true)
     }
 
     fn entered(cpu: &CpuState, doors: Doors) -> kvm_sregs {

@@ -44,18 +44,17 @@ pub struct KvmVcpu {
     // Before `machine`: the vCPU goes before the memory that it may use.
     fd: VcpuFd,
     machine: Arc<MachineVm>,
-    index: u32,
     plan: EntryPlan,
     tables: Tables,
     door: Arc<KickDoor>,
     cpuid_faults: bool,
-    image: Mpa,
     /// Registers as KVM reset them: what an entry does not name.
     reset: kvm_sregs,
     /// The segment registers of the last entry, to see which of them the guest loaded.
     entered: kvm_sregs,
     root: Mpa,
     debug: [u64; 5],
+    late_kicks: u64,
 }
 
 /// FPU and SSE registers as FXSAVE stores them in 32-bit code.
@@ -83,32 +82,28 @@ struct Frame {
 }
 
 impl KvmVcpu {
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
         fd: VcpuFd,
         machine: Arc<MachineVm>,
-        index: u32,
         plan: EntryPlan,
         tables: Tables,
         reset: kvm_sregs,
         door: Arc<KickDoor>,
         cpuid_faults: bool,
-        image: Mpa,
     ) -> Result<KvmVcpu, KvmError> {
         let root = Mpa(0);
         let vcpu = KvmVcpu {
             fd,
             machine,
-            index,
             plan,
             tables,
             door,
             cpuid_faults,
-            image,
             reset,
             entered: reset,
             root,
             debug: NO_BREAKPOINTS,
+            late_kicks: 0,
         };
         // A reset vCPU has FCW 0x40, which a program that never executes FNINIT would see; KVM's sets MXCSR itself.
         vcpu.fd
@@ -126,6 +121,11 @@ impl KvmVcpu {
     /// that would only return.
     pub fn take_kick(&self) -> bool {
         self.door.page().take_request()
+    }
+
+    /// Kicks that came while an exception was in flight, and were answered by that trap.
+    pub fn late_kicks(&self) -> u64 {
+        self.late_kicks
     }
 
     /// What this host's KVM lets the vCPU have.
@@ -299,9 +299,9 @@ impl KvmVcpu {
                 Some((TRAP_PORT, true)) if self.in_firmware() => return Ok(Left::Out),
                 Some((port, write)) => return Err(self.stopped(Stop::GuestIo { port, write })),
                 None if self.fd.get_kvm_run().kvm_dirty_regs != 0 => return Ok(Left::NotEntered),
-                None if self.in_firmware() => {}
+                None if self.in_firmware() => self.late_kicks += 1,
                 None if self.privileged() => return Err(self.stopped(Stop::Escaped)),
-                None if self.exception_in_flight()? => {}
+                None if self.exception_in_flight()? => self.late_kicks += 1,
                 None => return Ok(Left::Guest),
             }
         }
@@ -456,7 +456,7 @@ impl KvmVcpu {
         let stack = UPPER_BASE + self.plan.layout.tss()..=UPPER_BASE + self.plan.layout.frame();
         let mut words = [0; (FRAME_BYTES / 8) as usize];
         if stack.contains(&rsp) && rsp.is_multiple_of(8) {
-            let first = self.image.0 + (rsp - UPPER_BASE);
+            let first = self.plan.image.0 + (rsp - UPPER_BASE);
             for (number, word) in words.iter_mut().enumerate() {
                 *word = self.machine.pool().load(Mpa(first + number as u64 * 8))?;
             }
@@ -474,7 +474,7 @@ impl KvmVcpu {
     fn stopped(&mut self, why: Stop) -> KvmError {
         let synced = self.fd.sync_regs_mut();
         let dump = Dump { regs: synced.regs, sregs: synced.sregs, root: self.root };
-        KvmError::Stopped { vcpu: self.index, why, dump: Box::new(dump) }
+        KvmError::Stopped { vcpu: self.plan.index, why, dump: Box::new(dump) }
     }
 }
 

@@ -117,10 +117,10 @@ impl KvmVm {
         let sregs = fd.get_sregs().map_err(|error| call("KVM_GET_SREGS", error))?;
         let features = host::features(self.machine.vm(), &fd, &sregs)?;
         let options = &self.options;
-        let plan = EntryPlan::new(&self.layout, index, features, options.doors, options.trap_tsc);
+        let plan = EntryPlan::new(&self.layout, IMAGE, index, features, options.doors, options.trap_tsc);
         let tables = Tables::new(self.layout.vcpu(index), IMAGE, options.doors);
         let machine = Arc::clone(&self.machine);
-        KvmVcpu::new(with_sync(fd), machine, index, plan, tables, sregs, Arc::new(door), cpuid_faults, IMAGE)
+        KvmVcpu::new(with_sync(fd), machine, plan, tables, sregs, Arc::new(door), cpuid_faults)
     }
 
     /// Makes every vCPU drop every translation, whatever the host: a memory slot comes and goes, for which KVM
