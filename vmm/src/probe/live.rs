@@ -65,10 +65,17 @@ struct Shared {
     ended: AtomicBool,
 }
 
+/// A busy host gets fewer tries, so that the whole takes no longer.
+const ROW_MAX: Duration = Duration::from_secs(1);
+/// But not fewer than this.
+const TRIES_MIN: u32 = 10;
 /// After so many failures in a row it is clear.
 const FAILURES_MAX: u32 = 3;
 
 impl Live {
+    /// The name of no shootdown at all.
+    pub const NOTHING: &'static str = "nothing";
+
     /// Starts the guest of `scratch`.
     ///
     /// # Errors
@@ -111,7 +118,7 @@ impl Live {
     /// # Errors
     /// When the entry is not in the pool.
     pub fn nothing(&mut self, times: u32, patience: Duration) -> Result<ShootdownRow, ProbeError> {
-        self.try_out("nothing", times, patience, |_, _| Ok(()))
+        self.try_out(Live::NOTHING, times, patience, |_, _| Ok(()))
     }
 
     /// The kick back end: kick, and wait until the vCPU has flushed.
@@ -147,7 +154,9 @@ impl Live {
     ) -> Result<ShootdownRow, ProbeError> {
         let (mut seen, mut tried, mut failures, mut costs) = (0, 0, 0, Vec::new());
         self.settle()?;
-        while tried < times && failures < FAILURES_MAX {
+        let end = Instant::now() + ROW_MAX;
+        let enough = |tried| tried >= times || (tried >= TRIES_MIN && Instant::now() > end);
+        while !enough(tried) && failures < FAILURES_MAX {
             let old = self.exchange()?;
             let begun = Instant::now();
             shoot_down(self, old)?;

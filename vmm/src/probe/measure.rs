@@ -79,7 +79,7 @@ impl fmt::Display for Speed {
     }
 }
 
-/// Times `samples` calls of `body`, after a tenth of that to warm up.
+/// Times `samples` calls of `body`, after a tenth of that to warm up; fewer where they take too long.
 ///
 /// # Errors
 /// The first of `body`'s.
@@ -87,15 +87,19 @@ pub fn times(
     samples: u32,
     mut body: impl FnMut() -> Result<(), ProbeError>,
 ) -> Result<Vec<Duration>, ProbeError> {
+    const LONG: Duration = Duration::from_millis(300);
+    const SAMPLES_MIN: usize = 20;
+    let started = Instant::now();
+    let mut taken = Vec::with_capacity(samples as usize);
     for _ in 0..samples / 10 {
         body()?;
     }
-    (0..samples)
-        .map(|_| {
-            let begun = Instant::now();
-            body().map(|()| begun.elapsed())
-        })
-        .collect()
+    while taken.len() < samples as usize && (taken.len() < SAMPLES_MIN || started.elapsed() < LONG) {
+        let begun = Instant::now();
+        body()?;
+        taken.push(begun.elapsed());
+    }
+    Ok(taken)
 }
 
 fn run(scratch: &mut Scratch, what: &'static str) -> Result<(), ProbeError> {

@@ -302,7 +302,11 @@ impl DoctorReport {
         };
         writeln!(f, "\nMemory\n    a changed page-table entry is {how}")?;
         for row in &self.shootdowns {
-            writeln!(f, "    {:<12} seen {:>3} of {:>3} times, {}", row.name, row.seen, row.tried, row.cost)?;
+            write!(f, "    {:<12} seen {:>3} of {:>3} times", row.name, row.seen, row.tried)?;
+            match row.name {
+                Live::NOTHING => writeln!(f, ", without any exit or flush")?,
+                _ => writeln!(f, ", {}", row.cost)?,
+            }
         }
         Ok(())
     }
