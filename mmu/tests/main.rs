@@ -2,12 +2,13 @@
 //!
 //! | module | what it tests | how to run more of it |
 //! |---|---|---|
-//! | matrix | every combination of entry bits, control bits and access | |
+//! | matrix | every combination of entry bits, control bits and access | all of them always |
 //! | property | random guest programs | `UMBRA_OPS=10000000 cargo test -p umbra-mmu --test model property` |
 //! | regressions | programs that once failed | |
 //! | threads | two vCPUs on two threads | |
 #![forbid(unsafe_code)]
 
+mod matrix;
 mod model;
 mod program;
 mod property;

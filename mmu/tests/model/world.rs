@@ -283,6 +283,21 @@ impl World {
         assert!(written.is_ok() || !self.memory.has(physical + bytes.len() as u64 - 1), "{written:?}");
     }
 
+    /// A store of `size` bytes (4 or 8, aligned) from outside.
+    pub fn poke(&mut self, physical: u64, size: u32, value: u64) {
+        let width = width_of(size).expect("4 or 8 bytes");
+        let stored = self.mmu.store(&LocalStack::new(), Gpa(physical), width, value);
+        assert_eq!(stored, Ok(()), "a poke of memory");
+        self.memory.write(physical, size, value);
+    }
+
+    /// As if every CPU had flushed: for tests whose hardware has no TLB.
+    pub fn forget_past(&mut self) {
+        let now = self.memory.tick();
+        self.cpus.iter_mut().for_each(|cpu| cpu.rules.flush(now));
+        self.memory.forget_before(now);
+    }
+
     /// Closes the gate of a frame, until a fault runs into it.
     pub fn close_gate(&mut self, gfn: u32) {
         self.mmu.buckets().close(Gfn(gfn));
@@ -336,6 +351,12 @@ impl World {
             }
             _ => 0,
         }
+    }
+
+    /// What the shadow allows for `va` right now, by a walk of its own: the machine address.
+    pub fn shadow_allows(&self, cpu: usize, va: u32, r: Request) -> Option<u64> {
+        let root = self.mmu.root_address(&self.cpus[cpu].vcpu, r.user)?;
+        Tlb::new(hardware::Memory::None).access(&self.machine, root.0, va, r.kind).ok()
     }
 
     /// The guest frame in the machine frame of `address`.
