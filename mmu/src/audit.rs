@@ -33,6 +33,7 @@ impl Mmu {
     pub fn audit(&self) -> Findings {
         let mut audit = Audit { mmu: self, findings: Vec::new(), leaves: HashMap::new() };
         audit.check_pages();
+        audit.check_free_pages();
         audit.check_roots();
         audit.check_links();
         audit.check_frames();
@@ -72,6 +73,18 @@ impl Audit<'_> {
                     self.check_leaf(key, slot, index);
                 }
             }
+        }
+    }
+
+    /// A free slot's table is all zeros: whoever takes it needs not clear it.
+    fn check_free_pages(&mut self) {
+        for slot in self.mmu.pages.dead() {
+            let table = self.mmu.pages.mfn(slot);
+            let full = (0..512).find(|index| self.mmu.spte(table.at(index * 8)) != Spte::ABSENT);
+            let page = self.mmu.pages.lock(slot, false);
+            let free = full.is_none() && page.key.is_none() && page.parents.is_empty();
+            drop(page);
+            self.require(free, || format!("INV-SHADOW-3: free slot {slot} is not empty, at entry {full:?}"));
         }
     }
 
@@ -285,3 +298,6 @@ impl Audit<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -147,6 +147,11 @@ impl Pages {
         self.free.lock().dead.pop_front()
     }
 
+    /// Slots of dead pages; for audits.
+    pub fn dead(&self) -> Vec<u32> {
+        self.free.lock().dead.iter().map(|(slot, _)| *slot).collect()
+    }
+
     /// Puts a slot (with a frame) on the free list; `stamp` is the death of its last page, 0 for none.
     pub fn put_free(&self, slot: u32, stamp: u64) {
         self.free.lock().dead.push_back((slot, stamp));
