@@ -13,3 +13,4 @@ mod model;
 mod program;
 mod property;
 mod regressions;
+mod threads;
