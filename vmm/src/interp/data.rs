@@ -163,24 +163,16 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     /// PUSH of a register, memory, immediate or segment register.
     pub(super) fn push_operand(&mut self, i: &Instruction) -> Exec<Flow> {
         let width = if i.stack_pointer_increment() == -2 { Width::B2 } else { Width::B4 };
-        if i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register() {
-            return self.push_segment(segment_of(i.op0_register()), width);
-        }
         let value = match i.op0_kind() {
+            // Zero-extended, as AMD does it; Intel leaves the upper half of the slot alone.
+            OpKind::Register if i.op0_register().is_segment_register() => {
+                self.cpu.segment(segment_of(i.op0_register())).selector.into()
+            }
             // Immediates are sign-extended to the operand size, which the decoder has done.
             OpKind::Register | OpKind::Memory => self.read(i, 0, width)?,
             _ => i.try_immediate(0).unwrap_or(0) as u32 & width.mask(),
         };
         self.push(width, value)?;
-        Ok(Flow::Next)
-    }
-
-    /// A 32-bit PUSH of a segment register moves the pointer by four and writes two bytes.
-    fn push_segment(&mut self, seg: Seg, width: Width) -> Exec<Flow> {
-        let selector = self.cpu.segment(seg).selector;
-        let pointer = self.stack().below(width.bytes());
-        self.store(Seg::Ss, pointer & self.stack_mask(), Width::B2, selector.into())?;
-        self.cpu.gpr[ESP] = pointer;
         Ok(Flow::Next)
     }
 
@@ -201,9 +193,9 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         written.map(|()| Flow::Next)
     }
 
-    /// As PUSH: reads two bytes, moves by the operand size. POP SS moves SP or ESP as the *old* SS has it.
+    /// POP SS moves SP or ESP as the *old* SS has it.
     fn pop_segment(&mut self, seg: Seg, width: Width) -> Exec<Flow> {
-        let selector = self.top(Width::B2)? as u16;
+        let selector = self.top(width)? as u16;
         let pointer = self.stack().above(width.bytes());
         let flow = self.load_segment_register(seg, selector)?;
         self.cpu.gpr[ESP] = pointer;

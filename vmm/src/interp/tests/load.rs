@@ -88,7 +88,7 @@ fn pop_and_push_of_segment_registers_move_by_the_operand_size() {
     let mut machine = Machine::kernel();
     machine.bus.place(KERNEL_STACK - 4, &[0xff; 4]);
     machine.done(&[0x1e]);
-    assert_eq!((machine.cpu.gpr[4], machine.stack(0)), (KERNEL_STACK - 4, 0xffff_0010), "two bytes written");
+    assert_eq!((machine.cpu.gpr[4], machine.stack(0)), (KERNEL_STACK - 4, 0x10), "zero-extended");
     machine.done(&[0x07]);
     assert_eq!((machine.cpu.gpr[4], machine.selector(Seg::Es)), (KERNEL_STACK, KERNEL_DATA));
     machine.done(&[0x66, 0x0f, 0xa0]);
