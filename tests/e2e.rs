@@ -1,20 +1,53 @@
 //! End-to-end tests: what a user types, and what they see.
 //!
-//! Story: each test starts a program with a guest image and compares what it prints and its status. `UMBRA_REQUIRE`
-//! names what must not be missing (see support/host.rs). The nested rig (tests/rig/run) runs this same program.
+//! Story: each test starts `umbra` with a guest image and compares its output, its words on standard error and its
+//! status; where QEMU is at hand the same image runs there too and must say the same. `UMBRA_BIN` names another
+//! `umbra` than the one that cargo built, `UMBRA_REQUIRE` what must not be missing (see support/host.rs). The nested
+//! rig (tests/rig/run) runs this same program, with QEMU's lines recorded on the host by `--record DIR`.
 
 mod support;
 
+#[path = "e2e/bars.rs"]
+mod bars;
+#[path = "e2e/cli.rs"]
+mod cli;
+#[path = "e2e/images.rs"]
+mod images;
 #[path = "e2e/peer.rs"]
 mod peer;
 #[path = "e2e/rig.rs"]
 mod rig;
+#[path = "e2e/umbra.rs"]
+mod umbra;
+#[path = "e2e/workloads.rs"]
+mod workloads;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
 
 fn main() -> ExitCode {
-    let trials = [peer::cases(), rig::cases()].into_iter().flatten().collect();
+    let arguments: Vec<_> = std::env::args_os().collect();
+    match &arguments[..] {
+        [_, flag, folder] if flag == "--record" => record(Path::new(folder)),
+        _ => test(),
+    }
+}
+
+fn test() -> ExitCode {
+    let files =
+        [bars::cases(), cli::cases(), images::cases(), peer::cases(), rig::cases(), workloads::cases()];
+    let trials = files.into_iter().flatten().collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn record(folder: &Path) -> ExitCode {
+    match workloads::record(folder) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("cannot record what QEMU prints: {}", why.message().unwrap_or_default());
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -3,6 +3,8 @@
 //! `UMBRA_REQUIRE` is a comma-separated list of names of needs. A need that is missing makes its tests ignored, and
 //! failed when it is on that list: CI must not go green because a machine lost its /dev/kvm.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -13,8 +15,14 @@ pub enum Need {
     Kvm,
     /// `qemu-system-i386`.
     Qemu,
+    /// The result lines that QEMU prints: QEMU itself, or its lines recorded before (`UMBRA_RECORDED`).
+    Peer,
     /// The nested rig (tests/rig/run), from the inside.
     Rig,
+    /// A build without debug assertions, whose times mean something.
+    Release,
+    /// The superuser, who can become another user and give a child file systems of its own.
+    Root,
 }
 
 impl Need {
@@ -22,8 +30,10 @@ impl Need {
     pub fn name(self) -> &'static str {
         match self {
             Need::Kvm => "kvm",
-            Need::Qemu => "qemu",
+            Need::Qemu | Need::Peer => "qemu",
             Need::Rig => "rig",
+            Need::Release => "release",
+            Need::Root => "root",
         }
     }
 
@@ -38,12 +48,25 @@ impl Need {
         match self {
             Need::Kvm => kvm(),
             Need::Qemu => qemu(),
+            Need::Peer if recorded().is_some() => Ok(()),
+            Need::Peer => qemu(),
             Need::Rig => match std::env::var_os("RIG_NPT") {
                 Some(_) => Ok(()),
                 None => Err("this is not the nested rig".into()),
             },
+            Need::Release if cfg!(debug_assertions) => Err("times mean something only with --release".into()),
+            Need::Release => Ok(()),
+            Need::Root => match std::fs::metadata("/proc/self") {
+                Ok(myself) if myself.uid() == 0 => Ok(()),
+                _ => Err("only the superuser can become another user".into()),
+            },
         }
     }
+}
+
+/// The folder with QEMU's lines, `WORKLOAD-PAGING.lines`, where QEMU itself is not at hand.
+pub fn recorded() -> Option<PathBuf> {
+    std::env::var_os("UMBRA_RECORDED").map(PathBuf::from)
 }
 
 fn kvm() -> Result<(), String> {

@@ -46,9 +46,19 @@ pub fn halt() -> Vec<u8> {
     vec![0xfa, 0xf4, 0xeb, 0xfd] // cli; hlt; jmp the hlt
 }
 
+/// Spins for ever.
+pub fn spin() -> Vec<u8> {
+    vec![0xeb, 0xfe]
+}
+
 /// A fault with an empty interrupt table, then the same again: a triple fault.
 pub fn triple_fault() -> Vec<u8> {
     let at = (LOAD + HEADER + 9).to_le_bytes();
     let load_table = [0x0f, 0x01, 0x1d, at[0], at[1], at[2], at[3]]; // lidt [six zero bytes below]
     [&load_table[..], &[0x0f, 0x0b], &[0; 6]].concat() // ud2
+}
+
+/// The reset control register: `mov dx, 0xcf9; mov al, 6; out dx, al`, then spin.
+pub fn reset_by_port() -> Vec<u8> {
+    [&[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee][..], &spin()].concat()
 }

@@ -37,6 +37,8 @@ pub struct Outcome {
     pub stderr: String,
     /// From its start to its end.
     pub took: Duration,
+    /// From its start to the first byte on its standard output.
+    pub first_byte: Option<Duration>,
 }
 
 impl Outcome {
@@ -44,6 +46,11 @@ impl Outcome {
     pub fn lines(&self) -> Vec<String> {
         let text = String::from_utf8_lossy(&self.stdout);
         text.lines().map(|line| line.trim_end_matches('\r').to_owned()).collect()
+    }
+
+    /// The guest's result lines, in order.
+    pub fn result_lines(&self) -> Vec<String> {
+        self.lines().into_iter().filter(|line| line.starts_with("pager:")).collect()
     }
 }
 
@@ -71,14 +78,14 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Outcome, String> {
     let shown = show(command);
     let begun = Instant::now();
     let mut child = command.spawn().map_err(|error| format!("cannot start {shown}: {error}"))?;
-    let stdout = drain(child.stdout.take());
-    let stderr = drain(child.stderr.take());
+    let stdout = drain(child.stdout.take(), begun);
+    let stderr = drain(child.stderr.take(), begun);
     let end = wait(&mut child, begun + limit).map_err(|error| format!("cannot await {shown}: {error}"))?;
     let took = begun.elapsed();
-    let stdout = stdout.join().expect("a reader of a pipe does not panic");
-    let stderr = stderr.join().expect("a reader of a pipe does not panic");
+    let (stdout, first_byte) = stdout.join().expect("a reader of a pipe does not panic");
+    let (stderr, _) = stderr.join().expect("a reader of a pipe does not panic");
     let stderr = String::from_utf8_lossy(&stderr).into_owned();
-    Ok(Outcome { command: shown, end, stdout, stderr, took })
+    Ok(Outcome { command: shown, end, stdout, stderr, took, first_byte })
 }
 
 fn show(command: &Command) -> String {
@@ -108,16 +115,20 @@ fn end_of(status: ExitStatus) -> End {
     }
 }
 
-/// Reads a pipe to its end in a thread; gives what it kept.
-fn drain<R: Read + Send + 'static>(pipe: Option<R>) -> JoinHandle<Vec<u8>> {
+/// Reads a pipe to its end in a thread; gives what it kept and when the first byte came.
+fn drain<R: Read + Send + 'static>(
+    pipe: Option<R>,
+    begun: Instant,
+) -> JoinHandle<(Vec<u8>, Option<Duration>)> {
     thread::spawn(move || {
-        let mut kept = Vec::new();
-        let Some(mut pipe) = pipe else { return kept };
+        let (mut kept, mut first) = (Vec::new(), None);
+        let Some(mut pipe) = pipe else { return (kept, first) };
         let mut chunk = [0; 4096];
         while let Ok(n @ 1..) = pipe.read(&mut chunk) {
+            first.get_or_insert_with(|| begun.elapsed());
             let room = KEPT_MAX - kept.len();
             kept.extend_from_slice(&chunk[..n.min(room)]);
         }
-        kept
+        (kept, first)
     })
 }

@@ -14,7 +14,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Boots `image` with `cmdline` on QEMU's software emulation; `mem` as QEMU writes sizes ("64M").
 pub fn run(image: &Path, cmdline: &str, mem: &str) -> Result<Outcome, String> {
     let mut command = Command::new("qemu-system-i386");
-    command.args(["-M", "microvm", "-accel", "tcg", "-m", mem]);
+    // The default CPU model has neither NX nor SMEP, which Umbra's CPU has.
+    command.args(["-M", "microvm", "-accel", "tcg", "-cpu", "max", "-m", mem]);
     command.args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot", "-serial", "stdio"]);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"]);
     command.arg("-kernel").arg(image).args(["-append", cmdline]);

@@ -1,0 +1,192 @@
+//! The guest kernel's workloads, on Umbra and on QEMU: the same image must print the same result lines.
+//!
+//! Story: QEMU's lines come from QEMU itself or, in the nested rig, from a folder that `--record` filled on the host.
+//! Umbra's must be equal line by line, and the closing line must say what the contract says.
+//!
+//! Workload `access` counts how a CPU's page faults differ from the architecture's. Its differences are those of the
+//! CPU underneath, so they are not compared; on each host only the known ones are allowed ([`Host::quirks`]):
+//!
+//! | guest runs on | differences | owner |
+//! |---|---|---|
+//! | QEMU's emulation | `rsvd-no-p`, `rmw-read` | TCG |
+//! | Umbra in the nested rig | `rmw-read` | TCG, whose SVM machine runs the guest's accesses |
+//! | Umbra elsewhere | none | |
+
+use std::fs;
+use std::path::Path;
+
+use libtest_mimic::{Failed, Trial};
+use umbra_guest::{PAGER, PAGER_PLAIN, PAGER_TWIN, abi};
+
+use super::umbra::{file_of, status, umbra};
+use crate::ensure;
+use crate::support::host::{self, Need};
+use crate::support::process::{End, Outcome};
+use crate::support::{Verdict, case, qemu};
+
+const WORKLOADS: [&str; 5] = ["hello", "mm", "kmap", "access", "all"];
+const PAGINGS: [&str; 2] = ["pae", "legacy"];
+
+/// The tests of this file.
+pub fn cases() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (workload, paging) in all() {
+        let name = format!("kvm_{workload}_{paging}_prints_what_qemu_prints");
+        trials.push(case(name, &[Need::Kvm, Need::Peer], move || same_lines(workload, paging)));
+    }
+    trials.extend([
+        case("image_from_a_file_is_the_built_in_one", &[Need::Kvm], from_file),
+        case("twin_that_damages_a_byte_fails_by_umbras_own_witness", &[Need::Kvm], twin),
+        case("image_without_the_note_passes_and_says_what_native_may_miss", &[Need::Kvm], plain),
+        case("unknown_workload_ends_with_the_status_of_a_bad_command_line", &[Need::Kvm], unknown_workload),
+        case("peer_unknown_workload_ends_the_same_way", &[Need::Qemu], unknown_workload_on_qemu),
+    ]);
+    trials
+}
+
+fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
+    WORKLOADS.into_iter().flat_map(|workload| PAGINGS.map(|paging| (workload, paging)))
+}
+
+/// What executes the guest's accesses.
+#[derive(Clone, Copy)]
+enum Host {
+    Qemu,
+    Umbra,
+}
+
+impl Host {
+    /// Known differences of this host's page faults, as the guest's `allow=` takes them.
+    fn quirks(self) -> &'static str {
+        match self {
+            Host::Qemu => "rsvd-no-p,rmw-read",
+            Host::Umbra if Need::Rig.met().is_ok() => "rmw-read",
+            Host::Umbra => "",
+        }
+    }
+}
+
+fn cmdline(workload: &str, paging: &str, host: Host) -> String {
+    let words = format!("workload={workload} paging={paging}");
+    match (workload, host.quirks()) {
+        ("access", quirks) if !quirks.is_empty() => format!("{words} allow={quirks}"),
+        _ => words,
+    }
+}
+
+/// The lines to compare: of `access` without what the host's differences make of them.
+fn comparable(run: &Outcome) -> Vec<String> {
+    let lines = run.result_lines().into_iter().filter(|line| !line.starts_with("pager: deviation "));
+    lines.map(|line| line.split(" deviations=").next().unwrap_or_default().to_owned()).collect()
+}
+
+/// Writes what QEMU prints for every workload into `folder`, for a place without QEMU.
+pub fn record(folder: &Path) -> Result<(), Failed> {
+    fs::create_dir_all(folder)?;
+    for (workload, paging) in all() {
+        let lines = on_qemu(workload, paging)?;
+        fs::write(folder.join(format!("{workload}-{paging}.lines")), lines.join("\n"))?;
+    }
+    Ok(())
+}
+
+/// QEMU's result lines, from the record where there is one.
+fn peer_lines(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
+    match host::recorded() {
+        Some(folder) => {
+            let text = fs::read_to_string(folder.join(format!("{workload}-{paging}.lines")))?;
+            Ok(text.lines().map(str::to_owned).collect())
+        }
+        None => on_qemu(workload, paging),
+    }
+}
+
+fn on_qemu(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
+    let image = file_of(PAGER)?;
+    let run = qemu::run(image.path(), &cmdline(workload, paging, Host::Qemu), "64M")?;
+    ensure!(
+        run.end == End::Status(1),
+        "the guest did not pass on QEMU (0 written to the exit port is 1):\n{run}"
+    );
+    check_closing_line(&run, workload, paging)?;
+    Ok(comparable(&run))
+}
+
+fn same_lines(workload: &str, paging: &str) -> Verdict {
+    let words = cmdline(workload, paging, Host::Umbra);
+    let run = umbra(["run", "--backend", "kvm", "--append", &words, "--timeout", "60s"])?;
+    ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
+    check_closing_line(&run, workload, paging)?;
+    let (ours, theirs) = (comparable(&run), peer_lines(workload, paging)?);
+    let first = ours.iter().zip(&theirs).position(|(our, their)| our != their);
+    ensure!(
+        ours == theirs,
+        "line {:?} differs, of {} and {}:\n  umbra: {:#?}\n  qemu:  {:#?}\n{run}",
+        first,
+        ours.len(),
+        theirs.len(),
+        &ours[first.unwrap_or(0)..],
+        &theirs[first.unwrap_or(0)..]
+    );
+    Ok(())
+}
+
+/// `pager: verdict=PASS workload=W paging=P checks=N errors=0`, last of the result lines, with N above zero.
+fn check_closing_line(run: &Outcome, workload: &str, paging: &str) -> Verdict {
+    let lines = run.result_lines();
+    let Some(last) = lines.last() else { return Err(format!("no result line:\n{run}").into()) };
+    let checks = last
+        .strip_prefix(&format!("pager: verdict=PASS workload={workload} paging={paging} checks="))
+        .and_then(|rest| rest.strip_suffix(" errors=0"))
+        .and_then(|checks| checks.parse::<u64>().ok());
+    ensure!(checks.is_some_and(|checks| checks > 0), "the closing line is {last:?}:\n{run}");
+    Ok(())
+}
+
+fn from_file() -> Verdict {
+    let image = file_of(PAGER)?;
+    let path = image.path().to_string_lossy().into_owned();
+    let (file, built_in) =
+        (umbra(["run", &path, "--append", "workload=hello"])?, umbra(["run", "--append", "workload=hello"])?);
+    ensure!(file.end == End::Status(0), "the image from a file failed:\n{file}");
+    ensure!(file.stdout == built_in.stdout, "the two differ:\n{file}\n{built_in}");
+    Ok(())
+}
+
+/// The guest finds all its checks right and says so; only who hashes its memory from outside can tell.
+fn twin() -> Verdict {
+    let image = file_of(PAGER_TWIN)?;
+    let path = image.path().to_string_lossy().into_owned();
+    let run = umbra(["run", &path, "--append", "workload=mm", "--timeout", "60s"])?;
+    let said_pass = run.result_lines().last().is_some_and(|line| line.contains("verdict=PASS"));
+    ensure!(said_pass, "the twin itself must say PASS:\n{run}");
+    ensure!(run.end == status::WITNESS, "expected {:?}:\n{run}", status::WITNESS);
+    Ok(())
+}
+
+fn plain() -> Verdict {
+    let image = file_of(PAGER_PLAIN)?;
+    let path = image.path().to_string_lossy().into_owned();
+    let run = umbra(["run", &path, "--append", "workload=hello", "--timeout", "60s"])?;
+    ensure!(run.end == End::Status(0), "the kernel without its note failed:\n{run}");
+    let lines = run.stderr.lines().filter(|line| line.contains("native")).count();
+    ensure!(lines == 1, "expected one line about what running native may miss:\n{run}");
+    Ok(())
+}
+
+/// What a write of [`abi::STATUS_COMMAND_LINE`] to the exit port ends with, here and on QEMU.
+const STATUS_COMMAND_LINE: End = End::Status((abi::STATUS_COMMAND_LINE << 1 | 1) as i32);
+
+fn unknown_workload() -> Verdict {
+    let run = umbra(["run", "--append", "workload=nonsense"])?;
+    ensure!(run.end == STATUS_COMMAND_LINE, "expected {STATUS_COMMAND_LINE:?}:\n{run}");
+    ensure!(!run.lines().join("\n").contains("verdict=PASS"), "it claims to have passed:\n{run}");
+    Ok(())
+}
+
+fn unknown_workload_on_qemu() -> Verdict {
+    let image = file_of(PAGER)?;
+    let run = qemu::run(image.path(), "workload=nonsense", "64M")?;
+    ensure!(run.end == STATUS_COMMAND_LINE, "expected {STATUS_COMMAND_LINE:?}:\n{run}");
+    Ok(())
+}
