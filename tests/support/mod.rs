@@ -30,7 +30,12 @@ pub fn case(
                 };
             }
         }
-        body().map(|()| Completion::Completed)
+        let verdict = body();
+        if let (Err(why), Ok(())) = (&verdict, host::Need::Rig.met()) {
+            // The rig may be stopped at its limit before the summary of failures: say it now.
+            println!("{}", why.message().unwrap_or_default());
+        }
+        verdict.map(|()| Completion::Completed)
     })
 }
 
