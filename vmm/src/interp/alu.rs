@@ -4,7 +4,7 @@
 //! come masked to the width, and results leave so.
 //!
 //! Flags that the architecture calls undefined are set as AMD's Zen sets them, where the native tests
-//! (`tests/interp_native.rs`) found that stable.
+//! (`tests/interp_native`) found that stable.
 //!
 //! See: Intel SDM vol. 1, appendix A (EFLAGS cross-reference); vol. 2 for each instruction.
 

@@ -1,8 +1,6 @@
 //! The table of instructions: from a mnemonic to its handler, and what becomes of the ones without.
 //!
 //! Holds: the decoder has refused LOCK where it is not allowed (#UD), so no handler checks it.
-//!
-//! See: the list of what is emulated in docs/ARCHITECTURE.md.
 
 use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic};
 

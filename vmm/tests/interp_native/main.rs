@@ -7,8 +7,11 @@
 //! Holds: flags that the architecture leaves undefined are compared on AMD CPUs only, whose values `alu` follows.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
-use std::sync::{Mutex, OnceLock};
+mod arena;
+mod templates;
 
+use arena::{Arena, BRANCH, DATA, DATA_SIZE, INSTRUCTION, USER_DATA, USER32_CODE, arena};
+use templates::{Form, Random, Template, opcodes, random_case, second_opcodes, template};
 use umbra::cpu::CpuState;
 use umbra::interp::flat::FlatBus;
 use umbra::interp::{Step, decode, execute, step};
@@ -16,290 +19,8 @@ use umbra::interp::{Step, decode, execute, step};
 /// Random cases for each template.
 const CASES: u32 = 300;
 
-/// Registers in and out, and the way back: one page.
-const STAGE: u32 = 0x1000_0000;
-/// The code page: prologue, [`INSTRUCTION`] with its epilogues, and the way back into 64-bit code.
-const CODE: u32 = 0x1000_1000;
-const INSTRUCTION: u32 = CODE + 0x100;
-const WAY_BACK: u32 = CODE + 0x800;
-/// What memory operands and the stack lie in.
-const DATA: u32 = 0x1000_2000;
-const PAGE: usize = 4096;
-const DATA_SIZE: usize = 3 * PAGE;
-/// Where memory operands point: the middle of the data, so that displacements of a byte stay inside.
-const DATA_MIDDLE: u32 = DATA + (DATA_SIZE / 2) as u32;
-const STACK: u32 = DATA + 0x800;
-/// Where taken branches land, behind the instruction.
-const BRANCH: u32 = 0x60;
-/// Offsets in the stage: flags, EIP and the 64-bit stack pointer, after the registers.
-const STAGE_FLAGS: u32 = 0x20;
-const STAGE_EIP: u32 = 0x24;
-const STAGE_RSP: u32 = 0x80;
-const STAGE_STACK: u32 = 0x800;
-
 /// CF, PF, AF, ZF, SF, DF and OF.
 const FLAGS: u32 = 0xcd5;
-/// Selectors of Linux: 32-bit and 64-bit user code, user data.
-const USER32_CODE: u16 = 0x23;
-const USER64_CODE: u16 = 0x33;
-const USER_DATA: u16 = 0x2b;
-
-std::arch::global_asm!(
-    ".globl umbra_native_run",
-    "umbra_native_run:",
-    "push rbx",
-    "push rbp",
-    "push r12",
-    "push r13",
-    "push r14",
-    "push r15",
-    "mov eax, 0x2b",
-    "mov ds, eax",
-    "mov es, eax",
-    "lea rax, [rip + 2f]",
-    "push rax",
-    "mov [rdi + 0x80], rsp",
-    "push 0x23",
-    "push rsi",
-    "retfq",
-    "2:",
-    "cld",
-    "pop r15",
-    "pop r14",
-    "pop r13",
-    "pop r12",
-    "pop rbp",
-    "pop rbx",
-    "ret",
-    ".globl umbra_native_has_32_bit_code",
-    "umbra_native_has_32_bit_code:",
-    "mov eax, 0x23",
-    "lar eax, eax",
-    "setz al",
-    "movzx eax, al",
-    "ret",
-);
-
-unsafe extern "C" {
-    fn umbra_native_run(stage: usize, code: usize);
-    fn umbra_native_has_32_bit_code() -> u32;
-}
-
-/// Stage, code and data: three mappings at their fixed addresses, made once.
-struct Arena;
-
-impl Arena {
-    fn shared() -> &'static Mutex<Arena> {
-        static ARENA: OnceLock<Mutex<Arena>> = OnceLock::new();
-        ARENA.get_or_init(|| {
-            let size = (DATA - STAGE) as usize + DATA_SIZE;
-            let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-            // SAFETY: an anonymous mapping that may not replace another touches no memory that exists.
-            let address = unsafe { libc::mmap(STAGE as *mut _, size, protection, flags, -1, 0) };
-            assert_eq!(address as usize, STAGE as usize, "{}", std::io::Error::last_os_error());
-            let arena = Arena;
-            arena.put(CODE, &prologue());
-            // mov rsp, [STAGE_RSP]; ret: in 64-bit code
-            arena.put(WAY_BACK, &[&[0x48, 0x8b, 0x24, 0x25][..], &at(STAGE_RSP), &[0xc3]].concat());
-            Mutex::new(arena)
-        })
-    }
-
-    fn put(&self, address: u32, bytes: &[u8]) {
-        assert!(address >= STAGE && address as usize + bytes.len() <= DATA as usize + DATA_SIZE);
-        // SAFETY: the range lies in the mapping by the assertion, which is ours alone while the lock is held (or
-        // before there is one), and no Rust object lives there.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) }
-    }
-
-    fn get(&self, address: u32, bytes: &mut [u8]) {
-        assert!(address >= STAGE && address as usize + bytes.len() <= DATA as usize + DATA_SIZE);
-        // SAFETY: as in `put`.
-        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len()) }
-    }
-
-    fn dword(&self, address: u32) -> u32 {
-        let mut bytes = [0; 4];
-        self.get(address, &mut bytes);
-        u32::from_le_bytes(bytes)
-    }
-
-    /// Runs one case; returns what it left.
-    fn run(&self, case: &Case) -> Outcome {
-        for (value, n) in case.gpr.iter().zip(0..) {
-            self.put(STAGE + 4 * n, &value.to_le_bytes());
-        }
-        self.put(STAGE + STAGE_FLAGS, &(case.flags | 2).to_le_bytes());
-        self.put(DATA, &case.memory);
-        self.put(INSTRUCTION, &case.bytes);
-        let end = INSTRUCTION + case.bytes.len() as u32;
-        self.put(end, &epilogue(end));
-        self.put(end + BRANCH, &epilogue(end + BRANCH));
-        // SAFETY: the code is the prologue, one instruction of the templates and an epilogue, all written above; 32-bit
-        // code can reach the mappings below 4 GiB alone, and the interpreter has found that this instruction stays
-        // within the data. The trampoline saves what the calling convention wants saved, on a stack that the 32-bit
-        // code has no pointer to.
-        unsafe { umbra_native_run(STAGE as usize, CODE as usize) };
-        let mut memory = vec![0; DATA_SIZE];
-        self.get(DATA, &mut memory);
-        Outcome {
-            gpr: std::array::from_fn(|n| self.dword(STAGE + 4 * n as u32)),
-            flags: self.dword(STAGE + STAGE_FLAGS),
-            eip: self.dword(STAGE + STAGE_EIP),
-            memory,
-        }
-    }
-}
-
-/// An offset in the stage as four bytes of address.
-fn at(offset: u32) -> [u8; 4] {
-    (STAGE + offset).to_le_bytes()
-}
-
-/// Loads the flags and all registers, and goes to the instruction.
-fn prologue() -> Vec<u8> {
-    // mov esp, STAGE_STACK; push [STAGE_FLAGS]; popfd
-    let mut code = [&[0xbc][..], &at(STAGE_STACK), &[0xff, 0x35], &at(STAGE_FLAGS), &[0x9d]].concat();
-    for register in 0..8_u8 {
-        code.extend([0x8b, register << 3 | 5]);
-        code.extend(at(4 * u32::from(register)));
-    }
-    let next = CODE + code.len() as u32 + 5;
-    code.push(0xe9);
-    code.extend((INSTRUCTION - next).to_le_bytes());
-    code
-}
-
-/// Stores `eip`, all registers and the flags, and goes back.
-fn epilogue(eip: u32) -> Vec<u8> {
-    let mut code = [&[0xc7, 0x05][..], &at(STAGE_EIP), &eip.to_le_bytes()].concat();
-    for register in 0..8_u8 {
-        code.extend([0x89, register << 3 | 5]);
-        code.extend(at(4 * u32::from(register)));
-    }
-    // mov esp, STAGE_STACK; pushfd; pop [STAGE_FLAGS]; jmp USER64_CODE:WAY_BACK
-    code.extend([&[0xbc][..], &at(STAGE_STACK), &[0x9c, 0x8f, 0x05], &at(STAGE_FLAGS), &[0xea]].concat());
-    code.extend(WAY_BACK.to_le_bytes());
-    code.extend(USER64_CODE.to_le_bytes());
-    code
-}
-
-/// A small generator, seeded: failures repeat.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u32 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) as u32
-    }
-
-    fn below(&mut self, n: u32) -> u32 {
-        self.next() % n
-    }
-
-    /// Values at which arithmetic turns, half of the time.
-    fn value(&mut self) -> u32 {
-        const EDGES: [u32; 12] =
-            [0, 1, 2, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, u32::MAX];
-        match self.below(4) {
-            0 => EDGES[self.below(12) as usize],
-            1 => EDGES[self.below(12) as usize].wrapping_add(self.below(5)).wrapping_sub(2),
-            2 => self.next() >> self.below(32),
-            _ => self.next(),
-        }
-    }
-}
-
-/// How a template's ModRM byte is made up.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
-    /// No ModRM.
-    Bare,
-    /// /r, register or [esi + disp8].
-    Any,
-    /// /digit, register or memory.
-    Digit(u8),
-    /// /digit, memory only.
-    MemoryDigit(u8),
-    /// /r, memory only.
-    Memory,
-}
-
-/// An opcode and what follows it.
-#[derive(Clone, Copy)]
-struct Template {
-    opcode: &'static [u8],
-    form: Form,
-    /// Immediate bytes; 4 means the operand size.
-    immediate: u8,
-    /// LOCK is allowed on memory.
-    lock: bool,
-    /// REP and REPNE are tried.
-    string: bool,
-    /// There is no 16-bit form.
-    wide: bool,
-}
-
-const fn template(opcode: &'static [u8], form: Form) -> Template {
-    Template { opcode, form, immediate: 0, lock: false, string: false, wide: false }
-}
-
-impl Template {
-    const fn imm(self, immediate: u8) -> Template {
-        Template { immediate, ..self }
-    }
-
-    const fn lock(self) -> Template {
-        Template { lock: true, ..self }
-    }
-
-    const fn wide(self) -> Template {
-        Template { wide: true, ..self }
-    }
-
-    const fn string(self) -> Template {
-        Template { string: true, ..self }
-    }
-
-    fn register(random: &mut Random) -> u8 {
-        random.below(8) as u8
-    }
-
-    fn bytes(&self, random: &mut Random) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let small = !self.wide && random.below(3) == 0;
-        let memory = match self.form {
-            Form::Memory | Form::MemoryDigit(_) => true,
-            Form::Bare => false,
-            _ => random.below(2) == 0,
-        };
-        if small {
-            bytes.push(0x66);
-        }
-        if self.lock && memory && random.below(2) == 0 {
-            bytes.push(0xf0);
-        }
-        if self.string {
-            bytes.extend([&[][..], &[0xf3], &[0xf2]][random.below(3) as usize]);
-        }
-        bytes.extend(self.opcode);
-        let reg = match self.form {
-            Form::Digit(digit) | Form::MemoryDigit(digit) => digit,
-            _ => Self::register(random),
-        };
-        match self.form {
-            Form::Bare => {}
-            _ if memory => bytes.extend([0x46 | reg << 3, random.next() as u8]),
-            _ => bytes.push(0xc0 | reg << 3 | Self::register(random)),
-        }
-        let immediate = if self.immediate == 4 && small { 2 } else { self.immediate };
-        bytes.extend(&random.value().to_le_bytes()[..immediate.into()]);
-        bytes
-    }
-}
 
 /// True where undefined flags are compared too.
 fn is_amd() -> bool {
@@ -385,61 +106,6 @@ fn iced_flags(bits: u32) -> u32 {
     let pairs =
         [(R::OF, 0x800), (R::SF, 0x80), (R::ZF, 0x40), (R::AF, 0x10), (R::CF, 1), (R::PF, 4), (R::DF, 0x400)];
     pairs.iter().filter(|(from, _)| bits & from != 0).fold(0, |flags, (_, to)| flags | to)
-}
-
-fn random_case(template: &Template, random: &mut Random) -> Case {
-    let mut gpr = [0; 8].map(|_| random.value());
-    let mut memory: Vec<u8> = (0..DATA_SIZE).map(|_| random.next() as u8).collect();
-    gpr[4] = STACK + random.below(64);
-    gpr[6] = DATA_MIDDLE;
-    let mut flags = random.next() & FLAGS & !0x400;
-    if template.string {
-        gpr[7] = DATA_MIDDLE + random.below(64) - 32;
-        gpr[1] = random.below(200);
-        flags |= if random.below(2) == 0 { 0x400 } else { 0 };
-    }
-    let mut bytes = template.bytes(random);
-    match template.opcode {
-        [0xd7] => gpr[3] = DATA_MIDDLE,
-        // The frame pointer of ENTER and LEAVE, and the room of ENTER.
-        [0xc8] => {
-            gpr[5] = STACK + random.below(256) - 128;
-            let at = bytes.len() - 2;
-            bytes[at] &= 1;
-        }
-        [0xc9] => gpr[5] = STACK + random.below(256),
-        // POPF: arithmetic flags and ID, neither TF nor AC.
-        [0x9d] => {
-            let at = (gpr[4] - DATA) as usize;
-            let popped = u32::from_le_bytes([0, 1, 2, 3].map(|n| memory[at + n])) & (FLAGS | 1 << 21);
-            memory[at..at + 4].copy_from_slice(&popped.to_le_bytes());
-        }
-        _ => {}
-    }
-    if is_bit_string(template.opcode) {
-        let at = bytes.len() - if bytes[bytes.len() - 2] >> 6 == 1 { 2 } else { 1 };
-        // A bit index within the data, not in the base register.
-        if bytes[at] >> 3 & 7 == 6 {
-            bytes[at] &= !0x38;
-        }
-        gpr[usize::from(bytes[at] >> 3 & 7)] = random.below(16384).wrapping_sub(8192);
-    }
-    Case { bytes, gpr, flags, memory }
-}
-
-/// BT, BTS, BTR and BTC with a register index.
-fn is_bit_string(opcode: &[u8]) -> bool {
-    matches!(opcode, [0x0f, 0xa3 | 0xab | 0xb3 | 0xbb])
-}
-
-/// The arena, locked; None, said once a test, where this kernel has no 32-bit code segment.
-fn arena() -> Option<std::sync::MutexGuard<'static, Arena>> {
-    // SAFETY: LAR of a selector reads a descriptor's rights or clears ZF; it has no other effect.
-    if unsafe { umbra_native_has_32_bit_code() } == 0 {
-        println!("skipped: this kernel has no 32-bit user code segment");
-        return None;
-    }
-    Some(Arena::shared().lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
 }
 
 /// Runs every template `CASES` times; each must have been compared at least once.
@@ -573,16 +239,6 @@ fn moves_and_conditions_agree() {
     compare_all(&templates);
 }
 
-const fn second_opcodes(first: u8) -> [[u8; 2]; 16] {
-    let mut all = [[0x0f, 0]; 16];
-    let mut n = 0;
-    while n < 16 {
-        all[n][1] = first + n as u8;
-        n += 1;
-    }
-    all
-}
-
 #[test]
 fn string_instructions_agree() {
     const OPCODES: [[u8; 1]; 10] =
@@ -590,17 +246,6 @@ fn string_instructions_agree() {
     let templates: Vec<Template> =
         OPCODES.iter().map(|opcode| template(opcode, Form::Bare).string()).collect();
     compare_all(&templates);
-}
-
-/// Opcodes from `first` on, in a row.
-const fn opcodes<const N: usize>(first: u8) -> [[u8; 1]; N] {
-    let mut all = [[0]; N];
-    let mut n = 0;
-    while n < N {
-        all[n][0] = first + n as u8;
-        n += 1;
-    }
-    all
 }
 
 #[test]
