@@ -7,7 +7,7 @@
 //!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
-use umbra_mmu::{Access, Beyond, Flush, Gfn, Gpa, Gva, Mmu, Refusal, Touch, Vcpu};
+use umbra_mmu::{Access, Beyond, Flush, Gfn, Gpa, Gva, Mmu, Refusal, Vcpu};
 
 use super::devices::Devices;
 use super::paging::mode_of;
@@ -19,6 +19,8 @@ use crate::interp::{Bus, BusError, Exception, Width};
 pub struct Aftermath {
     /// The guest's descriptor tables may have changed: their translation is stale.
     pub descriptors: bool,
+    /// INVLPG: the translation of this page is.
+    pub invalidated: Option<Gva>,
     /// [`BusError::Again`] was answered for want of a machine frame for this page.
     pub need: Option<Gfn>,
 }
@@ -62,7 +64,18 @@ impl<'a> GuestBus<'a> {
             return Ok(Places::One(first));
         }
         let second = self.translate(gva.wrapping_add(room), access)?;
+        // Nothing may be wanting any more once the first half is made.
+        self.give_frame(first)?;
+        self.give_frame(second)?;
         Ok(Places::Two(first, second, room))
+    }
+
+    /// Gives memory that has never been touched its frame, so that an access to it will not want one.
+    fn give_frame(&mut self, gpa: Gpa) -> Result<(), BusError> {
+        match self.mmu.load(self.vcpu.window(), gpa, umbra_mmu::Width::B1) {
+            Ok(_) | Err(Beyond::Device(_)) => Ok(()),
+            Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
+        }
     }
 
     fn load(&mut self, gpa: Gpa, width: Width) -> Result<u64, BusError> {
@@ -163,10 +176,7 @@ impl Bus for GuestBus<'_> {
         while done < length {
             let at = gva.wrapping_add(done);
             let gpa = self.translate(at, access)?;
-            if !self.mmu.is_device(gpa) {
-                // Gives the page its frame, so that the access itself will not want one.
-                self.load(gpa, Width::B1)?;
-            }
+            self.give_frame(gpa)?;
             done += 4096 - at.offset();
         }
         Ok(())
@@ -174,18 +184,15 @@ impl Bus for GuestBus<'_> {
 
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
         let gpa = self.translate(gva, Access::execute(user))?;
+        // The next page may not be part of the instruction at all. If it is, the interpreter asks again, and only
+        // then does that page get its A bit or its fault.
         let here = buffer.len().min((4096 - gva.offset()) as usize);
-        let (first, rest) = buffer.split_at_mut(here);
-        self.fetch_part(gpa, first)?;
-        if rest.is_empty() {
-            return Ok(here);
+        match self.mmu.read_bytes(self.vcpu.window(), gpa, &mut buffer[..here]) {
+            Ok(()) => {}
+            Err(Beyond::Need(gfn)) => return Err(self.lacks(gfn)),
+            Err(Beyond::Device(_)) => buffer[..here].fill(0xff),
         }
-        // The next page may not be part of the instruction at all: look, and leave no A bit behind.
-        let next = gva.wrapping_add(here as u32);
-        match self.mmu.walk(self.vcpu, next, Access::execute(user), Touch::Look) {
-            Ok(t) if self.fetch_part(t.gpa, rest).is_ok() => Ok(buffer.len()),
-            _ => Ok(here),
-        }
+        Ok(here)
     }
 
     fn port_in(&mut self, port: u16, width: Width) -> u32 {
@@ -200,7 +207,7 @@ impl Bus for GuestBus<'_> {
 
     fn invalidate_page(&mut self, gva: Gva) {
         self.mmu.invalidate_page(self.vcpu, gva);
-        self.aftermath.descriptors = true;
+        self.aftermath.invalidated = Some(gva);
     }
 
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError> {
@@ -221,19 +228,6 @@ impl Bus for GuestBus<'_> {
     }
 }
 
-impl GuestBus<'_> {
-    fn fetch_part(&mut self, gpa: Gpa, buffer: &mut [u8]) -> Result<(), BusError> {
-        match self.mmu.read_bytes(self.vcpu.window(), gpa, buffer) {
-            Ok(()) => Ok(()),
-            Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
-            Err(Beyond::Device(_)) => {
-                buffer.fill(0xff);
-                Ok(())
-            }
-        }
-    }
-}
-
 impl From<Width> for umbra_mmu::Width {
     fn from(width: Width) -> umbra_mmu::Width {
         match width {
@@ -244,3 +238,7 @@ impl From<Width> for umbra_mmu::Width {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "bus_tests.rs"]
+mod tests;

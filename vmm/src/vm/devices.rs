@@ -155,3 +155,112 @@ impl Devices {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread;
+
+    use super::*;
+    use crate::board::{BoardConfig, MemoryMap};
+    use crate::interp::Width;
+    use crate::vm::ending::{End, Ending};
+    use crate::vm::events::EventLoop;
+    use umbra_mmu::Gpa;
+
+    const LONG: Duration = Duration::from_secs(10);
+    const VECTOR: u64 = 0x40;
+
+    fn devices() -> Arc<Devices> {
+        let memory = MemoryMap::new(2 << 20).expect("a map");
+        let config = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
+        Arc::new(Devices::new(Board::new(config).expect("a board"), 1).expect("a timer"))
+    }
+
+    fn apic(devices: &Devices, register: u64, value: u64) {
+        let gpa = Gpa(0xfee0_0000 + register);
+        devices.with_as(0, |board, now| board.mmio_write(now, 0, gpa, Width::B4, value));
+    }
+
+    /// The local APIC's timer, by 1: `mode` 0 is one shot, 1 << 17 periodic.
+    fn start_timer(devices: &Devices, mode: u64, count: u64) {
+        apic(devices, 0xf0, 0x1ff);
+        apic(devices, 0x3e0, 0xb);
+        apic(devices, 0x320, VECTOR | mode);
+        apic(devices, 0x380, count);
+    }
+
+    /// A thread that sleeps as a halted vCPU does and says when it is awake.
+    fn sleeper(devices: &Arc<Devices>) -> Receiver<()> {
+        let (tell, told) = channel();
+        let devices = Arc::clone(devices);
+        thread::spawn(move || {
+            devices.waker(0).sleep();
+            let _ = tell.send(());
+        });
+        told
+    }
+
+    #[test]
+    fn a_wake_before_the_sleep_ends_it_at_once_and_only_once() {
+        let devices = devices();
+        devices.waker(0).wake();
+        assert_eq!(sleeper(&devices).recv_timeout(LONG), Ok(()));
+        let second = sleeper(&devices);
+        assert!(second.recv_timeout(Duration::from_millis(20)).is_err());
+        devices.waker(0).wake();
+        assert_eq!(second.recv_timeout(LONG), Ok(()));
+    }
+
+    #[test]
+    fn an_interrupt_raised_by_another_thread_wakes_and_ones_own_does_not() {
+        const TO_SELF: u64 = 0x4_4000;
+        let devices = devices();
+        apic(&devices, 0xf0, 0x1ff);
+        apic(&devices, 0x300, TO_SELF | VECTOR);
+        assert!(!*lock(&devices.waker(0).woken));
+        assert!(devices.with_as(0, |board, now| board.acknowledge(now, 0)).is_some());
+        devices.with(|board, _| board.raise_nmi(0));
+        assert!(*lock(&devices.waker(0).woken));
+    }
+
+    #[test]
+    fn a_timer_that_runs_out_wakes_its_sleeping_vcpu_each_time() {
+        let devices = devices();
+        let ending = Ending::new(Arc::clone(&devices), 1);
+        let events = EventLoop::start(Arc::clone(&devices), ending, None, Vec::new()).expect("a loop");
+        start_timer(&devices, 1 << 17, 1_000_000);
+        for round in 0..3 {
+            assert_eq!(sleeper(&devices).recv_timeout(LONG), Ok(()), "round {round}");
+            let vector = devices.with_as(0, |board, now| board.acknowledge(now, 0));
+            assert_eq!(vector.map(u64::from), Some(VECTOR), "round {round}");
+            apic(&devices, 0xb0, 0);
+        }
+        drop(events);
+    }
+
+    #[test]
+    fn a_deadline_in_the_past_rings_and_is_disarmed_when_there_is_none() {
+        let devices = devices();
+        start_timer(&devices, 0, 1);
+        thread::sleep(Duration::from_millis(2));
+        devices.alarm_rang();
+        assert!(devices.with_as(0, |board, _| board.interrupt_pending(0)));
+        assert_eq!(lock(&devices.state).deadline, None);
+        assert!(*lock(&devices.waker(0).woken));
+    }
+
+    #[test]
+    fn a_time_limit_ends_the_run_and_wakes_who_sleeps() {
+        let devices = devices();
+        let ending = Ending::new(Arc::clone(&devices), 1);
+        let asleep = sleeper(&devices);
+        let limit = Duration::from_millis(5);
+        let events = EventLoop::start(devices, ending.clone(), Some(limit), Vec::new()).expect("a loop");
+        assert_eq!(asleep.recv_timeout(LONG), Ok(()));
+        ending.set(End::Quit);
+        assert!(matches!(ending.take(), Some(End::Timeout(after)) if after == limit), "the first end stays");
+        drop(events);
+    }
+}

@@ -19,6 +19,8 @@ pub enum End {
     Board(BoardExit),
     /// A fault on the way to the guest's double-fault handler.
     TripleFault(Box<CpuState>),
+    /// The guest sent its boot processor an INIT.
+    Init(Box<CpuState>),
     /// `--timeout` is over.
     Timeout(Duration),
     /// An operator asked for it.
@@ -67,6 +69,12 @@ impl fmt::Display for End {
                 "triple fault: the guest raised an exception that neither its handler nor its double-fault \
                  handler could take. Look at its IDT and stack:\n{cpu}"
             ),
+            End::Init(cpu) => {
+                write!(
+                    f,
+                    "the guest sent its boot processor an INIT, which is a reset; a reset ends the run:\n{cpu}"
+                )
+            }
             End::Timeout(after) => write!(f, "the guest did not end within --timeout {after:?}"),
             End::Quit => write!(f, "ended by the operator"),
             End::Unknown { instruction, trap, cpu } => {
@@ -77,12 +85,11 @@ impl fmt::Display for End {
                 write!(f, ":\n{cpu}")
             }
             End::Backend { error, cpu } => write!(f, "KVM cannot go on: {error}\nlast known state:\n{cpu}"),
-            End::OutOfFrames(gfn) => {
-                write!(
-                    f,
-                    "no machine frame is left for guest frame {gfn}; give the machine more with --frames"
-                )
-            }
+            End::OutOfFrames(gfn) => write!(
+                f,
+                "no machine frame is left for guest frame {gfn}, though --mem and --shadow-pages had theirs set \
+                 aside; this is a mistake in Umbra, please report it"
+            ),
             End::Stuck(cpu) => write!(
                 f,
                 "the guest halted with interrupts off, or with none that could ever come, and waits for ever:\n{cpu}"

@@ -153,11 +153,10 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
     let status = match end {
         End::Board(BoardExit::DebugExit(0)) => Status::Pass,
         End::Board(BoardExit::DebugExit(value)) => Status::Guest(*value),
-        End::Board(_) | End::TripleFault(_) | End::Stuck(_) => Status::Reset,
+        End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
         End::Quit => Status::Quit,
-        End::Unknown { .. } | End::Backend { .. } => Status::Failure,
-        End::OutOfFrames(_) => Status::Operator,
+        End::Unknown { .. } | End::Backend { .. } | End::OutOfFrames(_) => Status::Failure,
     };
     if !audit.is_empty() {
         return Status::Failure;

@@ -11,6 +11,9 @@ use umbra_mmu::{Access, Beyond, Gfn, Gva, Mmu, Touch, Vcpu};
 use crate::cpu::{CpuState, Segment, TableRegister};
 use crate::kvm::{KvmError, KvmVcpu};
 
+/// log2 of the largest page.
+const REGION_SHIFT: u32 = 22;
+
 /// What the translated tables were made from.
 #[derive(Debug, Default)]
 pub struct DescriptorTables {
@@ -24,6 +27,16 @@ impl DescriptorTables {
     /// Something may have changed: look again before the next entry.
     pub fn invalidate(&mut self) {
         self.current = false;
+    }
+
+    /// True when INVLPG of `gva` may have changed where the tables are: it lies in the same 4 MiB, since that is what
+    /// the INVLPG of a large page forgets.
+    pub fn contain(&self, gva: Gva) -> bool {
+        let covers = |base: u32, limit: u32| {
+            let (first, at) = (base >> REGION_SHIFT, gva.0 >> REGION_SHIFT);
+            at == first || at == base.wrapping_add(limit) >> REGION_SHIFT
+        };
+        covers(self.gdtr.base, self.gdtr.limit.into()) || covers(self.ldtr.base, self.ldtr.limit.min(0xffff))
     }
 
     /// Brings the hardware's copy up to date.
@@ -85,4 +98,22 @@ fn read_table(mmu: &Mmu, vcpu: &Vcpu, base: Gva, bytes: u32, frames: &mut Vec<Gf
         done += count;
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn invlpg_near_a_table_makes_it_stale_also_across_4_gib() {
+        let gdtr = TableRegister { base: 0xffff_ff80, limit: 0xff };
+        let ldtr = Segment { base: 0x803f_fff8, limit: 0xf, ..Segment::default() };
+        let tables = DescriptorTables { gdtr, ldtr, ..DescriptorTables::default() };
+        for inside in [0xffff_f000, 0xffc0_0000, 0, 0x7f, 0x8000_0000, 0x8040_0000] {
+            assert!(tables.contain(Gva(inside)), "{inside:#x}");
+        }
+        for outside in [0xffbf_ffff, 0x40_0000, 0x7fff_ffff, 0x8080_0000] {
+            assert!(!tables.contain(Gva(outside)), "{outside:#x}");
+        }
+    }
 }
