@@ -84,7 +84,7 @@ pub struct RunArgs {
     /// Write a summary of the run to FILE as JSON; "-" is standard error.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Listen on a Unix socket for QMP: query-status, stop-less subset, x-explain, quit.
+    /// Listen on a Unix socket for QMP: query-status, query-version, query-commands, x-explain, quit.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,
 }

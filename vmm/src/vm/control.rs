@@ -61,6 +61,8 @@ struct Client {
     stream: UnixStream,
     line: Vec<u8>,
     negotiated: bool,
+    /// To be disconnected after its answer.
+    dismissed: bool,
 }
 
 /// A QMP error: class and description.
@@ -95,7 +97,7 @@ impl ControlSocket {
         if self.clients.len() >= CLIENTS_MAX || stream.set_nonblocking(true).is_err() {
             return;
         }
-        let mut client = Client { stream, line: Vec::new(), negotiated: false };
+        let mut client = Client { stream, line: Vec::new(), negotiated: false, dismissed: false };
         let version = version();
         if client.send(&json!({"QMP": {"version": version, "capabilities": []}})) {
             add(ops, Events::new(&client.stream, EventSet::IN));
@@ -104,6 +106,7 @@ impl ControlSocket {
     }
 
     fn serve(&mut self, fd: RawFd, ops: &mut EventOps) {
+        // Of an event that was on its way when its client went: nothing is left to do.
         let Some(at) = self.clients.iter().position(|c| c.stream.as_raw_fd() == fd) else { return };
         if !self.clients[at].receive(&self.controls) {
             let client = self.clients.swap_remove(at);
@@ -151,7 +154,8 @@ impl Client {
     }
 
     fn answer(&mut self, line: &[u8], controls: &Controls) -> bool {
-        let Ok(request) = serde_json::from_slice::<Value>(line) else {
+        let parsed = serde_json::from_slice::<Value>(line).ok().filter(Value::is_object);
+        let Some(request) = parsed else {
             return self.send(&Refusal("GenericError", "that line is no JSON object".into()).reply());
         };
         let id = request.get("id").cloned();
@@ -163,7 +167,7 @@ impl Client {
         if let Some(id) = id {
             reply["id"] = id;
         }
-        self.send(&reply)
+        self.send(&reply) && !self.dismissed
     }
 
     fn execute(&mut self, request: &Value, controls: &Controls) -> Result<Value, Refusal> {
@@ -185,11 +189,31 @@ impl Client {
                 controls.ending.set(End::Quit);
                 Ok(json!({}))
             }
-            "x-explain" => explain(request, controls),
+            "x-explain" => self.explain(request, controls),
             other => {
                 Err(Refusal("CommandNotFound", format!("there is no command {other}; see query-commands")))
             }
         }
+    }
+
+    /// Asks the vCPU. The event loop waits for it meanwhile, so a client whose question went unanswered is heard no
+    /// further: what it has sent already may be a thousand questions more.
+    fn explain(&mut self, request: &Value, controls: &Controls) -> Result<Value, Refusal> {
+        let gva = request.pointer("/arguments/gva").and_then(Value::as_u64);
+        let gva = gva.and_then(|gva| u32::try_from(gva).ok());
+        let gva =
+            gva.ok_or_else(|| Refusal("GenericError", "x-explain takes a 32-bit number 'gva'".into()))?;
+        if controls.ending.is_set() {
+            return Err(Refusal("GenericError", "the run has ended".into()));
+        }
+        let (reply, answer) = mpsc::channel();
+        controls.requests.push(Request::Explain(Gva(gva), reply));
+        controls.devices.waker(0).wake();
+        let explanation = answer.recv_timeout(ANSWER_WAIT).map_err(|_| {
+            self.dismissed = true;
+            Refusal("GenericError", format!("the vCPU did not answer within {ANSWER_WAIT:?}; connect anew"))
+        })?;
+        Ok(json!({ "gva": gva, "lines": explanation.lines }))
     }
 
     /// False when the client does not take it.
@@ -198,19 +222,6 @@ impl Client {
         text.push_str("\r\n");
         self.stream.write_all(text.as_bytes()).is_ok()
     }
-}
-
-fn explain(request: &Value, controls: &Controls) -> Result<Value, Refusal> {
-    let gva = request.pointer("/arguments/gva").and_then(Value::as_u64);
-    let gva = gva.and_then(|gva| u32::try_from(gva).ok());
-    let gva = gva.ok_or_else(|| Refusal("GenericError", "x-explain takes a 32-bit number 'gva'".into()))?;
-    let (reply, answer) = mpsc::channel();
-    controls.requests.push(Request::Explain(Gva(gva), reply));
-    controls.devices.waker(0).wake();
-    let explanation = answer
-        .recv_timeout(ANSWER_WAIT)
-        .map_err(|_| Refusal("GenericError", format!("the vCPU did not answer within {ANSWER_WAIT:?}")))?;
-    Ok(json!({ "gva": gva, "lines": explanation.lines }))
 }
 
 fn version() -> Value {
@@ -225,41 +236,6 @@ fn version() -> Value {
     })
 }
 
-/// The client's side of `x-explain`: what `umbra explain` does.
-///
-/// # Errors
-///
-/// A sentence that says what went wrong and what to do.
-pub fn ask_explain(socket: &Path, gva: u32) -> Result<Vec<String>, String> {
-    let failed = |what: &str, cause: io::Error| format!("{what} {}: {cause}", socket.display());
-    let stream = UnixStream::connect(socket).map_err(|error| {
-        format!(
-            "cannot connect to {}: {error}; is a guest running that was started with --qmp {}?",
-            socket.display(),
-            socket.display()
-        )
-    })?;
-    let limit = Some(ANSWER_WAIT * 3);
-    stream.set_read_timeout(limit).map_err(|e| failed("setting a limit on", e))?;
-    stream.set_write_timeout(limit).map_err(|e| failed("setting a limit on", e))?;
-    let mut lines = io::BufRead::lines(io::BufReader::new((&stream).take(4 * LINE_MAX as u64)));
-    let mut next = || -> Result<Value, String> {
-        let line = lines.next().ok_or_else(|| format!("{} closed the connection", socket.display()))?;
-        let line = line.map_err(|e| failed("reading from", e))?;
-        serde_json::from_str(&line).map_err(|e| format!("{} sent no JSON: {e}", socket.display()))
-    };
-    let send = |value: Value| {
-        (&stream).write_all(format!("{value}\n").as_bytes()).map_err(|e| failed("writing to", e))
-    };
-    next()?;
-    send(json!({"execute": "qmp_capabilities"}))?;
-    next()?;
-    send(json!({"execute": "x-explain", "arguments": {"gva": gva}}))?;
-    let answer = next()?;
-    if let Some(desc) = answer.pointer("/error/desc").and_then(Value::as_str) {
-        return Err(desc.to_owned());
-    }
-    let lines = answer.pointer("/return/lines").and_then(Value::as_array);
-    let lines = lines.ok_or_else(|| format!("{} sent no explanation", socket.display()))?;
-    Ok(lines.iter().filter_map(Value::as_str).map(str::to_owned).collect())
-}
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

@@ -7,9 +7,11 @@
 //! | tables | the guest's descriptor tables, translated for the hardware |
 //! | flush | how this host's TLBs are flushed |
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
-//! | control, requests | the control socket; questions to a vCPU's thread |
+//! | control, ask, requests | the control socket and its client; questions to a vCPU's thread |
+//! | serial | the guest's output |
 //! | ending, witness, summary | why it ended; what Umbra itself saw; the verdict |
 
+pub mod ask;
 mod bus;
 pub mod control;
 mod devices;
@@ -29,7 +31,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::{Config, Gfn, LocalStack, Machine, Mmu, PAGE_SIZE};
 
@@ -63,6 +65,8 @@ pub const FILE_BYTES_MAX: u64 = 256 << 20;
 const ROOTS_MAX: u32 = 128;
 /// Frames beyond what the guest and its tables can take.
 const SPARE_FRAMES: u64 = 64;
+/// How long a reader of the guest's output that stands still may hold up the end of a run that has a time limit.
+const READER_PATIENCE: Duration = Duration::from_secs(1);
 /// vCPUs of a guest.
 const VCPUS: u32 = 1;
 
@@ -222,7 +226,9 @@ impl Guest {
         let vm =
             Arc::new(KvmVm::new(&host, Arc::clone(&pool), Options { vcpus: VCPUS, ..Options::default() })?);
 
-        let (console, first_byte) = Console::new();
+        // A run with a time limit ends in time, whether or not anybody reads what the guest has said.
+        let patience = args.timeout.map(|_| READER_PATIENCE);
+        let (console, first_byte) = Console::new(io::stdout(), patience).map_err(RunError::Setup)?;
         let board = Board::new(BoardConfig {
             memory,
             vcpus: VCPUS as usize,

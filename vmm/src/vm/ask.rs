@@ -1,0 +1,189 @@
+//! The client's side of the control socket: what `umbra explain` does.
+//!
+//! Holds: a server that is slow, silent or hostile costs [`PATIENCE`] and [`ANSWER_MAX`] bytes, and nothing that it
+//! sends reaches the terminal but printable text.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::control::{ANSWER_WAIT, LINE_MAX};
+
+/// How long the whole exchange may take.
+pub const PATIENCE: Duration = ANSWER_WAIT.saturating_mul(3);
+/// The longest line that is taken from a server.
+pub const ANSWER_MAX: usize = 4 * LINE_MAX;
+
+/// A connection, and how long it may go on.
+struct Connection<'a> {
+    stream: UnixStream,
+    path: &'a Path,
+    received: Vec<u8>,
+    deadline: Instant,
+}
+
+/// Asks the guest behind `socket` why `gva` is mapped as it is.
+///
+/// # Errors
+///
+/// A sentence that says what went wrong and what to do.
+pub fn ask_explain(socket: &Path, gva: u32) -> Result<Vec<String>, String> {
+    ask(socket, gva, PATIENCE)
+}
+
+fn ask(socket: &Path, gva: u32, patience: Duration) -> Result<Vec<String>, String> {
+    let mut connection = Connection::open(socket, patience)?;
+    connection.receive()?;
+    connection.call(&json!({"execute": "qmp_capabilities"}))?;
+    let answer = connection.call(&json!({"execute": "x-explain", "arguments": {"gva": gva}}))?;
+    let lines = answer.pointer("/lines").and_then(Value::as_array);
+    let lines = lines.ok_or_else(|| format!("{} sent no explanation; is it Umbra's?", socket.display()))?;
+    Ok(lines.iter().filter_map(Value::as_str).map(printable).collect())
+}
+
+impl Connection<'_> {
+    fn open(path: &Path, patience: Duration) -> Result<Connection<'_>, String> {
+        let stream = UnixStream::connect(path).map_err(|error| {
+            let path = path.display();
+            format!(
+                "cannot connect to {path}: {error}; is a guest running that was started with --qmp {path}?"
+            )
+        })?;
+        Ok(Connection { stream, path, received: Vec::new(), deadline: Instant::now() + patience })
+    }
+
+    /// Sends a command and returns what its answer returns; events that come in between are passed over.
+    fn call(&mut self, command: &Value) -> Result<Value, String> {
+        let sent = self.time_left().and_then(|left| {
+            self.stream.set_write_timeout(Some(left))?;
+            self.stream.write_all(format!("{command}\n").as_bytes())
+        });
+        sent.map_err(|error| self.failed("writing to", &error))?;
+        loop {
+            let mut answer = self.receive()?;
+            if let Some(desc) = answer.pointer("/error/desc").and_then(Value::as_str) {
+                return Err(printable(desc));
+            }
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+        }
+    }
+
+    /// The next line, as JSON.
+    fn receive(&mut self) -> Result<Value, String> {
+        let line = self.line().map_err(|error| self.failed("reading from", &error))?;
+        serde_json::from_slice(&line)
+            .map_err(|error| format!("{} sent no JSON: {error}", self.path.display()))
+    }
+
+    fn line(&mut self) -> io::Result<Vec<u8>> {
+        let mut buffer = [0; 4096];
+        let mut seen = 0;
+        loop {
+            if let Some(end) = self.received[seen..].iter().position(|byte| *byte == b'\n') {
+                return Ok(self.received.drain(..=seen + end).collect());
+            }
+            seen = self.received.len();
+            if seen > ANSWER_MAX {
+                return Err(io::Error::other(format!("a line of more than {ANSWER_MAX} bytes")));
+            }
+            self.stream.set_read_timeout(Some(self.time_left()?))?;
+            match self.stream.read(&mut buffer)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => self.received.extend_from_slice(&buffer[..count]),
+            }
+        }
+    }
+
+    fn time_left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+
+    fn failed(&self, what: &str, error: &io::Error) -> String {
+        let path = self.path.display();
+        match error.kind() {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+                format!("{path} did not answer in time; is the guest being debugged or stopped?")
+            }
+            io::ErrorKind::UnexpectedEof => format!("{path} closed the connection; has the guest ended?"),
+            _ => format!("{what} {path}: {error}"),
+        }
+    }
+}
+
+/// A server's text without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(200);
+
+    /// What `ask` says of a server that sends `text` at once, and then `more` again and again.
+    fn asked(text: &'static str, more: Option<&'static [u8]>) -> Result<Vec<String>, String> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let _ = stream.write_all(text.as_bytes());
+            while more.is_some_and(|more| stream.write_all(more).is_ok()) {
+                thread::sleep(Duration::from_micros(100));
+            }
+            // Until the client goes.
+            let _ = io::copy(&mut stream, &mut io::sink());
+        });
+        let result = ask(&path, 0x1000, SHORT);
+        server.join().expect("the server");
+        result
+    }
+
+    #[test]
+    fn an_explanation_is_found_behind_events_and_made_printable() {
+        let lines = asked(
+            "{\"QMP\":{}}\n{\"event\":\"X\"}\n{\"return\":{}}\n{\"return\":{\"lines\":[\"a\\u001b[2Jb\",7]}}\n",
+            None,
+        );
+        assert_eq!(lines, Ok(vec!["a\u{fffd}[2Jb".to_owned()]));
+    }
+
+    #[test]
+    fn a_server_that_is_not_ours_gets_a_sentence() {
+        assert!(asked("hello\n", None).is_err_and(|text| text.contains("no JSON")));
+        let refused = asked("{}\n{\"error\":{\"desc\":\"no\"}}\n", None);
+        assert_eq!(refused, Err("no".to_owned()));
+        let strange = asked("{}\n{\"return\":{}}\n{\"return\":[]}\n", None);
+        assert!(strange.is_err_and(|text| text.contains("no explanation")));
+    }
+
+    #[test]
+    fn a_server_that_dribbles_or_is_silent_costs_its_time_and_no_more() {
+        let begun = Instant::now();
+        assert!(asked("", None).is_err_and(|text| text.contains("in time")));
+        assert!(asked("", Some(b" ")).is_err_and(|text| text.contains("in time")));
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_server_that_floods_is_cut_off() {
+        const FLOOD: [u8; 8192] = [b'x'; 8192];
+        assert!(asked("", Some(&FLOOD)).is_err());
+    }
+
+    #[test]
+    fn no_server_says_how_to_start_one() {
+        let missing = ask(Path::new("/nonexistent/s"), 0, SHORT);
+        assert!(missing.is_err_and(|text| text.contains("--qmp")));
+    }
+}
