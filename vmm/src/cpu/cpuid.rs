@@ -23,7 +23,7 @@
 use super::state::{CpuState, cr4, efer};
 
 /// Physical-address bits that guests see: PAE's classic 36.
-pub const PHYSICAL_ADDRESS_BITS: u32 = 36;
+pub const PHYSICAL_ADDRESS_BITS: u32 = umbra_mmu::PHYSICAL_BITS;
 /// The signature at leaf 0x4000_0000, in EBX, ECX and EDX.
 pub const HYPERVISOR_SIGNATURE: &[u8; 12] = b"UmbraUmbra  ";
 
@@ -180,8 +180,8 @@ mod tests {
         let [_, _, ecx, edx] = cpuid(1, 0);
         // SSE3 and up, x2APIC, TSC deadline, XSAVE, OSXSAVE, AVX: everything but the hypervisor bit.
         assert_eq!(ecx, LEAF1_ECX_HYPERVISOR);
-        let (vme, de, mce, sep, mtrr, mca, pse36) = (1, 2, 7, 11, 12, 14, 17);
-        for bit in [vme, de, mce, sep, mtrr, mca, pse36] {
+        let (vme, de, mce, sep, mtrr, mca) = (1, 2, 7, 11, 12, 14);
+        for bit in [vme, de, mce, sep, mtrr, mca] {
             assert_eq!(edx & (1 << bit), 0, "bit {bit}");
         }
         let (syscall, long_mode, rdtscp, gigabyte_pages) = (11, 29, 27, 26);
@@ -190,6 +190,16 @@ mod tests {
             assert_eq!(edx & (1 << bit), 0, "extended bit {bit}");
         }
         assert_eq!(edx & (1 << 20), 1 << 20, "NX");
+    }
+
+    #[test]
+    fn what_the_walker_reads_is_offered() {
+        let [_, _, _, edx] = cpuid(1, 0);
+        let (pse, pae, pge, pse36) = (3, 6, 13, 17);
+        for bit in [pse, pae, pge, pse36] {
+            assert_eq!(edx >> bit & 1, 1, "bit {bit}");
+        }
+        assert_eq!(cpuid(0x8000_0008, 0)[0] & 0xff, umbra_mmu::PHYSICAL_BITS);
     }
 
     #[test]

@@ -353,7 +353,7 @@ mod tests {
     fn each_shortcoming_has_its_own_line() {
         let mut slow = good();
         slow.speed = Some(Speed { instructions_per_second: 1.5e6, emulated: true });
-        assert!(one_line(&slow).contains("1.5 million instructions a second. Use --backend soft"));
+        assert!(one_line(&slow).contains("1.5 million instructions a second. Keep workloads"));
         let mut shadowed = good();
         shadowed.shootdowns = vec![row("kick", 0), row("notifier", 100)];
         assert!(one_line(&shadowed).contains("npt=1"));
