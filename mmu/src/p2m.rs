@@ -4,7 +4,7 @@
 //! is a page. Lookups take no lock: both levels are atomics.
 //!
 //! Holds: INV-P2M-1, a `Resident(mfn)` entry's frame names that gfn as its owner. INV-P2M-2, legal transitions
-//! only ([`P2m::transition`] asserts them). The generations of an entry never go down; `mapping` advances when
+//! only (asserted at each). The generations of an entry never go down; `mapping` advances when
 //! the page changes frames, `write` when write permission was taken away.
 //!
 //! Limits: guest frame numbers are 24 bits (64 GiB). 16 bytes an entry, in tables made on first touch.
