@@ -92,7 +92,7 @@ impl P2m {
     }
 
     /// Where the page is now.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, gfn: Gfn) -> PageState {
         if gfn.0 >= self.pages {
             return PageState::Device;

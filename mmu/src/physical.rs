@@ -28,11 +28,13 @@ pub enum Width {
 
 impl Width {
     /// In bytes.
+    #[inline]
     pub fn bytes(self) -> u32 {
         self as u32
     }
 
     /// The bits that count, from bit 0.
+    #[inline]
     pub fn mask(self) -> u64 {
         u64::MAX >> (64 - 8 * self.bytes())
     }
@@ -56,23 +58,20 @@ impl Mmu {
     }
 
     /// Loads `width` bytes, zero-extended. The access lies within a page.
+    #[inline]
     pub fn load(&self, window: &LocalStack, gpa: Gpa, width: Width) -> Result<u64, Beyond> {
-        let map = self.map_memory(window, gpa, Tag::Emulate)?;
-        let mut bytes = [0; 8];
         let offset = gpa.offset();
-        if let Some(shift) = within_word(offset, width) {
-            return Ok(map.word64(offset & !7).load(Ordering::Acquire) >> shift & width.mask());
-        }
-        map.read(offset, &mut bytes[..width.bytes() as usize]);
-        Ok(u64::from_le_bytes(bytes))
+        self.with_memory(window, gpa, Tag::Emulate, |map| match within_word(offset, width) {
+            Some(shift) => map.word64(offset & !7).load(Ordering::Acquire) >> shift & width.mask(),
+            None => load_split(map, offset, width),
+        })
     }
 
     /// Stores the low `width` bytes of `value`. The access lies within a page.
     pub fn store(&self, window: &LocalStack, gpa: Gpa, width: Width, value: u64) -> Result<(), Beyond> {
-        {
-            let map = self.map_memory(window, gpa, Tag::Emulate)?;
-            map.write(gpa.offset(), &value.to_le_bytes()[..width.bytes() as usize]);
-        }
+        let bytes = value.to_le_bytes();
+        let bytes = &bytes[..width.bytes() as usize];
+        self.with_memory(window, gpa, Tag::Emulate, |map| map.write(gpa.offset(), bytes))?;
         self.table_written(gpa.gfn(), gpa.offset(), width.bytes());
         Ok(())
     }
@@ -86,21 +85,19 @@ impl Mmu {
         width: Width,
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, Beyond> {
-        let old = {
-            let map = self.map_memory(window, gpa, Tag::Emulate)?;
-            match within_word(gpa.offset(), width) {
-                Some(shift) => update_word(&map, gpa.offset() & !7, shift, width, change),
-                None => update_split(&map, gpa.offset(), width, change),
-            }
-        };
-        self.table_written(gpa.gfn(), gpa.offset(), width.bytes());
+        let offset = gpa.offset();
+        let old = self.with_memory(window, gpa, Tag::Emulate, |map| match within_word(offset, width) {
+            Some(shift) => update_word(map, offset & !7, shift, width, change),
+            None => update_split(map, offset, width, change),
+        })?;
+        self.table_written(gpa.gfn(), offset, width.bytes());
         Ok(old)
     }
 
     /// Reads a range of guest memory, page by page.
     pub fn read_bytes(&self, window: &LocalStack, gpa: Gpa, buffer: &mut [u8]) -> Result<(), Beyond> {
         for (at, range) in pages_of(gpa, buffer.len()) {
-            self.map_memory(window, at, Tag::Host)?.read(at.offset(), &mut buffer[range]);
+            self.with_memory(window, at, Tag::Host, |map| map.read(at.offset(), &mut buffer[range]))?;
         }
         Ok(())
     }
@@ -109,16 +106,27 @@ impl Mmu {
     pub fn write_bytes(&self, window: &LocalStack, gpa: Gpa, data: &[u8]) -> Result<(), Beyond> {
         for (at, range) in pages_of(gpa, data.len()) {
             let length = range.len() as u32;
-            self.map_memory(window, at, Tag::Host)?.write(at.offset(), &data[range]);
+            self.with_memory(window, at, Tag::Host, |map| map.write(at.offset(), &data[range]))?;
             self.table_written(at.gfn(), at.offset(), length);
         }
         Ok(())
     }
 
-    fn map_memory<'a>(&'a self, window: &'a LocalStack, gpa: Gpa, tag: Tag) -> Result<LocalMap<'a>, Beyond> {
+    /// Calls `touch` with the page of `gpa` mapped.
+    #[inline]
+    fn with_memory<T>(
+        &self,
+        window: &LocalStack,
+        gpa: Gpa,
+        tag: Tag,
+        touch: impl FnOnce(&LocalMap<'_>) -> T,
+    ) -> Result<T, Beyond> {
         let gfn = gpa.gfn();
         match self.resident(gfn) {
-            PageState::Resident(mfn) => Ok(window.map(&self.machine, &self.frames, gfn, mfn, tag)),
+            PageState::Resident(mfn) => {
+                let map = window.map(&self.machine, &self.frames, gfn, mfn, tag);
+                Ok(touch(&map))
+            }
             PageState::Device => Err(Beyond::Device(gpa)),
             PageState::Zero => Err(Beyond::Need(gfn)),
         }
@@ -126,6 +134,7 @@ impl Mmu {
 }
 
 /// The bit position of an access in the aligned 8-byte word around it, if it lies within one.
+#[inline]
 fn within_word(offset: u32, width: Width) -> Option<u32> {
     (offset % 8 + width.bytes() <= 8).then_some(offset % 8 * 8)
 }
@@ -149,13 +158,17 @@ fn update_word(
     }
 }
 
+#[cold]
+fn load_split(map: &LocalMap<'_>, offset: u32, width: Width) -> u64 {
+    let mut bytes = [0; 8];
+    map.read(offset, &mut bytes[..width.bytes() as usize]);
+    u64::from_le_bytes(bytes)
+}
+
 /// A read-modify-write over two words: a split lock, which this is not atomic for.
 fn update_split(map: &LocalMap<'_>, offset: u32, width: Width, change: &mut dyn FnMut(u64) -> u64) -> u64 {
-    let mut bytes = [0; 8];
-    let bytes = &mut bytes[..];
     let count = width.bytes() as usize;
-    map.read(offset, &mut bytes[..count]);
-    let old = bytes.iter().rev().fold(0u64, |acc, byte| acc << 8 | u64::from(*byte));
+    let old = load_split(map, offset, width);
     map.write(offset, &change(old).to_le_bytes()[..count]);
     old
 }

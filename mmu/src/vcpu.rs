@@ -61,7 +61,7 @@ pub struct Vcpu {
     /// Loaded roots: supervisor, user.
     pub(crate) roots: [Cell<Option<RootRef>>; 2],
     pub(crate) window: LocalStack,
-    pub(crate) stats: Cell<FaultStats>,
+    pub(crate) stats: RefCell<FaultStats>,
     pub(crate) events: RefCell<EventRing>,
     /// Scratch for lists of gfns, kept to spare the allocator.
     pub(crate) scratch: RefCell<Vec<Gfn>>,
@@ -76,7 +76,7 @@ impl Vcpu {
             pdptes: [Pdpte::default(); 4],
             roots: [Cell::new(None), Cell::new(None)],
             window: LocalStack::new(),
-            stats: Cell::new(FaultStats::default()),
+            stats: RefCell::new(FaultStats::default()),
             events: RefCell::new(EventRing::new()),
             scratch: RefCell::new(Vec::new()),
         }
@@ -99,7 +99,7 @@ impl Vcpu {
 
     /// Its fault counters so far.
     pub fn stats(&self) -> FaultStats {
-        self.stats.get()
+        *self.stats.borrow()
     }
 
     /// Its window stack, for VMM code that runs on this vCPU's thread.
@@ -109,9 +109,7 @@ impl Vcpu {
 
     #[inline]
     pub(crate) fn count(&self, change: impl FnOnce(&mut FaultStats)) {
-        let mut stats = self.stats.get();
-        change(&mut stats);
-        self.stats.set(stats);
+        change(&mut self.stats.borrow_mut());
     }
 
     /// The page directory that translates `gva`, or `None` where a PDPTE is absent.

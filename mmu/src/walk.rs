@@ -192,54 +192,49 @@ impl Mmu {
     }
 
     /// Sets A, and D if asked, in the guest's entry. False when somebody changed the entry meanwhile.
+    #[inline]
     fn set_status(&self, vcpu: &Vcpu, step: &mut Step, dirty: bool) -> Result<bool, Refusal> {
         let wanted = step.gpte.0 | if dirty { STATUS_BITS } else { STATUS_BITS & 1 << 5 };
-        if wanted == step.gpte.0 {
-            return Ok(true);
-        }
-        let Some(map) = self.map_table(vcpu, step.table)? else { return Ok(false) };
+        if wanted == step.gpte.0 { Ok(true) } else { self.change_status(vcpu, step, wanted) }
+    }
+
+    fn change_status(&self, vcpu: &Vcpu, step: &mut Step, wanted: u64) -> Result<bool, Refusal> {
+        let PageState::Resident(mfn) = self.resident(step.table) else {
+            return Err(Refusal::Need(step.table));
+        };
         let offset = step.index * vcpu.mode.entry_bytes();
-        let swapped = if vcpu.mode.pae {
-            let word = map.word64(offset);
-            word.compare_exchange(step.gpte.0, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-        } else {
-            let (old, new) = (step.gpte.0 as u32, wanted as u32);
-            map.word32(offset).compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        let old = std::mem::replace(&mut step.gpte, Gpte(wanted)).0;
+        let swapped = {
+            let map = vcpu.window.map(&self.machine, &self.frames, step.table, mfn, Tag::Walk);
+            if vcpu.mode.pae {
+                let word = map.word64(offset);
+                word.compare_exchange(old, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            } else {
+                let word = map.word32(offset);
+                word.compare_exchange(old as u32, wanted as u32, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            }
         };
         // Bits 5 and 6 of the upper half of a PAE entry are address bits.
-        let foreign = !vcpu.mode.pae && step.index & 1 == 1 && self.frames.flags(map.mfn()) & WIDE != 0;
-        drop(map);
+        let foreign = !vcpu.mode.pae && step.index & 1 == 1 && self.frames.flags(mfn) & WIDE != 0;
         if swapped && foreign {
             self.table_written(step.table, offset, 4);
         }
-        step.gpte = Gpte(wanted);
         Ok(swapped)
     }
 
-    /// Reads one entry of a guest table.
-    #[inline]
+    /// Reads one entry of a guest table; zero where the table lies outside memory.
+    #[inline(always)]
     pub(crate) fn read_gpte(&self, vcpu: &Vcpu, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
-        let Some(map) = self.map_table(vcpu, table)? else { return Ok(Gpte(0)) };
-        let offset = index * vcpu.mode.entry_bytes();
-        Ok(Gpte(if vcpu.mode.pae {
-            map.word64(offset).load(Ordering::Acquire)
-        } else {
-            u64::from(map.word32(offset).load(Ordering::Acquire))
-        }))
-    }
-
-    /// Maps a guest table, or `None` where it lies outside memory.
-    #[inline]
-    fn map_table<'a>(
-        &'a self,
-        vcpu: &'a Vcpu,
-        table: Gfn,
-    ) -> Result<Option<crate::window::LocalMap<'a>>, Refusal> {
         match self.resident(table) {
             PageState::Resident(mfn) => {
-                Ok(Some(vcpu.window.map(&self.machine, &self.frames, table, mfn, Tag::Walk)))
+                let map = vcpu.window.map(&self.machine, &self.frames, table, mfn, Tag::Walk);
+                Ok(Gpte(if vcpu.mode.pae {
+                    map.word64(index * 8).load(Ordering::Acquire)
+                } else {
+                    u64::from(map.word32(index * 4).load(Ordering::Acquire))
+                }))
             }
-            PageState::Device => Ok(None),
+            PageState::Device => Ok(Gpte(0)),
             PageState::Zero => Err(Refusal::Need(table)),
         }
     }

@@ -91,14 +91,12 @@ impl LocalStack {
         tag: Tag,
     ) -> LocalMap<'a> {
         let index = self.depth.get();
-        assert!(
-            index < DEPTH_MAX,
-            "INV-WINDOW-2: window overflow mapping {gfn} for {tag:?}: {}",
-            self.stack()
-        );
-        self.slots[index].set(Some(Slot { gfn, tag }));
+        let Some(slot) = self.slots.get(index) else { self.overflow(gfn, tag) };
+        slot.set(Some(Slot { gfn, tag }));
         self.depth.set(index + 1);
-        self.high_water.set(self.high_water.get().max(index + 1));
+        if self.high_water.get() <= index {
+            self.high_water.set(index + 1);
+        }
         frames.pin(mfn);
         LocalMap { stack: self, machine, frames, mfn, index }
     }
@@ -110,17 +108,29 @@ impl LocalStack {
 
     /// The open mappings, outermost first, for diagnostics.
     fn stack(&self) -> String {
-        let open = self.slots.iter().filter_map(|slot| slot.get());
+        let open = self.slots.iter().take(self.depth.get()).filter_map(|slot| slot.get());
         open.map(|slot| format!("[{} for {:?}]", slot.gfn, slot.tag)).collect()
     }
 
+    #[cold]
+    fn overflow(&self, gfn: Gfn, tag: Tag) -> ! {
+        panic!("INV-WINDOW-2: window overflow mapping {gfn} for {tag:?}: {}", self.stack())
+    }
+
+    #[inline]
     fn release(&self, index: usize) {
         let top = self.depth.get().wrapping_sub(1);
-        if index != top && !std::thread::panicking() {
+        if index != top {
+            self.out_of_order(index, top);
+        }
+        self.depth.set(top);
+    }
+
+    #[cold]
+    fn out_of_order(&self, index: usize, top: usize) {
+        if !std::thread::panicking() {
             panic!("INV-WINDOW-2: slot {index} released before slot {top}: {}", self.stack());
         }
-        self.slots[index].set(None);
-        self.depth.set(top);
     }
 }
 

@@ -22,7 +22,7 @@ use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
 use crate::shadow::pages::{Page, Shard, find};
 use crate::shadow::role::{Key, Role, Shape, directory_key};
-use crate::spte::{l1_index, l2_index};
+use crate::spte::{l1_index, l2_index, l3_index};
 use crate::sync::{Ordering, fence};
 use crate::vcpu::Vcpu;
 use crate::window::{LocalMap, Tag};
@@ -138,6 +138,11 @@ impl Mmu {
 
     /// The second-level page for `gva` and code of privilege `user`, linked to the root yet or not.
     fn find_directory(&self, vcpu: &Vcpu, user: bool, gva: Gva) -> Option<u32> {
+        if let Some(root) = vcpu.roots[usize::from(user)].get()
+            && let Some(slot) = self.child(root.pdpt.at(l3_index(gva) * 8))
+        {
+            return Some(slot);
+        }
         let directory = vcpu.directory(gva).filter(|_| vcpu.mode.paging)?;
         let key = directory_key(vcpu.mode, user, directory, gva);
         find(&self.pages.shard(key.gfn), key)
