@@ -57,6 +57,11 @@ impl Samples {
         self.histogram.value_at_quantile(q) as f64 / 100.0
     }
 
+    /// How many batches were added.
+    pub fn count(&self) -> u64 {
+        self.histogram.len()
+    }
+
     /// The median in nanoseconds.
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
