@@ -1,7 +1,5 @@
 //! Guest programs: what a random (or a remembered) guest does, one [`Op`] after the other.
 
-use umbra_mmu::Gfn;
-
 use crate::model::hardware;
 use crate::model::layout::{self, CR3S, GUEST_PAGES, LOW, LOW_PAGES};
 use crate::model::walker::{Control, EntryAt, Kind, Request};
@@ -96,6 +94,7 @@ pub enum Op {
     Dma {
         frame: u8,
         offset: u8,
+        length: u8,
         value: u32,
     },
     Watch {
@@ -216,17 +215,17 @@ impl Runner {
             Op::Flip { bit } => self.flip(cpu, bit)?,
             Op::Switch { pae, which } => self.switch(cpu, pae, which)?,
             Op::Speculate { user, page } => self.world.speculate(cpu, layout::page(page), user)?,
-            Op::Dma { frame, offset, value } => {
+            Op::Dma { frame, offset, length, value } => {
                 let page = u64::from(frame) % u64::from(LOW_PAGES);
                 let at = (page << 12) + u64::from(layout::offset(offset));
-                self.world.device_write(at, &value.to_le_bytes());
+                let bytes = value.to_le_bytes();
+                let bytes: Vec<u8> = bytes.iter().copied().cycle().take(usize::from(length)).collect();
+                self.world.device_write(at, &bytes);
             }
             Op::Watch { frame } => {
-                let gfn = Gfn(u32::from(frame) % LOW_PAGES);
-                self.world.leave(cpu);
-                self.world.mmu.watch(&self.world.cpus[cpu].vcpu, gfn);
+                self.world.watch(cpu, u32::from(frame) % LOW_PAGES)?;
             }
-            Op::Unwatch { frame } => self.world.mmu.unwatch(Gfn(u32::from(frame) % LOW_PAGES)),
+            Op::Unwatch { frame } => self.world.unwatch(u32::from(frame) % LOW_PAGES),
             Op::Evict { count } => {
                 self.world.mmu.evict_shadow(u32::from(count));
             }

@@ -35,6 +35,10 @@ fn page() -> impl Strategy<Value = u8> {
     prop_oneof![3 => 0u8..36, 3 => prop::sample::select(vec![0u8, 1, 6, 7, 12, 19, 2, 8])]
 }
 
+fn offset() -> impl Strategy<Value = u8> {
+    prop_oneof![4 => 0u8..4, 1 => 4u8..7]
+}
+
 fn frame() -> impl Strategy<Value = u8> {
     prop_oneof![5 => 16u8..48, 4 => 0u8..16, 1 => 48u8..56]
 }
@@ -70,9 +74,9 @@ fn level() -> impl Strategy<Value = u8> {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        12 => (kind(), any::<bool>(), page(), 0u8..5, any::<u32>())
+        12 => (kind(), any::<bool>(), page(), offset(), any::<u32>())
             .prop_map(|(kind, user, page, offset, value)| Op::Touch { kind, user, page, offset, value }),
-        2 => (kind(), any::<bool>(), page(), 0u8..5, any::<u32>())
+        2 => (kind(), any::<bool>(), page(), offset(), any::<u32>())
             .prop_map(|(kind, user, page, offset, value)| Op::Emulate { kind, user, page, offset, value }),
         6 => (page(), level(), frame(), bits(), then())
             .prop_map(|(page, level, frame, bits, then)| Op::Edit { page, level, frame, bits, then }),
@@ -86,8 +90,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => bit().prop_map(|bit| Op::Flip { bit }),
         1 => (any::<bool>(), 0u8..3).prop_map(|(pae, which)| Op::Switch { pae, which }),
         2 => (any::<bool>(), page()).prop_map(|(user, page)| Op::Speculate { user, page }),
-        1 => (frame(), 0u8..5, any::<u32>())
-            .prop_map(|(frame, offset, value)| Op::Dma { frame, offset, value }),
+        1 => (frame(), offset(), 1u8..24, any::<u32>())
+            .prop_map(|(frame, offset, length, value)| Op::Dma { frame, offset, length, value }),
         1 => frame().prop_map(|frame| Op::Watch { frame }),
         1 => frame().prop_map(|frame| Op::Unwatch { frame }),
         1 => (1u8..24).prop_map(|count| Op::Evict { count }),

@@ -29,7 +29,8 @@ pub const CR3S: [u32; 8] = [0x1000, 0x2000, 0x8000, 0x8020, 0x8040, 0x4000, 0x14
 /// Parts of linear addresses: the 2 MiB region, and the page in it.
 const REGIONS: [u32; 6] = [0, 0x20_0000, 0x40_0000, 0x4000_0000, LOW, 0xffc0_0000];
 const PAGES: [u32; 6] = [0, 0x1000, 0x5000, 0x1f_f000, 0x20_0000, 0x3f_f000];
-const OFFSETS: [u32; 5] = [0, 4, 0x7f8, 0xffc, 0xffe];
+/// Of these the last three are not aligned: over two words, over two entries, over two pages.
+const OFFSETS: [u32; 7] = [0, 4, 0x7f8, 0xffc, 2, 6, 0xffe];
 
 /// Frames that an entry may point to beside the low ones: large pages, memory nobody has touched, none at all.
 const FAR_FRAMES: [u64; 8] = [0, 0x200, 0x201, 0x400, 0x405, 0x44c, 0xf_ffff, 0xff_ffff];
@@ -41,7 +42,7 @@ pub fn page(n: u8) -> u32 {
 
 /// The byte offset in a page that `n` chooses.
 pub fn offset(n: u8) -> u32 {
-    OFFSETS[usize::from(n) % 5]
+    OFFSETS[usize::from(n) % 7]
 }
 
 /// Entry bits as the tests name them; NX and the reserved bit are where the format has them.
@@ -130,7 +131,7 @@ pub fn build(world: &mut World) {
         put(12, frame, 8, pae(frame as u8, P | W));
     }
     for frame in 16..LOW_PAGES {
-        for n in 0..5 {
+        for n in 0..4 {
             put(frame, offset(n) / 4, 4, u64::from(frame << 24 | 0xda_7a00 | u32::from(n)) & !1);
         }
     }

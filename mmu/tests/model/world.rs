@@ -11,7 +11,7 @@
 //! A CPU here enters and leaves the guest as a backend does: flush requests are looked at on entry alone, and a kick
 //! makes it leave.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -61,6 +61,8 @@ pub struct World {
     owners: HashMap<u64, u64>,
     inside: Arc<[AtomicBool]>,
     closed: Vec<Gfn>,
+    /// Frames whose stores the VMM wants to see.
+    watched: HashSet<u64>,
 }
 
 /// Where the bytes of an access are to be found.
@@ -154,6 +156,7 @@ impl World {
             owners: HashMap::new(),
             inside,
             closed: Vec::new(),
+            watched: HashSet::new(),
         }
     }
 
@@ -296,6 +299,23 @@ impl World {
         let now = self.memory.tick();
         self.cpus.iter_mut().for_each(|cpu| cpu.rules.flush(now));
         self.memory.forget_before(now);
+    }
+
+    /// The VMM begins to watch the stores to a frame.
+    pub fn watch(&mut self, cpu: usize, gfn: u32) -> Result<(), Wrong> {
+        self.leave(cpu);
+        let done = self.mmu.watch(&self.cpus[cpu].vcpu, Gfn(gfn));
+        self.watched.insert(u64::from(gfn));
+        match done && self.mmu.is_watched(Gfn(gfn)) {
+            true => Ok(()),
+            false => Err(Wrong(format!("frame {gfn:#x} cannot be watched"))),
+        }
+    }
+
+    /// And ends.
+    pub fn unwatch(&mut self, gfn: u32) {
+        self.mmu.unwatch(Gfn(gfn));
+        self.watched.remove(&u64::from(gfn));
     }
 
     /// Closes the gate of a frame, until a fault runs into it.
@@ -493,6 +513,9 @@ impl World {
         let Some(physical) = self.physical_of(address) else {
             return Err(self.wrong(cpu, va, r, &format!("machine address {address:#x} is no guest memory")));
         };
+        if r.kind == Kind::Write && self.watched.contains(&(physical >> 12)) {
+            return Err(self.wrong(cpu, va, r, "the hardware stored to a watched frame"));
+        }
         let Cpu { control, rules, .. } = &self.cpus[cpu];
         let now = walker::look(&self.memory, control, va);
         let current = now.is_some_and(|t| t.physical == physical && t.serves(control, r));
