@@ -129,9 +129,19 @@ mod tests {
     use super::*;
 
     const SHORT: Duration = Duration::from_millis(200);
+    /// For what is not about time: no busy host takes so long.
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn asked(text: &'static str) -> Result<Vec<String>, String> {
+        asked_for(LONG, text, None)
+    }
 
     /// What `ask` says of a server that sends `text` at once, and then `more` again and again.
-    fn asked(text: &'static str, more: Option<&'static [u8]>) -> Result<Vec<String>, String> {
+    fn asked_for(
+        patience: Duration,
+        text: &'static str,
+        more: Option<&'static [u8]>,
+    ) -> Result<Vec<String>, String> {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).expect("a socket");
@@ -144,7 +154,7 @@ mod tests {
             // Until the client goes.
             let _ = io::copy(&mut stream, &mut io::sink());
         });
-        let result = ask(&path, 0x1000, SHORT);
+        let result = ask(&path, 0x1000, patience);
         server.join().expect("the server");
         result
     }
@@ -153,32 +163,31 @@ mod tests {
     fn an_explanation_is_found_behind_events_and_made_printable() {
         let lines = asked(
             "{\"QMP\":{}}\n{\"event\":\"X\"}\n{\"return\":{}}\n{\"return\":{\"lines\":[\"a\\u001b[2Jb\",7]}}\n",
-            None,
         );
         assert_eq!(lines, Ok(vec!["a\u{fffd}[2Jb".to_owned()]));
     }
 
     #[test]
     fn a_server_that_is_not_ours_gets_a_sentence() {
-        assert!(asked("hello\n", None).is_err_and(|text| text.contains("no JSON")));
-        let refused = asked("{}\n{\"error\":{\"desc\":\"no\"}}\n", None);
+        assert!(asked("hello\n").is_err_and(|text| text.contains("no JSON")));
+        let refused = asked("{}\n{\"error\":{\"desc\":\"no\"}}\n");
         assert_eq!(refused, Err("no".to_owned()));
-        let strange = asked("{}\n{\"return\":{}}\n{\"return\":[]}\n", None);
+        let strange = asked("{}\n{\"return\":{}}\n{\"return\":[]}\n");
         assert!(strange.is_err_and(|text| text.contains("no explanation")));
     }
 
     #[test]
     fn a_server_that_dribbles_or_is_silent_costs_its_time_and_no_more() {
         let begun = Instant::now();
-        assert!(asked("", None).is_err_and(|text| text.contains("in time")));
-        assert!(asked("", Some(b" ")).is_err_and(|text| text.contains("in time")));
+        assert!(asked_for(SHORT, "", None).is_err_and(|text| text.contains("in time")));
+        assert!(asked_for(SHORT, "", Some(b" ")).is_err_and(|text| text.contains("in time")));
         assert!(begun.elapsed() < Duration::from_secs(20));
     }
 
     #[test]
     fn a_server_that_floods_is_cut_off() {
         const FLOOD: [u8; 8192] = [b'x'; 8192];
-        assert!(asked("", Some(&FLOOD)).is_err());
+        assert!(asked_for(LONG, "", Some(&FLOOD)).is_err());
     }
 
     #[test]
