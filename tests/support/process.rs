@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 /// Bytes kept of each pipe.
 const KEPT_MAX: usize = 4 << 20;
 
+/// Lines shown of each pipe under a failed test: the cause stands first, the verdict last.
+const SHOWN_FIRST: usize = 6;
+const SHOWN_LAST: usize = 40;
+
 /// How a child ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -54,18 +58,19 @@ impl Outcome {
     }
 }
 
-/// Shows a run the way one wants it under a failed test: the command, its end, and the last of what it said.
+/// Shows a run the way one wants it under a failed test: the command, its end, and most of what it said.
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "  {}\n  ended with {:?} after {:.3?}", self.command, self.end, self.took)?;
         for (name, text) in [("out", &self.lines().join("\n")), ("err", &self.stderr)] {
             let lines: Vec<_> = text.lines().collect();
-            let skipped = lines.len().saturating_sub(20);
-            if skipped > 0 {
-                writeln!(f, "  {name}| ... {skipped} lines before")?;
-            }
-            for line in &lines[skipped..] {
-                writeln!(f, "  {name}| {line}")?;
+            let last = lines.len().saturating_sub(SHOWN_LAST).max(SHOWN_FIRST);
+            for (number, line) in lines.iter().enumerate() {
+                match number {
+                    n if n < SHOWN_FIRST || n >= last => writeln!(f, "  {name}| {line}")?,
+                    SHOWN_FIRST => writeln!(f, "  {name}| ... {} lines", last - SHOWN_FIRST)?,
+                    _ => {}
+                }
             }
         }
         Ok(())
