@@ -313,7 +313,7 @@ fn hole(host: &Host) -> Test {
 fn small_pool(host: &Host) -> Test {
     let pool = Arc::new(Pool::new(3).map_err(text)?);
     let error = KvmVm::new(host, pool, Options::default()).err().map(text).unwrap_or_default();
-    check!(error.contains("--frames"), "{error}");
+    check!(error.contains("make the pool larger"), "{error}");
     Ok(())
 }
 

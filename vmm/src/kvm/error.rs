@@ -45,7 +45,9 @@ pub enum KvmError {
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The pool is too small for the firmware.
-    #[error("the firmware of {vcpus} vCPUs takes {needed} frames; the pool has {frames}: raise --frames")]
+    #[error(
+        "the firmware of {vcpus} vCPUs takes {needed} frames; the pool has {frames}: make the pool larger"
+    )]
     PoolTooSmall {
         /// vCPUs asked for.
         vcpus: u32,

@@ -26,7 +26,7 @@ use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 pub enum PoolError {
     /// The host does not give the memory.
     #[error(
-        "the host does not map {} MiB for the machine pool: {source}; ask for fewer frames (--frames) or raise \
+        "the host does not map {} MiB for the machine pool: {source}; give the guest less memory (--mem) or raise \
          the limit on address space (ulimit -v)",
         frames / 256
     )]
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn pool_that_cannot_be_is_an_error_with_a_remedy() {
         for frames in [0, 1 << 50, u64::MAX] {
-            assert!(Pool::new(frames).unwrap_err().to_string().contains("--frames"), "{frames}");
+            assert!(Pool::new(frames).unwrap_err().to_string().contains("--mem"), "{frames}");
         }
     }
 
