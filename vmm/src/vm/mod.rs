@@ -48,7 +48,7 @@ use crate::cpu::CpuState;
 use crate::kvm::shootdown::Kicks;
 use crate::kvm::{Host, HostError, KvmError, KvmVcpu, KvmVm, Options};
 use crate::machine::{Pool, PoolError};
-use crate::probe::{Probe, ProbeError, Translation};
+use crate::probe::{Probe, ProbeError, Quick};
 use control::{ControlSocket, Controls};
 use devices::Devices;
 use ending::Ending;
@@ -147,7 +147,7 @@ struct Guest {
     start: CpuState,
     notes: Notes,
     kvm: KvmVcpu,
-    translation: Translation,
+    probe: Quick,
 }
 
 /// Runs a guest to its end.
@@ -207,9 +207,6 @@ impl Guest {
         let memory = MemoryMap::new(args.mem)?;
 
         let probe = Probe::quick()?;
-        if probe.speed.emulated {
-            log::warn!("{}", probe.verdict());
-        }
         let host = Host::open()?;
         let (guest_pages, hole) = memory::extent(&memory);
         let config = Config {
@@ -254,19 +251,13 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest {
-            vm,
-            mmu,
-            devices,
-            first_byte,
-            start: entry.cpu,
-            notes,
-            kvm,
-            translation: probe.translation,
-        })
+        Ok(Guest { vm, mmu, devices, first_byte, start: entry.cpu, notes, kvm, probe })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
+        if self.probe.speed.emulated {
+            log::warn!("{}", self.probe.verdict());
+        }
         if !self.notes.kernel.is_some_and(|kernel| kernel.clean) {
             log::warn!(
                 "this image has no Umbra note, so its kernel runs natively at CPL 3: PUSHF and POPF will not \
@@ -293,7 +284,7 @@ impl Guest {
             devices: Arc::clone(&self.devices),
             ending: ending.clone(),
             requests,
-            flusher: Arc::new(Flusher::new(self.translation, Arc::clone(&self.vm), &self.mmu)),
+            flusher: Arc::new(Flusher::new(self.probe.translation, Arc::clone(&self.vm), &self.mmu)),
         };
         let mut vcpu = NativeVcpu::new(self.start, self.kvm, 0, around);
         let guest_started = micros();
