@@ -132,7 +132,9 @@ impl Buckets {
 
     #[inline]
     fn bucket(&self, gfn: Gfn) -> &Bucket {
-        &self.buckets[(gfn.0 & self.mask) as usize]
+        // Neighbours stay neighbours; frames that are a power of two apart do not meet in one bucket.
+        let mixed = gfn.0 ^ (gfn.0 >> 12).wrapping_mul(0x9e5);
+        &self.buckets[(mixed & self.mask) as usize]
     }
 }
 
