@@ -118,6 +118,8 @@ pub enum Op {
 pub struct Program {
     pub tlb: hardware::Memory,
     pub pae: bool,
+    /// Every slot for shadow pages has served before: whoever takes one takes a dead page's.
+    pub worn: bool,
     pub ops: Vec<(u8, Op)>,
 }
 
@@ -144,16 +146,31 @@ struct Runner {
     world: World,
 }
 
+/// Shadow pages of a world, as few as there may be.
+const SHADOW_PAGES: u32 = 64;
+
+/// Uses every slot once: without paging each 2 MiB takes a page.
+fn wear(world: &mut World) -> Result<(), Wrong> {
+    for region in 0..SHADOW_PAGES {
+        world.read(0, region << 21, 1, Request { kind: Kind::Read, user: false })?;
+    }
+    world.mmu.evict_shadow(u32::MAX);
+    world.audit()
+}
+
 impl Runner {
     fn new(program: &Program) -> Result<Runner, Wrong> {
         let mut world = World::new(Sizes {
             guest_pages: GUEST_PAGES,
             machine_frames: 256,
-            shadow_pages_max: 64,
+            shadow_pages_max: SHADOW_PAGES,
             vcpus: 2,
             tlb: program.tlb,
         });
         layout::build(&mut world);
+        if program.worn {
+            wear(&mut world)?;
+        }
         for cpu in 0..2 {
             let base =
                 Control { pse: true, pae: program.pae, nxe: program.pae, wp: true, ..Control::default() };

@@ -104,8 +104,8 @@ fn program() -> impl Strategy<Value = Program> {
     let tlb = prop_oneof![4 => Just(Memory::Sticky), 1 => Just(Memory::Lossy), 1 => Just(Memory::None)];
     // One CPU does most of the work, the other now and then something.
     let cpu = prop_oneof![4 => Just(0u8), 1 => Just(1u8)];
-    (tlb, any::<bool>(), prop::collection::vec((cpu, op()), 1..PROGRAM_MAX))
-        .prop_map(|(tlb, pae, ops)| Program { tlb, pae, ops })
+    (tlb, any::<bool>(), any::<bool>(), prop::collection::vec((cpu, op()), 1..PROGRAM_MAX))
+        .prop_map(|(tlb, pae, worn, ops)| Program { tlb, pae, worn, ops })
 }
 
 fn number(name: &str, default: u64) -> u64 {

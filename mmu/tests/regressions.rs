@@ -9,7 +9,7 @@ use crate::program::{Bit, Op, Program, Then};
 const ALL: u16 = P | W | U | A | D;
 
 fn check(pae: bool, ops: &[(u8, Op)]) {
-    let program = Program { tlb: Sticky, pae, ops: ops.to_vec() };
+    let program = Program { tlb: Sticky, pae, worn: false, ops: ops.to_vec() };
     if let Err(wrong) = program.run() {
         panic!("{}", wrong.0);
     }

@@ -90,7 +90,8 @@ impl Mmu {
             return Err(Mapped::Retry);
         }
         if !self.spte(entry).is_present() {
-            if key.role.shape == Shape::Table && self.is_unsync(key.gfn) {
+            // Listed, not flagged: a table that is being tracked again loses its flag before its last look.
+            if key.role.shape == Shape::Table && self.is_listed(key.gfn) {
                 self.sync_page(vcpu, &child, slot);
             }
             child.parents.push(entry);

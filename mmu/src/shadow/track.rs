@@ -295,8 +295,13 @@ impl Mmu {
         self.unsync.lock().retain(|u| u.gfn != gfn);
     }
 
+    /// True when the table is unsync, or was and has not been brought up to date since.
+    pub(crate) fn is_listed(&self, gfn: Gfn) -> bool {
+        self.unsync.lock().iter().any(|u| u.gfn == gfn)
+    }
+
     /// True when stores to the table are not tracked now.
-    pub(crate) fn is_unsync(&self, gfn: Gfn) -> bool {
+    fn is_unsync(&self, gfn: Gfn) -> bool {
         match self.p2m.lookup(gfn) {
             PageState::Resident(mfn) => self.frames.flags(mfn) & UNSYNC != 0,
             _ => false,

@@ -490,6 +490,9 @@ impl World {
                 Err(fault) => return Ok(Err(fault)),
             };
             let device = !self.memory.has(physical);
+            if outcome == Outcome::Fixed && self.closed.contains(&Gfn((physical >> 12) as u32)) {
+                return Err(self.wrong(cpu, va, r, "mapped behind a closed gate"));
+            }
             match outcome {
                 Outcome::Emulate(_) if r.kind == Kind::Write && !device => return Ok(Ok(Place::Emulate)),
                 Outcome::Mmio(_) if device => return Ok(Ok(Place::Emulate)),
