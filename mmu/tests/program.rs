@@ -106,6 +106,10 @@ pub enum Op {
     Evict {
         count: u8,
     },
+    /// The CPU uses up shadow pages: paging off, an access to each of so many 2 MiB, paging as before.
+    Churn {
+        count: u8,
+    },
     CloseGate {
         frame: u8,
     },
@@ -146,13 +150,14 @@ struct Runner {
     world: World,
 }
 
+const KERNEL_READ: Request = Request { kind: Kind::Read, user: false };
 /// Shadow pages of a world, as few as there may be.
 const SHADOW_PAGES: u32 = 64;
 
 /// Uses every slot once: without paging each 2 MiB takes a page.
 fn wear(world: &mut World) -> Result<(), Wrong> {
     for region in 0..SHADOW_PAGES {
-        world.read(0, region << 21, 1, Request { kind: Kind::Read, user: false })?;
+        world.read(0, region << 21, 1, KERNEL_READ)?;
     }
     world.mmu.evict_shadow(u32::MAX);
     world.audit()
@@ -245,6 +250,14 @@ impl Runner {
             Op::Unwatch { frame } => self.world.unwatch(u32::from(frame) % LOW_PAGES),
             Op::Evict { count } => {
                 self.world.mmu.evict_shadow(u32::from(count));
+            }
+            Op::Churn { count } => {
+                let before = self.control(cpu);
+                self.world.set_control(cpu, Control { pg: false, ..before }, true)?;
+                for region in 0..u32::from(count) {
+                    self.world.read(cpu, region << 21 | 0x3000, 1, KERNEL_READ)?;
+                }
+                self.world.set_control(cpu, before, true)?;
             }
             Op::CloseGate { frame } => self.world.close_gate(u32::from(frame) % LOW_PAGES),
             Op::Exit => self.world.leave(cpu),

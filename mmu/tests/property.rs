@@ -97,6 +97,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (1u8..24).prop_map(|count| Op::Evict { count }),
         1 => frame().prop_map(|frame| Op::CloseGate { frame }),
         1 => Just(Op::Exit),
+        1 => (1u8..80).prop_map(|count| Op::Churn { count }),
     ]
 }
 
