@@ -174,6 +174,7 @@ impl Audit<'_> {
             want == gfn
                 && (!spte.is_writable() || rights.writable)
                 && (!spte.is_executable() || rights.executable)
+                && (!spte.is_global() || rights.global)
         });
         self.require(justified, || {
             format!("INV-SYNC-2: {key:?} entry {index} is {spte:?} for {gfn}, the guest says {gpte:?}")

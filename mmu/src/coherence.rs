@@ -147,7 +147,17 @@ impl Coherence {
 
     /// True when something was removed that `vcpu` has not flushed since: what an INVLPG or a CR3 load then owes.
     pub fn owes_flush(&self, vcpu: u32) -> bool {
-        self.last_removal.load(Ordering::SeqCst) > self.vcpus[vcpu as usize].flushed.load(Ordering::SeqCst)
+        self.removed_since(self.flushed(vcpu))
+    }
+
+    /// True when something was removed that a flush of `epoch` does not cover.
+    pub(crate) fn removed_since(&self, epoch: u64) -> bool {
+        self.last_removal.load(Ordering::SeqCst) > epoch
+    }
+
+    /// Epoch of the last completed flush of everything on `vcpu`.
+    pub fn flushed(&self, vcpu: u32) -> u64 {
+        self.vcpus[vcpu as usize].flushed.load(Ordering::SeqCst)
     }
 
     /// Asks `vcpu` to flush before it next runs guest code. For a vCPU's own thread; others use

@@ -22,6 +22,7 @@ const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 
 /// The A and D bits: what the walker itself changes.
@@ -42,6 +43,8 @@ pub struct Mode {
     pub no_execute: bool,
     /// CR4.SMEP.
     pub smep: bool,
+    /// CR4.PGE: translations of global pages outlive a MOV CR3.
+    pub global_pages: bool,
 }
 
 impl Mode {
@@ -90,6 +93,12 @@ impl Gpte {
     #[inline]
     pub fn is_dirty(self) -> bool {
         self.0 & DIRTY != 0
+    }
+
+    /// G; means something in an entry that maps a page, while CR4.PGE is set.
+    #[inline]
+    pub fn is_global(self) -> bool {
+        self.0 & GLOBAL != 0
     }
 
     /// True for a directory entry that maps a large page.

@@ -54,6 +54,8 @@ struct Frame {
     owner: AtomicU32,
     /// Window mappings that hold the frame in place.
     pins: AtomicU32,
+    /// Generation of the code that somebody has decoded from it; 0 for none since the last store.
+    code: AtomicU32,
     /// Flush clock of the last removal of an spte to this frame (see coherence).
     debt: AtomicU64,
 }
@@ -71,6 +73,8 @@ pub struct Frames {
     frames: Box<[Frame]>,
     first: u32,
     stride: u64,
+    /// The last code generation given out.
+    code_clock: AtomicU32,
     free: Lock<FreeList>,
 }
 
@@ -86,6 +90,7 @@ impl Frames {
             frames,
             first: reserved.min(total),
             stride: scatter_stride(count),
+            code_clock: AtomicU32::new(0),
             free: Lock::new(lock_order::FRAMES, FreeList { next: 0, returned: Vec::new() }),
         }
     }
@@ -185,8 +190,41 @@ impl Frames {
         self.frames[mfn.0 as usize].pins.load(Ordering::Acquire)
     }
 
+    /// Marks the frame as one that code is about to be decoded from. Returns the generation of its contents: unless it is
+    /// still that, what was decoded is stale.
+    ///
+    /// Limits: a store by *another* vCPU's TLB that is on its way right now may miss the mark; with several vCPUs, mark and
+    /// then shoot down before the bytes are read.
+    pub(crate) fn mark_code(&self, mfn: Mfn) -> u32 {
+        let code = &self.frames[mfn.0 as usize].code;
+        let now = code.load(Ordering::SeqCst);
+        if now != 0 {
+            return now;
+        }
+        let clock = self.code_clock.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let next = if clock == 0 { self.code_clock.fetch_add(1, Ordering::Relaxed) + 1 } else { clock };
+        code.store(next, Ordering::SeqCst);
+        next
+    }
+
+    /// The code generation, 0 when there is none or no such frame.
+    #[inline]
+    pub(crate) fn code(&self, mfn: Mfn) -> u32 {
+        self.frames.get(mfn.0 as usize).map_or(0, |frame| frame.code.load(Ordering::Acquire))
+    }
+
+    /// Notes a store to the frame, already made: code decoded from it is stale.
+    #[inline]
+    pub(crate) fn code_written(&self, mfn: Mfn) {
+        let code = &self.frames[mfn.0 as usize].code;
+        if code.load(Ordering::Relaxed) != 0 {
+            code.store(0, Ordering::SeqCst);
+        }
+    }
+
     fn set_kind(&self, mfn: Mfn, kind: FrameKind) {
         let frame = &self.frames[mfn.0 as usize];
+        frame.code.store(0, Ordering::Relaxed);
         let (code, owner) = match kind {
             FrameKind::Free => (0, 0),
             FrameKind::Reserved => (1, 0),

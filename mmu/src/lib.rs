@@ -16,7 +16,7 @@
 //! | walk | the guest's tables, read and judged |
 //! | bucket | reverse map and gates |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
-//! | coherence | flush epochs and the ack ledger |
+//! | coherence, tlb | flush epochs and the ack ledger; a TLB in software |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, audit | why an address is as it is; is everything as it must be |
 //! | lock_order, sync | the order of locks, and the one door to them |
@@ -40,6 +40,7 @@ mod physical;
 pub mod shadow;
 pub mod spte;
 pub mod sync;
+pub mod tlb;
 pub mod vcpu;
 pub mod walk;
 pub mod window;
@@ -54,6 +55,7 @@ pub use machine::Machine;
 pub use paging::{BadPdpte, Flush};
 pub use physical::{Beyond, Width};
 pub use shadow::roots::FIRMWARE_SLOT;
+pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
 pub use vcpu::{FaultStats, Vcpu};
 pub use walk::{Refusal, Touch, Translation};
 pub use window::LocalStack;
@@ -155,10 +157,16 @@ impl Mmu {
         }
     }
 
-    /// The MMU's side of vCPU `id` (below [`Config::vcpus`]): paging off, as after reset.
+    /// The MMU's side of vCPU `id` (below [`Config::vcpus`]), run by hardware: paging off, as after reset.
     pub fn vcpu(&self, id: u32) -> Vcpu {
         debug_assert!(id < self.config.vcpus, "vCPU {id} of {}", self.config.vcpus);
-        Vcpu::new(id)
+        Vcpu::new(id, None)
+    }
+
+    /// The same for a vCPU that is interpreted, with a TLB of that kind.
+    pub fn soft_vcpu(&self, id: u32, kind: TlbKind) -> Vcpu {
+        debug_assert!(id < self.config.vcpus, "vCPU {id} of {}", self.config.vcpus);
+        Vcpu::new(id, Some(SoftTlb::new(kind)))
     }
 
     /// The flush clock and ledger.

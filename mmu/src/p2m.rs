@@ -75,6 +75,8 @@ pub struct P2m {
     /// `None` until a gfn of the range is touched: then all of it is `Zero`.
     upper: Box<[OnceLock<Box<Table>>]>,
     pages: u32,
+    /// How often a generation has advanced, of any entry.
+    advances: AtomicU64,
 }
 
 impl P2m {
@@ -83,7 +85,7 @@ impl P2m {
     pub fn new(pages: u32) -> P2m {
         let pages = pages.min(GFN_MAX);
         let tables = (pages as usize).div_ceil(TABLE_ENTRIES);
-        P2m { upper: (0..tables).map(|_| OnceLock::new()).collect(), pages }
+        P2m { upper: (0..tables).map(|_| OnceLock::new()).collect(), pages, advances: AtomicU64::new(0) }
     }
 
     /// Pages of guest memory.
@@ -124,6 +126,7 @@ impl P2m {
             .is_ok();
         if moved && matches!(from, PageState::Resident(_)) {
             entry.generations.fetch_add(1 << 32, Ordering::AcqRel);
+            self.advances.fetch_add(1, Ordering::Release);
         }
         moved
     }
@@ -134,6 +137,13 @@ impl P2m {
         let word = entry.generations.load(Ordering::Relaxed);
         let next = word & !0xffff_ffff | u64::from((word as u32).wrapping_add(1));
         entry.generations.store(next, Ordering::Release);
+        self.advances.fetch_add(1, Ordering::Release);
+    }
+
+    /// A number that changes after any entry's generations have: while it stands still, so do they.
+    #[inline]
+    pub fn advances(&self) -> u64 {
+        self.advances.load(Ordering::Acquire)
     }
 
     /// Calls `visit` for every resident page, in order of gfn.

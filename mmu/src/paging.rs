@@ -44,6 +44,7 @@ impl Mmu {
             Flush::Yes if mode.paging && mode.pae => self.load_pdptes(vcpu, cr3)?,
             _ => vcpu.pdptes,
         };
+        let all = mode != vcpu.mode;
         let same_roots = mode == vcpu.mode && pdptes == vcpu.pdptes && (cr3 == vcpu.cr3 || mode.pae);
         (vcpu.mode, vcpu.cr3, vcpu.pdptes) = (mode, cr3, pdptes);
         if !same_roots {
@@ -53,6 +54,7 @@ impl Mmu {
         if flush == Flush::Yes || !same_roots {
             self.sync_loaded(vcpu);
             self.flush_if_owed(vcpu);
+            self.tlb_flush_if_owed(vcpu, all);
         }
         Ok(())
     }
@@ -118,10 +120,14 @@ impl Mmu {
     pub(crate) fn forget_address(&self, vcpu: &Vcpu, gva: Gva) {
         self.sync_address(vcpu, gva);
         self.flush_if_owed(vcpu);
+        if let Some(tlb) = &vcpu.tlb {
+            tlb.flush_page(gva);
+        }
     }
 
+    /// Hardware flushes everything or nothing, and when it enters.
     fn flush_if_owed(&self, vcpu: &Vcpu) {
-        if self.coherence.owes_flush(vcpu.id) {
+        if vcpu.hardware && self.coherence.owes_flush(vcpu.id) {
             self.coherence.request_flush(vcpu.id);
         }
     }

@@ -6,8 +6,6 @@
 //!
 //! Locks: none held by the caller; nothing here sleeps.
 
-use std::sync::atomic::Ordering;
-
 use crate::Mmu;
 use crate::addr::{Gfn, Gpa, PAGE_SIZE};
 use crate::p2m::PageState;
@@ -60,18 +58,12 @@ impl Mmu {
     /// Loads `width` bytes, zero-extended. The access lies within a page.
     #[inline]
     pub fn load(&self, window: &LocalStack, gpa: Gpa, width: Width) -> Result<u64, Beyond> {
-        let offset = gpa.offset();
-        self.with_memory(window, gpa, Tag::Emulate, |map| match within_word(offset, width) {
-            Some(shift) => map.word64(offset & !7).load(Ordering::Acquire) >> shift & width.mask(),
-            None => load_split(map, offset, width),
-        })
+        self.with_memory(window, gpa, Tag::Emulate, |map| map.load(gpa.offset(), width))
     }
 
     /// Stores the low `width` bytes of `value`. The access lies within a page.
     pub fn store(&self, window: &LocalStack, gpa: Gpa, width: Width, value: u64) -> Result<(), Beyond> {
-        let bytes = value.to_le_bytes();
-        let bytes = &bytes[..width.bytes() as usize];
-        self.with_memory(window, gpa, Tag::Emulate, |map| map.write(gpa.offset(), bytes))?;
+        self.with_memory(window, gpa, Tag::Emulate, |map| map.store(gpa.offset(), width, value))?;
         self.table_written(gpa.gfn(), gpa.offset(), width.bytes());
         Ok(())
     }
@@ -86,10 +78,7 @@ impl Mmu {
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, Beyond> {
         let offset = gpa.offset();
-        let old = self.with_memory(window, gpa, Tag::Emulate, |map| match within_word(offset, width) {
-            Some(shift) => update_word(map, offset & !7, shift, width, change),
-            None => update_split(map, offset, width, change),
-        })?;
+        let old = self.with_memory(window, gpa, Tag::Emulate, |map| map.update(offset, width, change))?;
         self.table_written(gpa.gfn(), offset, width.bytes());
         Ok(old)
     }
@@ -131,46 +120,6 @@ impl Mmu {
             PageState::Zero => Err(Beyond::Need(gfn)),
         }
     }
-}
-
-/// The bit position of an access in the aligned 8-byte word around it, if it lies within one.
-#[inline]
-fn within_word(offset: u32, width: Width) -> Option<u32> {
-    (offset % 8 + width.bytes() <= 8).then_some(offset % 8 * 8)
-}
-
-fn update_word(
-    map: &LocalMap<'_>,
-    offset: u32,
-    shift: u32,
-    width: Width,
-    change: &mut dyn FnMut(u64) -> u64,
-) -> u64 {
-    let word = map.word64(offset);
-    let mask = width.mask() << shift;
-    let mut seen = word.load(Ordering::Acquire);
-    loop {
-        let new = seen & !mask | change(seen >> shift & width.mask()) << shift & mask;
-        match word.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => return seen >> shift & width.mask(),
-            Err(now) => seen = now,
-        }
-    }
-}
-
-#[cold]
-fn load_split(map: &LocalMap<'_>, offset: u32, width: Width) -> u64 {
-    let mut bytes = [0; 8];
-    map.read(offset, &mut bytes[..width.bytes() as usize]);
-    u64::from_le_bytes(bytes)
-}
-
-/// A read-modify-write over two words: a split lock, which this is not atomic for.
-fn update_split(map: &LocalMap<'_>, offset: u32, width: Width, change: &mut dyn FnMut(u64) -> u64) -> u64 {
-    let count = width.bytes() as usize;
-    let old = load_split(map, offset, width);
-    map.write(offset, &change(old).to_le_bytes()[..count]);
-    old
 }
 
 /// The parts of a range, each within a page: its address and its place in the buffer.

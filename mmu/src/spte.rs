@@ -2,12 +2,14 @@
 //!
 //! Holds: every spte for the guest has U set, since all guest code runs at CPL 3; supervisor pages are kept from
 //! guest-user code by being absent from the user root. A and D are preset: the guest's own A and D bits are kept
-//! by the walker, never read back from hardware. G is never set.
+//! by the walker, never read back from hardware. The hardware's G is never set; a bit that it ignores says that the
+//! guest's entry had G, for TLBs of ours that care.
 //!
 //! See: Intel SDM vol. 3A, 4.5 (4-level paging).
 
 use std::fmt;
 
+use crate::access::AccessKind;
 use crate::addr::{Gva, Mfn};
 
 const PRESENT: u64 = 1 << 0;
@@ -15,6 +17,8 @@ const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
+/// One of the bits that hardware leaves to software.
+const GUEST_GLOBAL: u64 = 1 << 9;
 const NO_EXECUTE: u64 = 1 << 63;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
@@ -37,6 +41,28 @@ impl Spte {
             bits |= NO_EXECUTE;
         }
         Spte(bits)
+    }
+
+    /// The same, for a page that the guest calls global or not.
+    #[inline]
+    pub fn with_global(self, global: bool) -> Spte {
+        Spte(self.0 & !GUEST_GLOBAL | if global { GUEST_GLOBAL } else { 0 })
+    }
+
+    /// True when the guest's entry had G.
+    #[inline]
+    pub fn is_global(self) -> bool {
+        self.0 & GUEST_GLOBAL != 0
+    }
+
+    /// True when it allows what an access of `kind` needs. Meaningful when present.
+    #[inline]
+    pub fn allows(self, kind: AccessKind) -> bool {
+        match kind {
+            AccessKind::Read => true,
+            AccessKind::Write => self.is_writable(),
+            AccessKind::Execute => self.is_executable(),
+        }
     }
 
     /// A link to the table in `mfn`, which grants everything: rights are the leaves' business.

@@ -9,6 +9,7 @@ use crate::addr::{Gfn, Gpa, Gva};
 use crate::events::EventRing;
 use crate::format::{Mode, Pdpte};
 use crate::shadow::RootRef;
+use crate::tlb::{SoftTlb, TlbKind};
 use crate::window::LocalStack;
 
 /// How faults ended, counted as KVM counts them.
@@ -60,6 +61,10 @@ pub struct Vcpu {
     pub(crate) pdptes: [Pdpte; 4],
     /// Loaded roots: supervisor, user.
     pub(crate) roots: [Cell<Option<RootRef>>; 2],
+    /// A TLB in software: for a vCPU that no hardware runs, or not always.
+    pub(crate) tlb: Option<SoftTlb>,
+    /// Hardware runs it: what is removed must be flushed from a TLB that only forgets all at once, as it enters.
+    pub(crate) hardware: bool,
     pub(crate) window: LocalStack,
     pub(crate) stats: RefCell<FaultStats>,
     pub(crate) events: RefCell<EventRing>,
@@ -68,13 +73,15 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub(crate) fn new(id: u32) -> Vcpu {
+    pub(crate) fn new(id: u32, tlb: Option<SoftTlb>) -> Vcpu {
         Vcpu {
             id,
             mode: Mode::default(),
             cr3: 0,
             pdptes: [Pdpte::default(); 4],
             roots: [Cell::new(None), Cell::new(None)],
+            hardware: tlb.is_none(),
+            tlb,
             window: LocalStack::new(),
             stats: RefCell::new(FaultStats::default()),
             events: RefCell::new(EventRing::new()),
@@ -100,6 +107,16 @@ impl Vcpu {
     /// Its fault counters so far.
     pub fn stats(&self) -> FaultStats {
         *self.stats.borrow()
+    }
+
+    /// Gives a vCPU that hardware runs a software TLB too, for stretches of its code that are interpreted.
+    pub fn add_tlb(&mut self, kind: TlbKind) {
+        self.tlb = Some(SoftTlb::new(kind));
+    }
+
+    /// Its software TLB, if it has one.
+    pub fn tlb(&self) -> Option<&SoftTlb> {
+        self.tlb.as_ref()
     }
 
     /// Its window stack, for VMM code that runs on this vCPU's thread.

@@ -215,6 +215,9 @@ impl Mmu {
             }
         };
         // Bits 5 and 6 of the upper half of a PAE entry are address bits.
+        if swapped {
+            self.frames.code_written(mfn);
+        }
         let foreign = !vcpu.mode.pae && step.index & 1 == 1 && self.frames.flags(mfn) & WIDE != 0;
         if swapped && foreign {
             self.table_written(step.table, offset, 4);

@@ -13,11 +13,10 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use vm_memory::{Bytes, VolatileSlice};
-
 use crate::addr::{Gfn, Mfn};
 use crate::frames::Frames;
 use crate::machine::Machine;
+use crate::physical::Width;
 
 /// The most mappings one context may have open. Today's deepest nest is three (an emulated access to two pages
 /// with a walk inside).
@@ -164,18 +163,30 @@ impl LocalMap<'_> {
 
     /// Copies out; `offset + buffer.len()` is at most a page.
     pub fn read(&self, offset: u32, buffer: &mut [u8]) {
-        let done = self.bytes().read_slice(buffer, offset as usize);
-        debug_assert!(done.is_ok(), "a window read stays within its frame: {done:?}");
+        self.machine.read(self.mfn.at(offset), buffer);
     }
 
     /// Copies in; `offset + data.len()` is at most a page.
     pub fn write(&self, offset: u32, data: &[u8]) {
-        let done = self.bytes().write_slice(data, offset as usize);
-        debug_assert!(done.is_ok(), "a window write stays within its frame: {done:?}");
+        self.machine.write(self.mfn.at(offset), data);
     }
 
-    fn bytes(&self) -> VolatileSlice<'_> {
-        self.machine.frame(self.mfn)
+    /// [`Machine::load`] at byte `offset`.
+    #[inline]
+    pub fn load(&self, offset: u32, width: Width) -> u64 {
+        self.machine.load(self.mfn.at(offset), width)
+    }
+
+    /// [`Machine::store`] at byte `offset`.
+    #[inline]
+    pub fn store(&self, offset: u32, width: Width, value: u64) {
+        self.machine.store(self.mfn.at(offset), width, value);
+    }
+
+    /// [`Machine::update`] at byte `offset`.
+    #[inline]
+    pub fn update(&self, offset: u32, width: Width, change: &mut dyn FnMut(u64) -> u64) -> u64 {
+        self.machine.update(self.mfn.at(offset), width, change)
     }
 }
 

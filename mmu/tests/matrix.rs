@@ -10,13 +10,19 @@ use std::time::Instant;
 
 use crate::model::hardware::Memory;
 use crate::model::walker::{self, Control, EntryAt, Kind, Request};
-use crate::model::world::{Done, Sizes, World, Wrong};
+use crate::model::world::{Caches, Done, Sizes, World, Wrong};
+use umbra_mmu::TlbKind;
 
 /// The axes, one bit each; control bits last, since changing them costs most.
 const AXES: [&str; 23] = [
     "write", "fetch", "user", "pte.p", "pte.w", "pte.u", "pte.a", "pte.d", "pte.nx", "pte.rsvd", "pde.p",
     "pde.w", "pde.u", "pde.a", "pde.d", "pde.ps", "pde.nx", "pde.rsvd", "wp", "smep", "nxe", "pse", "pae",
 ];
+
+/// Hardware without a TLB: entries are rewritten without INVLPG here, and one would rightly remember the old ones.
+const HARDWARE: Caches = Caches::Hardware(Memory::None);
+/// The TLB in software, flushed with each rewriting.
+const SOFT: Caches = Caches::Soft(TlbKind::Sticky);
 
 /// Frames of the guest's tables: a directory and a table of each format, and the PDPTEs.
 const DIRECTORY: [u64; 2] = [1, 9];
@@ -124,15 +130,8 @@ struct Bench {
 }
 
 impl Bench {
-    fn new() -> Bench {
-        let sizes = Sizes {
-            guest_pages: 1100,
-            machine_frames: 400,
-            shadow_pages_max: 128,
-            vcpus: 1,
-            // Entries are rewritten without INVLPG here: a TLB would rightly remember the old ones.
-            tlb: Memory::None,
-        };
+    fn new(tlb: Caches) -> Bench {
+        let sizes = Sizes { guest_pages: 1100, machine_frames: 400, shadow_pages_max: 128, vcpus: 1, tlb };
         let mut world = World::new(sizes);
         world.poke(POINTERS << 12, 8, DIRECTORY[1] << 12 | 1);
         for page in [SMALL, LARGE + 5] {
@@ -151,6 +150,7 @@ impl Bench {
             wp: case.is("wp"),
             nxe: case.is("nxe"),
             smep: case.is("smep"),
+            pge: false,
             cr3: cr3 as u32,
             pdpte: [0; 4],
         };
@@ -234,8 +234,17 @@ fn every_request() -> impl Iterator<Item = Request> {
 
 #[test]
 fn matrix_of_every_bit_at_both_levels_of_both_formats() {
+    every_combination("matrix", HARDWARE);
+}
+
+#[test]
+fn matrix_of_every_bit_at_both_levels_of_both_formats_by_a_soft_tlb() {
+    every_combination("matrix, soft TLB", SOFT);
+}
+
+fn every_combination(name: &str, tlb: Caches) {
     let start = Instant::now();
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(tlb);
     let mut skipped: BTreeMap<&str, u64> = BTreeMap::new();
     let (mut cases, mut control) = (0u64, None);
     for case in (0..1 << AXES.len()).map(Case) {
@@ -252,15 +261,21 @@ fn matrix_of_every_bit_at_both_levels_of_both_formats() {
         cases += 1;
     }
     bench.world.audit().unwrap_or_else(|Wrong(text)| panic!("{text}"));
-    println!("matrix: {cases} combinations, {} runs, {:.1} s", bench.runs, start.elapsed().as_secs_f64());
-    skipped.iter().for_each(|(reason, count)| println!("matrix: {count} not run: {reason}"));
+    println!("{name}: {cases} combinations, {} runs, {:.1} s", bench.runs, start.elapsed().as_secs_f64());
+    skipped.iter().for_each(|(reason, count)| println!("{name}: {count} not run: {reason}"));
     assert!(cases > 900_000, "the filter lets {cases} combinations pass");
 }
 
 /// Each of the bits of an entry on its own, at each level, whatever it means.
 #[test]
 fn matrix_of_every_bit_of_every_entry() {
-    let mut bench = Bench::new();
+    for tlb in [HARDWARE, SOFT] {
+        every_single_bit(tlb);
+    }
+}
+
+fn every_single_bit(tlb: Caches) {
+    let mut bench = Bench::new(tlb);
     let base = Case::of(&["pde.p", "pde.w", "pde.u", "pde.a", "pte.p", "pte.w", "pte.u", "pte.a"]);
     for control in 0..32u32 {
         let case = Case(base | control << (AXES.len() - 5));
@@ -287,7 +302,13 @@ fn matrix_of_every_bit_of_every_entry() {
 /// Each bit of each PDPTE: loaded, or refused by index and value; and what an absent one means to an access.
 #[test]
 fn matrix_of_every_bit_of_the_pdptes() {
-    let mut bench = Bench::new();
+    for tlb in [HARDWARE, SOFT] {
+        every_pdpte_bit(tlb);
+    }
+}
+
+fn every_pdpte_bit(tlb: Caches) {
+    let mut bench = Bench::new(tlb);
     let case = Case(Case::of(&["pae", "wp", "nxe"]));
     for (index, bit) in (0..4).flat_map(|index| (0..64).map(move |bit| (index, bit))) {
         for present in [0, 1] {

@@ -1,9 +1,8 @@
 //! Guest programs: what a random (or a remembered) guest does, one [`Op`] after the other.
 
-use crate::model::hardware;
 use crate::model::layout::{self, CR3S, GUEST_PAGES, LOW, LOW_PAGES};
 use crate::model::walker::{Control, EntryAt, Kind, Request};
-use crate::model::world::{Sizes, World, Wrong};
+use crate::model::world::{Caches, Sizes, World, Wrong};
 
 /// What the kernel does after it has edited an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +119,7 @@ pub enum Op {
 /// A program: which CPU does what.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Program {
-    pub tlb: hardware::Memory,
+    pub tlb: Caches,
     pub pae: bool,
     /// Every slot for shadow pages has served before: whoever takes one takes a dead page's.
     pub worn: bool,
@@ -308,7 +307,7 @@ impl Runner {
             Bit::Paging => c.pg = !c.pg,
             Bit::Pae => c.pae = !c.pae,
             Bit::Pse => c.pse = !c.pse,
-            Bit::Global => {}
+            Bit::Global => c.pge = !c.pge,
             Bit::WriteProtect => c.wp = !c.wp,
             Bit::NoExecute => c.nxe = !c.nxe,
             Bit::Smep => c.smep = !c.smep,

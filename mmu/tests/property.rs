@@ -9,10 +9,12 @@ use std::time::Instant;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use umbra_mmu::TlbKind;
 
 use crate::model::hardware::Memory;
 use crate::model::layout::{A, D, G, NX, P, PS, RSVD, U, W};
 use crate::model::walker::Kind;
+use crate::model::world::Caches;
 use crate::program::{Bit, Op, Program, Then};
 
 /// The most operations in one program.
@@ -102,7 +104,15 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 fn program() -> impl Strategy<Value = Program> {
-    let tlb = prop_oneof![4 => Just(Memory::Sticky), 1 => Just(Memory::Lossy), 1 => Just(Memory::None)];
+    let hardware = |memory| Just(Caches::Hardware(memory));
+    let tlb = prop_oneof![
+        4 => hardware(Memory::Sticky),
+        1 => hardware(Memory::Lossy),
+        1 => hardware(Memory::None),
+        4 => Just(Caches::Soft(TlbKind::Sticky)),
+        1 => Just(Caches::Soft(TlbKind::Sized)),
+        1 => any::<u64>().prop_map(|seed| Caches::Soft(TlbKind::Lossy(seed))),
+    ];
     // One CPU does most of the work, the other now and then something.
     let cpu = prop_oneof![4 => Just(0u8), 1 => Just(1u8)];
     (tlb, any::<bool>(), any::<bool>(), prop::collection::vec((cpu, op()), 1..PROGRAM_MAX))

@@ -3,15 +3,19 @@
 use crate::model::hardware::Memory::Sticky;
 use crate::model::layout::{A, D, P, PS, U, W};
 use crate::model::walker::Kind::{Fetch, Read, Write};
+use crate::model::world::Caches;
 use crate::program::Op::*;
 use crate::program::{Bit, Op, Program, Then};
+use umbra_mmu::TlbKind;
 
 const ALL: u16 = P | W | U | A | D;
 
 fn check(pae: bool, ops: &[(u8, Op)]) {
-    let program = Program { tlb: Sticky, pae, worn: false, ops: ops.to_vec() };
-    if let Err(wrong) = program.run() {
-        panic!("{}", wrong.0);
+    for tlb in [Caches::Hardware(Sticky), Caches::Soft(TlbKind::Sticky)] {
+        let program = Program { tlb, pae, worn: false, ops: ops.to_vec() };
+        if let Err(wrong) = program.run() {
+            panic!("{tlb:?}: {}", wrong.0);
+        }
     }
 }
 

@@ -71,7 +71,8 @@ impl Mmu {
             }
             self.pages.touch(found);
             let spte = self.pages.mfn(found).at(l1_index(t.gva) * 8);
-            return self.set_leaf(spte, gfn, rights, seen);
+            let global = t.table.is_some_and(|step| step.gpte.is_global());
+            return self.set_leaf(spte, gfn, LeafRights { global, ..rights }, seen);
         }
         Mapped::Retry
     }
@@ -121,7 +122,7 @@ impl Mmu {
         }
         let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return Mapped::Retry };
         let writable = rights.writable && !self.is_tracked(mfn);
-        let new = Spte::leaf(mfn, writable, rights.executable);
+        let new = Spte::leaf(mfn, writable, rights.executable).with_global(rights.global);
         let old = self.spte(at);
         if old == new {
             return Mapped::Done { changed: false, writable };
@@ -158,7 +159,8 @@ impl Mmu {
         }
         let (writable, executable) =
             (old.is_writable() && rights.writable, old.is_executable() && rights.executable);
-        let new = Spte::leaf(old.mfn(), writable, executable);
+        let global = old.is_global() && rights.global;
+        let new = Spte::leaf(old.mfn(), writable, executable).with_global(global);
         if new != old {
             self.machine.word64(at).store(new.0, Ordering::Release);
             self.owe_leaf(old.mfn());

@@ -5,7 +5,7 @@
 //!
 //! Holds: a role holds everything that an spte of the page depends on beside the guest's entry itself, the p2m
 //! and the flags of the frame mapped. What cannot matter is normalised away, so that pages are shared: WP and
-//! SMEP bind only supervisor code, PSE only directories.
+//! SMEP bind only supervisor code, PSE only directories, PGE nothing.
 //!
 //! See: KVM, Documentation/virt/kvm/x86/mmu.rst, "role".
 
@@ -57,6 +57,8 @@ pub struct LeafRights {
     pub writable: bool,
     /// Fetches.
     pub executable: bool,
+    /// The guest's entry has G.
+    pub global: bool,
 }
 
 /// Mode bits that matter to code of one privilege: WP and SMEP bind supervisor code alone.
@@ -69,11 +71,13 @@ pub(crate) fn effective_mode(mode: Mode, user: bool) -> Mode {
         smep: mode.smep && !user,
         pse: mode.pse && !mode.pae,
         no_execute: mode.no_execute && mode.pae,
+        global_pages: false,
         ..mode
     }
 }
 
-/// What a page of `rights` and D = `dirty` allows to code of the privilege `user`; `None`: nothing at all.
+/// What a page of `rights` and D = `dirty` allows to code of the privilege `user`; `None`: nothing at all. Not global:
+/// whoever has the guest's entry at hand adds that.
 #[inline]
 pub(crate) fn leaf_rights(mode: Mode, user: bool, rights: Rights, dirty: bool) -> Option<LeafRights> {
     if user && !rights.user() {
@@ -82,6 +86,7 @@ pub(crate) fn leaf_rights(mode: Mode, user: bool, rights: Rights, dirty: bool) -
     Some(LeafRights {
         writable: dirty && (rights.writable() || (!user && !mode.write_protect)),
         executable: rights.executable() && (user || !(mode.smep && rights.user())),
+        global: false,
     })
 }
 
@@ -104,7 +109,8 @@ impl Role {
             return None;
         }
         let rights = self.rights.and(gpte.rights(mode));
-        leaf_rights(mode, self.user, rights, gpte.is_dirty()).map(|leaf| (gpte.gfn(mode), leaf))
+        let leaf = leaf_rights(mode, self.user, rights, gpte.is_dirty())?;
+        Some((gpte.gfn(mode), LeafRights { global: gpte.is_global(), ..leaf }))
     }
 
     /// The guest entry that decides spte `index` of this page: its index in the guest's table.

@@ -53,6 +53,7 @@ impl Mmu {
         let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
         // Store, then look at the mark; promotion sets the mark, then looks at the table. One of us sees the other.
         fence(Ordering::SeqCst);
+        self.frames.code_written(mfn);
         if self.frames.flags(mfn) & SHADOWED == 0 {
             return;
         }
@@ -223,8 +224,9 @@ impl Mmu {
         });
         match role.leaf_of(gpte) {
             Some((gfn, rights)) if self.frames.gfn(spte.mfn()) == Some(gfn) => {
-                let excess =
-                    (spte.is_writable() && !rights.writable) || (spte.is_executable() && !rights.executable);
+                let excess = (spte.is_writable() && !rights.writable)
+                    || (spte.is_executable() && !rights.executable)
+                    || (spte.is_global() && !rights.global);
                 if excess {
                     self.narrow_leaf(at, rights);
                 }

@@ -6,7 +6,8 @@
 //!
 //! | event | forgets |
 //! |---|---|
-//! | MOV CR3 and its kin | everything (global pages too: Umbra promises more than it must) |
+//! | a change of CR0 or CR4 that flushes | everything |
+//! | MOV CR3 | the same, but for global pages while CR4.PGE is set and a TLB in software is at work (Umbra promises more where hardware runs) |
 //! | INVLPG | the page's translations, and all paging-structure caches |
 //! | a page fault that the guest sees | the page's translations, and the structures that lead to it |
 
@@ -19,6 +20,8 @@ use super::walker::{self, Cacheable, Control, Entry, Request};
 #[derive(Debug, Default)]
 pub struct TlbRules {
     all: u64,
+    /// The last flush that left global pages alone.
+    local: u64,
     pages: HashMap<u32, u64>,
     /// When the paging-structure caches were emptied, rising.
     structures: Vec<u64>,
@@ -28,6 +31,12 @@ impl TlbRules {
     /// Forgets everything.
     pub fn flush(&mut self, now: u64) {
         *self = TlbRules { all: now, ..TlbRules::default() };
+    }
+
+    /// Forgets everything but global pages.
+    pub fn flush_but_global(&mut self, now: u64) {
+        self.local = now;
+        self.structures.push(now);
     }
 
     /// INVLPG of `va`.
@@ -49,11 +58,21 @@ impl TlbRules {
 
     /// Every translation of `va` that this CPU may use now for `r`.
     pub fn permitted(&self, memory: &Memory, c: &Control, va: u32, r: Request) -> Vec<Cacheable> {
-        let since = self.pages.get(&(va >> 12)).copied().unwrap_or(self.all);
-        let mut found = Vec::new();
         if !c.pg {
             return walker::look(memory, c, va).into_iter().collect();
         }
+        let since = self.pages.get(&(va >> 12)).copied().unwrap_or(self.all);
+        let mut found = self.cacheable(memory, c, va, since.max(self.local));
+        if c.pge && self.local > since {
+            found.extend(self.cacheable(memory, c, va, since).into_iter().filter(|t| t.global));
+        }
+        found.retain(|t| t.serves(c, r));
+        found
+    }
+
+    /// Every translation of `va` that a walk can have made after `since`.
+    fn cacheable(&self, memory: &Memory, c: &Control, va: u32, since: u64) -> Vec<Cacheable> {
+        let mut found = Vec::new();
         let Some(pde_at) = walker::directory_entry_at(c, va) else { return found };
         for pde in memory.past(pde_at.address, pde_at.size, since) {
             match walker::directory_entry(c, pde.value) {
@@ -68,7 +87,6 @@ impl TlbRules {
                 _ => found.extend(walker::combine(c, va, pde.value, 0)),
             }
         }
-        found.retain(|t| t.serves(c, r));
         found
     }
 

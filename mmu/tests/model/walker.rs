@@ -17,6 +17,7 @@ pub struct Control {
     pub wp: bool,
     pub nxe: bool,
     pub smep: bool,
+    pub pge: bool,
     pub cr3: u32,
     /// The PDPTE registers.
     pub pdpte: [u64; 4],
@@ -243,6 +244,7 @@ pub struct Cacheable {
     pub grants: Grants,
     pub accessed: bool,
     pub dirty: bool,
+    pub global: bool,
 }
 
 impl Cacheable {
@@ -257,7 +259,8 @@ impl Cacheable {
 pub fn combine(c: &Control, va: u32, pde: u64, pte: u64) -> Option<Cacheable> {
     match (directory_entry(c, pde), table_entry(c, pte)) {
         (Entry::Page { address, grants, accessed, dirty }, _) => {
-            Some(Cacheable { physical: in_large_page(c, address, va), grants, accessed, dirty })
+            let global = bit(pde, 8);
+            Some(Cacheable { physical: in_large_page(c, address, va), grants, accessed, dirty, global })
         }
         (
             Entry::Table { grants: above, accessed: seen, .. },
@@ -267,6 +270,7 @@ pub fn combine(c: &Control, va: u32, pde: u64, pte: u64) -> Option<Cacheable> {
             grants: both(above, grants),
             accessed: seen && accessed,
             dirty,
+            global: bit(pte, 8),
         }),
         _ => None,
     }
@@ -276,7 +280,13 @@ pub fn combine(c: &Control, va: u32, pde: u64, pte: u64) -> Option<Cacheable> {
 pub fn look(memory: &Memory, c: &Control, va: u32) -> Option<Cacheable> {
     if !c.pg {
         let all = Grants { write: true, user: true, fetch: true };
-        return Some(Cacheable { physical: u64::from(va), grants: all, accessed: true, dirty: true });
+        return Some(Cacheable {
+            physical: u64::from(va),
+            grants: all,
+            accessed: true,
+            dirty: true,
+            global: false,
+        });
     }
     let pde = read(memory, directory_entry_at(c, va)?);
     let pte = match directory_entry(c, pde) {

@@ -17,8 +17,8 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::{
-    Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mmu, Mode, Outcome,
-    PageFault, Refusal, Shootdown, Vcpu, Width,
+    Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode, Outcome,
+    PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -31,6 +31,15 @@ use super::walker::{self, Control, Fault, Kind, Request};
 #[derive(Debug)]
 pub struct Wrong(pub String);
 
+/// What the CPUs of a world remember translations in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caches {
+    /// Hardware, as the naive twin has it: PCIDs, paging-structure caches, nothing flushed but everything.
+    Hardware(hardware::Memory),
+    /// The mmu's own TLB.
+    Soft(TlbKind),
+}
+
 /// The sizes of a world.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -38,7 +47,7 @@ pub struct Sizes {
     pub machine_frames: u32,
     pub shadow_pages_max: u32,
     pub vcpus: u32,
-    pub tlb: hardware::Memory,
+    pub tlb: Caches,
 }
 
 #[derive(Debug)]
@@ -46,7 +55,8 @@ pub struct Cpu {
     pub vcpu: Vcpu,
     pub control: Control,
     pub rules: TlbRules,
-    tlb: Tlb,
+    /// None where the vCPU has a TLB in software.
+    tlb: Option<Tlb>,
     /// The privilege whose root is loaded, while it runs guest code.
     running: Option<bool>,
 }
@@ -142,10 +152,16 @@ impl World {
         let mmu = Arc::new(Mmu::new(Machine::new(machine.clone()), config, Box::new(kick)));
         back.set(Arc::downgrade(&mmu)).expect("set once");
         let cpu = |id| Cpu {
-            vcpu: mmu.vcpu(id),
+            vcpu: match sizes.tlb {
+                Caches::Hardware(_) => mmu.vcpu(id),
+                Caches::Soft(kind) => mmu.soft_vcpu(id, kind),
+            },
             control: Control::default(),
             rules: TlbRules::default(),
-            tlb: Tlb::new(sizes.tlb),
+            tlb: match sizes.tlb {
+                Caches::Hardware(memory) => Some(Tlb::new(memory)),
+                Caches::Soft(_) => None,
+            },
             running: None,
         };
         World {
@@ -230,8 +246,11 @@ impl World {
     /// Runs on in the guest without an access of note: the hardware may load any translation.
     pub fn speculate(&mut self, cpu: usize, va: u32, user: bool) -> Result<(), Wrong> {
         let root = self.enter(cpu, user)?;
-        let machine = self.machine.clone();
-        self.cpus[cpu].tlb.speculate(&machine, root, va);
+        let Cpu { tlb, vcpu, .. } = &mut self.cpus[cpu];
+        match tlb {
+            Some(tlb) => tlb.speculate(&self.machine, root, va),
+            None => drop(self.mmu.tlb_translate(vcpu, Gva(va), Access::read(user))),
+        }
         Ok(())
     }
 
@@ -256,7 +275,9 @@ impl World {
             write_protect: new.wp,
             no_execute: new.nxe,
             smep: new.smep,
+            global_pages: new.pge,
         };
+        let keeps_global = self.cpus[cpu].tlb.is_none() && new.pge && mode == self.cpus[cpu].vcpu.mode();
         let how = if flush { Flush::Yes } else { Flush::No };
         let got = self.mmu.set_paging(&mut self.cpus[cpu].vcpu, mode, new.cr3, how);
         match (want, got) {
@@ -264,7 +285,11 @@ impl World {
                 self.cpus[cpu].control = Control { pdpte, ..new };
                 if flush {
                     let now = self.memory.tick();
-                    self.cpus[cpu].rules.flush(now);
+                    if keeps_global {
+                        self.cpus[cpu].rules.flush_but_global(now);
+                    } else {
+                        self.cpus[cpu].rules.flush(now);
+                    }
                     let horizon = self.cpus.iter().map(|c| c.rules.horizon()).min().unwrap_or(0);
                     self.memory.forget_before(horizon);
                 }
@@ -294,10 +319,13 @@ impl World {
         self.memory.write(physical, size, value);
     }
 
-    /// As if every CPU had flushed: for tests whose hardware has no TLB.
+    /// As if every CPU had flushed: for tests whose hardware has no TLB. One in software does flush.
     pub fn forget_past(&mut self) {
         let now = self.memory.tick();
-        self.cpus.iter_mut().for_each(|cpu| cpu.rules.flush(now));
+        for cpu in &mut self.cpus {
+            cpu.rules.flush(now);
+            cpu.vcpu.tlb().inspect(|tlb| tlb.flush_all());
+        }
         self.memory.forget_before(now);
     }
 
@@ -467,8 +495,7 @@ impl World {
         let mut fixed = false;
         for _ in 0..3 {
             let root = self.enter(cpu, r.user)?;
-            let machine = self.machine.clone();
-            if let Ok(address) = self.cpus[cpu].tlb.access(&machine, root, va, r.kind) {
+            if let Some(address) = self.reach(cpu, root, va, r)? {
                 return self.judge_success(cpu, va, r, address, fixed).map(Ok);
             }
             *trapped = true;
@@ -502,6 +529,19 @@ impl World {
             }
         }
         Err(self.wrong(cpu, va, r, "fixed, and faults again"))
+    }
+
+    /// What the CPU reaches by itself for `va`: a machine address.
+    fn reach(&mut self, cpu: usize, root: u64, va: u32, r: Request) -> Result<Option<u64>, Wrong> {
+        let Cpu { tlb, vcpu, .. } = &mut self.cpus[cpu];
+        if let Some(tlb) = tlb {
+            return Ok(tlb.access(&self.machine, root, va, r.kind).ok());
+        }
+        match self.mmu.tlb_translate(vcpu, Gva(va), access_of(r)) {
+            Ok(mfn) => Ok(Some(mfn.at(va & 0xfff).0)),
+            Err(Miss::Fault) => Ok(None),
+            Err(Miss::Incoherent(violation)) => Err(self.wrong(cpu, va, r, &violation.to_string())),
+        }
     }
 
     /// The hardware made the access: did it have the right to?
@@ -542,10 +582,14 @@ impl World {
         };
         if !self.inside[cpu].swap(true, Ordering::SeqCst) {
             self.cpus[cpu].running = Some(user);
-            if self.mmu.coherence().enter_guest(cpu as u32) {
-                let epoch = self.mmu.coherence().begin_flush();
-                self.cpus[cpu].tlb.flush();
-                self.mmu.coherence().end_flush(cpu as u32, epoch);
+            match &mut self.cpus[cpu].tlb {
+                None => drop(self.mmu.tlb_enter(&self.cpus[cpu].vcpu)),
+                Some(tlb) if self.mmu.coherence().enter_guest(cpu as u32) => {
+                    let epoch = self.mmu.coherence().begin_flush();
+                    tlb.flush();
+                    self.mmu.coherence().end_flush(cpu as u32, epoch);
+                }
+                Some(_) => {}
             }
         }
         Ok(root.0)

@@ -13,6 +13,7 @@ pub fn mode_of(cpu: &CpuState) -> Mode {
         write_protect: cpu.cr0 & cr0::WP != 0,
         no_execute: cpu.msrs.efer & efer::NXE != 0,
         smep: cpu.cr4 & cr4::SMEP != 0,
+        global_pages: cpu.cr4 & cr4::PGE != 0,
     }
 }
 

@@ -1,0 +1,570 @@
+//! A TLB in software: what a vCPU without hardware remembers of the shadow page tables.
+//!
+//! Story: an interpreter's loads, stores and fetches look here first ([`Mmu::tlb_load`] and its kin). A miss walks the
+//! *shadow* tables as hardware would; where those say no, the caller has [`Mmu::fault`] do what it does for hardware,
+//! and tries again. The TLB is told to forget by the same calls that make hardware flush: INVLPG, MOV CR3, and the
+//! ledger's requests on the way into the guest ([`Mmu::tlb_enter`]).
+//!
+//! ```text
+//! access --> set of its page --hit--> generations still those of the fill? --> frame
+//!               |                        no: Incoherent, the run ends with a report
+//!              miss --> shadow root .. spte --present, allows--> fill under bucket(gfn) --> frame
+//!                          no: Miss::Fault
+//! ```
+//!
+//! Entries carry the root they were made under, as with process-context identifiers: a change of CPL or of CR3 costs
+//! nothing, and nothing is forgotten by it. Three temperaments ([`TlbKind`]), of which the hostile ones find missing
+//! flushes: an entry that should be gone is used.
+//!
+//! Holds: INV-TLB-1, the generations of an entry are those that its frame had when the spte was read, both under
+//! bucket(gfn). INV-TLB-2, a hit whose generation is not that of now is never used, but reported: the frame has been
+//! handed on, or its write permission taken, and this TLB was not flushed. The check is made at each hit; while no
+//! generation anywhere has advanced since the entry was last checked, it is one comparison.
+//!
+//! Locks: a hit takes none; a fill takes its first-level page and bucket(gfn), one after the other. Nothing sleeps.
+//!
+//! Limits: with several vCPUs a generation of write permission advances before the shootdown is complete; the check is
+//! exact for one.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt;
+
+use crate::Mmu;
+use crate::access::{Access, AccessKind};
+use crate::addr::{Gfn, Gva, Mfn};
+use crate::p2m::Generations;
+use crate::shadow::RootRef;
+use crate::shadow::role::Shape;
+use crate::spte::{Spte, l1_index};
+use crate::vcpu::Vcpu;
+
+/// Sets of the cache, a power of two.
+const SETS: usize = 512;
+/// Entries in a set.
+const WAYS: usize = 4;
+/// Regions of 4 MiB, the largest page there is.
+const REGIONS: usize = 1024;
+/// A `lossy` TLB forgets one entry in so many hits.
+const LOSS: u64 = 8;
+
+/// How a software TLB forgets of its own accord.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlbKind {
+    /// As hardware does: set-associative, the oldest of a set goes when a new one comes.
+    Sized,
+    /// Never: what it has learnt it knows until it is told to forget. The most hostile TLB that is legal.
+    Sticky,
+    /// At random, seeded.
+    Lossy(u64),
+}
+
+/// Why a TLB has no frame for an access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Miss {
+    /// The shadow does not allow it: [`Mmu::fault`], then again.
+    Fault,
+    /// A translation was used that should have been flushed: a fault of the VMM's own.
+    Incoherent(Box<Violation>),
+}
+
+/// INV-TLB-2 broken: the TLB still held what had been handed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// The vCPU whose TLB it is.
+    pub vcpu: u32,
+    /// The access that hit.
+    pub gva: Gva,
+    /// What it was to do.
+    pub kind: AccessKind,
+    /// The guest page that the entry is for.
+    pub gfn: Gfn,
+    /// The frame that it led to.
+    pub mfn: Mfn,
+    /// Generations at the fill.
+    pub filled: Generations,
+    /// Generations now.
+    pub now: Generations,
+    /// The flush clock of the last removal of an spte to that frame.
+    pub removed_at: u64,
+    /// The flush clock of this vCPU's last full flush.
+    pub flushed_at: u64,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lost = if self.filled.mapping == self.now.mapping { "write permission" } else { "frame" };
+        write!(
+            f,
+            "INV-TLB-2: vCPU {} used a stale translation, {:?} at {} to guest page {} in frame {}: the page's {lost} \
+             changed hands (mapping {} to {}, write {} to {}). The last translation to the frame was removed at flush \
+             clock {}, the vCPU's last full flush was at {}",
+            self.vcpu,
+            self.kind,
+            self.gva,
+            self.gfn,
+            self.mfn,
+            self.filled.mapping,
+            self.now.mapping,
+            self.filled.write,
+            self.now.write,
+            self.removed_at,
+            self.flushed_at,
+        )
+    }
+}
+
+/// Where decoded code stands: a frame, and the generation of what is in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CodeFrame {
+    /// The frame.
+    pub mfn: Mfn,
+    /// Its code generation, never 0; any store to the frame ends it ([`Mmu::code_generation`]).
+    pub generation: u32,
+}
+
+/// One translation of a page of 4 KiB.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    /// Valid bit, root and page; 0 for no entry.
+    tag: u64,
+    /// The spte as it was.
+    spte: Spte,
+    generations: Generations,
+    /// [`crate::p2m::P2m::advances`] when the generations were last compared.
+    checked: u64,
+    gfn: Gfn,
+    /// It is a part of a guest page that may be larger: INVLPG of any of its addresses forgets it.
+    large: bool,
+}
+
+const NOTHING: Entry = Entry {
+    tag: 0,
+    spte: Spte::ABSENT,
+    generations: Generations { mapping: 0, write: 0 },
+    checked: 0,
+    gfn: Gfn(0),
+    large: false,
+};
+
+const VALID: u64 = 1 << 63;
+const PAGE_BITS: u32 = 20;
+
+fn tag_of(root: u32, gva: Gva) -> u64 {
+    VALID | u64::from(root) << PAGE_BITS | u64::from(gva.0 >> 12)
+}
+
+/// The page of a tag.
+fn page_of(tag: u64) -> u32 {
+    (tag & ((1 << PAGE_BITS) - 1)) as u32
+}
+
+/// The region of 4 MiB that a page is in.
+fn region_of(page: u32) -> usize {
+    (page >> 10) as usize
+}
+
+#[inline(always)]
+fn set_of(gva: Gva) -> usize {
+    (gva.0 >> 12) as usize % SETS
+}
+
+/// The TLB of one vCPU. It belongs to the vCPU's thread.
+#[derive(Debug)]
+pub struct SoftTlb {
+    kind: TlbKind,
+    sets: Box<[[Cell<Entry>; WAYS]]>,
+    /// What `sticky` remembers beside `sets`, by page.
+    store: RefCell<HashMap<u32, Vec<Entry>>>,
+    random: Cell<u64>,
+    /// Sets that may hold entries, a bit each: what a flush has to look at.
+    used: [Cell<u64>; SETS / 64],
+    /// Regions of 4 MiB that may have entries of large pages, a bit each.
+    large: [Cell<u64>; REGIONS / 64],
+    /// Changes whenever something is forgotten because somebody asked.
+    version: Cell<u64>,
+    /// Epoch of the last flush of all that is not global.
+    local_flush: Cell<u64>,
+    stats: Cell<TlbStats>,
+}
+
+/// What a TLB did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TlbStats {
+    /// Entries made.
+    pub fills: u64,
+    /// Pages forgotten by INVLPG or a page fault.
+    pub page_flushes: u64,
+    /// Flushes of everything, or of everything but global pages.
+    pub flushes: u64,
+}
+
+impl SoftTlb {
+    pub(crate) fn new(kind: TlbKind) -> SoftTlb {
+        let seed = if let TlbKind::Lossy(seed) = kind { seed } else { 0 };
+        SoftTlb {
+            kind,
+            sets: (0..SETS).map(|_| std::array::from_fn(|_| Cell::new(NOTHING))).collect(),
+            store: RefCell::default(),
+            random: Cell::new(seed | 1),
+            used: std::array::from_fn(|_| Cell::new(0)),
+            large: std::array::from_fn(|_| Cell::new(0)),
+            version: Cell::new(1),
+            local_flush: Cell::new(0),
+            stats: Cell::default(),
+        }
+    }
+
+    /// What it did so far.
+    pub fn stats(&self) -> TlbStats {
+        self.stats.get()
+    }
+
+    /// Its temperament.
+    pub fn kind(&self) -> TlbKind {
+        self.kind
+    }
+
+    /// Forgets the page of `gva` under every root, and with it every part of a large page that the address may be in.
+    pub fn flush_page(&self, gva: Gva) {
+        self.count(|s| s.page_flushes += 1);
+        let page = gva.0 >> 12;
+        self.set(gva).iter().filter(|e| page_of(e.get().tag) == page).for_each(|e| e.set(NOTHING));
+        self.store.borrow_mut().remove(&page);
+        let region = region_of(page);
+        let (word, bit) = (&self.large[region / 64], 1 << (region % 64));
+        if word.get() & bit != 0 {
+            word.set(word.get() & !bit);
+            self.retain(|entry| !(entry.large && region_of(page_of(entry.tag)) == region));
+        }
+        self.change_version();
+    }
+
+    /// Forgets everything.
+    pub fn flush_all(&self) {
+        self.count(|s| s.flushes += 1);
+        self.retain(|_| false);
+        self.large.iter().for_each(|word| word.set(0));
+        self.change_version();
+    }
+
+    /// Forgets everything but what the guest calls global.
+    pub fn flush_all_but_global(&self) {
+        self.count(|s| s.flushes += 1);
+        self.retain(|entry| entry.spte.is_global());
+        self.change_version();
+    }
+
+    fn retain(&self, keep: impl Fn(&Entry) -> bool) {
+        for (number, word) in self.used.iter().enumerate() {
+            let mut rest = word.get();
+            while rest != 0 {
+                let bit = rest.trailing_zeros();
+                rest &= rest - 1;
+                let set = &self.sets[number * 64 + bit as usize];
+                set.iter().filter(|entry| !keep(&entry.get())).for_each(|entry| entry.set(NOTHING));
+                if set.iter().all(|entry| entry.get().tag == 0) {
+                    word.set(word.get() & !(1 << bit));
+                }
+            }
+        }
+        self.store.borrow_mut().retain(|_, entries| {
+            entries.retain(&keep);
+            !entries.is_empty()
+        });
+    }
+
+    fn change_version(&self) {
+        self.version.set(self.version.get() + 1);
+    }
+
+    #[inline(always)]
+    fn set(&self, gva: Gva) -> &[Cell<Entry>; WAYS] {
+        &self.sets[set_of(gva)]
+    }
+
+    /// The entry of `tag`, moved to the front of its set.
+    fn recall(&self, tag: u64, gva: Gva) -> Option<Entry> {
+        if self.forgets_now() {
+            self.drop_entry(tag, gva);
+            return None;
+        }
+        let set = self.set(gva);
+        if let Some(way) = set.iter().position(|entry| entry.get().tag == tag) {
+            set[0].swap(&set[way]);
+            return Some(set[0].get());
+        }
+        if self.kind != TlbKind::Sticky {
+            return None;
+        }
+        let found = self.store.borrow().get(&page_of(tag))?.iter().find(|e| e.tag == tag).copied()?;
+        self.put_in_set(found, gva);
+        Some(found)
+    }
+
+    /// Lossy: is it time to forget?
+    fn forgets_now(&self) -> bool {
+        if !matches!(self.kind, TlbKind::Lossy(_)) {
+            return false;
+        }
+        let mut x = self.random.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random.set(x);
+        x % LOSS == 0
+    }
+
+    fn insert(&self, entry: Entry, gva: Gva) {
+        self.count(|s| s.fills += 1);
+        if entry.large {
+            let region = region_of(gva.0 >> 12);
+            let word = &self.large[region / 64];
+            word.set(word.get() | 1 << (region % 64));
+        }
+        self.put_in_set(entry, gva);
+        if self.kind == TlbKind::Sticky {
+            let mut store = self.store.borrow_mut();
+            let entries = store.entry(page_of(entry.tag)).or_default();
+            entries.retain(|old| old.tag != entry.tag);
+            entries.push(entry);
+        }
+    }
+
+    /// Puts it in front; the last of the set goes.
+    fn put_in_set(&self, entry: Entry, gva: Gva) {
+        let number = set_of(gva);
+        let word = &self.used[number / 64];
+        word.set(word.get() | 1 << (number % 64));
+        let set = &self.sets[number];
+        let last = set.iter().position(|e| e.get().tag == entry.tag).unwrap_or(WAYS - 1);
+        for way in (1..=last).rev() {
+            set[way].set(set[way - 1].get());
+        }
+        set[0].set(entry);
+    }
+
+    /// Forgets one entry, as a CPU does whose walk finds another translation.
+    fn drop_entry(&self, tag: u64, gva: Gva) {
+        self.set(gva).iter().filter(|e| e.get().tag == tag).for_each(|e| e.set(NOTHING));
+        if let Some(entries) = self.store.borrow_mut().get_mut(&page_of(tag)) {
+            entries.retain(|entry| entry.tag != tag);
+        }
+    }
+
+    fn count(&self, change: impl FnOnce(&mut TlbStats)) {
+        let mut stats = self.stats.get();
+        change(&mut stats);
+        self.stats.set(stats);
+    }
+}
+
+impl Mmu {
+    /// The frame that `vcpu` reaches for `access` at `gva`, as its TLB or the shadow has it. The vCPU is in the guest.
+    ///
+    /// # Errors
+    ///
+    /// [`Miss`]; always [`Miss::Fault`] for a vCPU without a software TLB.
+    #[inline(always)]
+    pub fn tlb_translate(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Mfn, Miss> {
+        let user = access.user && vcpu.mode.paging;
+        let (Some(tlb), Some(root)) = (&vcpu.tlb, vcpu.roots[usize::from(user)].get()) else {
+            return Err(Miss::Fault);
+        };
+        let tag = tag_of(root.index, gva);
+        let first = tlb.set(gva)[0].get();
+        let current = first.tag == tag && first.checked == self.p2m.advances();
+        if current && first.spte.allows(access.kind) && !matches!(tlb.kind, TlbKind::Lossy(_)) {
+            return Ok(first.spte.mfn());
+        }
+        self.tlb_find(vcpu, tlb, root, gva, access.kind)
+    }
+
+    /// The other ways of the set, the store, the generations; then the shadow.
+    #[cold]
+    fn tlb_find(
+        &self,
+        vcpu: &Vcpu,
+        tlb: &SoftTlb,
+        root: RootRef,
+        gva: Gva,
+        kind: AccessKind,
+    ) -> Result<Mfn, Miss> {
+        let tag = tag_of(root.index, gva);
+        if let Some(mut entry) = tlb.recall(tag, gva) {
+            if entry.spte.allows(kind) {
+                let advances = self.p2m.advances();
+                if entry.checked != advances {
+                    self.check_entry(vcpu, &entry, gva, kind)?;
+                    entry.checked = advances;
+                    tlb.put_in_set(entry, gva);
+                }
+                return Ok(entry.spte.mfn());
+            }
+            tlb.drop_entry(tag, gva);
+        }
+        let entry = self.tlb_walk(root, gva).ok_or(Miss::Fault)?;
+        if !entry.spte.allows(kind) {
+            return Err(Miss::Fault);
+        }
+        tlb.insert(entry, gva);
+        Ok(entry.spte.mfn())
+    }
+
+    /// INV-TLB-2. A read or a fetch needs the mapping to be of now, a store the right to write too.
+    fn check_entry(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind) -> Result<(), Miss> {
+        let now = self.p2m.generations(entry.gfn);
+        let filled = entry.generations;
+        let stale = filled.mapping != now.mapping || (kind == AccessKind::Write && filled.write != now.write);
+        if !stale {
+            return Ok(());
+        }
+        Err(Miss::Incoherent(Box::new(Violation {
+            vcpu: vcpu.id,
+            gva,
+            kind,
+            gfn: entry.gfn,
+            mfn: entry.spte.mfn(),
+            filled,
+            now,
+            removed_at: self.frames.debt(entry.spte.mfn()),
+            flushed_at: self.coherence.flushed(vcpu.id),
+        })))
+    }
+
+    /// Walks the shadow as hardware would; `None` where it has no leaf.
+    fn tlb_walk(&self, root: RootRef, gva: Gva) -> Option<Entry> {
+        let slot = self.find_table(root, gva)?;
+        let large = {
+            let page = self.pages.lock(slot, false);
+            page.key?.role.shape == Shape::Linear
+        };
+        let at = self.pages.mfn(slot).at(l1_index(gva) * 8);
+        let spte = self.spte(at);
+        let gfn = spte.is_present().then(|| self.frames.gfn(spte.mfn())).flatten()?;
+        // INV-TLB-1: an invalidation that advances the generation takes the spte away under this lock first.
+        let _bucket = self.buckets.lock(gfn);
+        let checked = self.p2m.advances();
+        let still = self.spte(at) == spte;
+        let tag = tag_of(root.index, gva);
+        still.then(|| Entry { tag, spte, generations: self.p2m.generations(gfn), checked, gfn, large })
+    }
+
+    /// Into the guest: marks the vCPU as inside and makes the flush that is owed, if one is. Says whether there was one.
+    pub fn tlb_enter(&self, vcpu: &Vcpu) -> bool {
+        let owed = self.coherence.enter_guest(vcpu.id);
+        if owed {
+            let epoch = self.coherence.begin_flush();
+            if let Some(tlb) = &vcpu.tlb {
+                tlb.flush_all();
+            }
+            self.coherence.end_flush(vcpu.id, epoch);
+        }
+        owed
+    }
+
+    /// What the guest's own flush of everything (`all`), or of all but global pages, asks of a software TLB. Nothing
+    /// where nothing was removed since the last one.
+    pub(crate) fn tlb_flush_if_owed(&self, vcpu: &Vcpu, all: bool) {
+        let Some(tlb) = &vcpu.tlb else { return };
+        let since = tlb.local_flush.get().max(self.coherence.flushed(vcpu.id));
+        if !all && !self.coherence.removed_since(since) {
+            return;
+        }
+        tlb.local_flush.set(self.coherence.begin_flush());
+        if all || !vcpu.mode.global_pages {
+            tlb.flush_all();
+        } else {
+            tlb.flush_all_but_global();
+        }
+    }
+
+    /// Marks the frame behind `gva` as one that decoded code was made from, for code of privilege `user`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`].
+    pub fn code_frame(&self, vcpu: &Vcpu, gva: Gva, user: bool) -> Result<CodeFrame, Miss> {
+        let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
+        Ok(CodeFrame { mfn, generation: self.frames.mark_code(mfn) })
+    }
+
+    /// The code generation of a frame now; 0 when its contents changed since it was last marked. A frame that is not of
+    /// the machine has none.
+    #[inline]
+    pub fn code_generation(&self, mfn: Mfn) -> u32 {
+        self.frames.code(mfn)
+    }
+
+    /// A number that changes whenever a translation of this vCPU's may have changed: what was learnt by linear address
+    /// before is void.
+    #[inline]
+    pub fn tlb_version(&self, vcpu: &Vcpu) -> u64 {
+        let version = vcpu.tlb.as_ref().map_or(0, |tlb| tlb.version.get());
+        version.wrapping_add(self.p2m.advances())
+    }
+
+    /// Loads `width` bytes, zero-extended, through the TLB. The access lies within a page.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`].
+    #[inline(always)]
+    pub fn tlb_load(&self, vcpu: &Vcpu, gva: Gva, width: crate::Width, user: bool) -> Result<u64, Miss> {
+        let mfn = self.tlb_translate(vcpu, gva, Access::read(user))?;
+        Ok(self.machine.load(mfn.at(gva.offset()), width))
+    }
+
+    /// Stores the low `width` bytes of `value` through the TLB. The access lies within a page.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`]; nothing is stored then.
+    #[inline(always)]
+    pub fn tlb_store(
+        &self,
+        vcpu: &Vcpu,
+        gva: Gva,
+        width: crate::Width,
+        value: u64,
+        user: bool,
+    ) -> Result<(), Miss> {
+        let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
+        self.machine.store(mfn.at(gva.offset()), width, value);
+        self.frames.code_written(mfn);
+        Ok(())
+    }
+
+    /// Replaces the `width` bytes at `gva` by `change` of them, atomically where they lie within an aligned 8-byte word,
+    /// and returns the old ones. `change` may run more than once. The access lies within a page.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`]; nothing is stored then.
+    #[inline]
+    pub fn tlb_update(
+        &self,
+        vcpu: &Vcpu,
+        gva: Gva,
+        width: crate::Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, Miss> {
+        let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
+        let old = self.machine.update(mfn.at(gva.offset()), width, change);
+        self.frames.code_written(mfn);
+        Ok(old)
+    }
+
+    /// Copies instruction bytes at `gva` out, as many as `buffer` and the page hold; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`].
+    pub fn tlb_fetch(&self, vcpu: &Vcpu, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, Miss> {
+        let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
+        let here = buffer.len().min((4096 - gva.offset()) as usize);
+        self.machine.read(mfn.at(gva.offset()), &mut buffer[..here]);
+        Ok(here)
+    }
+}
