@@ -344,7 +344,7 @@ impl SoftTlb {
         set[0].set(entry);
     }
 
-    /// Forgets one entry, as a CPU does whose walk finds another translation.
+    /// Forgets one entry.
     fn drop_entry(&self, tag: u64, gva: Gva) {
         self.set(gva).iter().filter(|e| e.get().tag == tag).for_each(|e| e.set(NOTHING));
         if let Some(entries) = self.store.borrow_mut().get_mut(&page_of(tag)) {
@@ -401,7 +401,6 @@ impl Mmu {
                 }
                 return Ok(entry.spte.mfn());
             }
-            tlb.drop_entry(tag, gva);
         }
         let entry = self.tlb_walk(root, gva).ok_or(Miss::Fault)?;
         if !entry.spte.allows(kind) {

@@ -1,7 +1,7 @@
 //! Guest programs that once behaved otherwise than on a CPU, shrunk, kept for ever.
 
 use crate::model::hardware::Memory::Sticky;
-use crate::model::layout::{A, D, P, PS, U, W};
+use crate::model::layout::{A, D, G, P, PS, U, W};
 use crate::model::walker::Kind::{Fetch, Read, Write};
 use crate::model::world::Caches;
 use crate::program::Op::*;
@@ -115,6 +115,40 @@ fn status_bits_of_one_format_are_address_bits_of_the_other() {
             (0, Switch { pae: false, which: 0 }),
             (0, LoadCr3 { which: 2 }),
             (0, touch(Read, false, 6)),
+        ],
+    );
+}
+
+/// INVLPG of one address of a large page forgets all of it, whichever parts a TLB had.
+#[test]
+fn invlpg_forgets_every_part_of_a_large_page() {
+    for pae in [false, true] {
+        check(
+            pae,
+            &[
+                (0, Edit { page: 0, level: 2, frame: 51, bits: ALL | PS, then: Then::LoadCr3 }),
+                (0, touch(Read, false, 0)),
+                (0, touch(Read, false, 6)),
+                (0, Edit { page: 0, level: 2, frame: 0, bits: ALL | PS, then: Then::Invlpg }),
+                (0, touch(Read, false, 6)),
+            ],
+        );
+    }
+}
+
+/// A page that has lost its G, and was invalidated since, does not outlive the next MOV CR3.
+#[test]
+fn a_page_that_is_global_no_more_goes_with_a_cr3_load() {
+    check(
+        false,
+        &[
+            (0, Flip { bit: Bit::Global }),
+            (0, Edit { page: 0, level: 1, frame: 16, bits: ALL | G, then: Then::LoadCr3 }),
+            (0, touch(Read, false, 0)),
+            (0, Toggle { page: 0, level: 1, bits: G, then: Then::Invlpg }),
+            (0, touch(Read, false, 0)),
+            (0, Edit { page: 0, level: 1, frame: 17, bits: ALL, then: Then::LoadCr3 }),
+            (0, touch(Read, false, 0)),
         ],
     );
 }

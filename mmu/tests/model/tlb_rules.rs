@@ -8,7 +8,7 @@
 //! |---|---|
 //! | a change of CR0 or CR4 that flushes | everything |
 //! | MOV CR3 | the same, but for global pages while CR4.PGE is set and a TLB in software is at work (Umbra promises more where hardware runs) |
-//! | INVLPG | the page's translations, and all paging-structure caches |
+//! | INVLPG | the page's translations, those of a large page as a whole, and all paging-structure caches |
 //! | a page fault that the guest sees | the page's translations, and the structures that lead to it |
 
 use std::collections::HashMap;
@@ -23,6 +23,8 @@ pub struct TlbRules {
     /// The last flush that left global pages alone.
     local: u64,
     pages: HashMap<u32, u64>,
+    /// The last INVLPG in each 2 MiB.
+    regions: HashMap<u32, u64>,
     /// When the paging-structure caches were emptied, rising.
     structures: Vec<u64>,
 }
@@ -42,6 +44,7 @@ impl TlbRules {
     /// INVLPG of `va`.
     pub fn invalidate(&mut self, va: u32, now: u64) {
         self.pages.insert(va >> 12, now);
+        self.regions.insert(va >> 21, now);
         self.structures.push(now);
     }
 
@@ -84,10 +87,20 @@ impl TlbRules {
                         }
                     }
                 }
-                _ => found.extend(walker::combine(c, va, pde.value, 0)),
+                _ if pde.until > self.large_since(c, va) => {
+                    found.extend(walker::combine(c, va, pde.value, 0));
+                }
+                _ => {}
             }
         }
         found
+    }
+
+    /// The last INVLPG in the large page around `va`.
+    fn large_since(&self, c: &Control, va: u32) -> u64 {
+        let first = if c.pae { va >> 21 } else { va >> 22 << 1 };
+        let last = if c.pae { first } else { first + 1 };
+        (first..=last).filter_map(|region| self.regions.get(&region)).max().copied().unwrap_or(0)
     }
 
     /// True when one walk can have read both: the directory entry at some time, the table entry then or later,
