@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use umbra_mmu::TlbKind;
 
+use crate::boot::notes::Notes;
 use crate::units::{parse_duration, parse_size};
 
 /// Umbra: a KVM-based VMM whose MMU lives in userspace.
@@ -56,7 +58,55 @@ pub enum Backend {
     Auto,
     /// /dev/kvm.
     Kvm,
+    /// The interpreter: needs no /dev/kvm.
+    Soft,
 }
+
+/// What runs the guest's kernel on the kvm backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Supervisor {
+    /// As the image's ELF note says; the interpreter if it has none.
+    Auto,
+    /// KVM, at CPL 3: fast, and right for kernels that avoid what CPL 3 shows differently.
+    Native,
+    /// The interpreter: right for any kernel. User code runs natively.
+    Interpret,
+}
+
+impl Supervisor {
+    /// True where guest-kernel code of an image with `notes` is to be interpreted.
+    pub fn interprets(self, notes: &Notes) -> bool {
+        match self {
+            Supervisor::Auto => !notes.kernel.is_some_and(|kernel| kernel.clean),
+            Supervisor::Native => false,
+            Supervisor::Interpret => true,
+        }
+    }
+}
+
+/// How the interpreter's TLB forgets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tlb {
+    /// As hardware does.
+    Sized,
+    /// Never, until it is told to: finds missing flushes.
+    Sticky,
+    /// At random.
+    Lossy,
+}
+
+impl From<Tlb> for TlbKind {
+    fn from(tlb: Tlb) -> TlbKind {
+        match tlb {
+            Tlb::Sized => TlbKind::Sized,
+            Tlb::Sticky => TlbKind::Sticky,
+            Tlb::Lossy => TlbKind::Lossy(LOSSY_SEED),
+        }
+    }
+}
+
+/// Where a lossy TLB's chance begins.
+const LOSSY_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Options of `run`.
 #[derive(Args, Clone, Debug)]
@@ -66,6 +116,12 @@ pub struct RunArgs {
     /// What runs the guest.
     #[arg(long, value_enum, default_value = "auto")]
     pub backend: Backend,
+    /// What runs the guest's kernel where the backend is kvm.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub supervisor: Supervisor,
+    /// How the TLB of interpreted code forgets.
+    #[arg(long, value_enum, default_value = "sized")]
+    pub tlb: Tlb,
     /// Guest memory, 2M to 16G, in whole pages.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
     pub mem: u64,

@@ -14,37 +14,15 @@
 //! write-protected them, and a store by the VMM goes round that. A flush then changes nothing. What it does notice is
 //! the frame below going away (its own MMU notifier) and a memory slot that comes or goes.
 //!
-//! Not here: which is the default, and when to use either.
+//! Not here: which is the default, and when to use either; the kick itself ([`super::kick`]).
 
 use std::sync::Arc;
 
 use umbra_mmu::Mfn;
-use umbra_mmu::coherence::{Removals, Shootdown};
+use umbra_mmu::coherence::Removals;
 
 use super::error::KvmError;
-use super::kick::Kicker;
 use super::vm::KvmVm;
-
-/// The kick back end: one kicker for each vCPU, by index.
-#[derive(Clone, Debug)]
-pub struct Kicks {
-    kickers: Vec<Kicker>,
-}
-
-impl Kicks {
-    /// Kicks by `kickers`, the vCPUs' in order.
-    pub fn new(kickers: Vec<Kicker>) -> Kicks {
-        Kicks { kickers }
-    }
-}
-
-impl Shootdown for Kicks {
-    fn kick(&self, vcpu: u32) {
-        if let Some(kicker) = self.kickers.get(vcpu as usize) {
-            kicker.kick();
-        }
-    }
-}
 
 /// The notifier back end. When a call returns, no vCPU can use what was removed before it.
 #[derive(Clone, Debug)]

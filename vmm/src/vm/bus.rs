@@ -1,21 +1,33 @@
 //! The guest's bus: what the interpreter asks for, answered by the shadow MMU and the board.
 //!
-//! Story: a vCPU loop makes one of these for each instruction it interprets and each event it delivers.
+//! Story: a vCPU loop makes one of these for each instruction or stretch of code it interprets and each event it
+//! delivers. A vCPU with a software TLB counts as inside the guest for as long as its bus lives: what the TLB has is
+//! reached directly, and for everything else it steps outside, as hardware would trap.
 //!
-//! Holds: an access is checked whole, over both of its pages, before any of it is made. Every store reaches the
-//! shadow through the mmu crate, so that a store to a page table is applied.
+//! ```text
+//! access in one page --TLB--> hit: the frame
+//!                      |
+//!                     miss: Mmu::fault --mapped--> again
+//!                             |-- the guest's fault: to be delivered
+//!                             |-- a device, or a store that must be seen: by walk and guest-physical address
+//!                             |-- a gate: sleep, again
+//! ```
+//!
+//! Holds: an access is checked whole, over both of its pages, before any of it is made. Every store that the shadow has
+//! to know of reaches it through the mmu crate, so that a store to a page table is applied.
 //!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
-use umbra_mmu::{Access, Beyond, Flush, Gfn, Gpa, Gva, Mmu, Refusal, Vcpu};
+use umbra_mmu::{Access, Beyond, Flush, Gfn, Gpa, Gva, Miss, Mmu, Outcome, Refusal, Vcpu, Violation};
 
 use super::devices::Devices;
 use super::paging::mode_of;
+use crate::board::{Board, Nanos};
 use crate::cpu::{CpuModel, CpuState};
 use crate::interp::{Bus, BusError, Exception, Width};
 
 /// What an instruction did that its vCPU's loop must know.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Aftermath {
     /// The guest's descriptor tables may have changed: their translation is stale.
     pub descriptors: bool,
@@ -23,25 +35,126 @@ pub struct Aftermath {
     pub invalidated: Option<Gva>,
     /// [`BusError::Again`] was answered for want of a machine frame for this page.
     pub need: Option<Gfn>,
+    /// It was answered because the TLB is incoherent: the run must end.
+    pub violation: Option<Box<Violation>>,
+    /// Full flushes of the software TLB on the way.
+    pub flushes: u64,
 }
+
+/// Attempts to have an access mapped, after which it is made by walk: each is lost to somebody else's progress.
+const ATTEMPTS_MAX: u32 = 8;
 
 /// One instruction's view of the machine.
 pub struct GuestBus<'a> {
     mmu: &'a Mmu,
     vcpu: &'a mut Vcpu,
     devices: &'a Devices,
+    /// The vCPU's own time; `None`: whatever the time is.
+    time: Option<Nanos>,
     aftermath: Aftermath,
 }
 
+/// What is to be done about an access that the TLB does not make.
+enum Road {
+    /// It is mapped now: the TLB again.
+    Again,
+    /// By walk and guest-physical address.
+    Walk,
+}
+
 impl<'a> GuestBus<'a> {
-    /// The bus of `vcpu`.
-    pub fn new(mmu: &'a Mmu, vcpu: &'a mut Vcpu, devices: &'a Devices) -> GuestBus<'a> {
-        GuestBus { mmu, vcpu, devices, aftermath: Aftermath::default() }
+    /// The bus of `vcpu`, which is outside the guest. `time` is the vCPU's own, which instructions move on
+    /// ([`GuestBus::advance`]); `None` for one that goes by real time.
+    pub fn new(mmu: &'a Mmu, vcpu: &'a mut Vcpu, devices: &'a Devices, time: Option<Nanos>) -> GuestBus<'a> {
+        let mut bus = GuestBus { mmu, vcpu, devices, time, aftermath: Aftermath::default() };
+        bus.go_inside();
+        bus
     }
 
-    /// What happened.
-    pub fn aftermath(&self) -> Aftermath {
-        self.aftermath
+    /// What happened; the vCPU is outside again.
+    pub fn into_aftermath(mut self) -> Aftermath {
+        std::mem::take(&mut self.aftermath)
+    }
+
+    /// The vCPU's time, or the time.
+    pub fn time(&self) -> Nanos {
+        self.time.unwrap_or_else(|| self.devices.now())
+    }
+
+    /// Moves the vCPU's own time on.
+    pub fn advance(&mut self, nanos: u64) {
+        self.time = self.time.map(|time| time.plus(nanos));
+    }
+
+    fn go_inside(&mut self) {
+        if self.vcpu.tlb().is_some() {
+            self.aftermath.flushes += u64::from(self.mmu.tlb_enter(self.vcpu));
+        }
+    }
+
+    fn go_outside(&mut self) {
+        if self.vcpu.tlb().is_some() {
+            self.mmu.coherence().leave_guest(self.vcpu.id());
+        }
+    }
+
+    /// Calls what may sleep, or shoot down.
+    fn outside<R>(&mut self, call: impl FnOnce(&Mmu, &mut Vcpu) -> R) -> R {
+        self.go_outside();
+        let result = call(self.mmu, self.vcpu);
+        self.go_inside();
+        result
+    }
+
+    /// The TLB does not have it, or may not give it.
+    #[cold]
+    fn missed(&mut self, gva: Gva, access: Access, miss: Miss) -> Result<Road, BusError> {
+        if let Miss::Incoherent(violation) = miss {
+            self.aftermath.violation = Some(violation);
+            return Err(BusError::Again);
+        }
+        if self.vcpu.tlb().is_none() {
+            return Ok(Road::Walk);
+        }
+        match self.outside(|mmu, vcpu| mmu.fault(vcpu, gva, access)) {
+            Outcome::Fixed | Outcome::Spurious | Outcome::Again => Ok(Road::Again),
+            Outcome::Guest(fault) => Err(fault.into()),
+            Outcome::Mmio(_) | Outcome::Emulate(_) => Ok(Road::Walk),
+            Outcome::Gate(gfn) => {
+                self.outside(|mmu, vcpu| mmu.wait_at_gate(vcpu, gfn));
+                Ok(Road::Again)
+            }
+            Outcome::Need(gfn) => Err(self.lacks(gfn)),
+        }
+    }
+
+    /// Makes an access of `bytes` at `gva` by the TLB, having it mapped first if need be. `None`: it must be made by walk.
+    #[inline(always)]
+    fn by_tlb<T>(
+        &mut self,
+        gva: Gva,
+        bytes: u32,
+        access: Access,
+        mut make: impl FnMut(&Mmu, &Vcpu) -> Result<T, Miss>,
+    ) -> Result<Option<T>, BusError> {
+        if gva.offset() > 4096 - bytes {
+            return Ok(None);
+        }
+        for _ in 0..ATTEMPTS_MAX {
+            match make(self.mmu, self.vcpu) {
+                Ok(value) => return Ok(Some(value)),
+                Err(miss) => match self.missed(gva, access, miss)? {
+                    Road::Again => {}
+                    Road::Walk => break,
+                },
+            }
+        }
+        Ok(None)
+    }
+
+    fn board<R>(&self, call: impl FnOnce(&mut Board, Nanos, usize) -> R) -> R {
+        let id = self.vcpu.id();
+        self.devices.with_at(id, self.time(), |board, now| call(board, now, id as usize))
     }
 
     fn translate(&mut self, gva: Gva, access: Access) -> Result<Gpa, BusError> {
@@ -82,10 +195,7 @@ impl<'a> GuestBus<'a> {
         match self.mmu.load(self.vcpu.window(), gpa, width.into()) {
             Ok(value) => Ok(value),
             Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
-            Err(Beyond::Device(gpa)) => {
-                let id = self.vcpu.id();
-                Ok(self.devices.with_as(id, |board, now| board.mmio_read(now, id as usize, gpa, width)))
-            }
+            Err(Beyond::Device(gpa)) => Ok(self.board(|board, now, id| board.mmio_read(now, id, gpa, width))),
         }
     }
 
@@ -95,8 +205,7 @@ impl<'a> GuestBus<'a> {
             Ok(()) => Ok(()),
             Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
             Err(Beyond::Device(gpa)) => {
-                let id = self.vcpu.id();
-                self.devices.with_as(id, |board, now| board.mmio_write(now, id as usize, gpa, width, value));
+                self.board(|board, now, id| board.mmio_write(now, id, gpa, width, value));
                 Ok(())
             }
         }
@@ -122,8 +231,14 @@ impl Places {
     }
 }
 
-impl Bus for GuestBus<'_> {
-    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+impl Drop for GuestBus<'_> {
+    fn drop(&mut self) {
+        self.go_outside();
+    }
+}
+
+impl GuestBus<'_> {
+    fn read_by_walk(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
         let places = self.places(gva, width.bytes(), access)?;
         if let Places::One(gpa) = places {
             return self.load(gpa, width);
@@ -135,7 +250,7 @@ impl Bus for GuestBus<'_> {
         Ok(value)
     }
 
-    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+    fn write_by_walk(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
         let places = self.places(gva, width.bytes(), access)?;
         if let Places::One(gpa) = places {
             return self.store(gpa, width, value);
@@ -146,7 +261,7 @@ impl Bus for GuestBus<'_> {
         Ok(())
     }
 
-    fn update(
+    fn update_by_walk(
         &mut self,
         gva: Gva,
         width: Width,
@@ -171,18 +286,7 @@ impl Bus for GuestBus<'_> {
         }
     }
 
-    fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
-        let mut done = 0;
-        while done < length {
-            let at = gva.wrapping_add(done);
-            let gpa = self.translate(at, access)?;
-            self.give_frame(gpa)?;
-            done += 4096 - at.offset();
-        }
-        Ok(())
-    }
-
-    fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
+    fn fetch_by_walk(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
         let gpa = self.translate(gva, Access::execute(user))?;
         // The next page may not be part of the instruction at all. If it is, the interpreter asks again, and only
         // then does that page get its A bit or its fault.
@@ -194,27 +298,80 @@ impl Bus for GuestBus<'_> {
         }
         Ok(here)
     }
+}
+
+impl Bus for GuestBus<'_> {
+    #[inline(always)]
+    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        let load = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_load(vcpu, gva, width.into(), access.user);
+        match self.by_tlb(gva, width.bytes(), access, load)? {
+            Some(value) => Ok(value),
+            None => self.read_by_walk(gva, width, access),
+        }
+    }
+
+    #[inline(always)]
+    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        let store = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_store(vcpu, gva, width.into(), value, access.user);
+        match self.by_tlb(gva, width.bytes(), access, store)? {
+            Some(()) => Ok(()),
+            None => self.write_by_walk(gva, width, value, access),
+        }
+    }
+
+    fn update(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        let update = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_update(vcpu, gva, width.into(), user, change);
+        match self.by_tlb(gva, width.bytes(), Access::write(user), update)? {
+            Some(old) => Ok(old),
+            None => self.update_by_walk(gva, width, user, change),
+        }
+    }
+
+    fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
+        let mut done = 0;
+        while done < length {
+            let at = gva.wrapping_add(done);
+            let probe = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_translate(vcpu, at, access);
+            if self.by_tlb(at, 1, access, probe)?.is_none() {
+                let gpa = self.translate(at, access)?;
+                self.give_frame(gpa)?;
+            }
+            done += 4096 - at.offset();
+        }
+        Ok(())
+    }
+
+    fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
+        let fetch = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_fetch(vcpu, gva, user, buffer);
+        match self.by_tlb(gva, 1, Access::execute(user), fetch)? {
+            Some(length) => Ok(length),
+            None => self.fetch_by_walk(gva, user, buffer),
+        }
+    }
 
     fn port_in(&mut self, port: u16, width: Width) -> u32 {
-        let id = self.vcpu.id();
-        self.devices.with_as(id, |board, now| board.port_in(now, id as usize, port, width))
+        self.board(|board, now, id| board.port_in(now, id, port, width))
     }
 
     fn port_out(&mut self, port: u16, width: Width, value: u32) {
-        let id = self.vcpu.id();
-        self.devices.with_as(id, |board, now| board.port_out(now, id as usize, port, width, value));
+        self.board(|board, now, id| board.port_out(now, id, port, width, value));
     }
 
     fn invalidate_page(&mut self, gva: Gva) {
-        self.mmu.invalidate_page(self.vcpu, gva);
+        self.outside(|mmu, vcpu| mmu.invalidate_page(vcpu, gva));
         self.aftermath.invalidated = Some(gva);
     }
 
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError> {
         let wish = if flush { Flush::Yes } else { Flush::No };
         self.aftermath.descriptors |= flush;
-        self.mmu
-            .set_paging(self.vcpu, mode_of(new), new.cr3, wish)
+        self.outside(|mmu, vcpu| mmu.set_paging(vcpu, mode_of(new), new.cr3, wish))
             .map_err(|_| BusError::Exception(Exception::gp(0)))
     }
 
@@ -224,7 +381,7 @@ impl Bus for GuestBus<'_> {
     }
 
     fn tsc(&mut self) -> u64 {
-        self.devices.now().0
+        self.time().0
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use umbra_mmu::{AccessKind, Config, Machine, coherence::NoVcpus};
+use umbra_mmu::{AccessKind, Config, Machine, TlbKind, coherence::NoVcpus};
 
 use super::*;
 use crate::board::{Board, BoardConfig, MemoryMap};
@@ -13,6 +13,11 @@ const PAGES: u32 = 64;
 const WRITE: Access = Access { kind: AccessKind::Write, user: false };
 const READ: Access = Access { kind: AccessKind::Read, user: false };
 
+/// A vCPU's software TLB, if it has one.
+type Tlb = Option<TlbKind>;
+/// Every bus there is.
+const TLBS: [Tlb; 3] = [None, Some(TlbKind::Sized), Some(TlbKind::Sticky)];
+
 struct Rig {
     mmu: Mmu,
     vcpu: Vcpu,
@@ -20,7 +25,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn with_frames(frames: u32) -> Rig {
+    fn with_frames(tlb: Tlb, frames: u32) -> Rig {
         let memory = MemoryMap::new(2 << 20).expect("a map");
         let board = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
         let devices = Devices::new(Board::new(board).expect("a board"), 1).expect("a timer");
@@ -33,17 +38,20 @@ impl Rig {
             vcpus: 1,
         };
         let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
-        let vcpu = mmu.vcpu(0);
+        let vcpu = match tlb {
+            Some(kind) => mmu.soft_vcpu(0, kind),
+            None => mmu.vcpu(0),
+        };
         Rig { mmu, vcpu, devices }
     }
 
-    fn new() -> Rig {
-        Rig::with_frames(256)
+    fn new(tlb: Tlb) -> Rig {
+        Rig::with_frames(tlb, 256)
     }
 
     /// Two-level paging from page 1 by the table in page 2: linear page n is what `pages` says, in order.
-    fn paged(pages: &[u32]) -> Rig {
-        let mut rig = Rig::new();
+    fn paged(tlb: Tlb, pages: &[u32]) -> Rig {
+        let mut rig = Rig::new(tlb);
         rig.poke(0x1000, 0x2000 | 7);
         for (index, gpte) in pages.iter().enumerate() {
             rig.poke(0x2000 + 4 * index as u32, *gpte);
@@ -54,7 +62,7 @@ impl Rig {
     }
 
     fn bus(&mut self) -> GuestBus<'_> {
-        GuestBus::new(&self.mmu, &mut self.vcpu, &self.devices)
+        GuestBus::new(&self.mmu, &mut self.vcpu, &self.devices, None)
     }
 
     fn poke(&mut self, gpa: u32, value: u32) {
@@ -75,113 +83,135 @@ fn paging_cpu(cr3: u32, cr4: u32) -> CpuState {
 
 #[test]
 fn a_store_over_two_pages_lands_in_the_frames_of_both() {
-    let mut rig = Rig::paged(&[0x5003, 0x3003]);
-    rig.bus().write(Gva(0xffd), Width::B4, 0x4433_2211, WRITE).expect("mapped");
-    assert_eq!(rig.peek(0x5ffc) >> 8, 0x33_2211);
-    assert_eq!(rig.peek(0x3000), 0x44);
-    assert_eq!(rig.bus().read(Gva(0xffd), Width::B4, READ), Ok(0x4433_2211));
-    let old = rig.bus().update(Gva(0xffd), Width::B4, false, &mut |old| old + 1);
-    assert_eq!(old, Ok(0x4433_2211));
-    assert_eq!(rig.bus().read(Gva(0xffd), Width::B4, READ), Ok(0x4433_2212));
+    for tlb in TLBS {
+        let mut rig = Rig::paged(tlb, &[0x5003, 0x3003]);
+        rig.bus().write(Gva(0xffd), Width::B4, 0x4433_2211, WRITE).expect("mapped");
+        assert_eq!(rig.peek(0x5ffc) >> 8, 0x33_2211);
+        assert_eq!(rig.peek(0x3000), 0x44);
+        assert_eq!(rig.bus().read(Gva(0xffd), Width::B4, READ), Ok(0x4433_2211));
+        let old = rig.bus().update(Gva(0xffd), Width::B4, false, &mut |old| old + 1);
+        assert_eq!(old, Ok(0x4433_2211));
+        assert_eq!(rig.bus().read(Gva(0xffd), Width::B4, READ), Ok(0x4433_2212));
+    }
 }
 
 #[test]
 fn a_store_whose_second_page_faults_changes_nothing() {
-    let mut rig = Rig::paged(&[0x5003, 0]);
-    let refused = rig.bus().write(Gva(0xffe), Width::B4, u64::MAX, WRITE);
-    let Err(BusError::Exception(fault)) = refused else { panic!("{refused:?}") };
-    assert_eq!((fault.cr2, fault.error), (Some(0x1000), Some(2)));
-    assert_eq!(rig.peek(0x5ffc), 0);
+    for tlb in TLBS {
+        let mut rig = Rig::paged(tlb, &[0x5003, 0]);
+        let refused = rig.bus().write(Gva(0xffe), Width::B4, u64::MAX, WRITE);
+        let Err(BusError::Exception(fault)) = refused else { panic!("{refused:?}") };
+        assert_eq!((fault.cr2, fault.error), (Some(0x1000), Some(2)));
+        assert_eq!(rig.peek(0x5ffc), 0);
+    }
 }
 
 #[test]
 fn a_store_whose_second_page_finds_no_frame_changes_nothing_and_says_which() {
-    let mut rig = Rig::with_frames(2);
-    rig.poke(0x5000, 1);
-    rig.poke(0x0ffc, 0x1234_5678);
-    let mut bus = rig.bus();
-    assert_eq!(bus.write(Gva(0xffe), Width::B4, 0, WRITE), Err(BusError::Again));
-    assert_eq!(bus.aftermath().need, Some(Gfn(1)));
-    assert_eq!(rig.peek(0x0ffc), 0x1234_5678);
+    for tlb in TLBS {
+        let mut rig = Rig::with_frames(tlb, 2);
+        rig.poke(0x5000, 1);
+        rig.poke(0x0ffc, 0x1234_5678);
+        let mut bus = rig.bus();
+        assert_eq!(bus.write(Gva(0xffe), Width::B4, 0, WRITE), Err(BusError::Again));
+        assert_eq!(bus.into_aftermath().need, Some(Gfn(1)));
+        assert_eq!(rig.peek(0x0ffc), 0x1234_5678);
+    }
 }
 
 #[test]
 fn an_access_at_the_end_of_the_address_space_wraps_to_page_zero() {
-    let mut rig = Rig::new();
-    rig.poke(0, 0xddcc_bbaa);
-    // Nothing is there below 4 GiB: ones; then memory.
-    assert_eq!(rig.bus().read(Gva(0xffff_fffe), Width::B4, READ), Ok(0xbbaa_ffff));
+    for tlb in TLBS {
+        let mut rig = Rig::new(tlb);
+        rig.poke(0, 0xddcc_bbaa);
+        // Nothing is there below 4 GiB: ones; then memory.
+        assert_eq!(rig.bus().read(Gva(0xffff_fffe), Width::B4, READ), Ok(0xbbaa_ffff));
+    }
 }
 
 #[test]
 fn what_no_memory_and_no_device_answers_reads_as_ones() {
-    let mut rig = Rig::new();
-    assert_eq!(rig.bus().read(Gva(PAGES << 12), Width::B4, READ), Ok(0xffff_ffff));
-    rig.bus().write(Gva(PAGES << 12), Width::B4, 0, WRITE).expect("dropped");
-    assert_eq!(rig.bus().fetch(Gva(PAGES << 12), false, &mut [0; 4]), Ok(4));
+    for tlb in TLBS {
+        let mut rig = Rig::new(tlb);
+        assert_eq!(rig.bus().read(Gva(PAGES << 12), Width::B4, READ), Ok(0xffff_ffff));
+        rig.bus().write(Gva(PAGES << 12), Width::B4, 0, WRITE).expect("dropped");
+        assert_eq!(rig.bus().fetch(Gva(PAGES << 12), false, &mut [0; 4]), Ok(4));
+    }
 }
 
 #[test]
 fn device_pages_reach_the_board_also_by_read_modify_write() {
-    const TASK_PRIORITY: Gva = Gva(0xfee0_0080);
-    let mut rig = Rig::new();
-    rig.bus().write(TASK_PRIORITY, Width::B4, 0x20, WRITE).expect("the local APIC");
-    assert_eq!(rig.bus().update(TASK_PRIORITY, Width::B4, false, &mut |old| old | 0x10), Ok(0x20));
-    assert_eq!(rig.bus().read(TASK_PRIORITY, Width::B4, READ), Ok(0x30));
-    assert!(!rig.bus().aftermath().descriptors);
+    for tlb in TLBS {
+        const TASK_PRIORITY: Gva = Gva(0xfee0_0080);
+        let mut rig = Rig::new(tlb);
+        rig.bus().write(TASK_PRIORITY, Width::B4, 0x20, WRITE).expect("the local APIC");
+        assert_eq!(rig.bus().update(TASK_PRIORITY, Width::B4, false, &mut |old| old | 0x10), Ok(0x20));
+        assert_eq!(rig.bus().read(TASK_PRIORITY, Width::B4, READ), Ok(0x30));
+        assert!(!rig.bus().aftermath.descriptors);
+    }
 }
 
 #[test]
 fn a_store_to_a_watched_page_makes_descriptors_stale() {
-    let mut rig = Rig::new();
-    assert!(rig.mmu.watch(&rig.vcpu, Gfn(4)));
-    let mut bus = rig.bus();
-    bus.write(Gva(0x3ff0), Width::B4, 1, WRITE).expect("memory");
-    assert!(!bus.aftermath().descriptors);
-    bus.write(Gva(0x3ffe), Width::B4, 1, WRITE).expect("memory");
-    assert!(bus.aftermath().descriptors, "by its second half");
-    let mut bus = rig.bus();
-    bus.update(Gva(0x4008), Width::B4, false, &mut |old| old | 1).expect("memory");
-    assert!(bus.aftermath().descriptors);
+    for tlb in TLBS {
+        let mut rig = Rig::new(tlb);
+        assert!(rig.mmu.watch(&rig.vcpu, Gfn(4)));
+        let mut bus = rig.bus();
+        bus.write(Gva(0x3ff0), Width::B4, 1, WRITE).expect("memory");
+        assert!(!bus.aftermath.descriptors);
+        bus.write(Gva(0x3ffe), Width::B4, 1, WRITE).expect("memory");
+        assert!(bus.into_aftermath().descriptors, "by its second half");
+        let mut bus = rig.bus();
+        bus.update(Gva(0x4008), Width::B4, false, &mut |old| old | 1).expect("memory");
+        assert!(bus.aftermath.descriptors);
+    }
 }
 
 #[test]
 fn reserved_bits_in_a_pdpte_are_a_gp_and_change_nothing() {
-    let mut rig = Rig::paged(&[0x5003]);
-    rig.poke(0x5000, 0xabcd);
-    rig.poke(0x3000, 0x2000 | 1 << 1 | 1);
-    let refused = rig.bus().set_paging(&paging_cpu(0x3000, cr4::PAE), true);
-    assert_eq!(refused, Err(BusError::Exception(Exception::gp(0))));
-    assert_eq!(rig.bus().read(Gva(0), Width::B4, READ), Ok(0xabcd));
+    for tlb in TLBS {
+        let mut rig = Rig::paged(tlb, &[0x5003]);
+        rig.poke(0x5000, 0xabcd);
+        rig.poke(0x3000, 0x2000 | 1 << 1 | 1);
+        let refused = rig.bus().set_paging(&paging_cpu(0x3000, cr4::PAE), true);
+        assert_eq!(refused, Err(BusError::Exception(Exception::gp(0))));
+        assert_eq!(rig.bus().read(Gva(0), Width::B4, READ), Ok(0xabcd));
+    }
 }
 
 #[test]
 fn fetching_stops_at_the_page_and_leaves_no_trace_in_the_next() {
-    const ACCESSED: u32 = 1 << 5;
-    let mut rig = Rig::paged(&[0x5003, 0x3003]);
-    rig.poke(0x5ffc, 0x4433_2211);
-    let mut bytes = [0; 15];
-    assert_eq!(rig.bus().fetch(Gva(0xffe), false, &mut bytes), Ok(2));
-    assert_eq!(bytes[..2], [0x33, 0x44]);
-    assert_eq!(rig.peek(0x2000) & ACCESSED, ACCESSED);
-    assert_eq!(rig.peek(0x2004) & ACCESSED, 0);
+    for tlb in TLBS {
+        const ACCESSED: u32 = 1 << 5;
+        let mut rig = Rig::paged(tlb, &[0x5003, 0x3003]);
+        rig.poke(0x5ffc, 0x4433_2211);
+        let mut bytes = [0; 15];
+        assert_eq!(rig.bus().fetch(Gva(0xffe), false, &mut bytes), Ok(2));
+        assert_eq!(bytes[..2], [0x33, 0x44]);
+        assert_eq!(rig.peek(0x2000) & ACCESSED, ACCESSED);
+        assert_eq!(rig.peek(0x2004) & ACCESSED, 0);
+    }
 }
 
 #[test]
 fn a_probe_checks_each_page_and_a_probe_of_nothing_checks_none() {
-    let mut rig = Rig::paged(&[0x5003, 0x3001]);
-    assert_eq!(rig.bus().probe(Gva(0x9000), 0, WRITE), Ok(()));
-    assert_eq!(rig.bus().probe(Gva(0xff0), 16, WRITE), Ok(()));
-    // The kernel may write to read-only pages while CR0.WP is clear; a user may not.
-    assert_eq!(rig.bus().probe(Gva(0xff0), 17, WRITE), Ok(()));
-    assert!(rig.bus().probe(Gva(0xff0), 17, Access::write(true)).is_err());
-    assert!(rig.bus().probe(Gva(0xff0), 0x2000, READ).is_err());
+    for tlb in TLBS {
+        let mut rig = Rig::paged(tlb, &[0x5003, 0x3001]);
+        assert_eq!(rig.bus().probe(Gva(0x9000), 0, WRITE), Ok(()));
+        assert_eq!(rig.bus().probe(Gva(0xff0), 16, WRITE), Ok(()));
+        // The kernel may write to read-only pages while CR0.WP is clear; a user may not.
+        assert_eq!(rig.bus().probe(Gva(0xff0), 17, WRITE), Ok(()));
+        assert!(rig.bus().probe(Gva(0xff0), 17, Access::write(true)).is_err());
+        assert!(rig.bus().probe(Gva(0xff0), 0x2000, READ).is_err());
+    }
 }
 
 #[test]
 fn invlpg_is_told_with_its_address() {
-    let mut rig = Rig::paged(&[0x5003]);
-    let mut bus = rig.bus();
-    bus.invalidate_page(Gva(0x1234));
-    assert_eq!((bus.aftermath().invalidated, bus.aftermath().descriptors), (Some(Gva(0x1234)), false));
+    for tlb in TLBS {
+        let mut rig = Rig::paged(tlb, &[0x5003]);
+        let mut bus = rig.bus();
+        bus.invalidate_page(Gva(0x1234));
+        assert_eq!((bus.aftermath.invalidated, bus.aftermath.descriptors), (Some(Gva(0x1234)), false));
+    }
 }

@@ -12,20 +12,20 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::kick::Kick;
 use crate::board::{Board, Nanos};
-use crate::kvm::Kicker;
 
 /// How a sleeping or running vCPU is made to look up.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Waker {
-    kicker: OnceLock<Kicker>,
+    kicker: OnceLock<Box<dyn Kick>>,
     woken: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Waker {
-    /// The vCPU runs by KVM: kick it by this.
-    pub fn set_kicker(&self, kicker: Kicker) {
+    /// How the vCPU is made to leave the guest.
+    pub fn set_kicker(&self, kicker: Box<dyn Kick>) {
         let first = self.kicker.set(kicker);
         debug_assert!(first.is_ok(), "a vCPU has one kicker");
     }
@@ -59,6 +59,8 @@ pub struct Devices {
 
 struct State {
     board: Board,
+    /// The latest time that the board was told: it never goes back, though callers' clocks may differ a little.
+    latest: Nanos,
     timer: TimerFd,
     /// What the timer is set to.
     deadline: Option<Nanos>,
@@ -74,7 +76,7 @@ impl Devices {
         let timer = TimerFd::new().map_err(io::Error::from)?;
         Ok(Devices {
             alarm: timer.as_raw_fd(),
-            state: Mutex::new(State { board, timer, deadline: None }),
+            state: Mutex::new(State { board, latest: Nanos(0), timer, deadline: None }),
             started: Instant::now(),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
         })
@@ -87,17 +89,24 @@ impl Devices {
 
     /// Calls the board with the time, then sets the alarm and wakes whom it concerns.
     pub fn with<R>(&self, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(None, call)
+        self.call(None, self.now(), call)
     }
 
     /// The same on the thread of `vcpu`, which is not woken: it looks at the board before it enters or sleeps.
     pub fn with_as<R>(&self, vcpu: u32, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(Some(vcpu as usize), call)
+        self.call(Some(vcpu as usize), self.now(), call)
     }
 
-    fn call<R>(&self, caller: Option<usize>, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+    /// The same at `now`, which the vCPU's own clock says: it lies behind guest time, and not far.
+    pub fn with_at<R>(&self, vcpu: u32, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+        self.call(Some(vcpu as usize), now, call)
+    }
+
+    fn call<R>(&self, caller: Option<usize>, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
         let mut state = lock(&self.state);
-        let result = call(&mut state.board, self.now());
+        let now = now.max(state.latest);
+        state.latest = now;
+        let result = call(&mut state.board, now);
         let wakes = state.board.take_wakes();
         self.set_alarm(&mut state);
         drop(state);

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use umbra_mmu::Gfn;
+use umbra_mmu::{Gfn, Violation};
 
 use super::devices::Devices;
 use crate::board::BoardExit;
@@ -43,6 +43,8 @@ pub enum End {
     },
     /// No machine frame is left for this page.
     OutOfFrames(Gfn),
+    /// A software TLB used a translation that should have been flushed.
+    Incoherent(Box<Violation>),
     /// The vCPU waits for an interrupt that can never come.
     Stuck(Box<CpuState>),
 }
@@ -90,6 +92,9 @@ impl fmt::Display for End {
                 "no machine frame is left for guest frame {gfn}, though --mem and --shadow-pages had theirs set \
                  aside; this is a mistake in Umbra, please report it"
             ),
+            End::Incoherent(violation) => {
+                write!(f, "{violation}. A TLB flush was missed; this is a mistake in Umbra, please report it")
+            }
             End::Stuck(cpu) => write!(
                 f,
                 "the guest halted with interrupts off, or with none that could ever come, and waits for ever:\n{cpu}"

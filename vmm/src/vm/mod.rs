@@ -2,7 +2,11 @@
 //!
 //! | file | its job |
 //! |---|---|
-//! | native | the loop of a vCPU that runs by KVM: the decision about every trap |
+//! | vcpu | the loop of a vCPU, whoever runs its code |
+//! | native | a vCPU that runs by KVM: the decision about every trap |
+//! | soft | one that is interpreted |
+//! | backend | which of them, and why |
+//! | kick | how either is made to leave the guest |
 //! | bus | what the interpreter asks for, answered by MMU and board |
 //! | tables | the guest's descriptor tables, translated for the hardware |
 //! | flush | how this host's TLBs are flushed |
@@ -12,19 +16,23 @@
 //! | ending, witness, summary | why it ended; what Umbra itself saw; the verdict |
 
 pub mod ask;
+mod backend;
 mod bus;
 pub mod control;
 mod devices;
 mod ending;
 mod events;
 mod flush;
+mod kick;
 mod memory;
 mod native;
 mod paging;
 mod requests;
 mod serial;
+mod soft;
 mod summary;
 mod tables;
+mod vcpu;
 mod witness;
 
 use std::fs::File;
@@ -36,28 +44,28 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use umbra_mmu::{Config, Gfn, LocalStack, Machine, Mmu, PAGE_SIZE};
 
 pub use ending::End;
-pub use native::VcpuStats;
 pub use serial::process_start;
 pub use summary::Summary;
+pub use vcpu::VcpuStats;
 
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
 use crate::boot::{BootRequest, Image, ImageError, Module};
 use crate::cli::RunArgs;
 use crate::cpu::CpuState;
-use crate::kvm::shootdown::Kicks;
-use crate::kvm::{Host, HostError, KvmError, KvmVcpu, KvmVm, Options};
+use crate::kvm::{HostError, KvmError};
 use crate::machine::{Pool, PoolError};
-use crate::probe::{Probe, ProbeError, Quick};
+use crate::probe::ProbeError;
+use backend::{Plan, Runner};
 use control::{ControlSocket, Controls};
 use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
-use flush::Flusher;
+use kick::Kicks;
 use memory::BootMemory;
-use native::{NativeVcpu, Surroundings};
 use requests::Requests;
 use serial::{Console, FirstByte};
+use vcpu::{Core, Surroundings};
 
 /// The largest file that is read as an image or a module.
 pub const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -140,14 +148,12 @@ pub enum RunError {
 
 /// A guest that is ready to start.
 struct Guest {
-    vm: Arc<KvmVm>,
     mmu: Arc<Mmu>,
     devices: Arc<Devices>,
     first_byte: FirstByte,
     start: CpuState,
     notes: Notes,
-    kvm: KvmVcpu,
-    probe: Quick,
+    runner: Runner,
 }
 
 /// Runs a guest to its end.
@@ -206,8 +212,7 @@ impl Guest {
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
 
-        let probe = Probe::quick()?;
-        let host = Host::open()?;
+        let plan = Plan::make(args.backend)?;
         let (guest_pages, hole) = memory::extent(&memory);
         let config = Config {
             guest_pages,
@@ -217,11 +222,13 @@ impl Guest {
             firmware_entry: 0,
             vcpus: VCPUS,
         };
-        let firmware = KvmVm::firmware_frames(VCPUS)?;
-        let frames = firmware + args.mem / PAGE_SIZE + u64::from(config.table_frames_max()) + SPARE_FRAMES;
+        let frames = plan.firmware_frames(VCPUS)?
+            + args.mem / PAGE_SIZE
+            + u64::from(config.table_frames_max())
+            + SPARE_FRAMES;
         let pool = Arc::new(Pool::new(frames)?);
-        let vm =
-            Arc::new(KvmVm::new(&host, Arc::clone(&pool), Options { vcpus: VCPUS, ..Options::default() })?);
+        let interpreted = args.supervisor.interprets(image.notes());
+        let runner = Runner::new(plan, &pool, VCPUS, interpreted)?;
 
         // A run with a time limit ends in time, whether or not anybody reads what the guest has said.
         let patience = args.timeout.map(|_| READER_PATIENCE);
@@ -233,11 +240,14 @@ impl Guest {
             epoch_seconds: epoch_seconds(),
         })?;
         let devices = Arc::new(Devices::new(board, VCPUS).map_err(RunError::Setup)?);
-        let config =
-            Config { reserved_frames: vm.first_free_frame().0, firmware_entry: vm.root_entry().1, ..config };
-        let kvm = vm.create_vcpu(0)?;
+        let config = Config {
+            reserved_frames: runner.reserved_frames(),
+            firmware_entry: runner.firmware_entry(),
+            ..config
+        };
+        devices.waker(0).set_kicker(runner.kick());
         let machine = Machine::new(pool.region());
-        let mmu = Arc::new(Mmu::new(machine, config, Box::new(Kicks::new(vec![kvm.kicker()]))));
+        let mmu = Arc::new(Mmu::new(machine, config, Box::new(Kicks::new(vec![runner.kick()]))));
         hole.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
         });
@@ -251,17 +261,15 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest { vm, mmu, devices, first_byte, start: entry.cpu, notes, kvm, probe })
+        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
-        if self.probe.speed.emulated {
-            log::warn!("{}", self.probe.verdict());
-        }
-        if !self.notes.kernel.is_some_and(|kernel| kernel.clean) {
+        if self.runner.is_native() && !self.notes.kernel.is_some_and(|kernel| kernel.clean) {
             log::warn!(
-                "this image has no Umbra note, so its kernel runs natively at CPL 3: PUSHF and POPF will not \
-                 show or set IF, and MOV from CS, LAR, LSL, VERR and VERW will show the host's view"
+                "this image has no Umbra note, and its kernel runs natively at CPL 3: PUSHF and POPF will not \
+                 show or set IF, and MOV from CS, LAR, LSL, VERR and VERW will show the host's view; leave out \
+                 --supervisor native to have it interpreted"
             );
         }
         let requests = Arc::new(Requests::default());
@@ -284,14 +292,17 @@ impl Guest {
             devices: Arc::clone(&self.devices),
             ending: ending.clone(),
             requests,
-            flusher: Arc::new(Flusher::new(self.probe.translation, Arc::clone(&self.vm), &self.mmu)),
         };
-        let mut vcpu = NativeVcpu::new(self.start, self.kvm, 0, around);
+        let name = self.runner.name();
+        let mut core = Core::new(self.start, self.runner.mmu_vcpu(&self.mmu, 0, args.tlb), around);
+        let mut backend = self.runner.into_backend(&self.mmu);
         let guest_started = micros();
-        vcpu.run();
+        core.run(&mut *backend);
         drop(events);
         let end = ending.take().unwrap_or(End::Quit);
-        Ok(judge(&self.mmu, &self.notes, &self.first_byte, &end, &vcpu, guest_started))
+        let mut summary = judge(&self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started);
+        summary.backend = name;
+        Ok(summary)
     }
 }
 
@@ -300,7 +311,7 @@ fn judge(
     notes: &Notes,
     first_byte: &FirstByte,
     end: &End,
-    vcpu: &NativeVcpu,
+    core: &Core,
     guest_started: u64,
 ) -> Summary {
     let ended = micros();
@@ -309,7 +320,7 @@ fn judge(
     let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
     Summary {
         version: env!("CARGO_PKG_VERSION"),
-        backend: "kvm",
+        backend: "",
         verdict: status.verdict(),
         status: status.code(),
         guest_exit: end.guest_value(),
@@ -317,9 +328,9 @@ fn judge(
         regions,
         witness_error,
         audit,
-        faults: vcpu.mmu_vcpu.stats().into(),
-        vcpu: vcpu.stats.into(),
-        memory: summary::Memory::of(mmu, vcpu.mmu_vcpu.window().high_water()),
+        faults: core.mmu_vcpu.stats().into(),
+        vcpu: core.stats.into(),
+        memory: summary::Memory::of(mmu, core.mmu_vcpu.window().high_water()),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
     }
 }

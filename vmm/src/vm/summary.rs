@@ -7,7 +7,7 @@ use serde::Serialize;
 use umbra_mmu::{FaultStats, Mmu};
 
 use super::ending::End;
-use super::native::VcpuStats;
+use super::vcpu::VcpuStats;
 use crate::board::BoardExit;
 use crate::boot::witness::Witness;
 use crate::status::Status;
@@ -156,7 +156,9 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
         End::Quit => Status::Quit,
-        End::Unknown { .. } | End::Backend { .. } | End::OutOfFrames(_) => Status::Failure,
+        End::Unknown { .. } | End::Backend { .. } | End::OutOfFrames(_) | End::Incoherent(_) => {
+            Status::Failure
+        }
     };
     if !audit.is_empty() {
         return Status::Failure;

@@ -1,0 +1,171 @@
+//! Which backend runs a guest, and why.
+//!
+//! Story: a [`Plan`] is made before anything else, from the command line and the host's probe; a [`Runner`] is what it
+//! takes to carry it out; [`Runner::into_backend`] is what the vCPU's loop runs.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use umbra_mmu::{Mmu, Vcpu};
+
+use super::RunError;
+use super::flush::Flusher;
+use super::kick::{Both, Kick};
+use super::native::Native;
+use super::soft::Soft;
+use super::vcpu::Backend;
+use crate::cli;
+use crate::kvm::{Host, KvmVcpu, KvmVm, Options};
+use crate::machine::Pool;
+use crate::probe::{Probe, Quick};
+
+/// The choice of a backend.
+pub enum Plan {
+    /// /dev/kvm, which is like this.
+    Kvm(Host, Quick),
+    /// The interpreter.
+    Soft,
+}
+
+impl Plan {
+    /// Chooses as the command line has it. `auto` is KVM where it works, and says in a line what it has chosen and why.
+    ///
+    /// # Errors
+    ///
+    /// When KVM was asked for and cannot be used.
+    pub fn make(backend: cli::Backend) -> Result<Plan, RunError> {
+        match backend {
+            cli::Backend::Soft => Ok(Plan::Soft),
+            cli::Backend::Kvm => Plan::kvm(),
+            cli::Backend::Auto => Ok(match Plan::kvm() {
+                Ok(Plan::Kvm(host, probe)) => {
+                    let faster = if probe.speed.emulated { "; --backend soft is faster here" } else { "" };
+                    say(&format!("backend=kvm: {}{faster}", probe.verdict()));
+                    Plan::Kvm(host, probe)
+                }
+                Ok(Plan::Soft) => Plan::Soft,
+                Err(error) => {
+                    say(&format!("backend=soft: {error}"));
+                    Plan::Soft
+                }
+            }),
+        }
+    }
+
+    fn kvm() -> Result<Plan, RunError> {
+        let probe = Probe::quick()?;
+        Ok(Plan::Kvm(Host::open()?, probe))
+    }
+
+    /// Frames of the machine that the firmware takes.
+    ///
+    /// # Errors
+    ///
+    /// When the firmware does not fit so many vCPUs.
+    pub fn firmware_frames(&self, vcpus: u32) -> Result<u64, RunError> {
+        match self {
+            Plan::Kvm(..) => Ok(KvmVm::firmware_frames(vcpus)?),
+            Plan::Soft => Ok(0),
+        }
+    }
+}
+
+/// One line on standard error. A reader that has gone is no reason to fail.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "umbra: {line}");
+}
+
+/// What runs the guest's vCPU.
+pub enum Runner {
+    /// KVM.
+    Kvm {
+        /// The VM.
+        vm: Arc<KvmVm>,
+        /// Its vCPU.
+        kvm: KvmVcpu,
+        /// What its KVM is like.
+        probe: Quick,
+        /// What interprets the guest's kernel, if that is not to run natively.
+        supervisor: Option<Soft>,
+    },
+    /// The interpreter.
+    Soft(Soft),
+}
+
+impl Runner {
+    /// Sets up what `plan` needs. `interpret`: KVM runs the guest's user code alone.
+    ///
+    /// # Errors
+    ///
+    /// When the host refuses.
+    pub fn new(plan: Plan, pool: &Arc<Pool>, vcpus: u32, interpret: bool) -> Result<Runner, RunError> {
+        let Plan::Kvm(host, probe) = plan else { return Ok(Runner::Soft(Soft::default())) };
+        let options = Options { vcpus, ..Options::default() };
+        let vm = Arc::new(KvmVm::new(&host, Arc::clone(pool), options)?);
+        let kvm = vm.create_vcpu(0)?;
+        Ok(Runner::Kvm { vm, kvm, probe, supervisor: interpret.then(Soft::default) })
+    }
+
+    /// Its name on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Runner::Kvm { .. } => "kvm",
+            Runner::Soft(_) => "soft",
+        }
+    }
+
+    /// True where the guest's kernel runs at CPL 3.
+    pub fn is_native(&self) -> bool {
+        matches!(self, Runner::Kvm { supervisor: None, .. })
+    }
+
+    /// Frames at the start of the machine that are the firmware's.
+    pub fn reserved_frames(&self) -> u32 {
+        match self {
+            Runner::Kvm { vm, .. } => vm.first_free_frame().0,
+            Runner::Soft(_) => 0,
+        }
+    }
+
+    /// What every root must hold in the firmware's slot.
+    pub fn firmware_entry(&self) -> u64 {
+        match self {
+            Runner::Kvm { vm, .. } => vm.root_entry().1,
+            Runner::Soft(_) => 0,
+        }
+    }
+
+    /// How the vCPU is kicked.
+    pub fn kick(&self) -> Box<dyn Kick> {
+        match self {
+            Runner::Kvm { kvm, supervisor: None, .. } => Box::new(kvm.kicker()),
+            Runner::Kvm { kvm, supervisor: Some(soft), .. } => Box::new(Both(kvm.kicker(), soft.attention())),
+            Runner::Soft(soft) => Box::new(soft.attention()),
+        }
+    }
+
+    /// The MMU's side of the vCPU.
+    pub fn mmu_vcpu(&self, mmu: &Mmu, id: u32, tlb: cli::Tlb) -> Vcpu {
+        match self {
+            Runner::Kvm { supervisor, .. } => {
+                let mut vcpu = mmu.vcpu(id);
+                if supervisor.is_some() {
+                    vcpu.add_tlb(tlb.into());
+                }
+                vcpu
+            }
+            Runner::Soft(_) => mmu.soft_vcpu(id, tlb.into()),
+        }
+    }
+
+    /// What the vCPU's loop runs.
+    pub fn into_backend(self, mmu: &Mmu) -> Box<dyn Backend> {
+        match self {
+            Runner::Kvm { vm, kvm, probe, supervisor } => {
+                let flusher = Flusher::new(probe.translation, vm, mmu);
+                Box::new(Native::new(kvm, flusher, supervisor))
+            }
+            Runner::Soft(soft) => Box::new(soft),
+        }
+    }
+}

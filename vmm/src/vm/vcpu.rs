@@ -1,0 +1,281 @@
+//! A vCPU: what is the same whoever runs its guest code.
+//!
+//! Story: until the run ends: look at requests, give the guest what the board asserts, sleep while it is halted, else let
+//! the [`Backend`] run guest code until it has something to tell. Two backends exist, `native` (KVM) and `soft` (the
+//! interpreter); between their calls the guest's state is [`Core::cpu`], whole.
+//!
+//! ```text
+//! run: take the kick back --> ended? --> requests --> board: exit, NMI, interrupt --> halted? --> Backend::run
+//!        ^                                                                             sleep        |
+//!        +----------------------------------------------------------------------------+------------+
+//! ```
+//!
+//! Locks: none held while the guest runs or sleeps.
+
+use std::sync::Arc;
+
+use umbra_mmu::{Gpa, Mmu, Vcpu};
+
+use super::bus::{Aftermath, GuestBus};
+use super::devices::Devices;
+use super::ending::{End, Ending};
+use super::requests::Requests;
+use super::tables::DescriptorTables;
+use crate::board::Nanos;
+use crate::cpu::{CpuState, eflags};
+use crate::interp::{self, Delivered, Event, Step, vector};
+
+/// What one vCPU did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuStats {
+    /// Entries into the guest.
+    pub entries: u64,
+    /// Page faults of the hardware.
+    pub page_faults: u64,
+    /// Other traps.
+    pub traps: u64,
+    /// Exits by a kick.
+    pub kicks: u64,
+    /// Instructions interpreted.
+    pub interpreted: u64,
+    /// Exceptions given to the guest, page faults among them.
+    pub exceptions: u64,
+    /// Page faults given to the guest's user code.
+    pub user_faults: u64,
+    /// External interrupts given to the guest.
+    pub interrupts: u64,
+    /// Full TLB flushes made.
+    pub flushes: u64,
+}
+
+/// What runs guest code.
+pub trait Backend {
+    /// Takes back the kick that made it leave the guest, or will.
+    fn take_kick(&mut self);
+
+    /// Runs guest code from [`Core::cpu`] on, until something happened that the loop should look at. The guest is not
+    /// halted.
+    fn run(&mut self, core: &mut Core) -> Option<End>;
+}
+
+/// What the rest of the machine gives a vCPU.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// The MMU.
+    pub mmu: Arc<Mmu>,
+    /// The board.
+    pub devices: Arc<Devices>,
+    /// Where the end is noted.
+    pub ending: Ending,
+    /// What others want of the vCPU's thread.
+    pub requests: Arc<Requests>,
+}
+
+/// One vCPU, but for who runs it.
+pub struct Core {
+    /// The guest's CPU.
+    pub cpu: CpuState,
+    /// The MMU's side of it.
+    pub mmu_vcpu: Vcpu,
+    /// Counters.
+    pub stats: VcpuStats,
+    /// The MMU.
+    pub mmu: Arc<Mmu>,
+    /// The board.
+    pub devices: Arc<Devices>,
+    /// The guest's descriptor tables, as native code needs them.
+    pub tables: DescriptorTables,
+    /// The vCPU's own time, while it is interpreted: it moves on with its instructions, and never beyond the board's by
+    /// much.
+    pub time: Nanos,
+    /// A flush that the software TLB has made and the hardware has not.
+    pub hardware_owes_flush: bool,
+    ending: Ending,
+    requests: Arc<Requests>,
+    /// An NMI has come that the guest cannot take yet. Like silicon, it remembers one.
+    nmi_waits: bool,
+}
+
+impl Core {
+    /// A vCPU that will start as `cpu` says.
+    pub fn new(cpu: CpuState, mmu_vcpu: Vcpu, around: Surroundings) -> Core {
+        let Surroundings { mmu, devices, ending, requests } = around;
+        Core {
+            cpu,
+            mmu_vcpu,
+            stats: VcpuStats::default(),
+            mmu,
+            devices,
+            tables: DescriptorTables::default(),
+            time: Nanos(0),
+            hardware_owes_flush: false,
+            ending,
+            requests,
+            nmi_waits: false,
+        }
+    }
+
+    /// Runs the guest until the run ends.
+    ///
+    /// Whoever wants something writes it down first and kicks then. So the kick is taken back first and what was
+    /// written is looked at after: the other way round, the kick of one that came in between would be gone.
+    pub fn run(&mut self, backend: &mut dyn Backend) {
+        loop {
+            backend.take_kick();
+            if self.ending.is_set() {
+                return;
+            }
+            self.requests.serve(&self.mmu, &self.mmu_vcpu);
+            if let Some(end) = self.pass(backend) {
+                self.ending.set(end);
+            }
+        }
+    }
+
+    /// One round: what the board wants, then the guest, then what it left for.
+    fn pass(&mut self, backend: &mut dyn Backend) -> Option<End> {
+        if let Some(end) = self.heed_board() {
+            return Some(end);
+        }
+        if self.cpu.halted {
+            return self.sleep();
+        }
+        backend.run(self)
+    }
+
+    /// Ends the run where the board says so; delivers an NMI or an interrupt that the guest can take now.
+    fn heed_board(&mut self) -> Option<End> {
+        let (id, ready) = (self.mmu_vcpu.id() as usize, self.cpu.interruptible());
+        let nmi_ready = !self.cpu.nmi_blocked && !self.cpu.interrupt_shadow;
+        let earlier = self.nmi_waits;
+        let (exit, signals, vector) = self.devices.with_as(id as u32, |board, now| {
+            let signals = board.take_signals(id);
+            let nmi_first = nmi_ready && (signals.nmi || earlier);
+            let vector = if ready && !nmi_first { board.acknowledge(now, id) } else { None };
+            (board.take_exit(), signals, vector)
+        });
+        self.nmi_waits |= signals.nmi;
+        if let Some(exit) = exit {
+            return Some(End::Board(exit));
+        }
+        if signals.init {
+            // The boot processor begins anew at the firmware's reset vector, and there is no such firmware. A
+            // start-up without an INIT before it means nothing to a CPU that runs.
+            return Some(End::Init(Box::new(self.cpu.clone())));
+        }
+        let event = match vector {
+            _ if nmi_ready && self.nmi_waits => Event::Nmi,
+            Some(vector) => Event::External(vector),
+            None => return None,
+        };
+        self.nmi_waits &= event != Event::Nmi;
+        self.stats.interrupts += 1;
+        self.deliver(event)
+    }
+
+    /// HLT: waits for something to happen.
+    fn sleep(&mut self) -> Option<End> {
+        let id = self.mmu_vcpu.id();
+        let open = self.cpu.eflags & eflags::IF != 0;
+        let (pending, never) = self
+            .devices
+            .with_as(id, |board, _| (board.interrupt_pending(id as usize), board.next_deadline().is_none()));
+        if open && pending {
+            return None;
+        }
+        if (never || !open) && !self.requests.may_come() {
+            return Some(End::Stuck(Box::new(self.cpu.clone())));
+        }
+        self.devices.waker(id).sleep();
+        None
+    }
+
+    /// True once the run has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ending.is_set()
+    }
+
+    /// The time that the vCPU's own begins at: guest time, but never earlier than it has already been.
+    pub fn catch_up(&mut self) -> Nanos {
+        self.time = self.time.max(self.devices.now());
+        self.time
+    }
+
+    /// Calls with a bus of this vCPU, by real time or by its own, and heeds what came of it.
+    pub fn with_bus<R>(
+        &mut self,
+        time: Option<Nanos>,
+        call: impl FnOnce(&mut CpuState, &mut GuestBus<'_>) -> R,
+    ) -> (R, Aftermath) {
+        let mut bus = GuestBus::new(&self.mmu, &mut self.mmu_vcpu, &self.devices, time);
+        let result = call(&mut self.cpu, &mut bus);
+        if time.is_some() {
+            self.time = bus.time();
+        }
+        let after = bus.into_aftermath();
+        self.heed(&after);
+        (result, after)
+    }
+
+    /// Keeps what was derived from guest memory in step with what an instruction did.
+    fn heed(&mut self, after: &Aftermath) {
+        if after.descriptors || after.invalidated.is_some_and(|gva| self.tables.contain(gva)) {
+            self.tables.invalidate();
+        }
+        self.stats.flushes += after.flushes;
+        self.hardware_owes_flush |= after.flushes > 0;
+    }
+
+    /// Interprets the instruction at CS:EIP.
+    pub fn interpret(&mut self) -> (Step, Aftermath) {
+        self.stats.interpreted += 1;
+        let time = self.own_time();
+        self.with_bus(time, |cpu, bus| interp::step(cpu, bus))
+    }
+
+    /// The time of a vCPU that has a clock of its own.
+    fn own_time(&mut self) -> Option<Nanos> {
+        self.mmu_vcpu.tlb().is_some().then(|| self.catch_up())
+    }
+
+    /// Gives the guest an exception, interrupt or NMI.
+    pub fn deliver(&mut self, event: Event) -> Option<End> {
+        if let Event::Exception(exception) = event {
+            self.stats.exceptions += 1;
+            self.stats.user_faults += u64::from(exception.vector == vector::PF && self.cpu.cpl == 3);
+        }
+        loop {
+            let time = self.own_time();
+            let (delivered, after) = self.with_bus(time, |cpu, bus| interp::deliver(cpu, bus, event));
+            match delivered {
+                Delivered::Handler => return None,
+                Delivered::TripleFault => return Some(End::TripleFault(Box::new(self.cpu.clone()))),
+                Delivered::Unknown(instruction) => return Some(self.unknown(instruction, None)),
+                Delivered::Again if self.has_ended() => return None,
+                Delivered::Again => {
+                    if let Some(end) = lacking(after) {
+                        return Some(end);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The end for an instruction that nobody can run.
+    pub fn unknown(&self, instruction: interp::UnknownInstruction, trap: Option<(u8, u32)>) -> End {
+        End::Unknown { instruction, trap, cpu: Box::new(self.cpu.clone()) }
+    }
+
+    /// The end for want of a frame for the tables themselves.
+    pub fn out_of_frames(&self) -> End {
+        End::OutOfFrames(Gpa(self.cpu.cr3.into()).gfn())
+    }
+}
+
+/// Why an instruction must be run again, where that is the end of the run.
+pub fn lacking(after: Aftermath) -> Option<End> {
+    match after.violation {
+        Some(violation) => Some(End::Incoherent(violation)),
+        None => after.need.map(End::OutOfFrames),
+    }
+}
