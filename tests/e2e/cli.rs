@@ -27,6 +27,7 @@ pub fn cases() -> Vec<Trial> {
         case("output_pipe_that_closes_does_not_break_the_run", &[Need::Kvm], closed_pipe),
         case("kvm_that_may_not_be_opened_says_what_to_do", &[Need::Kvm, Need::Root], forbidden_kvm),
         case("kvm_that_is_missing_says_what_to_do", &[Need::Root], missing_kvm),
+        case("auto_without_kvm_runs_soft_and_says_why", &[Need::Root], auto_without_kvm),
         case("json_summary_has_the_verdict_and_the_counts", &[Need::Kvm], json),
         case("json_that_cannot_be_written_is_refused", &[Need::Kvm], json_nowhere),
     ]
@@ -139,6 +140,17 @@ fn missing_kvm() -> Verdict {
     command.args(["--mount", "sh", "-c", script]).arg(program());
     let run = judge(process::run(&mut command, Duration::from_secs(20))?)?;
     expect_sentence(&run, &["/dev/kvm", "modprobe"])
+}
+
+fn auto_without_kvm() -> Verdict {
+    let mut command = Command::new("unshare");
+    let script = r#"mount -t tmpfs none /dev && exec "$0" run --append workload=hello"#;
+    command.args(["--mount", "sh", "-c", script]).arg(program());
+    let run = judge(process::run(&mut command, Duration::from_secs(20))?)?;
+    ensure!(run.end == End::Status(0), "the guest failed:\n{run}");
+    let said = run.stderr.lines().filter(|line| line.contains("backend=soft: ")).count();
+    ensure!(said == 1 && run.stderr.contains("/dev/kvm"), "it should say why in one line:\n{run}");
+    Ok(())
 }
 
 fn json() -> Verdict {

@@ -4,52 +4,54 @@ use std::time::Duration;
 
 use libtest_mimic::Trial;
 
-use super::umbra::{boot, expect_sentence, file_of, status, umbra};
+use super::umbra::{KVM, KVM_INTERPRET, SOFT, Way, expect_sentence, file_of, status, umbra};
 use crate::ensure;
-use crate::support::host::Need;
 use crate::support::process::End;
 use crate::support::{Verdict, case, image};
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
-    let kvm: &[Need] = &[Need::Kvm];
-    vec![
-        case("exit_port_zero_ends_with_status_0_and_v_with_2v_plus_1", kvm, exit_port),
-        case("serial_bytes_come_out_unchanged_and_alone", kvm, serial),
-        case("timeout_ends_a_guest_that_spins", kvm, || overtime(&image::spin())),
-        case("guest_that_waits_for_ever_ends_the_run", kvm, || ends_by_reset(&image::halt())),
-        case("triple_fault_ends_the_run", kvm, || ends_by_reset(&image::triple_fault())),
-        case("reset_port_ends_the_run", kvm, || ends_by_reset(&image::reset_by_port())),
-        case("header_that_lies_is_refused_in_a_sentence", kvm, lying_headers),
-        case("random_code_ends_in_a_known_way", kvm, random_code),
-    ]
+    let mut trials = vec![case("header_that_lies_is_refused_in_a_sentence", &[], lying_headers)];
+    for way in [KVM, KVM_INTERPRET, SOFT] {
+        let mut add = |name: &str, test: fn(Way) -> Verdict| {
+            trials.push(case(format!("{}_{name}", way.name), way.needs, move || test(way)));
+        };
+        add("exit_port_zero_ends_with_status_0_and_v_with_2v_plus_1", exit_port);
+        add("serial_bytes_come_out_unchanged_and_alone", serial);
+        add("timeout_ends_a_guest_that_spins", |way| overtime(way, &image::spin()));
+        add("guest_that_waits_for_ever_ends_the_run", |way| ends_by_reset(way, &image::halt()));
+        add("triple_fault_ends_the_run", |way| ends_by_reset(way, &image::triple_fault()));
+        add("reset_port_ends_the_run", |way| ends_by_reset(way, &image::reset_by_port()));
+        add("random_code_ends_in_a_known_way", random_code);
+    }
+    trials
 }
 
-fn exit_port() -> Verdict {
+fn exit_port(way: Way) -> Verdict {
     for (value, status) in [(0, 0), (1, 3), (3, 7), (127, 255)] {
-        let run = boot(&image::exit(value), &[])?;
+        let run = way.boot(&image::exit(value), &[])?;
         ensure!(run.end == End::Status(status), "wrote {value}, expected status {status}:\n{run}");
     }
     Ok(())
 }
 
-fn serial() -> Verdict {
+fn serial(way: Way) -> Verdict {
     let bytes: Vec<u8> = (0..=255).collect();
-    let run = boot(&[image::print(&bytes), image::exit(0)].concat(), &[])?;
+    let run = way.boot(&[image::print(&bytes), image::exit(0)].concat(), &[])?;
     ensure!(run.stdout == bytes, "{} bytes came out, and not the 256 that went in:\n{run}", run.stdout.len());
     Ok(())
 }
 
-fn overtime(code: &[u8]) -> Verdict {
-    let run = boot(code, &["--timeout", "300ms"])?;
+fn overtime(way: Way, code: &[u8]) -> Verdict {
+    let run = way.boot(code, &["--timeout", "300ms"])?;
     ensure!(run.end == status::TIMEOUT, "expected {:?}:\n{run}", status::TIMEOUT);
     ensure!(run.took >= Duration::from_millis(300), "it did not wait for the 300 ms:\n{run}");
     ensure!(run.took < Duration::from_secs(10), "300 ms took too long:\n{run}");
     Ok(())
 }
 
-fn ends_by_reset(code: &[u8]) -> Verdict {
-    let run = boot(code, &["--timeout", "20s"])?;
+fn ends_by_reset(way: Way, code: &[u8]) -> Verdict {
+    let run = way.boot(code, &["--timeout", "20s"])?;
     ensure!(run.end == status::RESET, "expected {:?}:\n{run}", status::RESET);
     Ok(())
 }
@@ -76,7 +78,7 @@ fn lying_headers() -> Verdict {
 }
 
 /// Sixty-four bytes of noise as a kernel: the run may end in any documented way, but it ends, and Umbra survives.
-fn random_code() -> Verdict {
+fn random_code(way: Way) -> Verdict {
     for seed in 1..=24u64 {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let noise = || {
@@ -86,7 +88,7 @@ fn random_code() -> Verdict {
             (state >> 24) as u8
         };
         let code: Vec<u8> = std::iter::repeat_with(noise).take(64).collect();
-        let run = boot(&code, &["--timeout", "200ms"])?;
+        let run = way.boot(&code, &["--timeout", "200ms"])?;
         ensure!(run.took < Duration::from_secs(20), "seed {seed}: 200 ms took too long:\n{run}");
         let by_guest = matches!(run.end, End::Status(code) if code % 2 == 1);
         let known = by_guest || [status::FAILURE, status::TIMEOUT, status::RESET].contains(&run.end);

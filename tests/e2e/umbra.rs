@@ -10,6 +10,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use tempfile::NamedTempFile;
 
+use crate::support::host::Need;
 use crate::support::image;
 use crate::support::process::{self, End, Outcome};
 
@@ -51,6 +52,53 @@ pub fn judge(run: Outcome) -> Result<Outcome, Failed> {
         End::Overtime => Err(format!("did not end:\n{run}").into()),
         End::Status(_) if run.stderr.contains("panicked at") => Err(format!("panicked:\n{run}").into()),
         End::Status(_) => Ok(run),
+    }
+}
+
+/// A way to run a guest: options of `umbra run`, and what the machine must have for them.
+#[derive(Clone, Copy)]
+pub struct Way {
+    /// For the test's name.
+    pub name: &'static str,
+    /// The options.
+    pub options: &'static [&'static str],
+    /// What they need.
+    pub needs: &'static [Need],
+}
+
+/// KVM, kernel and user.
+pub const KVM: Way = Way { name: "kvm", options: &["--backend", "kvm"], needs: &[Need::Kvm] };
+/// KVM for user code alone.
+pub const KVM_INTERPRET: Way = Way {
+    name: "kvm_interpret",
+    options: &["--backend", "kvm", "--supervisor", "interpret"],
+    needs: &[Need::Kvm],
+};
+/// The interpreter.
+pub const SOFT: Way = Way { name: "soft", options: &["--backend", "soft"], needs: &[] };
+/// The interpreter with a TLB that forgets nothing it need not.
+pub const SOFT_STICKY: Way =
+    Way { name: "soft_sticky", options: &["--backend", "soft", "--tlb", "sticky"], needs: &[] };
+/// The interpreter with a TLB that forgets at random.
+pub const SOFT_LOSSY: Way =
+    Way { name: "soft_lossy", options: &["--backend", "soft", "--tlb", "lossy"], needs: &[] };
+/// All of them.
+pub const WAYS: [Way; 5] = [KVM, KVM_INTERPRET, SOFT, SOFT_STICKY, SOFT_LOSSY];
+
+impl Way {
+    /// What a test needs that runs a guest this way and has needs of its own.
+    pub fn needs(self, others: &[Need]) -> Vec<Need> {
+        self.needs.iter().chain(others).copied().collect()
+    }
+
+    /// Runs `umbra run` this way.
+    pub fn run(self, args: &[&str]) -> Result<Outcome, Failed> {
+        umbra(["run"].iter().chain(self.options).chain(args))
+    }
+
+    /// Boots a Multiboot image of `code` this way.
+    pub fn boot(self, code: &[u8], options: &[&str]) -> Result<Outcome, Failed> {
+        boot(code, &[self.options, options].concat())
     }
 }
 

@@ -18,7 +18,7 @@ use std::path::Path;
 use libtest_mimic::{Failed, Trial};
 use umbra_guest::{PAGER, PAGER_PLAIN, PAGER_TWIN, abi};
 
-use super::umbra::{file_of, status, umbra};
+use super::umbra::{KVM, SOFT, WAYS, Way, file_of, status, umbra};
 use crate::ensure;
 use crate::support::host::{self, Need};
 use crate::support::process::{End, Outcome};
@@ -31,14 +31,19 @@ const PAGINGS: [&str; 2] = ["pae", "legacy"];
 pub fn cases() -> Vec<Trial> {
     let mut trials = Vec::new();
     for (workload, paging) in all() {
-        let name = format!("kvm_{workload}_{paging}_prints_what_qemu_prints");
-        trials.push(case(name, &[Need::Kvm, Need::Peer], move || same_lines(workload, paging)));
+        for way in WAYS {
+            let name = format!("{}_{workload}_{paging}_prints_what_qemu_prints", way.name);
+            trials.push(case(name, &way.needs(&[Need::Peer]), move || same_lines(way, workload, paging)));
+        }
+    }
+    for way in WAYS {
+        let name = format!("{}_twin_that_damages_a_byte_fails_by_umbras_own_witness", way.name);
+        trials.push(case(name, way.needs, move || twin(way)));
     }
     trials.extend([
         case("image_from_a_file_is_the_built_in_one", &[Need::Kvm], from_file),
-        case("twin_that_damages_a_byte_fails_by_umbras_own_witness", &[Need::Kvm], twin),
-        case("image_without_the_note_passes_and_says_what_native_may_miss", &[Need::Kvm], plain),
-        case("unknown_workload_ends_with_the_status_of_a_bad_command_line", &[Need::Kvm], unknown_workload),
+        case("image_without_the_note_is_interpreted_and_native_says_what_it_may_miss", &[Need::Kvm], plain),
+        case("unknown_workload_ends_with_the_status_of_a_bad_command_line", &[], unknown_workload),
         case("peer_unknown_workload_ends_the_same_way", &[Need::Qemu], unknown_workload_on_qemu),
     ]);
     trials
@@ -112,9 +117,9 @@ fn on_qemu(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
     Ok(comparable(&run))
 }
 
-fn same_lines(workload: &str, paging: &str) -> Verdict {
+fn same_lines(way: Way, workload: &str, paging: &str) -> Verdict {
     let words = cmdline(workload, paging, Host::Umbra);
-    let run = umbra(["run", "--backend", "kvm", "--append", &words, "--timeout", "60s"])?;
+    let run = way.run(&["--append", &words, "--timeout", "60s"])?;
     ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
     check_closing_line(&run, workload, paging)?;
     let (ours, theirs) = (comparable(&run), peer_lines(workload, paging)?);
@@ -154,10 +159,10 @@ fn from_file() -> Verdict {
 }
 
 /// The guest finds all its checks right and says so; only who hashes its memory from outside can tell.
-fn twin() -> Verdict {
+fn twin(way: Way) -> Verdict {
     let image = file_of(PAGER_TWIN)?;
     let path = image.path().to_string_lossy().into_owned();
-    let run = umbra(["run", &path, "--append", "workload=mm", "--timeout", "60s"])?;
+    let run = way.run(&[&path, "--append", "workload=mm", "--timeout", "60s"])?;
     let said_pass = run.result_lines().last().is_some_and(|line| line.contains("verdict=PASS"));
     ensure!(said_pass, "the twin itself must say PASS:\n{run}");
     ensure!(run.end == status::WITNESS, "expected {:?}:\n{run}", status::WITNESS);
@@ -167,10 +172,16 @@ fn twin() -> Verdict {
 fn plain() -> Verdict {
     let image = file_of(PAGER_PLAIN)?;
     let path = image.path().to_string_lossy().into_owned();
-    let run = umbra(["run", &path, "--append", "workload=hello", "--timeout", "60s"])?;
-    ensure!(run.end == End::Status(0), "the kernel without its note failed:\n{run}");
-    let lines = run.stderr.lines().filter(|line| line.contains("native")).count();
-    ensure!(lines == 1, "expected one line about what running native may miss:\n{run}");
+    for (supervisor, warnings) in [("auto", 0), ("interpret", 0), ("native", 1)] {
+        let args = [&path, "--append", "workload=hello", "--timeout", "60s", "--supervisor", supervisor];
+        let run = KVM.run(&args)?;
+        ensure!(run.end == End::Status(0), "the kernel without its note failed:\n{run}");
+        let lines = run.stderr.lines().filter(|line| line.contains("natively at CPL 3")).count();
+        ensure!(
+            lines == warnings,
+            "{supervisor}: expected {warnings} lines about what native may miss:\n{run}"
+        );
+    }
     Ok(())
 }
 
@@ -178,7 +189,7 @@ fn plain() -> Verdict {
 const STATUS_COMMAND_LINE: End = End::Status((abi::STATUS_COMMAND_LINE << 1 | 1) as i32);
 
 fn unknown_workload() -> Verdict {
-    let run = umbra(["run", "--append", "workload=nonsense"])?;
+    let run = SOFT.run(&["--append", "workload=nonsense"])?;
     ensure!(run.end == STATUS_COMMAND_LINE, "expected {STATUS_COMMAND_LINE:?}:\n{run}");
     ensure!(!run.lines().join("\n").contains("verdict=PASS"), "it claims to have passed:\n{run}");
     Ok(())

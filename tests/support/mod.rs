@@ -18,9 +18,10 @@ pub type Verdict = Result<(), Failed>;
 /// A test that is ignored, with the reason, on a machine that lacks one of `needs`.
 pub fn case(
     name: impl Into<String>,
-    needs: &'static [host::Need],
+    needs: &[host::Need],
     body: impl FnOnce() -> Verdict + Send + 'static,
 ) -> Trial {
+    let needs = needs.to_vec();
     Trial::ignorable_test(name, move || {
         for need in needs {
             if let Err(reason) = need.met() {

@@ -3,7 +3,6 @@
 //! Story: a [`Plan`] is made before anything else, from the command line and the host's probe; a [`Runner`] is what it
 //! takes to carry it out; [`Runner::into_backend`] is what the vCPU's loop runs.
 
-use std::io::{self, Write};
 use std::sync::Arc;
 
 use umbra_mmu::{Mmu, Vcpu};
@@ -20,7 +19,13 @@ use crate::machine::Pool;
 use crate::probe::{Probe, Quick};
 
 /// The choice of a backend.
-pub enum Plan {
+pub struct Plan {
+    chosen: Chosen,
+    /// Why, in a line, where the choice was ours.
+    why: Option<String>,
+}
+
+enum Chosen {
     /// /dev/kvm, which is like this.
     Kvm(Host, Quick),
     /// The interpreter.
@@ -28,33 +33,28 @@ pub enum Plan {
 }
 
 impl Plan {
-    /// Chooses as the command line has it. `auto` is KVM where it works, and says in a line what it has chosen and why.
+    /// Chooses as the command line has it. `auto` is KVM where it works.
     ///
     /// # Errors
     ///
     /// When KVM was asked for and cannot be used.
     pub fn make(backend: cli::Backend) -> Result<Plan, RunError> {
-        match backend {
-            cli::Backend::Soft => Ok(Plan::Soft),
-            cli::Backend::Kvm => Plan::kvm(),
-            cli::Backend::Auto => Ok(match Plan::kvm() {
-                Ok(Plan::Kvm(host, probe)) => {
-                    let faster = if probe.speed.emulated { "; --backend soft is faster here" } else { "" };
-                    say(&format!("backend=kvm: {}{faster}", probe.verdict()));
-                    Plan::Kvm(host, probe)
-                }
-                Ok(Plan::Soft) => Plan::Soft,
-                Err(error) => {
-                    say(&format!("backend=soft: {error}"));
-                    Plan::Soft
-                }
-            }),
+        match (backend, (backend != cli::Backend::Soft).then(open_kvm)) {
+            (cli::Backend::Auto, Some(Err(error))) => {
+                Ok(Plan { chosen: Chosen::Soft, why: Some(format!("backend=soft: {error}")) })
+            }
+            (_, Some(opened)) => {
+                let (host, probe) = opened?;
+                let why = (backend == cli::Backend::Auto).then(|| reason(&probe));
+                Ok(Plan { chosen: Chosen::Kvm(host, probe), why })
+            }
+            (_, None) => Ok(Plan { chosen: Chosen::Soft, why: None }),
         }
     }
 
-    fn kvm() -> Result<Plan, RunError> {
-        let probe = Probe::quick()?;
-        Ok(Plan::Kvm(Host::open()?, probe))
+    /// What `auto` has chosen and why, in a line.
+    pub fn take_reason(&mut self) -> Option<String> {
+        self.why.take()
     }
 
     /// Frames of the machine that the firmware takes.
@@ -63,16 +63,22 @@ impl Plan {
     ///
     /// When the firmware does not fit so many vCPUs.
     pub fn firmware_frames(&self, vcpus: u32) -> Result<u64, RunError> {
-        match self {
-            Plan::Kvm(..) => Ok(KvmVm::firmware_frames(vcpus)?),
-            Plan::Soft => Ok(0),
+        match self.chosen {
+            Chosen::Kvm(..) => Ok(KvmVm::firmware_frames(vcpus)?),
+            Chosen::Soft => Ok(0),
         }
     }
 }
 
-/// One line on standard error. A reader that has gone is no reason to fail.
-fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "umbra: {line}");
+fn open_kvm() -> Result<(Host, Quick), RunError> {
+    let probe = Probe::quick()?;
+    Ok((Host::open()?, probe))
+}
+
+/// Why KVM: it is there. Where it emulates what soft would interpret, the user should know.
+fn reason(probe: &Quick) -> String {
+    let faster = if probe.speed.emulated { "; --backend soft is faster here" } else { "" };
+    format!("backend=kvm: {}{faster}", probe.verdict())
 }
 
 /// What runs the guest's vCPU.
@@ -99,7 +105,7 @@ impl Runner {
     ///
     /// When the host refuses.
     pub fn new(plan: Plan, pool: &Arc<Pool>, vcpus: u32, interpret: bool) -> Result<Runner, RunError> {
-        let Plan::Kvm(host, probe) = plan else { return Ok(Runner::Soft(Soft::default())) };
+        let Chosen::Kvm(host, probe) = plan.chosen else { return Ok(Runner::Soft(Soft::default())) };
         let options = Options { vcpus, ..Options::default() };
         let vm = Arc::new(KvmVm::new(&host, Arc::clone(pool), options)?);
         let kvm = vm.create_vcpu(0)?;

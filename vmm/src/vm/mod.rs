@@ -154,6 +154,8 @@ struct Guest {
     start: CpuState,
     notes: Notes,
     runner: Runner,
+    /// Why this backend, in a line.
+    why: Option<String>,
 }
 
 /// Runs a guest to its end.
@@ -212,7 +214,8 @@ impl Guest {
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
 
-        let plan = Plan::make(args.backend)?;
+        let mut plan = Plan::make(args.backend)?;
+        let why = plan.take_reason();
         let (guest_pages, hole) = memory::extent(&memory);
         let config = Config {
             guest_pages,
@@ -261,10 +264,14 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner })
+        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner, why })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
+        if let Some(why) = &self.why {
+            // A reader that has gone is no reason to fail.
+            let _ = writeln!(io::stderr(), "umbra: {why}");
+        }
         if self.runner.is_native() && !self.notes.kernel.is_some_and(|kernel| kernel.clean) {
             log::warn!(
                 "this image has no Umbra note, and its kernel runs natively at CPL 3: PUSHF and POPF will not \
@@ -300,13 +307,12 @@ impl Guest {
         core.run(&mut *backend);
         drop(events);
         let end = ending.take().unwrap_or(End::Quit);
-        let mut summary = judge(&self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started);
-        summary.backend = name;
-        Ok(summary)
+        Ok(judge(name, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started))
     }
 }
 
 fn judge(
+    backend: &'static str,
     mmu: &Mmu,
     notes: &Notes,
     first_byte: &FirstByte,
@@ -320,7 +326,7 @@ fn judge(
     let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
     Summary {
         version: env!("CARGO_PKG_VERSION"),
-        backend: "",
+        backend,
         verdict: status.verdict(),
         status: status.code(),
         guest_exit: end.guest_value(),
