@@ -394,8 +394,7 @@ impl Mmu {
         if let Some(mut entry) = tlb.recall(tag, gva) {
             if entry.spte.allows(kind) {
                 let advances = self.p2m.advances();
-                if entry.checked != advances {
-                    self.check_entry(vcpu, &entry, gva, kind)?;
+                if entry.checked != advances && self.check_entry(vcpu, &entry, gva, kind)? {
                     entry.checked = advances;
                     tlb.put_in_set(entry, gva);
                 }
@@ -410,13 +409,14 @@ impl Mmu {
         Ok(entry.spte.mfn())
     }
 
-    /// INV-TLB-2. A read or a fetch needs the mapping to be of now, a store the right to write too.
-    fn check_entry(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind) -> Result<(), Miss> {
+    /// INV-TLB-2. A read or a fetch needs the mapping to be of now, a store the right to write too. True when the entry
+    /// is good for any access.
+    fn check_entry(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind) -> Result<bool, Miss> {
         let now = self.p2m.generations(entry.gfn);
         let filled = entry.generations;
         let stale = filled.mapping != now.mapping || (kind == AccessKind::Write && filled.write != now.write);
         if !stale {
-            return Ok(());
+            return Ok(filled == now);
         }
         Err(Miss::Incoherent(Box::new(Violation {
             vcpu: vcpu.id,
