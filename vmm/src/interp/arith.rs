@@ -154,8 +154,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
 
     /// CF and OF say that the upper half counts; the others, undefined, stay.
     fn set_product_flags(&mut self, fits: bool) {
-        let overflow = if fits { 0 } else { CF | OF };
-        self.cpu.eflags = self.cpu.eflags & !(CF | OF) | overflow;
+        self.cpu.eflags = product_flags(self.cpu.eflags, fits);
     }
 
     /// AX, DX:AX or EDX:EAX.
@@ -237,8 +236,13 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 }
 
+/// EFLAGS after a product whose upper half counts unless it `fits`.
+pub(super) fn product_flags(flags: u32, fits: bool) -> u32 {
+    flags & !(CF | OF) | if fits { 0 } else { CF | OF }
+}
+
 /// The double-width product, and whether its upper half is only the lower one's extension.
-fn product(a: u32, b: u32, width: Width, signed: bool) -> (u64, bool) {
+pub(super) fn product(a: u32, b: u32, width: Width, signed: bool) -> (u64, bool) {
     if !signed {
         let product = u64::from(a) * u64::from(b);
         return (product, product >> width.bits() == 0);

@@ -14,7 +14,7 @@ use crate::cpu::{Seg, cr4};
 const ENTER_LEVELS_MAX: u32 = 31;
 
 /// A condition's low four opcode bits.
-fn condition_bits(code: ConditionCode) -> u32 {
+pub(super) fn condition_bits(code: ConditionCode) -> u32 {
     match code {
         ConditionCode::o => 0,
         ConditionCode::no => 1,

@@ -10,7 +10,7 @@ use super::{Bus, Core, Exception, Exec, Leave, ensure};
 use crate::cpu::Seg;
 
 /// The longest instruction, in bytes.
-const INSTRUCTION_BYTES_MAX: usize = 15;
+pub(super) const INSTRUCTION_BYTES_MAX: usize = 15;
 
 /// TZCNT, LZCNT and WBNOINVD are features that this CPU does not have: without them their encodings are BSF, BSR
 /// and WBINVD with a prefix that means nothing.

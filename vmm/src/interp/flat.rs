@@ -6,9 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use umbra_mmu::{Access, AccessKind, FaultCode, Gva, PageFault};
+use umbra_mmu::{Access, AccessKind, CodeFrame, FaultCode, Gva, Mfn, PageFault};
 
 use super::bus::{Bus, BusError, Width};
+use super::engine::CodeBus;
 use crate::cpu::CpuState;
 
 /// What a page of a [`FlatBus`] admits.
@@ -56,6 +57,13 @@ pub struct FlatBus {
     probed: BTreeSet<u32>,
     /// What the time-stamp counter's source says.
     pub time: u64,
+    /// Pages of `memory` that show another page of it: memory under two linear addresses.
+    pub aliases: BTreeMap<u32, u32>,
+    /// Code generations of pages that code was decoded from, by frame.
+    code: BTreeMap<u32, u32>,
+    code_clock: u32,
+    /// Instructions that the engine told of.
+    pub told: u64,
     /// Set: `set_paging` is a #GP, as with reserved bits in a PAE directory pointer.
     pub refuse_paging: bool,
 }
@@ -83,13 +91,20 @@ impl FlatBus {
         self.scalar(Gva(address), Width::B4) as u32
     }
 
+    /// The index in `memory` of the byte at `address`.
+    fn index(&self, address: u32) -> usize {
+        let page = self.aliases.get(&(address >> 12)).copied().unwrap_or(address >> 12);
+        (page << 12 | address & 0xfff).wrapping_sub(self.base) as usize
+    }
+
     fn slot(&mut self, address: u32) -> Option<&mut u8> {
-        self.memory.get_mut(address.wrapping_sub(self.base) as usize)
+        let index = self.index(address);
+        self.memory.get_mut(index)
     }
 
     fn scalar(&self, gva: Gva, width: Width) -> u64 {
         (0..width.bytes()).rev().fold(0, |value, n| {
-            let index = gva.0.wrapping_add(n).wrapping_sub(self.base) as usize;
+            let index = self.index(gva.0.wrapping_add(n));
             value << 8 | u64::from(self.memory.get(index).copied().unwrap_or(0))
         })
     }
@@ -102,7 +117,7 @@ impl FlatBus {
     }
 
     fn fault_at(&self, gva: Gva, access: Access) -> Option<PageFault> {
-        let inside = (gva.0.wrapping_sub(self.base) as usize) < self.memory.len();
+        let inside = self.index(gva.0) < self.memory.len();
         let page = if inside { self.pages.get(&(gva.0 >> 12)).copied() } else { Some(Page::Absent) };
         let write = access.kind == AccessKind::Write;
         let refused = match page {
@@ -131,6 +146,10 @@ impl FlatBus {
     fn put(&mut self, gva: Gva, width: Width, value: u64) {
         let bytes = value.to_le_bytes();
         self.place(gva.0, &bytes[..width.bytes() as usize]);
+        for end in [gva, gva.wrapping_add(width.bytes() - 1)] {
+            let frame = self.index(end.0) as u32 >> 12;
+            self.code.remove(&frame);
+        }
     }
 }
 
@@ -228,5 +247,36 @@ impl Bus for FlatBus {
 
     fn tsc(&mut self) -> u64 {
         self.time
+    }
+}
+
+impl CodeBus for FlatBus {
+    fn code_frame(&mut self, gva: Gva, user: bool) -> Result<Option<CodeFrame>, BusError> {
+        if let Some(fault) = self.fault_at(gva, Access::execute(user)) {
+            return Err(fault.into());
+        }
+        let frame = self.index(gva.0) as u32 >> 12;
+        let clock = &mut self.code_clock;
+        let generation = *self.code.entry(frame).or_insert_with(|| {
+            *clock += 1;
+            *clock
+        });
+        Ok(Some(CodeFrame { mfn: Mfn(frame), generation }))
+    }
+
+    fn code_generation(&self, frame: Mfn) -> u32 {
+        self.code.get(&frame.0).copied().unwrap_or(0)
+    }
+
+    fn translation_version(&self) -> u64 {
+        u64::from(self.paging.0) + self.invalidated.len() as u64
+    }
+
+    fn is_wanted(&self) -> bool {
+        false
+    }
+
+    fn advance(&mut self, instructions: u64) {
+        self.told += instructions;
     }
 }

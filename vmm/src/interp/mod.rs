@@ -36,6 +36,7 @@ mod debug;
 mod decimal;
 mod deliver;
 mod descriptor;
+pub mod engine;
 pub mod exception;
 mod execute;
 mod far;

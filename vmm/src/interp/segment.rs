@@ -10,6 +10,9 @@ use umbra_mmu::{Access, AccessKind, Gva};
 use super::{Bus, Core, Exception, Exec, Width, ensure};
 use crate::cpu::{Seg, Segment, cr0, eflags};
 
+/// The segment registers, by encoding.
+pub(super) const ALL_SEGMENTS: [Seg; 6] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs];
+
 /// True where `size` bytes at `offset` lie inside the segment and its type allows the access.
 pub(super) fn admits(segment: &Segment, offset: u32, size: u32, kind: AccessKind, protected: bool) -> bool {
     if protected && (segment.unusable || !type_admits(segment, kind)) {

@@ -18,12 +18,16 @@
 //!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
-use umbra_mmu::{Access, Beyond, Flush, Gfn, Gpa, Gva, Miss, Mmu, Outcome, Refusal, Vcpu, Violation};
+use umbra_mmu::{
+    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, Outcome, Refusal, Vcpu, Violation,
+};
 
 use super::devices::Devices;
+use super::kick::Attention;
 use super::paging::mode_of;
 use crate::board::{Board, Nanos};
 use crate::cpu::{CpuModel, CpuState};
+use crate::interp::engine::CodeBus;
 use crate::interp::{Bus, BusError, Exception, Width};
 
 /// What an instruction did that its vCPU's loop must know.
@@ -41,6 +45,9 @@ pub struct Aftermath {
     pub flushes: u64,
 }
 
+/// How far an instruction moves the vCPU's own time: the guest's CPU runs at 1 GHz, and always lags behind real time, with
+/// which it catches up at the next slice.
+pub const NANOS_PER_INSTRUCTION: u64 = 1;
 /// Attempts to have an access mapped, after which it is made by walk: each is lost to somebody else's progress.
 const ATTEMPTS_MAX: u32 = 8;
 
@@ -51,6 +58,8 @@ pub struct GuestBus<'a> {
     devices: &'a Devices,
     /// The vCPU's own time; `None`: whatever the time is.
     time: Option<Nanos>,
+    /// What ends a stretch of code early.
+    attention: Option<Attention>,
     aftermath: Aftermath,
 }
 
@@ -63,10 +72,11 @@ enum Road {
 }
 
 impl<'a> GuestBus<'a> {
-    /// The bus of `vcpu`, which is outside the guest. `time` is the vCPU's own, which instructions move on
-    /// ([`GuestBus::advance`]); `None` for one that goes by real time.
+    /// The bus of `vcpu`, which is outside the guest. `time` is the vCPU's own, which instructions move on by
+    /// [`NANOS_PER_INSTRUCTION`]; `None` for one that goes by real time.
     pub fn new(mmu: &'a Mmu, vcpu: &'a mut Vcpu, devices: &'a Devices, time: Option<Nanos>) -> GuestBus<'a> {
-        let mut bus = GuestBus { mmu, vcpu, devices, time, aftermath: Aftermath::default() };
+        let aftermath = Aftermath::default();
+        let mut bus = GuestBus { mmu, vcpu, devices, time, attention: None, aftermath };
         bus.go_inside();
         bus
     }
@@ -81,9 +91,9 @@ impl<'a> GuestBus<'a> {
         self.time.unwrap_or_else(|| self.devices.now())
     }
 
-    /// Moves the vCPU's own time on.
-    pub fn advance(&mut self, nanos: u64) {
-        self.time = self.time.map(|time| time.plus(nanos));
+    /// Lets `attention` end a stretch of code.
+    pub fn heed(&mut self, attention: Attention) {
+        self.attention = Some(attention);
     }
 
     fn go_inside(&mut self) {
@@ -393,6 +403,33 @@ impl From<Width> for umbra_mmu::Width {
             Width::B4 => umbra_mmu::Width::B4,
             Width::B8 => umbra_mmu::Width::B8,
         }
+    }
+}
+
+impl CodeBus for GuestBus<'_> {
+    fn code_frame(&mut self, gva: Gva, user: bool) -> Result<Option<CodeFrame>, BusError> {
+        let mark = |mmu: &Mmu, vcpu: &Vcpu| mmu.code_frame(vcpu, gva, user);
+        self.by_tlb(gva, 1, Access::execute(user), mark)
+    }
+
+    #[inline(always)]
+    fn code_generation(&self, frame: Mfn) -> u32 {
+        self.mmu.code_generation(frame)
+    }
+
+    #[inline(always)]
+    fn translation_version(&self) -> u64 {
+        self.mmu.tlb_version(self.vcpu)
+    }
+
+    #[inline(always)]
+    fn is_wanted(&self) -> bool {
+        self.attention.as_ref().is_some_and(Attention::is_wanted)
+    }
+
+    #[inline(always)]
+    fn advance(&mut self, instructions: u64) {
+        self.time = self.time.map(|time| time.plus(instructions * NANOS_PER_INSTRUCTION));
     }
 }
 

@@ -20,6 +20,7 @@ use super::flush::Flusher;
 use super::soft::Soft;
 use super::vcpu::{Backend, Core, lacking};
 use crate::cpu::eflags;
+use crate::interp::engine::Extent;
 use crate::interp::{Event, Exception, Step, UnknownInstruction, vector};
 use crate::kvm::{KvmExit, KvmVcpu, can_run};
 
@@ -59,7 +60,7 @@ impl Backend for Native {
         if let Some(soft) = &mut self.supervisor
             && core.cpu.cpl < 3
         {
-            return soft.run_kernel(core);
+            return soft.slice(core, Extent::Kernel);
         }
         if core.cpu.interrupt_shadow {
             // One instruction that no interrupt may part from the one before it.

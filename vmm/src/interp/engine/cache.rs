@@ -1,0 +1,198 @@
+//! Blocks, and how they are found: by linear address while nothing has been flushed, else by frame.
+//!
+//! Holds: arenas are made once and filled from the front; when one is full everything is forgotten. A block lies in one
+//! page. Its key is where its bytes are, not where they are mapped: displacements are relative, so it is the same
+//! wherever that is.
+
+use iced_x86::Instruction;
+use umbra_mmu::{CodeFrame, Gva, Mfn};
+
+use super::CodeBus;
+use super::run::Run;
+use super::translate::{Op, translate};
+use crate::interp::Leave;
+use crate::interp::fetch::{DecodeError, INSTRUCTION_BYTES_MAX, decode};
+
+/// Ops of one block at most.
+const OPS_MAX: usize = 64;
+/// Ops of all blocks.
+const OPS: usize = 1 << 17;
+/// Instructions that are kept as such.
+const INSTRUCTIONS: usize = 1 << 15;
+/// Blocks.
+const BLOCKS: usize = 1 << 14;
+/// Entries of the table of blocks by frame, and of the jump cache; powers of two.
+const TABLE: usize = 1 << 15;
+const JUMPS: usize = 1 << 12;
+const PAGE: u32 = 4096;
+const NO_BLOCK: u32 = u32::MAX;
+
+/// Straight-line code, decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Where its bytes are.
+    pub frame: Mfn,
+    /// The frame's code generation when they were read.
+    pub generation: u32,
+    /// Ops.
+    pub count: u16,
+    /// Bytes of code.
+    pub bytes: u16,
+    first: u32,
+    /// Offset in the page, and CS's D bit above.
+    place: u32,
+}
+
+/// What a jump once led to.
+#[derive(Clone, Copy, Debug)]
+struct Jump {
+    gva: Gva,
+    /// Privilege and D bit.
+    mode: u32,
+    block: u32,
+    version: u64,
+}
+
+/// All blocks of one vCPU.
+#[derive(Debug)]
+pub struct Cache {
+    ops: Vec<Op>,
+    instructions: Vec<Instruction>,
+    blocks: Vec<Block>,
+    table: Box<[u32]>,
+    jumps: Box<[Jump]>,
+}
+
+fn mode_of(user: bool, wide: bool) -> u32 {
+    u32::from(user) | u32::from(wide) << 1
+}
+
+fn place_of(gva: Gva, wide: bool) -> u32 {
+    gva.offset() | u32::from(wide) << 12
+}
+
+fn slot_of(frame: Mfn, place: u32) -> usize {
+    (frame.0.wrapping_mul(0x9e37_79b1) ^ place.wrapping_mul(0x85eb_ca6b)) as usize >> 8 & (TABLE - 1)
+}
+
+fn jump_of(gva: Gva) -> usize {
+    (gva.0 ^ gva.0 >> 12) as usize & (JUMPS - 1)
+}
+
+impl Cache {
+    pub fn new() -> Cache {
+        let jump = Jump { gva: Gva(0), mode: 0, block: NO_BLOCK, version: 0 };
+        Cache {
+            ops: Vec::with_capacity(OPS),
+            instructions: Vec::with_capacity(INSTRUCTIONS),
+            blocks: Vec::with_capacity(BLOCKS),
+            table: vec![NO_BLOCK; TABLE].into(),
+            jumps: vec![jump; JUMPS].into(),
+        }
+    }
+
+    /// The block that code at `gva` was in when last looked for under `version`.
+    #[inline]
+    pub fn jump(&self, gva: Gva, user: bool, wide: bool, version: u64) -> Option<Block> {
+        let jump = &self.jumps[jump_of(gva)];
+        let same = jump.gva == gva && jump.version == version && jump.mode == mode_of(user, wide);
+        if same { self.blocks.get(jump.block as usize).copied() } else { None }
+    }
+
+    /// Notes what [`Cache::jump`] is to find.
+    pub fn remember(&mut self, gva: Gva, user: bool, wide: bool, version: u64, block: u32) {
+        self.jumps[jump_of(gva)] = Jump { gva, mode: mode_of(user, wide), block, version };
+    }
+
+    /// The block whose code is in `frame` where `gva` is mapped, as it is now.
+    pub fn find(&self, frame: CodeFrame, gva: Gva, wide: bool) -> Option<u32> {
+        let place = place_of(gva, wide);
+        let number = self.table[slot_of(frame.mfn, place)];
+        let block = self.blocks.get(number as usize)?;
+        let same = block.frame == frame.mfn && block.generation == frame.generation && block.place == place;
+        same.then_some(number)
+    }
+
+    pub fn block(&self, number: u32) -> Block {
+        self.blocks[number as usize]
+    }
+
+    #[inline]
+    pub fn ops(&self, block: &Block) -> &[Op] {
+        &self.ops[block.first as usize..][..usize::from(block.count)]
+    }
+
+    /// The instruction of a generic op.
+    pub fn instruction(&self, op: &Op) -> &Instruction {
+        &self.instructions[op.imm as usize]
+    }
+
+    /// Decodes the block at `gva`, whose bytes are in `frame`; `None` where not even one instruction lies whole in the
+    /// page, or is one.
+    pub fn build<B: CodeBus>(
+        &mut self,
+        run: &mut Run<'_, B>,
+        frame: CodeFrame,
+        gva: Gva,
+    ) -> Result<Option<u32>, Leave> {
+        self.make_room();
+        let (first, mut at, mut count) = (self.ops.len(), 0, 0);
+        while count < OPS_MAX {
+            let Some(instruction) = fetch(run, gva, at)? else { break };
+            at += instruction.len() as u32;
+            let op = translate(&instruction, at, self.instructions.len() as u32);
+            if op.is_generic() {
+                self.instructions.push(instruction);
+            }
+            self.ops.push(op);
+            count += 1;
+            if op.ends {
+                break;
+            }
+        }
+        if count == 0 {
+            return Ok(None);
+        }
+        let place = place_of(gva, run.wide);
+        let number = self.blocks.len() as u32;
+        self.blocks.push(Block {
+            frame: frame.mfn,
+            generation: frame.generation,
+            count: count as u16,
+            bytes: at as u16,
+            first: first as u32,
+            place,
+        });
+        self.table[slot_of(frame.mfn, place)] = number;
+        Ok(Some(number))
+    }
+
+    /// Forgets everything where an arena could overflow.
+    fn make_room(&mut self) {
+        let full = self.ops.len() + OPS_MAX > OPS
+            || self.instructions.len() + OPS_MAX > INSTRUCTIONS
+            || self.blocks.len() == BLOCKS;
+        if full {
+            self.ops.clear();
+            self.instructions.clear();
+            self.blocks.clear();
+            self.table.fill(NO_BLOCK);
+            self.jumps.iter_mut().for_each(|jump| jump.block = NO_BLOCK);
+        }
+    }
+}
+
+/// The instruction `at` bytes behind `gva`, if it lies whole in the page of `gva` and is one.
+fn fetch<B: CodeBus>(run: &mut Run<'_, B>, gva: Gva, at: u32) -> Result<Option<Instruction>, Leave> {
+    let room = PAGE - gva.offset() - at;
+    let mut bytes = [0; INSTRUCTION_BYTES_MAX];
+    let wanted = bytes.len().min(room as usize);
+    if wanted == 0 {
+        return Ok(None);
+    }
+    let length = run.core.bus.fetch(gva.wrapping_add(at), run.user, &mut bytes[..wanted])?;
+    match decode(&bytes[..length], run.wide, at) {
+        Ok(instruction) => Ok(Some(instruction)),
+        Err(DecodeError::Short | DecodeError::Invalid | DecodeError::TooLong) => Ok(None),
+    }
+}

@@ -1,0 +1,238 @@
+//! The engine: the interpreter at speed, by blocks of decoded instructions.
+//!
+//! Story: [`Engine::run`] does what as many calls of [`super::step`] would do, and is checked against that. It decodes
+//! straight-line code once into blocks, kept by the *frame* that the code stands in; what is hot has handlers of its own
+//! (`ops`), everything else is executed as [`super::step`] would.
+//!
+//! ```text
+//! EIP --jump cache--> block --ops--> next EIP
+//!         |             ^
+//!        miss           | frame and code generation still those of the block?
+//!         +--> CodeBus::code_frame --> table of blocks, or decode
+//! ```
+//!
+//! Its jobs, one file each: (1) here, the loop; (2) `cache`, blocks and how they are found; (3) `translate`, from an
+//! instruction to an op; (4) `run`, `ops` and `table`: what handlers work on, the handlers, and their numbers.
+//!
+//! Holds:
+//! - INV-ENGINE-1: after `n` steps the state is what `n` calls of `step` leave, bit for bit, and so is what the bus was
+//!   asked to change. A budget is never overrun.
+//! - INV-ENGINE-2: a block runs only while its frame's code generation is the one it was decoded at. A store to the frame
+//!   of the block that runs ends the block behind the instruction that stored.
+//! - INV-ENGINE-3: no allocation while code runs that has been decoded before.
+//!
+//! Limits: blocks are for the plain state ([`is_plain`]): no single-stepping, breakpoints, alignment checks, interrupt
+//! shadow, or code segment with a limit. Any other is stepped until it is plain again.
+
+mod cache;
+mod ops;
+mod run;
+mod table;
+#[cfg(test)]
+mod tests;
+mod translate;
+
+use umbra_mmu::{CodeFrame, Gva, Mfn};
+
+use super::{Bus, BusError, Core, Leave, Step, step};
+use crate::cpu::{CpuState, Seg, cr0, eflags};
+use cache::{Block, Cache};
+use run::{Next, Run};
+use table::Handlers;
+
+/// A bus that the engine can run on: it knows where code stands, and when that changes.
+pub trait CodeBus: Bus {
+    /// The frame behind `gva`, for a fetch by code of privilege `user`, marked as one that code is decoded from. `None`
+    /// where there is no memory, or none that can be marked.
+    fn code_frame(&mut self, gva: Gva, user: bool) -> Result<Option<CodeFrame>, BusError>;
+
+    /// The code generation of a frame now: another than was given out once somebody has stored to it.
+    fn code_generation(&self, frame: Mfn) -> u32;
+
+    /// Changes whenever a translation may have changed: what was learnt by linear address before is void.
+    fn translation_version(&self) -> u64;
+
+    /// True when somebody wants the vCPU to leave; asked once a block.
+    fn is_wanted(&self) -> bool;
+
+    /// So many more instructions have been executed, or are about to be: told before anything that may read the time.
+    fn advance(&mut self, instructions: u64);
+}
+
+/// Which code is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    All,
+    /// Code at CPL 0 to 2: the run ends before the first instruction at CPL 3.
+    Kernel,
+}
+
+impl Extent {
+    fn covers(self, cpu: &CpuState) -> bool {
+        self == Extent::All || cpu.cpl < 3
+    }
+}
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ran {
+    /// Steps made: instructions, those that faulted among them, and parts of string instructions.
+    pub steps: u64,
+    /// How the last one ended; [`Step::Done`] where the budget, the extent or somebody's wish ended the run.
+    pub last: Step,
+}
+
+/// The blocks of one vCPU.
+#[derive(Debug)]
+pub struct Engine {
+    cache: Cache,
+}
+
+impl Default for Engine {
+    fn default() -> Engine {
+        Engine { cache: Cache::new() }
+    }
+}
+
+/// How a block ended.
+enum End {
+    /// Its last op is behind us, or a branch was taken: on to the next block.
+    Over,
+    /// The same, and segments, privilege or mode may have changed.
+    Changed,
+    /// The run ends.
+    Stop(Step),
+}
+
+impl Engine {
+    /// Executes at most `budget` steps of the code that `extent` covers.
+    pub fn run<B: CodeBus>(&mut self, cpu: &mut CpuState, bus: &mut B, budget: u64, extent: Extent) -> Ran {
+        let mut steps = 0;
+        while steps < budget && extent.covers(cpu) && !bus.is_wanted() {
+            let last = if is_plain(cpu) {
+                self.run_plain(cpu, bus, budget, &mut steps)
+            } else {
+                single(cpu, bus, &mut steps)
+            };
+            if last != Step::Done {
+                return Ran { steps, last };
+            }
+        }
+        Ran { steps, last: Step::Done }
+    }
+
+    /// Runs blocks until the state may no longer be what it was at the start.
+    fn run_plain<B: CodeBus>(
+        &mut self,
+        cpu: &mut CpuState,
+        bus: &mut B,
+        budget: u64,
+        steps: &mut u64,
+    ) -> Step {
+        let mut run = Run::new(Core::new(cpu, bus));
+        while *steps < budget && !run.core.bus.is_wanted() {
+            let block = match self.find(&mut run) {
+                Ok(Some(block)) if u64::from(block.count) <= budget - *steps => block,
+                Ok(_) => return single(run.core.cpu, run.core.bus, steps),
+                Err(leave) => {
+                    *steps += 1;
+                    run.core.bus.advance(1);
+                    return run.core.stopped(leave);
+                }
+            };
+            match self.run_block(&mut run, block, steps) {
+                End::Over => {}
+                End::Changed => return Step::Done,
+                End::Stop(step) => return step,
+            }
+        }
+        Step::Done
+    }
+
+    /// The block at CS:EIP; `None` where one instruction must be stepped.
+    fn find<B: CodeBus>(&mut self, run: &mut Run<'_, B>) -> Result<Option<Block>, Leave> {
+        let (eip, wide) = (run.core.cpu.eip, run.wide);
+        let gva = run.core.code_address(eip);
+        let version = run.core.bus.translation_version();
+        if let Some(block) = self.cache.jump(gva, run.user, wide, version)
+            && run.core.bus.code_generation(block.frame) == block.generation
+        {
+            return Ok(Some(block));
+        }
+        let Some(frame) = run.core.bus.code_frame(gva, run.user)? else { return Ok(None) };
+        let number = match self.cache.find(frame, gva, wide) {
+            Some(number) => number,
+            None => match self.cache.build(run, frame, gva)? {
+                Some(number) => number,
+                None => return Ok(None),
+            },
+        };
+        // Finding it may have forgotten translations itself, which makes this one older, not wrong.
+        self.cache.remember(gva, run.user, wide, version, number);
+        Ok(Some(self.cache.block(number)))
+    }
+
+    fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: Block, steps: &mut u64) -> End {
+        run.enter(&block);
+        let (ops, mut told) = (self.cache.ops(&block), 0);
+        for (done, op) in (1..).zip(ops) {
+            let next = Handlers::<B>::TABLE[usize::from(op.handler)](run, op);
+            if next == Next::Next {
+                continue;
+            }
+            if next == Next::Generic {
+                run.core.bus.advance(done - told);
+                told = done;
+                run.core.cpu.eip = run.start.wrapping_add(op.begin());
+                let step = run.core.run(self.cache.instruction(op));
+                let on = step == Step::Done && run.core.cpu.eip == run.start.wrapping_add(op.end.into());
+                if on && !op.ends && run.is_current() {
+                    run.core.cpu.eip = run.start;
+                    continue;
+                }
+                *steps += done;
+                return match step {
+                    Step::Done => End::Changed,
+                    step => End::Stop(step),
+                };
+            }
+            *steps += done;
+            run.core.bus.advance(done - told);
+            return match next {
+                Next::Jumped => End::Over,
+                Next::Left => {
+                    run.core.cpu.eip = run.start.wrapping_add(op.begin());
+                    End::Stop(run.stopped())
+                }
+                _ => {
+                    run.core.cpu.eip = run.start.wrapping_add(op.end.into());
+                    End::Over
+                }
+            };
+        }
+        let count = u64::from(block.count);
+        *steps += count;
+        run.core.bus.advance(count - told);
+        run.core.cpu.eip = run.start.wrapping_add(block.bytes.into());
+        End::Over
+    }
+}
+
+/// One call of [`step`].
+fn single<B: CodeBus>(cpu: &mut CpuState, bus: &mut B, steps: &mut u64) -> Step {
+    *steps += 1;
+    bus.advance(1);
+    step(cpu, bus)
+}
+
+/// True where blocks do what steps do: nothing has to be looked at between two instructions.
+fn is_plain(cpu: &CpuState) -> bool {
+    let aligned = cpu.cpl == 3 && cpu.eflags & eflags::AC != 0 && cpu.cr0 & cr0::AM != 0;
+    cpu.eflags & (eflags::TF | eflags::RF | eflags::VM) == 0
+        && cpu.dr[7] & 0xff == 0
+        && !cpu.interrupt_shadow
+        && !cpu.halted
+        && !aligned
+        && cpu.segment(Seg::Cs).limit == u32::MAX
+}

@@ -1,0 +1,330 @@
+//! Handlers: one function for each operation, operand form and width that is hot, generic over all three.
+//!
+//! Holds: a handler that ends with [`Next::Left`] has changed nothing. Values and flags are `alu`'s, so that there is one
+//! place that knows them.
+
+use super::CodeBus;
+use super::run::{Next, Run, width};
+use super::translate::Op;
+use crate::interp::Width;
+use crate::interp::alu::{self, Outcome};
+use crate::interp::arith::{product, product_flags};
+use crate::interp::operand::{EAX, EDX};
+
+/// The value, or out of the handler.
+macro_rules! get {
+    ($run:ident, $result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(leave) => return $run.leave(leave),
+        }
+    };
+}
+
+pub fn generic<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
+    Next::Generic
+}
+
+pub fn nop<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
+    Next::Next
+}
+
+#[inline(always)]
+fn compute<const K: u8>(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
+    match K {
+        0 => alu::add(a, b, flags, width),
+        1 => alu::or(a, b, flags, width),
+        2 => alu::adc(a, b, flags, width),
+        3 => alu::sbb(a, b, flags, width),
+        4 | 8 => alu::and(a, b, flags, width),
+        5 | 7 => alu::sub(a, b, flags, width),
+        _ => alu::xor(a, b, flags, width),
+    }
+}
+
+/// ADD, OR, ADC, SBB, AND, SUB, XOR; CMP and TEST, which write no result.
+#[inline(always)]
+fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, source: u32) -> Next {
+    let outcome = compute::<K>(run.get::<W>(op.dst), source, run.flags(), width::<W>());
+    if K < 7 {
+        run.set::<W>(op.dst, outcome.value);
+    }
+    run.core.cpu.eflags = outcome.flags;
+    Next::Next
+}
+
+#[inline(always)]
+fn to_memory<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, source: u32) -> Next {
+    let before = run.flags();
+    if K >= 7 {
+        let target = get!(run, run.load::<W>(op));
+        run.core.cpu.eflags = compute::<K>(target, source, before, width::<W>()).flags;
+        return Next::Next;
+    }
+    let mut after = before;
+    get!(
+        run,
+        run.update::<W>(op, |old| {
+            let outcome = compute::<K>(old, source, before, width::<W>());
+            after = outcome.flags;
+            outcome.value
+        })
+    );
+    run.core.cpu.eflags = after;
+    run.stored()
+}
+
+pub fn alu_rr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = run.get::<W>(op.src);
+    to_register::<K, W, B>(run, op, source)
+}
+
+pub fn alu_ri<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    to_register::<K, W, B>(run, op, op.imm & width::<W>().mask())
+}
+
+pub fn alu_rm<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = get!(run, run.load::<W>(op));
+    to_register::<K, W, B>(run, op, source)
+}
+
+pub fn alu_mr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = run.get::<W>(op.src);
+    to_memory::<K, W, B>(run, op, source)
+}
+
+pub fn alu_mi<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    to_memory::<K, W, B>(run, op, op.imm & width::<W>().mask())
+}
+
+/// INC, DEC, NEG, NOT.
+#[inline(always)]
+fn single<const K: u8>(a: u32, flags: u32, width: Width) -> Outcome {
+    match K {
+        0 => alu::inc(a, 0, flags, width),
+        1 => alu::dec(a, 0, flags, width),
+        2 => alu::neg(a, 0, flags, width),
+        _ => alu::not(a, 0, flags, width),
+    }
+}
+
+pub fn unary_r<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let outcome = single::<K>(run.get::<W>(op.dst), run.flags(), width::<W>());
+    run.set::<W>(op.dst, outcome.value);
+    run.core.cpu.eflags = outcome.flags;
+    Next::Next
+}
+
+pub fn unary_m<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let before = run.flags();
+    let mut after = before;
+    get!(
+        run,
+        run.update::<W>(op, |old| {
+            let outcome = single::<K>(old, before, width::<W>());
+            after = outcome.flags;
+            outcome.value
+        })
+    );
+    run.core.cpu.eflags = after;
+    run.stored()
+}
+
+/// SHL, SHR, SAR, ROL, ROR of a register.
+#[inline(always)]
+fn shifted<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, count: u32) -> Next {
+    let (a, flags) = (run.get::<W>(op.dst), run.flags());
+    let outcome = match K {
+        0 => alu::shl(a, count, flags, width::<W>()),
+        1 => alu::shr(a, count, flags, width::<W>()),
+        2 => alu::sar(a, count, flags, width::<W>()),
+        3 => alu::rol(a, count, flags, width::<W>()),
+        _ => alu::ror(a, count, flags, width::<W>()),
+    };
+    run.set::<W>(op.dst, outcome.value);
+    run.core.cpu.eflags = outcome.flags;
+    Next::Next
+}
+
+pub fn shift_ri<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    shifted::<K, W, B>(run, op, op.imm & 0xff)
+}
+
+/// By CL, the only register there is to shift by.
+pub fn shift_rr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let count = run.get::<1>(op.src);
+    shifted::<K, W, B>(run, op, count)
+}
+
+pub fn mov_rr<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = run.get::<W>(op.src);
+    run.set::<W>(op.dst, value);
+    Next::Next
+}
+
+pub fn mov_ri<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.set::<W>(op.dst, op.imm);
+    Next::Next
+}
+
+pub fn mov_rm<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<W>(op));
+    run.set::<W>(op.dst, value);
+    Next::Next
+}
+
+pub fn mov_mr<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = run.get::<W>(op.src);
+    get!(run, run.store::<W>(op, value));
+    run.stored()
+}
+
+pub fn mov_mi<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.store::<W>(op, op.imm));
+    run.stored()
+}
+
+/// MOVZX and MOVSX to 32 bits.
+#[inline(always)]
+fn extended<const S: bool, const F: u8>(value: u32) -> u32 {
+    if S { width::<F>().extend(value) } else { value }
+}
+
+pub fn extend_r<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = run.get::<F>(op.src);
+    run.set::<4>(op.dst, extended::<S, F>(value));
+    Next::Next
+}
+
+pub fn extend_m<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<F>(op));
+    run.set::<4>(op.dst, extended::<S, F>(value));
+    Next::Next
+}
+
+pub fn load_address<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let offset = run.offset(op);
+    run.set::<4>(op.dst, offset);
+    Next::Next
+}
+
+pub fn push_r<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = run.get::<4>(op.dst);
+    get!(run, run.push(value));
+    run.stored()
+}
+
+pub fn push_i<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.push(op.imm));
+    run.stored()
+}
+
+pub fn push_m<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<4>(op));
+    get!(run, run.push(value));
+    run.stored()
+}
+
+pub fn pop_r<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.pop());
+    run.set::<4>(op.dst, value);
+    Next::Next
+}
+
+pub fn leave<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    get!(run, run.core.leave(Width::B4));
+    Next::Next
+}
+
+pub fn jmp<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.jump_by(op)
+}
+
+pub fn jmp_reg<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.core.cpu.eip = run.get::<4>(op.dst);
+    Next::Jumped
+}
+
+pub fn jmp_mem<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.core.cpu.eip = get!(run, run.load::<4>(op));
+    Next::Jumped
+}
+
+pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    if alu::condition(C.into(), run.flags()) { run.jump_by(op) } else { Next::Next }
+}
+
+pub fn call<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let back = run.start.wrapping_add(op.end.into());
+    get!(run, run.push(back));
+    run.jump_by(op)
+}
+
+pub fn call_reg<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let (target, back) = (run.get::<4>(op.dst), run.start.wrapping_add(op.end.into()));
+    get!(run, run.push(back));
+    run.core.cpu.eip = target;
+    Next::Jumped
+}
+
+pub fn call_mem<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let target = get!(run, run.load::<4>(op));
+    let back = run.start.wrapping_add(op.end.into());
+    get!(run, run.push(back));
+    run.core.cpu.eip = target;
+    Next::Jumped
+}
+
+pub fn ret<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.eip = get!(run, run.pop());
+    Next::Jumped
+}
+
+pub fn set_if<const C: u8, const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = u32::from(alu::condition(C.into(), run.flags()));
+    if R {
+        run.set::<1>(op.dst, value);
+        return Next::Next;
+    }
+    get!(run, run.store::<1>(op, value));
+    run.stored()
+}
+
+pub fn move_if<const C: u8, const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4>(op)) };
+    if alu::condition(C.into(), run.flags()) {
+        run.set::<4>(op.dst, value);
+    }
+    Next::Next
+}
+
+pub fn multiply<const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4>(op)) };
+    let (product, fits) = product(run.get::<4>(op.dst), source, Width::B4, true);
+    run.set::<4>(op.dst, product as u32);
+    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    Next::Next
+}
+
+pub fn exchange<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let (a, b) = (run.get::<4>(op.dst), run.get::<4>(op.src));
+    run.set::<4>(op.src, a);
+    run.set::<4>(op.dst, b);
+    Next::Next
+}
+
+pub fn swap_bytes<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = run.get::<4>(op.dst).swap_bytes();
+    run.set::<4>(op.dst, value);
+    Next::Next
+}
+
+pub fn cdq<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.gpr[EDX] = (run.core.cpu.gpr[EAX] as i32 >> 31) as u32;
+    Next::Next
+}
+
+pub fn cwde<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.gpr[EAX] = Width::B2.extend(run.core.cpu.gpr[EAX] & 0xffff);
+    Next::Next
+}

@@ -1,0 +1,239 @@
+//! A stretch of blocks under way: registers, memory and stack as handlers reach them.
+//!
+//! Holds: segments are checked as `segment` does, but once in advance where they are flat ([`Run::new`]): nothing in a
+//! stretch changes them. An access that fails has changed nothing.
+
+use umbra_mmu::{Access, Gva, Mfn};
+
+use super::CodeBus;
+use super::cache::Block;
+use super::translate::Op;
+use crate::cpu::{Seg, Segment};
+use crate::interp::operand::ESP;
+use crate::interp::segment::ALL_SEGMENTS;
+use crate::interp::{Core, Exec, Leave, Step, Width};
+
+/// What comes after an op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The next op.
+    Next,
+    /// EIP has been set: the block is over.
+    Jumped,
+    /// The block is over behind this op: its code has been stored to.
+    Stale,
+    /// It faulted, or must be run again: see [`Run::stopped`].
+    Left,
+    /// Not for a handler: execute the instruction.
+    Generic,
+}
+
+/// A stretch of blocks under way, with what does not change in it.
+pub struct Run<'a, B: CodeBus> {
+    pub core: Core<'a, B>,
+    /// EIP at the start of the block.
+    pub start: u32,
+    /// Accesses are a user's.
+    pub user: bool,
+    /// CS has 32-bit operands.
+    pub wide: bool,
+    /// Segments through which everything may be read, and written: a bit each.
+    readable: u8,
+    writable: u8,
+    /// The stack is 32 bits wide, and everything may be done through it.
+    stack: bool,
+    bases: [u32; 8],
+    frame: Mfn,
+    generation: u32,
+    left: Option<Leave>,
+}
+
+fn is_flat(segment: &Segment) -> bool {
+    !segment.unusable && segment.limit == u32::MAX && (segment.code() || !segment.expand_down())
+}
+
+impl<'a, B: CodeBus> Run<'a, B> {
+    /// The stretch begins in the state of `core`.
+    pub fn new(core: Core<'a, B>) -> Run<'a, B> {
+        let cpu = &*core.cpu;
+        let protected = cpu.protected();
+        let mut run = Run {
+            start: cpu.eip,
+            user: cpu.cpl == 3,
+            wide: cpu.segment(Seg::Cs).big(),
+            readable: 0,
+            writable: 0,
+            stack: false,
+            bases: [0; 8],
+            frame: Mfn(0),
+            generation: 0,
+            left: None,
+            core,
+        };
+        for seg in ALL_SEGMENTS {
+            let segment = *run.core.cpu.segment(seg);
+            run.bases[seg as usize] = segment.base;
+            // Real mode checks limits alone, and has none like these; it takes the long way.
+            let flat = protected && is_flat(&segment);
+            run.readable |= u8::from(flat && segment.readable()) << seg as u8;
+            run.writable |= u8::from(flat && segment.writable()) << seg as u8;
+        }
+        let ss = 1 << Seg::Ss as u8;
+        run.stack = run.readable & run.writable & ss != 0 && run.core.cpu.segment(Seg::Ss).big();
+        run
+    }
+
+    /// A block begins.
+    #[inline]
+    pub fn enter(&mut self, block: &Block) {
+        self.start = self.core.cpu.eip;
+        (self.frame, self.generation) = (block.frame, block.generation);
+    }
+
+    /// True while nobody has stored to the frame of the block.
+    #[inline(always)]
+    pub fn is_current(&self) -> bool {
+        self.core.bus.code_generation(self.frame) == self.generation
+    }
+
+    /// What the handler that ended with [`Next::Left`] came to.
+    pub fn stopped(&mut self) -> Step {
+        match self.left.take() {
+            Some(leave) => self.core.stopped(leave),
+            None => Step::Again,
+        }
+    }
+
+    #[inline(always)]
+    pub fn get<const W: u8>(&self, register: u8) -> u32 {
+        let gpr = &self.core.cpu.gpr;
+        match W {
+            4 => gpr[usize::from(register & 7)],
+            2 => gpr[usize::from(register & 7)] & 0xffff,
+            _ => gpr[usize::from(register & 3)] >> ((register & 4) * 2) & 0xff,
+        }
+    }
+
+    #[inline(always)]
+    pub fn set<const W: u8>(&mut self, register: u8, value: u32) {
+        let gpr = &mut self.core.cpu.gpr;
+        match W {
+            4 => gpr[usize::from(register & 7)] = value,
+            2 => {
+                let slot = &mut gpr[usize::from(register & 7)];
+                *slot = *slot & !0xffff | value & 0xffff;
+            }
+            _ => {
+                let (slot, shift) = (&mut gpr[usize::from(register & 3)], (register & 4) * 2);
+                *slot = *slot & !(0xff << shift) | (value & 0xff) << shift;
+            }
+        }
+    }
+
+    /// The offset of the memory operand.
+    #[inline(always)]
+    pub fn offset(&self, op: &Op) -> u32 {
+        let gpr = &self.core.cpu.gpr;
+        let base = gpr[usize::from(op.base & 7)] & op.base_mask;
+        let index = (gpr[usize::from(op.index & 7)] & op.index_mask) << (op.scale & 3);
+        op.disp.wrapping_add(base).wrapping_add(index)
+    }
+
+    #[inline(always)]
+    pub fn load<const W: u8>(&mut self, op: &Op) -> Exec<u32> {
+        let offset = self.offset(op);
+        if self.readable >> op.seg & 1 == 0 || wraps::<W>(offset) {
+            return self.core.load(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>());
+        }
+        let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
+        Ok(self.core.bus.read(gva, width::<W>(), Access::read(self.user))? as u32)
+    }
+
+    #[inline(always)]
+    pub fn store<const W: u8>(&mut self, op: &Op, value: u32) -> Exec {
+        let offset = self.offset(op);
+        if self.writable >> op.seg & 1 == 0 || wraps::<W>(offset) {
+            return self.core.store(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>(), value);
+        }
+        let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
+        let value = u64::from(value & width::<W>().mask());
+        Ok(self.core.bus.write(gva, width::<W>(), value, Access::write(self.user))?)
+    }
+
+    /// Changes the memory operand by `change`, which may be called more than once.
+    #[inline(always)]
+    pub fn update<const W: u8>(&mut self, op: &Op, mut change: impl FnMut(u32) -> u32) -> Exec<u32> {
+        let offset = self.offset(op);
+        let change = &mut |old| u64::from(change(old as u32));
+        if self.readable & self.writable >> op.seg & 1 == 0 || wraps::<W>(offset) {
+            let seg = ALL_SEGMENTS[usize::from(op.seg)];
+            return Ok(self.core.update(seg, offset, width::<W>(), change)? as u32);
+        }
+        let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
+        Ok(self.core.bus.update(gva, width::<W>(), self.user, change)? as u32)
+    }
+
+    #[inline(always)]
+    pub fn push(&mut self, value: u32) -> Exec {
+        let pointer = self.core.cpu.gpr[ESP].wrapping_sub(4);
+        if !self.stack || wraps::<4>(pointer) {
+            return self.core.push(Width::B4, value);
+        }
+        let gva = Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer));
+        self.core.bus.write(gva, Width::B4, value.into(), Access::write(self.user))?;
+        self.core.cpu.gpr[ESP] = pointer;
+        Ok(())
+    }
+
+    #[inline(always)]
+    pub fn pop(&mut self) -> Exec<u32> {
+        let pointer = self.core.cpu.gpr[ESP];
+        if !self.stack || wraps::<4>(pointer) {
+            let value = self.core.top(Width::B4)?;
+            self.core.release(4);
+            return Ok(value);
+        }
+        let gva = Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer));
+        let value = self.core.bus.read(gva, Width::B4, Access::read(self.user))? as u32;
+        self.core.cpu.gpr[ESP] = pointer.wrapping_add(4);
+        Ok(value)
+    }
+
+    /// After an op that stored.
+    #[inline(always)]
+    pub fn stored(&self) -> Next {
+        if self.is_current() { Next::Next } else { Next::Stale }
+    }
+
+    #[inline(always)]
+    pub fn jump_by(&mut self, op: &Op) -> Next {
+        self.core.cpu.eip = self.start.wrapping_add(op.end.into()).wrapping_add(op.imm);
+        Next::Jumped
+    }
+
+    #[inline(always)]
+    pub fn flags(&self) -> u32 {
+        self.core.cpu.eflags
+    }
+
+    #[cold]
+    pub fn leave(&mut self, leave: Leave) -> Next {
+        self.left = Some(leave);
+        Next::Left
+    }
+}
+
+/// True where an access at `offset` would go past the limit of a flat segment.
+#[inline(always)]
+fn wraps<const W: u8>(offset: u32) -> bool {
+    offset > u32::MAX - (W as u32 - 1)
+}
+
+/// A width by its bytes.
+pub const fn width<const W: u8>() -> Width {
+    match W {
+        1 => Width::B1,
+        2 => Width::B2,
+        _ => Width::B4,
+    }
+}

@@ -1,0 +1,297 @@
+//! The numbers of handlers, and the table that has the function for a number and a bus.
+//!
+//! Story: an op names its handler by a number, so that blocks know no bus. The functions here compute the number of a
+//! combination of operation, form and width, or `None` where it has no handler.
+
+use super::CodeBus;
+use super::ops::*;
+use super::run::{Next, Run};
+use super::translate::Op;
+
+/// Which operands an instruction has, destination first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    RegReg,
+    RegImm,
+    RegMem,
+    MemReg,
+    MemImm,
+    Reg,
+    Mem,
+    Imm,
+}
+
+/// A handler.
+pub type Handler<B> = fn(&mut Run<'_, B>, &Op) -> Next;
+
+/// An instruction without a handler of its own.
+pub const GENERIC: u16 = 0;
+pub const NOP: u16 = 1;
+pub const JMP: u16 = 2;
+pub const JMP_REG: u16 = 3;
+pub const JMP_MEM: u16 = 4;
+pub const CALL: u16 = 5;
+pub const CALL_REG: u16 = 6;
+pub const CALL_MEM: u16 = 7;
+pub const RET: u16 = 8;
+pub const CDQ: u16 = 9;
+pub const CWDE: u16 = 10;
+pub const LEAVE: u16 = 11;
+const LEA: u16 = 12;
+const PUSH: u16 = 13;
+const POP: u16 = 16;
+const XCHG: u16 = 17;
+const BSWAP: u16 = 18;
+const IMUL: u16 = 19;
+const EXTEND: u16 = 21;
+const MOV: u16 = EXTEND + 8;
+const JCC: u16 = MOV + 15;
+const SET: u16 = JCC + 16;
+const CMOV: u16 = SET + 32;
+const ALU: u16 = CMOV + 32;
+const UNARY: u16 = ALU + 9 * 15;
+const SHIFT: u16 = UNARY + 4 * 6;
+const HANDLERS: usize = SHIFT as usize + 5 * 6;
+
+/// The place of a width among the three.
+fn place(width: u8) -> Option<u16> {
+    match width {
+        1 => Some(0),
+        2 => Some(1),
+        4 => Some(2),
+        _ => None,
+    }
+}
+
+/// The place of a two-operand form among the five.
+fn two(form: Form) -> Option<u16> {
+    match form {
+        Form::RegReg => Some(0),
+        Form::RegImm => Some(1),
+        Form::RegMem => Some(2),
+        Form::MemReg => Some(3),
+        Form::MemImm => Some(4),
+        _ => None,
+    }
+}
+
+pub fn alu(kind: u16, form: Form, width: u8) -> Option<u16> {
+    Some(ALU + kind * 15 + two(form)? * 3 + place(width)?)
+}
+
+pub fn unary(kind: u16, form: Form, width: u8) -> Option<u16> {
+    let form = match form {
+        Form::Reg => 0,
+        Form::Mem => 1,
+        _ => return None,
+    };
+    Some(UNARY + kind * 6 + form * 3 + place(width)?)
+}
+
+pub fn shift(kind: u16, form: Form, width: u8) -> Option<u16> {
+    let form = match form {
+        Form::RegImm => 0,
+        Form::RegReg => 1,
+        _ => return None,
+    };
+    Some(SHIFT + kind * 6 + form * 3 + place(width)?)
+}
+
+pub fn mov(form: Form, width: u8) -> Option<u16> {
+    Some(MOV + two(form)? * 3 + place(width)?)
+}
+
+pub fn lea(form: Form, width: u8) -> Option<u16> {
+    (form == Form::RegMem && width == 4).then_some(LEA)
+}
+
+pub fn extend(signed: bool, form: Form, width: u8, from: Option<u8>) -> Option<u16> {
+    let form = match form {
+        Form::RegReg => 0,
+        Form::RegMem => 1,
+        _ => return None,
+    };
+    let from = from? - 1;
+    (width == 4 && from < 2).then_some(EXTEND + u16::from(signed) * 4 + form * 2 + u16::from(from))
+}
+
+pub fn push(form: Form, width: u8) -> Option<u16> {
+    let form = match form {
+        Form::Reg => 0,
+        Form::Imm => 1,
+        Form::Mem => 2,
+        _ => return None,
+    };
+    (width == 4).then_some(PUSH + form)
+}
+
+pub fn pop(form: Form, width: u8) -> Option<u16> {
+    (form == Form::Reg && width == 4).then_some(POP)
+}
+
+pub fn xchg(form: Form, width: u8) -> Option<u16> {
+    (form == Form::RegReg && width == 4).then_some(XCHG)
+}
+
+pub fn bswap(form: Form, width: u8) -> Option<u16> {
+    (form == Form::Reg && width == 4).then_some(BSWAP)
+}
+
+pub fn imul(form: Form, width: u8) -> Option<u16> {
+    register_or_memory(form, width, IMUL)
+}
+
+pub fn jcc(code: u32) -> u16 {
+    JCC + code as u16
+}
+
+pub fn set(code: u32, form: Form) -> Option<u16> {
+    let form = match form {
+        Form::Reg => 0,
+        Form::Mem => 1,
+        _ => return None,
+    };
+    Some(SET + form * 16 + code as u16)
+}
+
+pub fn cmov(code: u32, form: Form, width: u8) -> Option<u16> {
+    let first = register_or_memory(form, width, 0)?;
+    Some(CMOV + first * 16 + code as u16)
+}
+
+fn register_or_memory(form: Form, width: u8, first: u16) -> Option<u16> {
+    match form {
+        Form::RegReg if width == 4 => Some(first),
+        Form::RegMem if width == 4 => Some(first + 1),
+        _ => None,
+    }
+}
+
+/// The table for a bus.
+pub struct Handlers<B>(std::marker::PhantomData<B>);
+
+impl<B: CodeBus> Handlers<B> {
+    /// The handlers by number.
+    pub const TABLE: [Handler<B>; HANDLERS] = {
+        let mut table = [generic::<B> as Handler<B>; HANDLERS];
+        put(&mut table, NOP, &[nop, jmp, jmp_reg, jmp_mem, call, call_reg, call_mem, ret, cdq, cwde]);
+        put(&mut table, LEAVE, &[leave, load_address, push_r, push_i, push_m, pop_r, exchange, swap_bytes]);
+        put(&mut table, IMUL, &[multiply::<true, B>, multiply::<false, B>]);
+        put(&mut table, EXTEND, &Self::extends::<false>());
+        put(&mut table, EXTEND + 4, &Self::extends::<true>());
+        put(&mut table, MOV, &Self::MOVES);
+        put(&mut table, JCC, &conditions!(jump_if, B));
+        put(&mut table, SET, &conditions!(set_if, true, B));
+        put(&mut table, SET + 16, &conditions!(set_if, false, B));
+        put(&mut table, CMOV, &conditions!(move_if, true, B));
+        put(&mut table, CMOV + 16, &conditions!(move_if, false, B));
+        put(&mut table, ALU, &Self::alus::<0>());
+        put(&mut table, ALU + 15, &Self::alus::<1>());
+        put(&mut table, ALU + 30, &Self::alus::<2>());
+        put(&mut table, ALU + 45, &Self::alus::<3>());
+        put(&mut table, ALU + 60, &Self::alus::<4>());
+        put(&mut table, ALU + 75, &Self::alus::<5>());
+        put(&mut table, ALU + 90, &Self::alus::<6>());
+        put(&mut table, ALU + 105, &Self::alus::<7>());
+        put(&mut table, ALU + 120, &Self::alus::<8>());
+        put(&mut table, UNARY, &Self::unaries::<0>());
+        put(&mut table, UNARY + 6, &Self::unaries::<1>());
+        put(&mut table, UNARY + 12, &Self::unaries::<2>());
+        put(&mut table, UNARY + 18, &Self::unaries::<3>());
+        put(&mut table, SHIFT, &Self::shifts::<0>());
+        put(&mut table, SHIFT + 6, &Self::shifts::<1>());
+        put(&mut table, SHIFT + 12, &Self::shifts::<2>());
+        put(&mut table, SHIFT + 18, &Self::shifts::<3>());
+        put(&mut table, SHIFT + 24, &Self::shifts::<4>());
+        table
+    };
+
+    const MOVES: [Handler<B>; 15] = [
+        mov_rr::<1, B>,
+        mov_rr::<2, B>,
+        mov_rr::<4, B>,
+        mov_ri::<1, B>,
+        mov_ri::<2, B>,
+        mov_ri::<4, B>,
+        mov_rm::<1, B>,
+        mov_rm::<2, B>,
+        mov_rm::<4, B>,
+        mov_mr::<1, B>,
+        mov_mr::<2, B>,
+        mov_mr::<4, B>,
+        mov_mi::<1, B>,
+        mov_mi::<2, B>,
+        mov_mi::<4, B>,
+    ];
+
+    const fn alus<const K: u8>() -> [Handler<B>; 15] {
+        [
+            alu_rr::<K, 1, B>,
+            alu_rr::<K, 2, B>,
+            alu_rr::<K, 4, B>,
+            alu_ri::<K, 1, B>,
+            alu_ri::<K, 2, B>,
+            alu_ri::<K, 4, B>,
+            alu_rm::<K, 1, B>,
+            alu_rm::<K, 2, B>,
+            alu_rm::<K, 4, B>,
+            alu_mr::<K, 1, B>,
+            alu_mr::<K, 2, B>,
+            alu_mr::<K, 4, B>,
+            alu_mi::<K, 1, B>,
+            alu_mi::<K, 2, B>,
+            alu_mi::<K, 4, B>,
+        ]
+    }
+
+    const fn unaries<const K: u8>() -> [Handler<B>; 6] {
+        [
+            unary_r::<K, 1, B>,
+            unary_r::<K, 2, B>,
+            unary_r::<K, 4, B>,
+            unary_m::<K, 1, B>,
+            unary_m::<K, 2, B>,
+            unary_m::<K, 4, B>,
+        ]
+    }
+
+    const fn shifts<const K: u8>() -> [Handler<B>; 6] {
+        [
+            shift_ri::<K, 1, B>,
+            shift_ri::<K, 2, B>,
+            shift_ri::<K, 4, B>,
+            shift_rr::<K, 1, B>,
+            shift_rr::<K, 2, B>,
+            shift_rr::<K, 4, B>,
+        ]
+    }
+
+    const fn extends<const S: bool>() -> [Handler<B>; 4] {
+        [extend_r::<S, 1, B>, extend_r::<S, 2, B>, extend_m::<S, 1, B>, extend_m::<S, 2, B>]
+    }
+}
+
+/// A handler for each of the sixteen conditions.
+macro_rules! conditions {
+    ($handler:ident $(, $rest:tt)*) => {
+        [
+            $handler::<0 $(, $rest)*>, $handler::<1 $(, $rest)*>, $handler::<2 $(, $rest)*>, $handler::<3 $(, $rest)*>,
+            $handler::<4 $(, $rest)*>, $handler::<5 $(, $rest)*>, $handler::<6 $(, $rest)*>, $handler::<7 $(, $rest)*>,
+            $handler::<8 $(, $rest)*>, $handler::<9 $(, $rest)*>, $handler::<10 $(, $rest)*>, $handler::<11 $(, $rest)*>,
+            $handler::<12 $(, $rest)*>, $handler::<13 $(, $rest)*>, $handler::<14 $(, $rest)*>, $handler::<15 $(, $rest)*>,
+        ]
+    };
+}
+use conditions;
+
+const fn put<B: CodeBus, const N: usize>(
+    table: &mut [Handler<B>; HANDLERS],
+    at: u16,
+    handlers: &[Handler<B>; N],
+) {
+    let mut n = 0;
+    while n < N {
+        table[at as usize + n] = handlers[n];
+        n += 1;
+    }
+}
