@@ -32,7 +32,7 @@ use std::fmt;
 
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
-use crate::addr::{Gfn, Gva, Mfn};
+use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
 use crate::p2m::Generations;
 use crate::shadow::RootRef;
 use crate::shadow::role::Shape;
@@ -40,9 +40,9 @@ use crate::spte::{Spte, l1_index};
 use crate::vcpu::Vcpu;
 
 /// Sets of the cache, a power of two.
-const SETS: usize = 512;
+const SETS: usize = 1024;
 /// Entries in a set.
-const WAYS: usize = 4;
+const WAYS: usize = 2;
 /// Regions of 4 MiB, the largest page there is.
 const REGIONS: usize = 1024;
 /// A `lossy` TLB forgets one entry in so many hits.
@@ -553,6 +553,51 @@ impl Mmu {
         let old = self.machine.update(mfn.at(gva.offset()), width, change);
         self.frames.code_written(mfn);
         Ok(old)
+    }
+
+    /// Stores `count` copies of the low `width` bytes of `value` from `gva` on, all within a page, through the TLB.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`]; nothing is stored then.
+    pub fn tlb_fill(
+        &self,
+        vcpu: &Vcpu,
+        gva: Gva,
+        width: crate::Width,
+        value: u64,
+        count: u32,
+        user: bool,
+    ) -> Result<(), Miss> {
+        let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
+        let bytes = width.bytes() as usize;
+        let mut page = [0; PAGE_SIZE as usize];
+        let filled = &mut page[..count as usize * bytes];
+        filled.chunks_exact_mut(bytes).for_each(|slot| slot.copy_from_slice(&value.to_le_bytes()[..bytes]));
+        self.machine.write(mfn.at(gva.offset()), filled);
+        self.frames.code_written(mfn);
+        Ok(())
+    }
+
+    /// Copies `length` bytes, each range within a page, through the TLB. False, and nothing is copied, where the two
+    /// overlap in memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mmu::tlb_translate`]; nothing is stored then.
+    pub fn tlb_copy(&self, vcpu: &Vcpu, from: Gva, to: Gva, length: u32, user: bool) -> Result<bool, Miss> {
+        let source = self.tlb_translate(vcpu, from, Access::read(user))?.at(from.offset());
+        let mfn = self.tlb_translate(vcpu, to, Access::write(user))?;
+        let target = mfn.at(to.offset());
+        if source.0.abs_diff(target.0) < length.into() {
+            return Ok(false);
+        }
+        let mut page = [0; PAGE_SIZE as usize];
+        let copied = &mut page[..length as usize];
+        self.machine.read(source, copied);
+        self.machine.write(target, copied);
+        self.frames.code_written(mfn);
+        Ok(true)
     }
 
     /// Copies instruction bytes at `gva` out, as many as `buffer` and the page hold; returns how many.

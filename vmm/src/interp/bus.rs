@@ -96,6 +96,20 @@ pub trait Bus {
     /// then run again from its start with some of its stores made; INS alone loses by that what the port gave).
     fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError>;
 
+    /// Stores `count` copies of the low `width` bytes of `value` from `gva` on, all within a page. False where that cannot
+    /// be done at once: nothing has changed, and each is to be stored by itself.
+    fn fill(&mut self, gva: Gva, width: Width, value: u64, count: u32, user: bool) -> bool {
+        let _ = (gva, width, value, count, user);
+        false
+    }
+
+    /// Copies `length` bytes, each range within a page. False where that cannot be done at once, or where the ranges
+    /// overlap in memory: nothing has changed.
+    fn copy(&mut self, from: Gva, to: Gva, length: u32, user: bool) -> bool {
+        let _ = (from, to, length, user);
+        false
+    }
+
     /// Fetches up to `buffer.len()` (at most 15) instruction bytes and returns how many; stops short where the
     /// next page cannot be fetched, and faults only where the first byte cannot. Never returns 0.
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError>;

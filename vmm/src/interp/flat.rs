@@ -62,6 +62,8 @@ pub struct FlatBus {
     /// Code generations of pages that code was decoded from, by frame.
     code: BTreeMap<u32, u32>,
     code_clock: u32,
+    /// `fill` and `copy` do what they can.
+    pub at_once: bool,
     /// Instructions that the engine told of.
     pub told: u64,
     /// Set: `set_paging` is a #GP, as with reserved bits in a PAE directory pointer.
@@ -192,6 +194,25 @@ impl Bus for FlatBus {
         self.check(gva, length, access)?;
         self.probed.extend([gva, gva.wrapping_add(length.max(1) - 1)].map(|at| at.page().0));
         Ok(())
+    }
+
+    fn fill(&mut self, gva: Gva, width: Width, value: u64, count: u32, user: bool) -> bool {
+        let can = self.at_once && self.check(gva, width.bytes() * count, Access::write(user)).is_ok();
+        for n in 0..if can { count } else { 0 } {
+            self.put(gva.wrapping_add(n * width.bytes()), width, value);
+        }
+        can
+    }
+
+    fn copy(&mut self, from: Gva, to: Gva, length: u32, user: bool) -> bool {
+        let apart = self.index(from.0).abs_diff(self.index(to.0)) >= length as usize;
+        let readable = self.check(from, length, Access::read(user)).is_ok();
+        let can = self.at_once && apart && readable && self.check(to, length, Access::write(user)).is_ok();
+        for n in 0..if can { length } else { 0 } {
+            let byte = self.scalar(from.wrapping_add(n), Width::B1);
+            self.put(to.wrapping_add(n), Width::B1, byte);
+        }
+        can
     }
 
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {

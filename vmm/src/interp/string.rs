@@ -10,7 +10,7 @@
 //! See: Intel SDM vol. 2, REP; vol. 1, 7.3.9.
 
 use iced_x86::{Instruction, OpKind};
-use umbra_mmu::{Access, AccessKind};
+use umbra_mmu::{Access, AccessKind, Gva};
 
 use super::alu;
 use super::operand::{EAX, ECX, EDI, EDX, ESI, merge, segment_of};
@@ -87,6 +87,10 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let budget = if single { 1 } else { ITERATIONS_MAX };
         let mut done = 0;
         while self.cpu.gpr[ECX] & strings.mask != 0 {
+            if let Some(count) = self.bulk(strings, budget - done) {
+                done += count;
+                continue;
+            }
             let result = if done < budget { self.iterate(strings) } else { Err(Leave::Again) };
             if let Err(leave) = result {
                 self.cpu.eflags = if single { self.cpu.eflags } else { flags };
@@ -100,6 +104,42 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             }
         }
         Ok(Flow::Next)
+    }
+
+    /// Does up to `most` iterations of a forward STOS or MOVS at once, as many as lie in a page, where nothing can stop them
+    /// on the way. Returns how many.
+    fn bulk(&mut self, s: &Strings, most: u32) -> Option<u32> {
+        let bytes = s.width.bytes();
+        let plain = s.step == bytes && s.mask == u32::MAX && !self.aligned() && !self.breakpoints_on();
+        if !plain || !matches!(s.kind, StringKind::Stos | StringKind::Movs) {
+            return None;
+        }
+        let (from, to, user) = (self.cpu.gpr[ESI], self.cpu.gpr[EDI], self.user());
+        let room = |gva: Gva| (4096 - gva.offset()) / bytes;
+        let target = self.range(Seg::Es, to, 1, AccessKind::Write).ok()?;
+        let mut count = most.min(self.cpu.gpr[ECX]).min(room(target));
+        if s.kind == StringKind::Movs {
+            count = count.min(room(self.range(s.source, from, 1, AccessKind::Read).ok()?));
+        }
+        let length = count * bytes;
+        if count < 2 || self.range(Seg::Es, to, length, AccessKind::Write).is_err() {
+            return None;
+        }
+        let made = if s.kind == StringKind::Movs {
+            let source = self.range(s.source, from, length, AccessKind::Read).ok()?;
+            self.bus.copy(source, target, length, user)
+        } else {
+            self.bus.fill(target, s.width, self.cpu.gpr[EAX].into(), count, user)
+        };
+        if !made {
+            return None;
+        }
+        self.advance(EDI, length, s.mask);
+        self.advance(ECX, count.wrapping_neg(), s.mask);
+        if s.kind == StringKind::Movs {
+            self.advance(ESI, length, s.mask);
+        }
+        Some(count)
     }
 
     /// Adds to a register within the address size.

@@ -357,6 +357,14 @@ impl Bus for GuestBus<'_> {
         Ok(())
     }
 
+    fn fill(&mut self, gva: Gva, width: Width, value: u64, count: u32, user: bool) -> bool {
+        self.mmu.tlb_fill(self.vcpu, gva, width.into(), value, count, user).is_ok()
+    }
+
+    fn copy(&mut self, from: Gva, to: Gva, length: u32, user: bool) -> bool {
+        self.mmu.tlb_copy(self.vcpu, from, to, length, user) == Ok(true)
+    }
+
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
         let fetch = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_fetch(vcpu, gva, user, buffer);
         match self.by_tlb(gva, 1, Access::execute(user), fetch)? {
