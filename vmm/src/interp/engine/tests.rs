@@ -280,6 +280,17 @@ fn a_store_into_the_running_block_is_seen_by_the_next_instruction_also_through_a
     }
 }
 
+/// The same by an instruction without a handler of its own: stosb; mov al, 1; hlt.
+#[test]
+fn a_store_by_a_generic_op_into_the_running_block_is_seen_by_the_next_instruction() {
+    let mut bus = FlatBus::new(0, SIZE as usize);
+    bus.place(0x2000, &[0xaa, 0xb0, 1, 0xf4]);
+    let mut cpu = CpuState::flat_protected_mode(0x2000);
+    (cpu.gpr[0], cpu.gpr[7]) = (7, 0x2002);
+    let ran = Engine::default().run(&mut cpu, &mut bus, 100, Extent::All);
+    assert_eq!((ran.last, ran.steps, cpu.gpr[0] & 0xff), (Step::Halted, 3, 7));
+}
+
 #[test]
 fn a_budget_is_met_exactly_wherever_it_ends_in_a_block() {
     // inc eax, twenty times; jmp back.
