@@ -45,6 +45,8 @@ const SETS: usize = 1024;
 const WAYS: usize = 2;
 /// Regions of 4 MiB, the largest page there is.
 const REGIONS: usize = 1024;
+/// Bits of the memory of which pages have code.
+const CODE_BITS: usize = 4096;
 /// A `lossy` TLB forgets one entry in so many hits.
 const LOSS: u64 = 8;
 
@@ -151,7 +153,12 @@ const VALID: u64 = 1 << 63;
 const PAGE_BITS: u32 = 20;
 
 fn tag_of(root: u32, gva: Gva) -> u64 {
-    VALID | u64::from(root) << PAGE_BITS | u64::from(gva.0 >> 12)
+    root_tag(root) | u64::from(gva.0 >> 12)
+}
+
+/// What all tags under a root have in common; never 0.
+pub(crate) fn root_tag(root: u32) -> u64 {
+    VALID | u64::from(root) << PAGE_BITS
 }
 
 /// The page of a tag.
@@ -173,7 +180,7 @@ fn set_of(gva: Gva) -> usize {
 #[derive(Debug)]
 pub struct SoftTlb {
     kind: TlbKind,
-    sets: Box<[[Cell<Entry>; WAYS]]>,
+    sets: Box<[[Cell<Entry>; WAYS]; SETS]>,
     /// What `sticky` remembers beside `sets`, by page.
     store: RefCell<HashMap<u32, Vec<Entry>>>,
     random: Cell<u64>,
@@ -181,8 +188,10 @@ pub struct SoftTlb {
     used: [Cell<u64>; SETS / 64],
     /// Regions of 4 MiB that may have entries of large pages, a bit each.
     large: [Cell<u64>; REGIONS / 64],
-    /// Changes whenever something is forgotten because somebody asked.
+    /// Changes whenever a translation that code was found by is forgotten because somebody asked.
     version: Cell<u64>,
+    /// Pages that code was found in since, a bit for those of one remainder.
+    code: Box<[Cell<u64>; CODE_BITS / 64]>,
     /// Epoch of the last flush of all that is not global.
     local_flush: Cell<u64>,
     stats: Cell<TlbStats>,
@@ -204,12 +213,13 @@ impl SoftTlb {
         let seed = if let TlbKind::Lossy(seed) = kind { seed } else { 0 };
         SoftTlb {
             kind,
-            sets: (0..SETS).map(|_| std::array::from_fn(|_| Cell::new(NOTHING))).collect(),
+            sets: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(NOTHING)))),
             store: RefCell::default(),
             random: Cell::new(seed | 1),
             used: std::array::from_fn(|_| Cell::new(0)),
             large: std::array::from_fn(|_| Cell::new(0)),
             version: Cell::new(1),
+            code: Box::new(std::array::from_fn(|_| Cell::new(0))),
             local_flush: Cell::new(0),
             stats: Cell::default(),
         }
@@ -236,8 +246,10 @@ impl SoftTlb {
         if word.get() & bit != 0 {
             word.set(word.get() & !bit);
             self.retain(|entry| !(entry.large && region_of(page_of(entry.tag)) == region));
+            self.change_version();
+        } else if self.code[page as usize % CODE_BITS / 64].get() & 1 << (page % 64) != 0 {
+            self.change_version();
         }
-        self.change_version();
     }
 
     /// Forgets everything.
@@ -276,6 +288,14 @@ impl SoftTlb {
 
     fn change_version(&self) {
         self.version.set(self.version.get() + 1);
+        self.code.iter().for_each(|word| word.set(0));
+    }
+
+    /// Code was found in the page of `gva`, and may be found there again without asking, until the version changes.
+    fn note_code(&self, gva: Gva) {
+        let page = gva.0 >> 12;
+        let word = &self.code[page as usize % CODE_BITS / 64];
+        word.set(word.get() | 1 << (page % 64));
     }
 
     #[inline(always)]
@@ -367,30 +387,25 @@ impl Mmu {
     /// [`Miss`]; always [`Miss::Fault`] for a vCPU without a software TLB.
     #[inline(always)]
     pub fn tlb_translate(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Mfn, Miss> {
-        let user = access.user && vcpu.mode.paging;
-        let (Some(tlb), Some(root)) = (&vcpu.tlb, vcpu.roots[usize::from(user)].get()) else {
-            return Err(Miss::Fault);
-        };
-        let tag = tag_of(root.index, gva);
+        let Some(tlb) = &vcpu.tlb else { return Err(Miss::Fault) };
+        let tag = vcpu.tags[usize::from(access.user)].get() | u64::from(gva.0 >> 12);
         let first = tlb.set(gva)[0].get();
         let current = first.tag == tag && first.checked == self.p2m.advances();
         if current && first.spte.allows(access.kind) && !matches!(tlb.kind, TlbKind::Lossy(_)) {
             return Ok(first.spte.mfn());
         }
-        self.tlb_find(vcpu, tlb, root, gva, access.kind)
+        self.tlb_find(vcpu, gva, access)
     }
 
     /// The other ways of the set, the store, the generations; then the shadow.
     #[cold]
-    fn tlb_find(
-        &self,
-        vcpu: &Vcpu,
-        tlb: &SoftTlb,
-        root: RootRef,
-        gva: Gva,
-        kind: AccessKind,
-    ) -> Result<Mfn, Miss> {
-        let tag = tag_of(root.index, gva);
+    #[inline(never)]
+    fn tlb_find(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Mfn, Miss> {
+        let user = access.user && vcpu.mode.paging;
+        let (Some(tlb), Some(root)) = (&vcpu.tlb, vcpu.roots[usize::from(user)].get()) else {
+            return Err(Miss::Fault);
+        };
+        let (tag, kind) = (tag_of(root.index, gva), access.kind);
         if let Some(mut entry) = tlb.recall(tag, gva) {
             if entry.spte.allows(kind) {
                 let advances = self.p2m.advances();
@@ -485,6 +500,7 @@ impl Mmu {
     /// As [`Mmu::tlb_translate`].
     pub fn code_frame(&self, vcpu: &Vcpu, gva: Gva, user: bool) -> Result<CodeFrame, Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
+        vcpu.tlb.iter().for_each(|tlb| tlb.note_code(gva));
         Ok(CodeFrame { mfn, generation: self.frames.mark_code(mfn) })
     }
 

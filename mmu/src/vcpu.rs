@@ -61,6 +61,8 @@ pub struct Vcpu {
     pub(crate) pdptes: [Pdpte; 4],
     /// Loaded roots: supervisor, user.
     pub(crate) roots: [Cell<Option<RootRef>>; 2],
+    /// What the tags of the software TLB begin with for accesses of a supervisor, of a user; 0 while no root is loaded.
+    pub(crate) tags: [Cell<u64>; 2],
     /// A TLB in software: for a vCPU that no hardware runs, or not always.
     pub(crate) tlb: Option<SoftTlb>,
     /// Hardware runs it: what is removed must be flushed from a TLB that only forgets all at once, as it enters.
@@ -80,6 +82,7 @@ impl Vcpu {
             cr3: 0,
             pdptes: [Pdpte::default(); 4],
             roots: [Cell::new(None), Cell::new(None)],
+            tags: [Cell::new(0), Cell::new(0)],
             hardware: tlb.is_none(),
             tlb,
             window: LocalStack::new(),

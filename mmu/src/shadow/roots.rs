@@ -18,6 +18,7 @@ use crate::frames::FrameKind;
 use crate::shadow::role::effective_mode;
 use crate::spte::Spte;
 use crate::sync::Ordering;
+use crate::tlb::root_tag;
 use crate::vcpu::Vcpu;
 
 /// Index of the PML4 entry that maps the firmware.
@@ -76,12 +77,17 @@ impl Mmu {
         }
         let root = self.load_root(root_key(vcpu, user), vcpu.id)?;
         cell.set(Some(root));
+        vcpu.tags[usize::from(user)].set(root_tag(root.index));
+        if !vcpu.mode.paging {
+            vcpu.tags[1].set(root_tag(root.index));
+        }
         Some(root)
     }
 
     /// Lets go of both roots of a vCPU (its CR3, PDPTEs or mode change).
     pub(crate) fn unload_roots(&self, vcpu: &Vcpu) {
         let mut roots = self.roots.lock();
+        vcpu.tags.iter().for_each(|tag| tag.set(0));
         for cell in &vcpu.roots {
             if let Some(root) = cell.take() {
                 roots.roots[root.index as usize].loaded -= 1;

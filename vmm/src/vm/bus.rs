@@ -139,7 +139,6 @@ impl<'a> GuestBus<'a> {
     }
 
     /// Makes an access of `bytes` at `gva` by the TLB, having it mapped first if need be. `None`: it must be made by walk.
-    #[inline(always)]
     fn by_tlb<T>(
         &mut self,
         gva: Gva,
@@ -147,7 +146,7 @@ impl<'a> GuestBus<'a> {
         access: Access,
         mut make: impl FnMut(&Mmu, &Vcpu) -> Result<T, Miss>,
     ) -> Result<Option<T>, BusError> {
-        if gva.offset() > 4096 - bytes {
+        if !in_one_page(gva, bytes) {
             return Ok(None);
         }
         for _ in 0..ATTEMPTS_MAX {
@@ -160,6 +159,32 @@ impl<'a> GuestBus<'a> {
             }
         }
         Ok(None)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_after_miss(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        let load = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_load(vcpu, gva, width.into(), access.user);
+        match self.by_tlb(gva, width.bytes(), access, load)? {
+            Some(value) => Ok(value),
+            None => self.read_by_walk(gva, width, access),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn write_after_miss(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        value: u64,
+        access: Access,
+    ) -> Result<(), BusError> {
+        let store = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_store(vcpu, gva, width.into(), value, access.user);
+        match self.by_tlb(gva, width.bytes(), access, store)? {
+            Some(()) => Ok(()),
+            None => self.write_by_walk(gva, width, value, access),
+        }
     }
 
     fn board<R>(&self, call: impl FnOnce(&mut Board, Nanos, usize) -> R) -> R {
@@ -220,6 +245,11 @@ impl<'a> GuestBus<'a> {
             }
         }
     }
+}
+
+#[inline(always)]
+fn in_one_page(gva: Gva, bytes: u32) -> bool {
+    gva.offset() <= 4096 - bytes
 }
 
 /// Where an access goes.
@@ -313,20 +343,22 @@ impl GuestBus<'_> {
 impl Bus for GuestBus<'_> {
     #[inline(always)]
     fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
-        let load = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_load(vcpu, gva, width.into(), access.user);
-        match self.by_tlb(gva, width.bytes(), access, load)? {
-            Some(value) => Ok(value),
-            None => self.read_by_walk(gva, width, access),
+        if in_one_page(gva, width.bytes())
+            && let Ok(value) = self.mmu.tlb_load(self.vcpu, gva, width.into(), access.user)
+        {
+            return Ok(value);
         }
+        self.read_after_miss(gva, width, access)
     }
 
     #[inline(always)]
     fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
-        let store = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_store(vcpu, gva, width.into(), value, access.user);
-        match self.by_tlb(gva, width.bytes(), access, store)? {
-            Some(()) => Ok(()),
-            None => self.write_by_walk(gva, width, value, access),
+        if in_one_page(gva, width.bytes())
+            && let Ok(()) = self.mmu.tlb_store(self.vcpu, gva, width.into(), value, access.user)
+        {
+            return Ok(());
         }
+        self.write_after_miss(gva, width, value, access)
     }
 
     fn update(
@@ -404,6 +436,7 @@ impl Bus for GuestBus<'_> {
 }
 
 impl From<Width> for umbra_mmu::Width {
+    #[inline(always)]
     fn from(width: Width) -> umbra_mmu::Width {
         match width {
             Width::B1 => umbra_mmu::Width::B1,
