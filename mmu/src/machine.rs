@@ -73,8 +73,22 @@ impl Machine {
     }
 
     /// Loads `width` bytes at `mpa`, zero-extended, all in one frame. Whole where they lie within an aligned 8-byte word.
+    ///
+    /// Aligned ones are loaded by their own width: a CPU forwards a store to a load of its size, and waits with a wider one.
     #[inline]
     pub fn load(&self, mpa: Mpa, width: Width) -> u64 {
+        if mpa.0 & (u64::from(width.bytes()) - 1) != 0 {
+            return self.load_unaligned(mpa, width);
+        }
+        match width {
+            Width::B1 => self.word::<AtomicU8>(mpa).load(Ordering::Acquire).into(),
+            Width::B2 => self.word::<AtomicU16>(mpa).load(Ordering::Acquire).into(),
+            Width::B4 => self.word32(mpa).load(Ordering::Acquire).into(),
+            Width::B8 => self.word64(mpa).load(Ordering::Acquire),
+        }
+    }
+
+    fn load_unaligned(&self, mpa: Mpa, width: Width) -> u64 {
         match within_word(mpa, width) {
             Some(shift) => self.word64(Mpa(mpa.0 & !7)).load(Ordering::Acquire) >> shift & width.mask(),
             None => self.load_split(mpa, width),

@@ -9,7 +9,7 @@ use umbra_mmu::{CodeFrame, Gva, Mfn};
 
 use super::CodeBus;
 use super::run::Run;
-use super::translate::{Op, translate};
+use super::translate::{After, Op, translate};
 use crate::interp::Leave;
 use crate::interp::fetch::{DecodeError, INSTRUCTION_BYTES_MAX, decode};
 
@@ -146,7 +146,7 @@ impl Cache {
             }
             self.ops.push(op);
             count += 1;
-            if op.ends {
+            if op.after != After::Next {
                 break;
             }
         }

@@ -39,6 +39,7 @@ use crate::cpu::{CpuState, Seg, cr0, eflags};
 use cache::{Block, Cache};
 use run::{Next, Run};
 use table::Handlers;
+use translate::After;
 
 /// A bus that the engine can run on: it knows where code stands, and when that changes.
 pub trait CodeBus: Bus {
@@ -186,13 +187,15 @@ impl Engine {
                 told = done;
                 run.core.cpu.eip = run.start.wrapping_add(op.begin());
                 let step = run.core.run(self.cache.instruction(op));
-                let on = step == Step::Done && run.core.cpu.eip == run.start.wrapping_add(op.end.into());
-                if on && !op.ends && run.is_current() {
+                let behind = run.start.wrapping_add(op.end.into());
+                let through = step == Step::Done && run.core.cpu.eip == behind;
+                if through && op.after == After::Next && run.is_current() {
                     run.core.cpu.eip = run.start;
                     continue;
                 }
                 *steps += done;
                 return match step {
+                    Step::Done if op.after == After::Block => End::Over,
                     Step::Done => End::Changed,
                     step => End::Stop(step),
                 };

@@ -9,6 +9,17 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::table::{self, Form, GENERIC};
 use crate::interp::operand::segment_of;
 
+/// What comes after an instruction that has retired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// The one behind it.
+    Next,
+    /// Another block: a branch, or one whose translation must be looked for again.
+    Block,
+    /// Another block, and perhaps other segments, privilege, modes or control flags.
+    Changed,
+}
+
 /// One instruction of a block.
 #[derive(Clone, Copy, Debug)]
 pub struct Op {
@@ -18,8 +29,8 @@ pub struct Op {
     pub end: u16,
     /// Bytes of the instruction.
     pub length: u8,
-    /// The block ends here.
-    pub ends: bool,
+    /// What comes after it.
+    pub after: After,
     /// Registers by number, of the instruction's width: operand 0 and operand 1.
     pub dst: u8,
     pub src: u8,
@@ -53,7 +64,7 @@ pub fn translate(i: &Instruction, end: u32, instruction: u32) -> Op {
         handler: GENERIC,
         end: end as u16,
         length: i.len() as u8,
-        ends: !goes_on(i),
+        after: after(i),
         dst: 0,
         src: 0,
         seg: 0,
@@ -131,7 +142,7 @@ fn branch(i: &Instruction, op: &mut Op) -> Option<u16> {
             Mnemonic::Call => Some(table::CALL),
             _ if i.is_jcc_short_or_near() => {
                 // Not taken, it goes on inside the block.
-                op.ends = false;
+                op.after = After::Next;
                 Some(table::jcc(condition_of(i)?))
             }
             _ => None,
@@ -248,8 +259,27 @@ fn is_cmov(m: Mnemonic) -> bool {
         || matches!(m, M::Cmovo | M::Cmovp | M::Cmovs)
 }
 
+/// What comes after `i`: where it is not known here, anything may have changed.
+fn after(i: &Instruction) -> After {
+    use Mnemonic as M;
+    let near = (0..i.op_count()).all(|n| !matches!(i.op_kind(n), OpKind::FarBranch16 | OpKind::FarBranch32));
+    match i.mnemonic() {
+        M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Ret | M::Invlpg => After::Block,
+        M::Jmp | M::Call if near && !is_far(i) => After::Block,
+        _ if i.is_jcc_short_or_near() => After::Block,
+        _ if goes_on(i) => After::Next,
+        _ => After::Changed,
+    }
+}
+
+/// A far transfer through memory.
+fn is_far(i: &Instruction) -> bool {
+    use iced_x86::Code as C;
+    matches!(i.code(), C::Jmp_m1616 | C::Jmp_m1632 | C::Call_m1616 | C::Call_m1632)
+}
+
 /// True for what leaves privilege, segments, modes and control flags alone and falls through to the next instruction
-/// (or faults). Everything else ends its block.
+/// (or faults).
 fn goes_on(i: &Instruction) -> bool {
     use Mnemonic as M;
     if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && !is_data(i.op_register(n))) {
