@@ -6,6 +6,7 @@ pub mod board;
 pub mod boot;
 pub mod cli;
 pub mod cpu;
+pub mod host_fpu;
 #[forbid(unsafe_code)]
 pub mod interp;
 pub mod kvm;

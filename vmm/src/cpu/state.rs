@@ -5,6 +5,8 @@
 //!
 //! See: Intel SDM vol. 3A, 2.5 (control registers), 3.4 (segment registers).
 
+use super::Fpu;
+
 /// A segment register by its encoding in ModRM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seg {
@@ -136,6 +138,9 @@ pub struct CpuState {
     pub dr: [u32; 8],
     /// Model-specific registers.
     pub msrs: Msrs,
+    /// x87, MMX and SSE registers. Where the hardware holds them, this is only right after
+    /// [`Bus::load_fpu`](crate::interp::Bus::load_fpu).
+    pub fpu: Fpu,
     /// Current privilege level: the guest's, not the one the hardware runs at.
     pub cpl: u8,
     /// HLT was executed; an interrupt, NMI or reset ends it.
@@ -178,6 +183,7 @@ impl CpuState {
                 misc_enable: 1,
                 ..Msrs::default()
             },
+            fpu: Fpu::default(),
             cpl: 0,
             halted: false,
             interrupt_shadow: false,

@@ -8,7 +8,7 @@
 use umbra_mmu::{Access, Gva, PageFault};
 
 use super::exception::Exception;
-use crate::cpu::CpuState;
+use crate::cpu::{CpuState, Fpu};
 
 /// Width of a scalar access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,4 +134,8 @@ pub trait Bus {
 
     /// The time-stamp counter's source, before the CPU's own offset.
     fn tsc(&mut self) -> u64;
+
+    /// An instruction is about to read or change the FPU, of which `fpu` is the interpreter's copy: a backend whose
+    /// hardware holds the registers fills it in, and from then on holds them no more.
+    fn load_fpu(&mut self, _fpu: &mut Fpu) {}
 }

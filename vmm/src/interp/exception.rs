@@ -21,7 +21,9 @@ pub mod vector {
     pub const SS: u8 = 12;
     pub const GP: u8 = 13;
     pub const PF: u8 = 14;
+    pub const MF: u8 = 16;
     pub const AC: u8 = 17;
+    pub const XM: u8 = 19;
 }
 
 /// An exception to deliver to the guest. A value, not an error of ours.
@@ -48,6 +50,10 @@ impl Exception {
     pub const NM: Exception = Exception::plain(vector::NM);
     /// #DF: an exception that met another on its delivery.
     pub const DF: Exception = Exception::coded(vector::DF, 0);
+    /// #MF: an unmasked x87 exception was pending.
+    pub const MF: Exception = Exception::plain(vector::MF);
+    /// #XM: an unmasked SSE exception.
+    pub const XM: Exception = Exception::plain(vector::XM);
     /// #AC: a misaligned access at CPL 3 with alignment checks on.
     pub const AC: Exception = Exception::coded(vector::AC, 0);
 

@@ -1,14 +1,14 @@
-//! The table of instructions: from a mnemonic to its handler, and what becomes of the ones without.
+//! The table of instructions: from a mnemonic to its handler, the integer ones; what it does not know is `fpu`'s.
 //!
 //! Holds: the decoder has refused LOCK where it is not allowed (#UD), so no handler checks it.
 
-use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::bits::BitChange;
 use super::string::StringKind;
-use super::{Bus, Core, Exception, Exec, Flow, Leave, Width, alu, decimal, ensure, vector, verify};
+use super::{Bus, Core, Exception, Exec, Flow, Width, alu, decimal, vector, verify};
+use crate::cpu::Seg;
 use crate::cpu::eflags::{CF, DF, OF};
-use crate::cpu::{Seg, cr0, cr4};
 
 impl<B: Bus + ?Sized> Core<'_, B> {
     /// Runs one instruction; `next` is the EIP behind it. One table, grouped as the handlers' files are; the user's
@@ -189,41 +189,13 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             M::Lfence | M::Mfence | M::Sfence => Ok(Flow::Next),
             M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 => Ok(Flow::Next),
             M::Prefetch | M::Prefetchw | M::Prefetchwt1 => Ok(Flow::Next),
-            _ => self.without_handler(i),
+            _ => self.execute_fpu(i),
         }
     }
 
     fn set_flags(&mut self, mask: u32, value: u32) -> Exec<Flow> {
         self.cpu.eflags = self.cpu.eflags & !mask | value;
         Ok(Flow::Next)
-    }
-
-    /// An instruction of a feature that CPUID never offers is no instruction: #UD. What is offered and not
-    /// implemented has the faults of a missing FPU, and else ends the run.
-    fn without_handler(&mut self, i: &Instruction) -> Exec<Flow> {
-        use CpuidFeature as F;
-        let has = |wanted: &[F]| i.cpuid_features().iter().any(|feature| wanted.contains(feature));
-        let all = |wanted: &[F]| i.cpuid_features().iter().all(|feature| wanted.contains(feature));
-        if i.mnemonic() == Mnemonic::Wait {
-            let away = cr0::MP | cr0::TS;
-            ensure(self.cpu.cr0 & away != away, Exception::NM)?;
-            return Err(Leave::Unknown("x87"));
-        }
-        if has(&[F::FPU, F::FPU287, F::FPU387, F::FXSR]) {
-            ensure(self.cpu.cr0 & (cr0::EM | cr0::TS) == 0, Exception::NM)?;
-            return Err(Leave::Unknown("x87"));
-        }
-        if has(&[F::MMX, F::SSE, F::SSE2]) && all(&[F::MMX, F::SSE, F::SSE2]) {
-            let usable = has(&[F::MMX]) || self.cpu.cr4 & cr4::OSFXSR != 0;
-            ensure(self.cpu.cr0 & cr0::EM == 0 && usable, Exception::UD)?;
-            ensure(self.cpu.cr0 & cr0::TS == 0, Exception::NM)?;
-            return Err(Leave::Unknown("MMX, SSE and SSE2"));
-        }
-        let integer = [F::INTEL8086, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::CPUID];
-        if all(&integer) {
-            return Err(Leave::Unknown("this instruction"));
-        }
-        Err(Exception::UD.into())
     }
 }
 

@@ -11,17 +11,20 @@
 //!    are the user's instructions;
 //! 4. `descriptor` and `load` are descriptor tables and segment registers; `far` and `gate` the transfers between
 //!    segments and rings; `deliver` the way into a handler;
-//! 5. `system`, `control_regs`, `msr`, `io`, `verify`, `debug` are the kernel's instructions.
+//! 5. `system`, `control_regs`, `msr`, `io`, `verify`, `debug` are the kernel's instructions;
+//! 6. `fpu` is the way to x87 (`x87`, `x87_control`) and to MMX and SSE (`sse`, `sse_float`), which compute on the
+//!    host's FPU (`host_fpu`).
 //!
 //! Holds:
 //! - INV-INTERP-1: a step that ends in a fault, [`Step::Again`] or [`Step::Unknown`] has changed nothing, but for A
 //!   and D bits (of pages, and of descriptors), stack space not yet in use, NMI blocking after a faulting IRET (all
-//!   of which silicon changes too), and the finished iterations of a string instruction.
+//!   of which silicon changes too), the flags in MXCSR that go with a #XM, and the finished iterations of a string
+//!   instruction.
 //! - INV-INTERP-2: nothing is guessed: what is not implemented is `Unknown`, with its name.
-//! - INV-INTERP-3: no allocation, no clock, no state of its own: the same state and bus give the same step.
+//! - INV-INTERP-3: no allocation, no clock, no state of its own: the same state and bus give the same step
+//!   (on the same host, where the architecture leaves the last bits of an FPU result open).
 //!
-//! Limits: virtual-8086 mode and task switches are `Unknown`, as are x87, MMX and SSE beyond MOVNTI, fences and
-//! prefetches. A data breakpoint met by MOV SS is reported at once, not after the next instruction.
+//! Limits: virtual-8086 mode and task switches are `Unknown`. A data breakpoint met by MOV SS is reported at once, not after the next instruction.
 //!
 //! See: Intel SDM vol. 2 (each instruction), vol. 3A chapters 3, 5, 6.
 
@@ -42,18 +45,26 @@ mod execute;
 mod far;
 mod fetch;
 pub mod flat;
+mod fpu;
 mod gate;
 mod io;
 mod load;
 mod msr;
 mod operand;
 mod segment;
+mod shuffle;
+mod sse;
+mod sse_float;
 mod stack;
 mod string;
 mod system;
 #[cfg(test)]
 mod tests;
 mod verify;
+mod wide;
+mod x87;
+mod x87_control;
+mod x87_forms;
 
 use std::fmt;
 

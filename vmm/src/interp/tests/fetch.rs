@@ -3,7 +3,7 @@
 use super::super::flat::Page;
 use super::super::{Exception, Step};
 use super::machine::*;
-use crate::cpu::{Seg, cr0, cr4};
+use crate::cpu::Seg;
 
 #[test]
 fn instruction_on_two_pages_faults_on_the_second() {
@@ -137,36 +137,6 @@ fn tzcnt_and_lzcnt_are_scans_on_this_cpu() {
     machine.cpu.gpr[1] = 0x0000_0100;
     machine.done(&[0xf3, 0x0f, 0xbd, 0xc1]);
     assert_eq!(machine.cpu.gpr[0], 8, "bsr, not a count of leading zeros");
-}
-
-#[test]
-fn x87_and_sse_are_unknown_after_their_faults() {
-    let (fninit, movaps, emms, fxsave, wait) =
-        (&[0xdb, 0xe3][..], &[0x0f, 0x28, 0xc1][..], &[0x0f, 0x77][..], &[0x0f, 0xae, 0x00][..], &[0x9b][..]);
-    let with = |set: u32| {
-        let mut machine = Machine::kernel();
-        machine.cpu.cr0 |= set;
-        machine.cpu.cr4 |= cr4::OSFXSR;
-        machine
-    };
-    for bytes in [fninit, movaps, emms, fxsave, wait] {
-        let mut machine = with(0);
-        let before = machine.cpu.clone();
-        match machine.run(bytes) {
-            Step::Unknown(unknown) => assert_eq!(&unknown.bytes[..bytes.len()], bytes),
-            other => panic!("{other:?} for {bytes:02x?}"),
-        }
-        assert_eq!(machine.cpu, before);
-    }
-    for bytes in [fninit, movaps, emms, fxsave] {
-        assert_eq!(with(cr0::TS).fault(bytes), Exception::NM, "{bytes:02x?}");
-    }
-    assert!(matches!(with(cr0::TS).run(wait), Step::Unknown(_)), "WAIT needs MP too");
-    assert_eq!(with(cr0::TS | cr0::MP).fault(wait), Exception::NM);
-    assert_eq!(with(cr0::EM).fault(fninit), Exception::NM);
-    assert_eq!(with(cr0::EM).fault(movaps), Exception::UD);
-    let mut without = Machine::kernel();
-    assert_eq!(without.fault(movaps), Exception::UD, "OSFXSR is off");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Unit tests of the interpreter, on the flat bus.
 //!
-//! What user instructions compute is tested against the CPU, in `tests/interp_native`; here are privilege,
+//! What user instructions compute is tested against the CPU, in `tests/interp_native` and `tests/fpu_native`; here are privilege,
 //! segments, delivery, restarts and whatever else has no native twin.
 
 mod data;
@@ -9,6 +9,7 @@ mod decimal;
 mod deliver;
 mod far;
 mod fetch;
+mod fpu;
 mod load;
 mod machine;
 mod random;

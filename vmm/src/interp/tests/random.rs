@@ -73,9 +73,11 @@ impl Start {
         // Single step, IOPL and NT once in a while.
         let rare = if self.flags >> 28 == 0 { 0x7100 } else { 0 };
         machine.cpu.eflags = FIXED | self.flags & (0x24_0ed5 | rare);
-        // AM, TS, EM, MP; SMAP, UMIP, TSD.
-        machine.cpu.cr0 |= self.control & 0x4_000e & self.control >> 8;
-        machine.cpu.cr4 |= self.control & 0x20_0804;
+        // AM, NE, TS, EM, MP; SMAP, UMIP, TSD, and SSE most of the time.
+        machine.cpu.cr0 |= self.control & 0x4_002e & self.control >> 8;
+        machine.cpu.cr4 |= self.control & 0x20_0804 | (self.control | self.flags) & 0x600;
+        machine.cpu.fpu.set_words(self.seed as u16 | 0x3f, (self.flags >> 8) as u16);
+        machine.cpu.fpu.set_tag_word(self.control as u16);
         machine.bus.place(CODE, &self.bytes);
         machine
     }
