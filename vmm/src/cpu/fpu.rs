@@ -1,7 +1,7 @@
 //! The FPU of one CPU: x87, MMX and SSE registers, laid out as FXSAVE stores them in 32-bit code.
 //!
-//! Story: the interpreter's FPU instructions work on this; a backend whose hardware holds the FPU fills it when it is
-//! asked ([`Bus::load_fpu`](crate::interp::Bus::load_fpu)) and gives it back before it enters the guest.
+//! Story: the interpreter's FPU instructions work on this; a backend whose hardware holds the FPU fetches it when one
+//! is met ([`Bus::want_fpu`](crate::interp::Bus::want_fpu)) and gives it back before it enters the guest.
 //!
 //! Holds:
 //! - INV-FPU-1: reserved bits are as hardware has them (FCW, MXCSR and its mask, the upper 48 bits of each x87 slot),

@@ -139,7 +139,7 @@ pub struct CpuState {
     /// Model-specific registers.
     pub msrs: Msrs,
     /// x87, MMX and SSE registers. Where the hardware holds them, this is only right after
-    /// [`Bus::load_fpu`](crate::interp::Bus::load_fpu).
+    /// [`Bus::want_fpu`](crate::interp::Bus::want_fpu).
     pub fpu: Fpu,
     /// Current privilege level: the guest's, not the one the hardware runs at.
     pub cpl: u8,

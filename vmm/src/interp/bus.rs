@@ -8,7 +8,7 @@
 use umbra_mmu::{Access, Gva, PageFault};
 
 use super::exception::Exception;
-use crate::cpu::{CpuState, Fpu};
+use crate::cpu::CpuState;
 
 /// Width of a scalar access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +135,9 @@ pub trait Bus {
     /// The time-stamp counter's source, before the CPU's own offset.
     fn tsc(&mut self) -> u64;
 
-    /// An instruction is about to read or change the FPU, of which `fpu` is the interpreter's copy: a backend whose
-    /// hardware holds the registers fills it in, and from then on holds them no more.
-    fn load_fpu(&mut self, _fpu: &mut Fpu) {}
+    /// An instruction is about to read or change the FPU. [`BusError::Again`] where [`CpuState::fpu`] is not the guest's,
+    /// because hardware holds the registers: they must be fetched first.
+    fn want_fpu(&mut self) -> Result<(), BusError> {
+        Ok(())
+    }
 }

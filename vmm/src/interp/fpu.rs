@@ -30,11 +30,11 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             self.wait()
         } else if all(&[F::FPU, F::FPU287, F::FPU387, F::CMOV]) {
             ensure(self.cpu.cr0 & (cr0::EM | cr0::TS) == 0, Exception::NM)?;
-            self.bus.load_fpu(&mut self.cpu.fpu);
+            self.bus.want_fpu()?;
             self.x87_control(i)
         } else if all(&[F::FXSR]) {
             ensure(self.cpu.cr0 & (cr0::EM | cr0::TS) == 0, Exception::NM)?;
-            self.bus.load_fpu(&mut self.cpu.fpu);
+            self.bus.want_fpu()?;
             if i.mnemonic() == Mnemonic::Fxsave { self.fxsave(i) } else { self.fxrstor(i) }
         } else if all(&[F::MMX, F::SSE, F::SSE2]) {
             self.simd(i)
@@ -49,7 +49,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     fn wait(&mut self) -> Exec<Flow> {
         let away = cr0::MP | cr0::TS;
         ensure(self.cpu.cr0 & away != away, Exception::NM)?;
-        self.bus.load_fpu(&mut self.cpu.fpu);
+        self.bus.want_fpu()?;
         self.report_pending()?;
         Ok(Flow::Next)
     }

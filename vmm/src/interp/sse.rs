@@ -45,7 +45,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         ensure(self.cpu.cr0 & cr0::EM == 0, Exception::UD)?;
         ensure(!sse || self.cpu.cr4 & cr4::OSFXSR != 0, Exception::UD)?;
         ensure(self.cpu.cr0 & cr0::TS == 0, Exception::NM)?;
-        self.bus.load_fpu(&mut self.cpu.fpu);
+        self.bus.want_fpu()?;
         if i.mnemonic() == M::Emms {
             self.report_pending()?;
             self.cpu.fpu.leave_mmx();

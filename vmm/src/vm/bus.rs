@@ -43,6 +43,17 @@ pub struct Aftermath {
     pub violation: Option<Box<Violation>>,
     /// Full flushes of the software TLB on the way.
     pub flushes: u64,
+    /// The FPU was used, or it was wanted and hardware has it: [`BusError::Again`] was answered.
+    pub fpu: Option<FpuUse>,
+}
+
+/// What came of a wish for the FPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FpuUse {
+    /// It was there.
+    Used,
+    /// Hardware has it.
+    Missing,
 }
 
 /// How far an instruction moves the vCPU's own time: the guest's CPU runs at 1 GHz, and always lags behind real time, with
@@ -60,6 +71,8 @@ pub struct GuestBus<'a> {
     time: Option<Nanos>,
     /// What ends a stretch of code early.
     attention: Option<Attention>,
+    /// Hardware has the FPU's registers.
+    fpu_in_hardware: bool,
     aftermath: Aftermath,
 }
 
@@ -76,7 +89,8 @@ impl<'a> GuestBus<'a> {
     /// [`NANOS_PER_INSTRUCTION`]; `None` for one that goes by real time.
     pub fn new(mmu: &'a Mmu, vcpu: &'a mut Vcpu, devices: &'a Devices, time: Option<Nanos>) -> GuestBus<'a> {
         let aftermath = Aftermath::default();
-        let mut bus = GuestBus { mmu, vcpu, devices, time, attention: None, aftermath };
+        let mut bus =
+            GuestBus { mmu, vcpu, devices, time, attention: None, fpu_in_hardware: false, aftermath };
         bus.go_inside();
         bus
     }
@@ -89,6 +103,11 @@ impl<'a> GuestBus<'a> {
     /// The vCPU's time, or the time.
     pub fn time(&self) -> Nanos {
         self.time.unwrap_or_else(|| self.devices.now())
+    }
+
+    /// Hardware has the FPU's registers: an instruction that wants them is answered [`BusError::Again`].
+    pub fn without_fpu(&mut self) {
+        self.fpu_in_hardware = true;
     }
 
     /// Lets `attention` end a stretch of code.
@@ -432,6 +451,15 @@ impl Bus for GuestBus<'_> {
 
     fn tsc(&mut self) -> u64 {
         self.time().0
+    }
+
+    fn want_fpu(&mut self) -> Result<(), BusError> {
+        if self.fpu_in_hardware {
+            self.aftermath.fpu = Some(FpuUse::Missing);
+            return Err(BusError::Again);
+        }
+        self.aftermath.fpu = Some(FpuUse::Used);
+        Ok(())
     }
 }
 

@@ -5,8 +5,12 @@
 //!
 //! The decision about a trap ([`Native::on_trap`]) is the same for all vectors: a page fault goes to the MMU;
 //! anything else is decided by interpreting the instruction at CS:EIP, since hosts differ in what they raise. What the
-//! interpreter does not know is the guest's own exception where hardware alone can judge (FPU), else the end. A state
-//! that the hardware cannot run ([`can_run`]) is interpreted, instruction by instruction, for as long as it lasts.
+//! interpreter does not know is the end. A state that the hardware cannot run ([`can_run`]) is interpreted, instruction
+//! by instruction, for as long as it lasts.
+//!
+//! The FPU's registers stay in the hardware between entries. An instruction that is interpreted and wants them has them
+//! fetched; the next entry gives them back. Where this host's KVM does not know FPU instructions, code that uses one will
+//! use more: it is interpreted for a stretch ([`STRETCH`]).
 //!
 //! Holds: the vCPU counts as inside the guest from before its
 //! last look at flush requests until after the exit.
@@ -15,14 +19,15 @@
 
 use umbra_mmu::{Access, AccessKind, Gva, Outcome};
 
+use super::bus::{Aftermath, FpuUse};
 use super::ending::End;
 use super::flush::Flusher;
 use super::soft::Soft;
 use super::vcpu::{Backend, Core, lacking};
-use crate::cpu::eflags;
+use crate::cpu::{Fpu, eflags};
 use crate::interp::engine::Extent;
 use crate::interp::{Event, Exception, Step, UnknownInstruction, vector};
-use crate::kvm::{KvmExit, KvmVcpu, can_run};
+use crate::kvm::{KvmError, KvmExit, KvmVcpu, can_run};
 
 /// Page faults at one place in a row that change nothing, after which the instruction is interpreted: some hosts
 /// fault for ever on what they cannot do (an access that wraps at 4 GiB).
@@ -33,10 +38,10 @@ const FAULT_USER: u32 = 1 << 2;
 const FAULT_FETCH: u32 = 1 << 4;
 /// DR6.BS: the single-step trap.
 const DR6_BS: u32 = 1 << 14;
-/// Vectors of the FPU.
-const NM: u8 = 7;
-const MF: u8 = 16;
-const XM: u8 = 19;
+/// Instructions without the FPU after which a stretch of interpreted FPU code ends.
+const STRETCH: u32 = 64;
+/// And how many it has at most, before the board is looked at again.
+const STRETCH_MAX: u32 = 4096;
 
 /// A vCPU of the kvm backend, beside its [`Core`].
 pub struct Native {
@@ -57,6 +62,11 @@ impl Backend for Native {
     }
 
     fn run(&mut self, core: &mut Core) -> Option<End> {
+        if core.fpu_wanted
+            && let Err(error) = self.fetch_fpu(core)
+        {
+            return Some(refused(core, error));
+        }
         if let Some(soft) = &mut self.supervisor
             && core.cpu.cpl < 3
         {
@@ -85,6 +95,9 @@ impl Native {
         let Some(root) = core.mmu.root_address(&core.mmu_vcpu, user) else {
             return Some(core.out_of_frames());
         };
+        if let Err(error) = self.give_fpu(core) {
+            return Some(refused(core, error));
+        }
         if let Err(error) = core.tables.refresh(&core.mmu, &core.mmu_vcpu, &core.cpu, &mut self.kvm) {
             return Some(refused(core, error));
         }
@@ -174,13 +187,41 @@ impl Native {
 
     /// Executes the instruction at CS:EIP by the interpreter.
     fn interpret(&mut self, core: &mut Core, why: Why) -> Option<End> {
-        let (step, after) = core.interpret();
+        let (mut step, mut after) = core.interpret();
+        if after.fpu == Some(FpuUse::Missing) {
+            if let Err(error) = self.fetch_fpu(core) {
+                return Some(refused(core, error));
+            }
+            (step, after) = core.interpret();
+        }
+        if after.fpu == Some(FpuUse::Used) && matches!(why, Why::Trap(vector::UD, _)) {
+            (step, after) = stretch(core, step, after);
+        }
         match step {
             Step::Done | Step::Halted => None,
             Step::Exception(exception) => core.deliver(Event::Exception(exception)),
             Step::Again => lacking(after),
             Step::Unknown(instruction) => self.on_unknown(core, instruction, why),
         }
+    }
+
+    /// Takes the FPU's registers out of the hardware.
+    fn fetch_fpu(&mut self, core: &mut Core) -> Result<(), KvmError> {
+        if core.fpu_in_hardware {
+            // Hardware lets no reserved bit of MXCSR be set, and none comes out of it.
+            core.cpu.fpu = Fpu::from_image(&self.kvm.fpu()?).unwrap_or_default();
+        }
+        (core.fpu_in_hardware, core.fpu_wanted) = (false, false);
+        Ok(())
+    }
+
+    /// Puts them back.
+    fn give_fpu(&mut self, core: &mut Core) -> Result<(), KvmError> {
+        if !core.fpu_in_hardware {
+            self.kvm.set_fpu(&core.cpu.fpu.image())?;
+            core.fpu_in_hardware = true;
+        }
+        Ok(())
     }
 
     /// What the interpreter does not know is the hardware's to run or to refuse, where it can.
@@ -198,7 +239,20 @@ impl Native {
     }
 }
 
-fn refused(core: &Core, error: crate::kvm::KvmError) -> End {
+/// Goes on interpreting while nothing happens.
+fn stretch(core: &mut Core, mut step: Step, mut after: Aftermath) -> (Step, Aftermath) {
+    let mut left = STRETCH;
+    for _ in 0..STRETCH_MAX {
+        if step != Step::Done || left == 0 || core.cpu.interrupt_shadow {
+            break;
+        }
+        (step, after) = core.interpret();
+        left = if after.fpu.is_some() { STRETCH } else { left - 1 };
+    }
+    (step, after)
+}
+
+fn refused(core: &Core, error: KvmError) -> End {
     End::Backend { error, cpu: Box::new(core.cpu.clone()) }
 }
 
@@ -227,26 +281,7 @@ enum Why {
     CannotRun,
 }
 
-/// Exceptions that only the hardware can judge, of instructions that run natively and that the interpreter does not
-/// execute.
+/// Exceptions that only the hardware can judge, of instructions that run natively.
 fn refusal_of(vector: u8) -> Option<Exception> {
-    match vector {
-        NM | MF | XM => Some(Exception::plain(vector)),
-        vector::AC => Some(Exception::AC),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_fpus_exceptions_are_the_hardwares_and_only_alignment_has_an_error_code() {
-        assert_eq!(refusal_of(NM), Some(Exception::NM));
-        assert_eq!(refusal_of(vector::AC).and_then(|e| e.error), Some(0));
-        assert!(refusal_of(MF).is_some_and(|e| e.error.is_none()));
-        assert_eq!(refusal_of(vector::UD), None);
-        assert_eq!(refusal_of(vector::GP), None);
-    }
+    (vector == vector::AC).then_some(Exception::AC)
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use umbra_mmu::{Gpa, Mmu, Vcpu};
 
-use super::bus::{Aftermath, GuestBus};
+use super::bus::{Aftermath, FpuUse, GuestBus};
 use super::devices::Devices;
 use super::ending::{End, Ending};
 use super::requests::Requests;
@@ -88,6 +88,10 @@ pub struct Core {
     /// The vCPU's own time, while it is interpreted: it moves on with its instructions, and never beyond the board's by
     /// much.
     pub time: Nanos,
+    /// Where the guest's FPU registers are: in the hardware, or in [`Core::cpu`].
+    pub fpu_in_hardware: bool,
+    /// An instruction waits for them to be fetched.
+    pub fpu_wanted: bool,
     /// A flush that the software TLB has made and the hardware has not.
     pub hardware_owes_flush: bool,
     ending: Ending,
@@ -108,6 +112,8 @@ impl Core {
             devices,
             tables: DescriptorTables::default(),
             time: Nanos(0),
+            fpu_in_hardware: false,
+            fpu_wanted: false,
             hardware_owes_flush: false,
             ending,
             requests,
@@ -208,6 +214,9 @@ impl Core {
         call: impl FnOnce(&mut CpuState, &mut GuestBus<'_>) -> R,
     ) -> (R, Aftermath) {
         let mut bus = GuestBus::new(&self.mmu, &mut self.mmu_vcpu, &self.devices, time);
+        if self.fpu_in_hardware {
+            bus.without_fpu();
+        }
         let result = call(&mut self.cpu, &mut bus);
         if time.is_some() {
             self.time = bus.time();
@@ -223,6 +232,7 @@ impl Core {
             self.tables.invalidate();
         }
         self.stats.flushes += after.flushes;
+        self.fpu_wanted |= after.fpu == Some(FpuUse::Missing);
         self.hardware_owes_flush |= after.flushes > 0;
     }
 

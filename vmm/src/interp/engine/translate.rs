@@ -305,11 +305,18 @@ fn goes_on(i: &Instruction) -> bool {
         | M::Stosw
         | M::Stosd => true,
         M::Lodsb | M::Lodsw | M::Lodsd | M::Scasb | M::Scasw | M::Scasd | M::Rdtsc | M::Cpuid => true,
-        m => is_set(m) || is_cmov(m),
+        m => is_set(m) || is_cmov(m) || is_fpu(i),
     }
+}
+
+/// x87, MMX, SSE and SSE2.
+fn is_fpu(i: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    let known = [F::FPU, F::FPU287, F::FPU387, F::CMOV, F::FXSR, F::MMX, F::SSE, F::SSE2];
+    i.cpuid_features().iter().all(|feature| known.contains(feature))
 }
 
 /// True for a register that holds data: not a segment, control or debug register.
 fn is_data(register: Register) -> bool {
-    general(register).is_some()
+    general(register).is_some() || register.is_st() || register.is_mm() || register.is_xmm()
 }
