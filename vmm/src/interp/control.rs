@@ -1,6 +1,7 @@
 //! Transfers within a segment: JMP, Jcc, LOOP, CALL, RET.
 //!
-//! Holds: the target is checked against CS's limit before anything is pushed or counted.
+//! Holds: the target is checked against CS's limit before anything is pushed or counted. (CALL finds a fault of its
+//! push first.)
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
@@ -15,19 +16,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         Ok(eip)
     }
 
-    /// The target of a relative branch: by displacement, so that a decoded instruction may be run wherever its
-    /// bytes are mapped.
-    fn near_target(&self, i: &Instruction, next: u32) -> Exec<u32> {
-        if i.op0_kind() == OpKind::NearBranch16 {
-            let displacement = u32::from(i.near_branch16()).wrapping_sub(i.next_ip32());
-            return self.target(next.wrapping_add(displacement) & 0xffff);
-        }
-        let displacement = i.near_branch32().wrapping_sub(i.next_ip32());
-        self.target(next.wrapping_add(displacement))
-    }
-
     fn jump_near(&mut self, i: &Instruction, next: u32) -> Exec<Flow> {
-        self.cpu.eip = self.near_target(i, next)?;
+        self.cpu.eip = self.target(near_target(i, next))?;
         Ok(Flow::Jumped)
     }
 
@@ -81,8 +71,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     /// CALL in all its forms.
     pub(super) fn call(&mut self, i: &Instruction, next: u32) -> Exec<Flow> {
         let (eip, width) = match i.op0_kind() {
-            OpKind::NearBranch16 => (self.near_target(i, next)?, Width::B2),
-            OpKind::NearBranch32 => (self.near_target(i, next)?, Width::B4),
+            OpKind::NearBranch16 => (near_target(i, next), Width::B2),
+            OpKind::NearBranch32 => (near_target(i, next), Width::B4),
             OpKind::FarBranch16 | OpKind::FarBranch32 => return self.far_call(i, next),
             _ if matches!(i.code(), Code::Call_m1616 | Code::Call_m1632) => return self.far_call(i, next),
             _ => {
@@ -90,6 +80,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
                 (self.read(i, 0, width)?, width)
             }
         };
+        self.probe_push(width)?;
         let eip = self.target(eip)?;
         self.push(width, next)?;
         self.cpu.eip = eip;
@@ -108,6 +99,16 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.release(released(i));
         Ok(Flow::Jumped)
     }
+}
+
+/// The target of a relative branch: by displacement, so that a decoded instruction may be run wherever its bytes are
+/// mapped.
+fn near_target(i: &Instruction, next: u32) -> u32 {
+    if i.op0_kind() == OpKind::NearBranch16 {
+        let displacement = u32::from(i.near_branch16()).wrapping_sub(i.next_ip32());
+        return next.wrapping_add(displacement) & 0xffff;
+    }
+    next.wrapping_add(i.near_branch32().wrapping_sub(i.next_ip32()))
 }
 
 /// The bytes of parameters that a RET or RETF drops.

@@ -213,7 +213,10 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     /// POPA and POPAD; ESP's slot is skipped.
     pub(super) fn pop_all(&mut self, width: Width) -> Exec<Flow> {
         let stack = self.stack();
-        let values: [u32; 8] = self.peek_frame(&stack, 0, width)?;
+        let mut values = [0; 8];
+        for (value, n) in values.iter_mut().zip(0..) {
+            *value = self.peek(&stack, n * width.bytes(), width)?;
+        }
         for (register, value) in [EDI, ESI, EBP, ESP, EBX, EDX, ECX, EAX].into_iter().zip(values) {
             if register != ESP {
                 self.cpu.gpr[register] = merge(self.cpu.gpr[register], value, width.mask());
@@ -224,26 +227,27 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     /// ENTER: pushes (E)BP, copies the enclosing frames' pointers, makes room. The copies are all read before the
-    /// first push, so that it can be run again.
+    /// first push, so that it can be run again; each push is probed where it would be made, so that faults come in
+    /// order.
     pub(super) fn enter(&mut self, i: &Instruction, width: Width) -> Exec<Flow> {
         let (room, level) = (u32::from(i.immediate16()), u32::from(i.immediate8_2nd()) & ENTER_LEVELS_MAX);
         let stack = self.stack();
         let (old, bytes) = (self.cpu.gpr[EBP], width.bytes());
         let pushes = level + 1;
-        self.probe_stack(stack.below(pushes * bytes), pushes, width, AccessKind::Write)?;
-        let mut frame = [0; ENTER_LEVELS_MAX as usize + 1];
-        frame[0] = old;
-        for n in 1..level {
-            let from = old.wrapping_sub(n * bytes);
-            frame[n as usize] = self.enclosing_frame(&stack, &frame[..n as usize], from, width)?;
-        }
         let pointer = stack.below(bytes);
-        if level > 0 {
-            frame[level as usize] = pointer;
+        let mut frame = [0; ENTER_LEVELS_MAX as usize + 1];
+        for n in 0..pushes {
+            let (done, from) = (&frame[..n as usize], old.wrapping_sub(n * bytes));
+            frame[n as usize] = match n {
+                0 => old,
+                _ if n == level => pointer,
+                _ => self.enclosing_frame(&stack, done, from, width)?,
+            };
+            self.probe_stack(stack.below((n + 1) * bytes), 1, width, AccessKind::Write)?;
         }
         // The last word of the room must be writable too.
         let last = stack.below(pushes * bytes + room);
-        self.probe(Seg::Ss, last & stack.mask(), bytes, AccessKind::Write)?;
+        self.probe_stack(last, 1, width, AccessKind::Write)?;
         self.push_frame(&stack, &frame[..pushes as usize], width)?;
         self.cpu.gpr[EBP] = merge(old, pointer, width.mask());
         self.cpu.gpr[ESP] = last;

@@ -95,8 +95,9 @@ impl Event {
             }
             Event::External(vector) => plain(vector),
             Event::Nmi => plain(vector::NMI),
+            // The instruction is done, and RF with it.
             Event::Software { vector, next } => {
-                Entry { ext: 0, checks_dpl: true, eip: next, ..plain(vector) }
+                Entry { ext: 0, checks_dpl: true, eip: next, flags: cpu.eflags & !RF, ..plain(vector) }
             }
         }
     }

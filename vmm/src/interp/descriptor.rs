@@ -108,9 +108,9 @@ impl Descriptor {
         }
     }
 
-    /// The attribute word's high byte and type, as LAR shows it.
+    /// What LAR shows: type and attributes, and between them the limit's top (undefined to Intel, there on AMD).
     pub(super) fn access_rights(&self) -> u32 {
-        self.high & 0x00f0_ff00
+        self.high & 0x00ff_ff00
     }
 
     /// A gate's target selector.

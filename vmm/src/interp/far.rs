@@ -8,6 +8,7 @@
 //! See: Intel SDM vol. 2, CALL, JMP, RET, IRET; vol. 3A, 5.8.
 
 use iced_x86::{Code, Instruction, OpKind};
+use umbra_mmu::AccessKind;
 
 use super::control::released;
 use super::descriptor::{Descriptor, Kind, error_code, is_null, rpl};
@@ -117,6 +118,9 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         eip: u32,
         call: Option<(Width, u32)>,
     ) -> Exec<Flow> {
+        if let Some((width, _)) = call {
+            self.probe_stack(self.stack().below(2 * width.bytes()), 2, width, AccessKind::Write)?;
+        }
         ensure(eip <= code.limit, Exception::gp(0))?;
         self.mark_accessed(descriptor)?;
         let pointer = self.push_return(call)?;
@@ -196,19 +200,20 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         if !self.cpu.protected() {
             return self.return_real(&r);
         }
+        let cpl = rpl(r.selector);
+        // The outer stack's pointer is read before the selector is looked at, as AMD has it.
+        let outer = if cpl == self.cpu.cpl { None } else { Some(self.outer_pointer(&r)?) };
         ensure(!is_null(r.selector), Exception::gp(0))?;
         let bad = Exception::gp(error_code(r.selector));
         let descriptor = self.descriptor(r.selector, bad)?;
         let code = descriptor.segment(r.selector);
-        let cpl = rpl(r.selector);
         let level = if code.conforming() { code.dpl() <= cpl } else { code.dpl() == cpl };
         ensure(descriptor.kind() == Kind::Code && cpl >= self.cpu.cpl && level, bad)?;
         ensure(descriptor.present(), Exception::np(error_code(r.selector)))?;
         let mut after = self.cpu.clone();
-        if cpl > self.cpu.cpl {
-            self.return_outward(&r, cpl, &mut after)?;
-        } else {
-            after.gpr[ESP] = self.stack().above(r.popped);
+        match outer {
+            Some(pointer) => self.return_outward(&r, pointer, cpl, &mut after)?,
+            None => after.gpr[ESP] = self.stack().above(r.popped),
         }
         ensure(r.eip <= code.limit, Exception::gp(0))?;
         self.mark_accessed(&descriptor)?;
@@ -219,10 +224,15 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.commit(after)
     }
 
-    /// The outer stack, and the data segments that the outer ring may keep.
-    fn return_outward(&mut self, r: &Return, cpl: u8, after: &mut CpuState) -> Exec {
+    /// ESP and SS of the outer ring, behind the frame.
+    fn outer_pointer(&mut self, r: &Return) -> Exec<[u32; 2]> {
         let stack = self.stack();
-        let [pointer, selector] = self.peek_frame(&stack, r.popped, r.width)?;
+        self.peek_frame(&stack, r.popped, r.width)
+    }
+
+    /// The outer stack, and the data segments that the outer ring may keep.
+    fn return_outward(&mut self, r: &Return, outer: [u32; 2], cpl: u8, after: &mut CpuState) -> Exec {
+        let [pointer, selector] = outer;
         let segment = self.stack_segment_for(selector as u16, cpl, Exception::gp, 0)?;
         // A 16-bit stack keeps the inner ESP's upper half, which the outer ring then sees.
         let pointer = pointer.wrapping_add(r.parameters);

@@ -74,7 +74,7 @@ use umbra_mmu::Gva;
 pub use bus::{Bus, BusError, Width};
 pub use deliver::{Delivered, Event, deliver};
 pub use exception::{Exception, vector};
-pub use fetch::decode;
+pub use fetch::{DecodeError, decode};
 
 use crate::cpu::{CpuState, eflags};
 
@@ -225,14 +225,14 @@ impl<'a, B: Bus + ?Sized> Core<'a, B> {
         if matches!(flow, Flow::Next | Flow::Halt | Flow::Shadow | Flow::ShadowAll) {
             cpu.eip = next;
         }
+        let stepped = traced && !matches!(flow, Flow::Delivered | Flow::ShadowAll);
         match flow {
-            // An interrupt taken now must not meet the instruction's own breakpoint again.
-            Flow::Repeat => cpu.eflags |= eflags::RF,
+            // An interrupt taken now must not meet the instruction's own breakpoint again. (A trap does, on AMD.)
+            Flow::Repeat if !stepped => cpu.eflags |= eflags::RF,
             Flow::Returned => {}
             _ => cpu.eflags &= !eflags::RF,
         }
         cpu.interrupt_shadow = matches!(flow, Flow::Shadow | Flow::ShadowAll);
-        let stepped = traced && !matches!(flow, Flow::Delivered | Flow::ShadowAll);
         if stepped || self.met != 0 {
             return Step::Exception(self.debug_trap(stepped));
         }

@@ -102,7 +102,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         Ok(bottom)
     }
 
-    /// Reads `N` slots from `skip` bytes above the pointer, the top of the stack first. Moves no pointer.
+    /// The values of `N` slots from `skip` bytes above the pointer, the top of the stack first. They are read from the
+    /// other end, as AMD has it. Moves no pointer.
     pub(super) fn peek_frame<const N: usize>(
         &mut self,
         stack: &Stack,
@@ -110,7 +111,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         width: Width,
     ) -> Exec<[u32; N]> {
         let mut values = [0; N];
-        for (value, n) in values.iter_mut().zip(0..) {
+        for (value, n) in values.iter_mut().rev().zip((0..N as u32).rev()) {
             *value = self.peek(stack, skip + n * width.bytes(), width)?;
         }
         Ok(values)
@@ -130,6 +131,11 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.store(Seg::Ss, pointer & self.stack_mask(), width, value)?;
         self.cpu.gpr[ESP] = pointer;
         Ok(())
+    }
+
+    /// Checks that one value can be pushed.
+    pub(super) fn probe_push(&mut self, width: Width) -> Exec {
+        self.probe_stack(self.stack().below(width.bytes()), 1, width, AccessKind::Write)
     }
 
     /// Reads the top of the stack without moving the pointer.

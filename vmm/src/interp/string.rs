@@ -1,8 +1,8 @@
 //! String instructions, with and without REP.
 //!
 //! Holds: each iteration is complete before the next begins, ESI, EDI and ECX with it; a fault, an interrupt or a
-//! wait between two leaves EIP at the instruction, which then goes on. A fault gives the flags back as they were
-//! before the instruction (they are no input of any string instruction).
+//! wait between two leaves EIP at the instruction, which then goes on. The flags are those of the last iteration
+//! (AMD has it so; Intel gives back those from before the instruction. They are no input of any string instruction).
 //!
 //! Limits: a REP does at most [`ITERATIONS_MAX`] iterations a step, and one while single-stepping or with
 //! breakpoints set.
@@ -79,11 +79,9 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         }
     }
 
-    /// Iterates up to the budget. A pause gives the flags back too, so that whoever looks, and a fault after it, finds
-    /// those from before the instruction; a single-stepping debugger sees each iteration's.
+    /// Iterates up to the budget.
     fn repeat(&mut self, strings: &Strings) -> Exec<Flow> {
-        let flags = self.cpu.eflags;
-        let single = flags & eflags::TF != 0 || self.breakpoints_on();
+        let single = self.cpu.eflags & eflags::TF != 0 || self.breakpoints_on();
         let budget = if single { 1 } else { ITERATIONS_MAX };
         let mut done = 0;
         while self.cpu.gpr[ECX] & strings.mask != 0 {
@@ -93,7 +91,6 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             }
             let result = if done < budget { self.iterate(strings) } else { Err(Leave::Again) };
             if let Err(leave) = result {
-                self.cpu.eflags = if single { self.cpu.eflags } else { flags };
                 return if matches!(leave, Leave::Again) && done > 0 { Ok(Flow::Repeat) } else { Err(leave) };
             }
             done += 1;

@@ -3,7 +3,7 @@
 //! See: Intel SDM vol. 3A, 2.8 (system instruction summary), 5.9 (privileged instructions).
 
 use iced_x86::{Code, Instruction};
-use umbra_mmu::AccessKind;
+use umbra_mmu::{Access, AccessKind};
 
 use super::operand::{EAX, EBX, ECX, EDX};
 use super::{Bus, Core, Exception, Exec, Flow, Width, ensure};
@@ -80,10 +80,12 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         Ok(Flow::Next)
     }
 
-    /// CLFLUSH: a load of a byte, as far as faults go.
+    /// CLFLUSH: a load of a byte, as far as faults go, but that code need not be readable.
     pub(super) fn flush_line(&mut self, i: &Instruction) -> Exec<Flow> {
         let (seg, offset) = self.effective(i);
-        self.probe(seg, offset, 1, AccessKind::Read)?;
+        let code = self.cpu.protected() && self.cpu.segment(seg).code();
+        let gva = self.range(seg, offset, 1, if code { AccessKind::Execute } else { AccessKind::Read })?;
+        self.bus.probe(gva, 1, Access::read(self.user()))?;
         Ok(Flow::Next)
     }
 

@@ -55,13 +55,16 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         Ok(Flow::Next)
     }
 
-    /// ARPL: raises the destination's RPL to the source's.
+    /// ARPL: raises the destination's RPL to the source's. Memory is written only where that changes it.
     pub(super) fn adjust_rpl(&mut self, i: &Instruction) -> Exec<Flow> {
         self.require_protected()?;
         let source = self.read_selector(i, 1)? & 3;
-        let raise = |old: u32| if (old as u16 & 3) < source { old & !3 | u32::from(source) } else { old };
-        let old = self.modify(i, 0, Width::B2, raise)?;
-        self.set_zero_flag(raise(old) != old);
+        let old = self.read(i, 0, Width::B2)?;
+        let raise = old & 3 < source.into();
+        if raise {
+            self.write(i, 0, Width::B2, old & !3 | u32::from(source))?;
+        }
+        self.set_zero_flag(raise);
         Ok(Flow::Next)
     }
 }

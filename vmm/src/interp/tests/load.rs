@@ -156,12 +156,12 @@ fn lar_and_lsl_show_what_may_be_seen() {
         (machine.cpu.eflags & ZF != 0).then_some(machine.cpu.gpr[1])
     };
     let (lar, lsl) = (0x02, 0x03);
-    assert_eq!(look(with(Machine::kernel(), DATA_0), lar, FREE), Some(0x00c0_9200));
+    assert_eq!(look(with(Machine::kernel(), DATA_0), lar, FREE), Some(0x00c1_9200), "the limit's top too");
     assert_eq!(look(with(Machine::kernel(), DATA_0), lsl, FREE), Some(0x1234_5fff));
     assert_eq!(look(with(Machine::user(), DATA_0), lar, FREE | 3), None);
-    assert_eq!(look(with(Machine::user(), CODE_0 | 4), lar, FREE | 3), Some(0x00c0_9e00));
+    assert_eq!(look(with(Machine::user(), CODE_0 | 4), lar, FREE | 3), Some(0x00c1_9e00));
     assert_eq!(look(Machine::kernel(), lsl, TASK), Some(0x67));
-    assert_eq!(look(with(Machine::kernel(), 0x8c), lar, FREE), Some(0x8c00), "a call gate has rights");
+    assert_eq!(look(with(Machine::kernel(), 0x8c), lar, FREE), Some(0x1_8c00), "a call gate has rights");
     assert_eq!(look(with(Machine::kernel(), 0x8c), lsl, FREE), None, "and no limit");
     assert_eq!(look(with(Machine::kernel(), 0x8e), lar, FREE), None, "an interrupt gate has neither");
     assert_eq!(look(Machine::kernel(), lar, 0), None);

@@ -12,6 +12,7 @@ mod fetch;
 mod fpu;
 mod load;
 mod machine;
+mod order;
 mod random;
 mod restart;
 mod segment;
