@@ -128,7 +128,7 @@ pub struct CodeFrame {
 /// One translation of a page of 4 KiB.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    /// Valid bit, root and page; 0 for no entry.
+    /// Valid bit, root and page; [`NO_TAG`] for no entry.
     tag: u64,
     /// The spte as it was.
     spte: Spte,
@@ -140,8 +140,11 @@ struct Entry {
     large: bool,
 }
 
+/// What no access asks for, with a root or without.
+const NO_TAG: u64 = u64::MAX >> 1;
+
 const NOTHING: Entry = Entry {
-    tag: 0,
+    tag: NO_TAG,
     spte: Spte::ABSENT,
     generations: Generations { mapping: 0, write: 0 },
     checked: 0,
@@ -275,7 +278,7 @@ impl SoftTlb {
                 rest &= rest - 1;
                 let set = &self.sets[number * 64 + bit as usize];
                 set.iter().filter(|entry| !keep(&entry.get())).for_each(|entry| entry.set(NOTHING));
-                if set.iter().all(|entry| entry.get().tag == 0) {
+                if set.iter().all(|entry| entry.get().tag == NO_TAG) {
                     word.set(word.get() & !(1 << bit));
                 }
             }
