@@ -11,7 +11,7 @@
 //!
 //! | word | meaning | default |
 //! |---|---|---|
-//! | `workload=` | `hello`, `mm`, `kmap`, `access`, `oops` (a fault in kernel code, to see its dump), or `all`: the first three | `all` |
+//! | `workload=` | `all` (`hello`, `mm`, `kmap`), one of those, `access`, `spin`, `sweep`, `storm`, or `oops` (a fault in kernel code, to see its dump); docs/manual.md says what each does | `all` |
 //! | `paging=` | `pae` or `legacy` (two levels, 4 MiB pages) | `pae` |
 //! | `seed=` | of all patterns and samples, 0..=999999999 | 1 |
 //! | `scale=` | percent of the default work, 1..=1000 | 100 |
@@ -20,7 +20,8 @@
 //!
 //! # What it prints
 //!
-//! Lines on the serial port 0x3f8. None holds a time, or anything that differs between machines of one memory size and one
+//! Lines on the serial port 0x3f8. Around what is there to be timed stand `time: begin <phase> <unit>=<count>` and `time: end
+//! <phase> tsc1024=<n>`; no other line holds a time, or anything that differs between machines of one memory size and one
 //! command line. Results are `pager: <workload> <key>=<value> ...`; the last line is always
 //!
 //! ```text

@@ -119,6 +119,7 @@ fn unclean(instruction: &Instruction) -> bool {
                 | CpuidFeature::INTEL386
                 | CpuidFeature::INTEL486
                 | CpuidFeature::CPUID
+                | CpuidFeature::TSC
                 | CpuidFeature::MSR
                 | CpuidFeature::CMOV
                 | CpuidFeature::MULTIBYTENOP

@@ -24,15 +24,42 @@ use crate::support::host::{self, Need};
 use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case, qemu};
 
-const WORKLOADS: [&str; 5] = ["hello", "mm", "kmap", "access", "all"];
+/// What runs the guest in Umbra, and what its tests need.
+struct Backend {
+    name: &'static str,
+    needs: &'static [Need],
+}
+
+const KVM: Backend = Backend { name: "kvm", needs: &[Need::Kvm, Need::Peer] };
+
+/// A workload, where it can run, and as much of it as the slowest host does in seconds: a KVM that emulates 32-bit code.
+struct Workload {
+    name: &'static str,
+    scale: u32,
+    backends: &'static [Backend],
+}
+
+const WORKLOADS: [Workload; 8] = [
+    Workload { name: "hello", scale: 100, backends: &[KVM] },
+    Workload { name: "mm", scale: 100, backends: &[KVM] },
+    Workload { name: "kmap", scale: 100, backends: &[KVM] },
+    Workload { name: "access", scale: 100, backends: &[KVM] },
+    Workload { name: "all", scale: 100, backends: &[KVM] },
+    Workload { name: "spin", scale: 1, backends: &[KVM] },
+    Workload { name: "sweep", scale: 1, backends: &[KVM] },
+    Workload { name: "storm", scale: 1, backends: &[KVM] },
+];
+
 const PAGINGS: [&str; 2] = ["pae", "legacy"];
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
     let mut trials = Vec::new();
     for (workload, paging) in all() {
-        let name = format!("kvm_{workload}_{paging}_prints_what_qemu_prints");
-        trials.push(case(name, &[Need::Kvm, Need::Peer], move || same_lines(workload, paging)));
+        for backend in workload.backends {
+            let name = format!("{}_{}_{paging}_prints_what_qemu_prints", backend.name, workload.name);
+            trials.push(case(name, backend.needs, move || same_lines(backend, workload, paging)));
+        }
     }
     trials.extend([
         case("image_from_a_file_is_the_built_in_one", &[Need::Kvm], from_file),
@@ -44,8 +71,8 @@ pub fn cases() -> Vec<Trial> {
     trials
 }
 
-fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
-    WORKLOADS.into_iter().flat_map(|workload| PAGINGS.map(|paging| (workload, paging)))
+fn all() -> impl Iterator<Item = (&'static Workload, &'static str)> {
+    WORKLOADS.iter().flat_map(|workload| PAGINGS.map(|paging| (workload, paging)))
 }
 
 /// What executes the guest's accesses.
@@ -66,9 +93,9 @@ impl Host {
     }
 }
 
-fn cmdline(workload: &str, paging: &str, host: Host) -> String {
-    let words = format!("workload={workload} paging={paging}");
-    match (workload, host.quirks()) {
+fn cmdline(workload: &Workload, paging: &str, host: Host) -> String {
+    let words = format!("workload={} scale={} paging={paging}", workload.name, workload.scale);
+    match (workload.name, host.quirks()) {
         ("access", quirks) if !quirks.is_empty() => format!("{words} allow={quirks}"),
         _ => words,
     }
@@ -85,23 +112,27 @@ pub fn record(folder: &Path) -> Result<(), Failed> {
     fs::create_dir_all(folder)?;
     for (workload, paging) in all() {
         let lines = on_qemu(workload, paging)?;
-        fs::write(folder.join(format!("{workload}-{paging}.lines")), lines.join("\n"))?;
+        fs::write(folder.join(record_of(workload, paging)), lines.join("\n"))?;
     }
     Ok(())
 }
 
+fn record_of(workload: &Workload, paging: &str) -> String {
+    format!("{}-{paging}.lines", workload.name)
+}
+
 /// QEMU's result lines, from the record where there is one.
-fn peer_lines(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
+fn peer_lines(workload: &Workload, paging: &str) -> Result<Vec<String>, Failed> {
     match host::recorded() {
         Some(folder) => {
-            let text = fs::read_to_string(folder.join(format!("{workload}-{paging}.lines")))?;
+            let text = fs::read_to_string(folder.join(record_of(workload, paging)))?;
             Ok(text.lines().map(str::to_owned).collect())
         }
         None => on_qemu(workload, paging),
     }
 }
 
-fn on_qemu(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
+fn on_qemu(workload: &Workload, paging: &str) -> Result<Vec<String>, Failed> {
     let image = file_of(PAGER)?;
     let run = qemu::run(image.path(), &cmdline(workload, paging, Host::Qemu), "64M")?;
     ensure!(
@@ -112,9 +143,9 @@ fn on_qemu(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
     Ok(comparable(&run))
 }
 
-fn same_lines(workload: &str, paging: &str) -> Verdict {
+fn same_lines(backend: &Backend, workload: &Workload, paging: &str) -> Verdict {
     let words = cmdline(workload, paging, Host::Umbra);
-    let run = umbra(["run", "--backend", "kvm", "--append", &words, "--timeout", "60s"])?;
+    let run = umbra(["run", "--backend", backend.name, "--append", &words, "--timeout", "60s"])?;
     ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
     check_closing_line(&run, workload, paging)?;
     let (ours, theirs) = (comparable(&run), peer_lines(workload, paging)?);
@@ -132,11 +163,11 @@ fn same_lines(workload: &str, paging: &str) -> Verdict {
 }
 
 /// `pager: verdict=PASS workload=W paging=P checks=N errors=0`, last of the result lines, with N above zero.
-fn check_closing_line(run: &Outcome, workload: &str, paging: &str) -> Verdict {
+fn check_closing_line(run: &Outcome, workload: &Workload, paging: &str) -> Verdict {
     let lines = run.result_lines();
     let Some(last) = lines.last() else { return Err(format!("no result line:\n{run}").into()) };
     let checks = last
-        .strip_prefix(&format!("pager: verdict=PASS workload={workload} paging={paging} checks="))
+        .strip_prefix(&format!("pager: verdict=PASS workload={} paging={paging} checks=", workload.name))
         .and_then(|rest| rest.strip_suffix(" errors=0"))
         .and_then(|checks| checks.parse::<u64>().ok());
     ensure!(checks.is_some_and(|checks| checks > 0), "the closing line is {last:?}:\n{run}");

@@ -11,6 +11,9 @@
     X(MM, "mm")      \
     X(KMAP, "kmap")  \
     X(ACCESS, "access") \
+    X(SPIN, "spin")  \
+    X(SWEEP, "sweep") \
+    X(STORM, "storm") \
     X(OOPS, "oops")
 
 enum workload {

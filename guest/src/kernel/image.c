@@ -27,6 +27,9 @@ struct elf_segment {
 PROGRAM(hello, "hello")
 PROGRAM(mm, "mm")
 PROGRAM(access, "access")
+PROGRAM(spin, "spin")
+PROGRAM(sweep, "sweep")
+PROGRAM(storm, "storm")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

@@ -9,7 +9,8 @@ struct program {
     const u8 *elf, *end;
 };
 
-extern const struct program program_hello, program_mm, program_access;
+extern const struct program program_hello, program_mm, program_access, program_spin,
+    program_sweep, program_storm;
 
 /* Makes regions of the program's segments and sets where its heap starts. Nothing is loaded until it is touched. */
 bool image_map(struct space *space, const struct program *program, u32 *entry);

@@ -11,3 +11,6 @@ program_\name\()_elf_end:
     program hello
     program mm
     program access
+    program spin
+    program sweep
+    program storm
