@@ -21,9 +21,9 @@ fn program() -> &'static [u8] {
     rodata.data_range(start, end - start).expect("a sound section").expect("the program's bytes")
 }
 
-/// Instructions from the start of the function to its RET, with one turn of the loop; `below` is whether its one other
+/// Instructions from the start of the function to its RET, with one turn of the loop; `eighth` is whether its one other
 /// branch is taken.
-fn path(code: &[u8], below: bool) -> u32 {
+fn path(code: &[u8], eighth: bool) -> u32 {
     let at = |ip: u64| -> Instruction {
         Decoder::with_ip(32, &code[ip as usize..], ip, DecoderOptions::NONE).decode()
     };
@@ -35,8 +35,8 @@ fn path(code: &[u8], below: bool) -> u32 {
         ip = match (instruction.flow_control(), instruction.mnemonic()) {
             (FlowControl::Return, _) => return count,
             (FlowControl::UnconditionalBranch, _) => instruction.near_branch_target(),
-            (FlowControl::ConditionalBranch, Mnemonic::Jb) if below => instruction.near_branch_target(),
-            (FlowControl::ConditionalBranch, Mnemonic::Jb | Mnemonic::Jne) | (FlowControl::Next, _) => {
+            (FlowControl::ConditionalBranch, Mnemonic::Je) if eighth => instruction.near_branch_target(),
+            (FlowControl::ConditionalBranch, Mnemonic::Je | Mnemonic::Jne) | (FlowControl::Next, _) => {
                 instruction.next_ip()
             }
             other => panic!("{other:?} does not belong there"),
@@ -49,7 +49,7 @@ fn spin_loop_has_as_many_instructions_as_it_says() {
     let program = program();
     let starts: Vec<usize> = (0..program.len()).filter(|&at| program[at..].starts_with(&START)).collect();
     assert_eq!(starts.len(), 1, "one function starts like the loop's");
-    for below in [false, true] {
-        assert_eq!(path(&program[starts[0]..], below), CALL + TURN, "below: {below}");
+    for eighth in [false, true] {
+        assert_eq!(path(&program[starts[0]..], eighth), CALL + TURN, "eighth: {eighth}");
     }
 }

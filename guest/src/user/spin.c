@@ -1,4 +1,4 @@
-/* Program `spin`: integer arithmetic in registers, with a branch that cannot be foretold.
+/* Program `spin`: integer arithmetic in registers.
  *
  * Story: the loop (spin_loop.S) runs in chunks, each from the same start. Its end is computed once more, by the few lines of
  * C below, and every chunk must come to it. So the check costs one chunk, however many are run.
@@ -11,13 +11,14 @@
 
 static u32 rotate_left(u32 value, u32 by) { return value << by | value >> (32 - by); }
 
-static void expected_turn(struct spin *x)
+/* `left` is how many turns are left, this one included. */
+static void expected_turn(struct spin *x, u32 left)
 {
     x->a = x->a * 1664525 + 1013904223;
     x->d = (x->d ^ x->a >> 13) + 2 * x->s + 1;
-    x->s = x->d < x->a ? rotate_left(x->s ^ x->a, 7) : x->s + x->d;
-    x->t = rotate_left(x->t - x->s, 29) ^ x->d;
-    x->d = -x->d;
+    x->s += x->d < x->a;
+    x->s = left % 8 == 0 ? rotate_left(x->s ^ x->a, 7) : x->s + x->d;
+    x->t = rotate_left(x->t - x->s, 29);
 }
 
 static bool same(const struct spin *x, const struct spin *y)
@@ -32,8 +33,8 @@ u32 program_main(u32 seed, u32 scale, u32 flags)
     struct spin expected = start, state = start;
     u32 chunks = scale * CHUNKS_PER_PERCENT, wrong = 0;
     u32 instructions = chunks * (CHUNK_TURNS * SPIN_TURN + SPIN_CALL);
-    for (u32 turn = 0; turn < CHUNK_TURNS; turn++)
-        expected_turn(&expected);
+    for (u32 left = CHUNK_TURNS; left; left--)
+        expected_turn(&expected, left);
     stopwatch_start("spin.loop", "instructions", instructions);
     for (u32 chunk = 0; chunk < chunks; chunk++) {
         state = start;

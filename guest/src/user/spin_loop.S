@@ -24,17 +24,17 @@ turn:
     xorl %ebx, %edx                     /* 5 */
     leal 1(%edx, %esi, 2), %edx
     cmpl %eax, %edx
-    jb below                            /* 8: taken about every other time */
-    addl %edx, %esi                     /* 9, 10 */
+    adcl $0, %esi
+    testb $7, %cl
+    jz eighth                           /* 10 */
+    addl %edx, %esi                     /* 11, 12 */
     jmp join
-below:
-    xorl %eax, %esi                     /* 9, 10 */
+eighth:
+    xorl %eax, %esi                     /* 11, 12 */
     roll $7, %esi
 join:
-    subl %esi, %edi                     /* 11 */
+    subl %esi, %edi
     rorl $3, %edi
-    xorl %edx, %edi
-    negl %edx
     decl %ecx                           /* 15 */
     jnz turn                            /* 16 */
     movl 20(%esp), %ebx                 /* 9 after it */
