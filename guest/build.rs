@@ -50,6 +50,19 @@ const PROGRAMS: &[Program] = &[
     Program { name: "spin", files: &["spin.c", "spin_loop.S"] },
     Program { name: "sweep", files: &["sweep.c", "sweep_loops.S"] },
     Program { name: "storm", files: &["storm.c"] },
+    Program {
+        name: "mix",
+        files: &[
+            "mix.c",
+            "mix_random.c",
+            "mix_text.c",
+            "mix_hash.c",
+            "mix_lz.c",
+            "mix_sort.c",
+            "mix_vm.c",
+            "mix_matrix.c",
+        ],
+    },
 ];
 
 /// No FPU, no position-independent code, nothing that a hosted C would add. Stores are not merged, because a merged store to

@@ -20,7 +20,7 @@ use umbra_benches::peer::{self, Phase, quantile};
 
 const PEER: &str = "tcg";
 const BACKENDS: &str = "soft,kvm";
-const WORKLOADS: &str = "spin,sweep,storm";
+const WORKLOADS: &str = "spin,sweep,storm,mix";
 const SCALE_MAX: u64 = 1000;
 /// What a run of the first contestant should take, and what one of any other may.
 const TARGET: Duration = Duration::from_secs(1);

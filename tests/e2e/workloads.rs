@@ -39,7 +39,7 @@ struct Workload {
     backends: &'static [Backend],
 }
 
-const WORKLOADS: [Workload; 8] = [
+const WORKLOADS: [Workload; 9] = [
     Workload { name: "hello", scale: 100, backends: &[KVM] },
     Workload { name: "mm", scale: 100, backends: &[KVM] },
     Workload { name: "kmap", scale: 100, backends: &[KVM] },
@@ -48,6 +48,7 @@ const WORKLOADS: [Workload; 8] = [
     Workload { name: "spin", scale: 1, backends: &[KVM] },
     Workload { name: "sweep", scale: 1, backends: &[KVM] },
     Workload { name: "storm", scale: 1, backends: &[KVM] },
+    Workload { name: "mix", scale: 1, backends: &[KVM] },
 ];
 
 const PAGINGS: [&str; 2] = ["pae", "legacy"];

@@ -14,6 +14,7 @@
     X(SPIN, "spin")  \
     X(SWEEP, "sweep") \
     X(STORM, "storm") \
+    X(MIX, "mix")    \
     X(OOPS, "oops")
 
 enum workload {

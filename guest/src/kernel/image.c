@@ -30,6 +30,7 @@ PROGRAM(access, "access")
 PROGRAM(spin, "spin")
 PROGRAM(sweep, "sweep")
 PROGRAM(storm, "storm")
+PROGRAM(mix, "mix")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

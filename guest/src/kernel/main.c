@@ -48,6 +48,8 @@ static void run(enum workload workload)
         work_sweep();
     if (workload == WORKLOAD_STORM)
         work_storm();
+    if (workload == WORKLOAD_MIX)
+        work_mix();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

@@ -14,3 +14,4 @@ program_\name\()_elf_end:
     program spin
     program sweep
     program storm
+    program mix

@@ -9,6 +9,7 @@ void work_access(void);
 void work_spin(void);
 void work_sweep(void);
 void work_storm(void);
+void work_mix(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

@@ -1,4 +1,4 @@
-/* Workloads that are one user program each and are there to be timed: `spin`, `sweep`. The programs are in user/. */
+/* Workloads that are one user program each and are there to be timed: `spin`, `sweep`, `mix`. The programs are in user/. */
 #include "check.h"
 #include "console.h"
 #include "process.h"
@@ -13,3 +13,4 @@ static void run(const struct program *program)
 
 void work_spin(void) { run(&program_spin); }
 void work_sweep(void) { run(&program_sweep); }
+void work_mix(void) { run(&program_mix); }
