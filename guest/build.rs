@@ -50,6 +50,8 @@ const PROGRAMS: &[Program] = &[
     Program { name: "spin", files: &["spin.c", "spin_loop.S"] },
     Program { name: "sweep", files: &["sweep.c", "sweep_loops.S"] },
     Program { name: "storm", files: &["storm.c"] },
+    Program { name: "fpu", files: &["fpu.c", "fpu_loop.S"] },
+    Program { name: "fpu_fresh", files: &["fpu_fresh.c"] },
     Program {
         name: "mix",
         files: &[

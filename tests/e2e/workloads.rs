@@ -3,12 +3,12 @@
 //! Story: QEMU's lines come from QEMU itself or, in the nested rig, from a folder that `--record` filled on the host.
 //! Umbra's must be equal line by line, and the closing line must say what the contract says.
 //!
-//! Workload `access` counts how a CPU's page faults differ from the architecture's. Its differences are those of the
-//! CPU underneath, so they are not compared; on each host only the known ones are allowed ([`Host::quirks`]):
+//! Workloads `access` and `fpu` count how a CPU differs from the architecture. The differences are those of the CPU
+//! underneath, so they are not compared; on each host only the known ones are allowed ([`Host::quirks`]):
 //!
 //! | guest runs on | differences | owner |
 //! |---|---|---|
-//! | QEMU's emulation | `rsvd-no-p`, `rmw-read` | TCG |
+//! | QEMU's emulation | `rsvd-no-p`, `rmw-read`, `no-xm`, `mxcsr-any` | TCG |
 //! | Umbra in the nested rig | `rmw-read` | TCG, whose SVM machine runs the guest's accesses |
 //! | Umbra elsewhere | none | |
 
@@ -39,7 +39,7 @@ struct Workload {
     backends: &'static [Backend],
 }
 
-const WORKLOADS: [Workload; 9] = [
+const WORKLOADS: [Workload; 10] = [
     Workload { name: "hello", scale: 100, backends: &[KVM] },
     Workload { name: "mm", scale: 100, backends: &[KVM] },
     Workload { name: "kmap", scale: 100, backends: &[KVM] },
@@ -49,6 +49,7 @@ const WORKLOADS: [Workload; 9] = [
     Workload { name: "sweep", scale: 1, backends: &[KVM] },
     Workload { name: "storm", scale: 1, backends: &[KVM] },
     Workload { name: "mix", scale: 1, backends: &[KVM] },
+    Workload { name: "fpu", scale: 100, backends: &[] },
 ];
 
 const PAGINGS: [&str; 2] = ["pae", "legacy"];
@@ -57,6 +58,10 @@ const PAGINGS: [&str; 2] = ["pae", "legacy"];
 pub fn cases() -> Vec<Trial> {
     let mut trials = Vec::new();
     for (workload, paging) in all() {
+        if workload.backends.is_empty() {
+            let name = format!("peer_{}_{paging}_passes", workload.name);
+            trials.push(case(name, &[Need::Qemu], move || on_qemu(workload, paging).map(drop)));
+        }
         for backend in workload.backends {
             let name = format!("{}_{}_{paging}_prints_what_qemu_prints", backend.name, workload.name);
             trials.push(case(name, backend.needs, move || same_lines(backend, workload, paging)));
@@ -84,27 +89,29 @@ enum Host {
 }
 
 impl Host {
-    /// Known differences of this host's page faults, as the guest's `allow=` takes them.
-    fn quirks(self) -> &'static str {
-        match self {
-            Host::Qemu => "rsvd-no-p,rmw-read",
-            Host::Umbra if Need::Rig.met().is_ok() => "rmw-read",
-            Host::Umbra => "",
+    /// Known differences of this host's CPU that `workload` finds, as the guest's `allow=` takes them.
+    fn quirks(self, workload: &Workload) -> &'static str {
+        match (workload.name, self) {
+            ("access", Host::Qemu) => "rsvd-no-p,rmw-read",
+            ("access", Host::Umbra) if Need::Rig.met().is_ok() => "rmw-read",
+            ("fpu", Host::Qemu) => "no-xm,mxcsr-any",
+            _ => "",
         }
     }
 }
 
 fn cmdline(workload: &Workload, paging: &str, host: Host) -> String {
     let words = format!("workload={} scale={} paging={paging}", workload.name, workload.scale);
-    match (workload.name, host.quirks()) {
-        ("access", quirks) if !quirks.is_empty() => format!("{words} allow={quirks}"),
-        _ => words,
+    match host.quirks(workload) {
+        "" => words,
+        quirks => format!("{words} allow={quirks}"),
     }
 }
 
-/// The lines to compare: of `access` without what the host's differences make of them.
+/// The lines to compare: without what the host's differences make of them.
 fn comparable(run: &Outcome) -> Vec<String> {
-    let lines = run.result_lines().into_iter().filter(|line| !line.starts_with("pager: deviation "));
+    let differs = |line: &String| line.starts_with("pager: deviation ") || line.contains(" (fpu) killed: ");
+    let lines = run.result_lines().into_iter().filter(|line| !differs(line));
     lines.map(|line| line.split(" deviations=").next().unwrap_or_default().to_owned()).collect()
 }
 

@@ -31,6 +31,8 @@ PROGRAM(spin, "spin")
 PROGRAM(sweep, "sweep")
 PROGRAM(storm, "storm")
 PROGRAM(mix, "mix")
+PROGRAM(fpu, "fpu")
+PROGRAM(fpu_fresh, "fpu_fresh")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

@@ -50,6 +50,8 @@ static void run(enum workload workload)
         work_storm();
     if (workload == WORKLOAD_MIX)
         work_mix();
+    if (workload == WORKLOAD_FPU)
+        work_fpu();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

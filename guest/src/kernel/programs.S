@@ -15,3 +15,5 @@ program_\name\()_elf_end:
     program sweep
     program storm
     program mix
+    program fpu
+    program fpu_fresh

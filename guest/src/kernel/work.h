@@ -10,6 +10,7 @@ void work_spin(void);
 void work_sweep(void);
 void work_storm(void);
 void work_mix(void);
+void work_fpu(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

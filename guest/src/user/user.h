@@ -34,6 +34,7 @@ static inline u32 witness(const char *name, u32 start, u32 pages)
     return system_call(SYS_WITNESS, (u32)name, start, pages);
 }
 static inline u32 preemptions(void) { return system_call(SYS_PREEMPTIONS, 0, 0, 0); }
+static inline u32 fpu_takes(void) { return system_call(SYS_FPU_TAKES, 0, 0, 0); }
 static inline void sleep(u32 ticks) { system_call(SYS_SLEEP, ticks, 0, 0); }
 
 /* Builds one line: text and numbers in turn, until NULL. say("a=", 1, " b=", 2, NULL) */
