@@ -65,8 +65,8 @@ impl Fit {
 
     fn divide(self, a: Number, b: Number) -> Number {
         let (dividend, divisor) = (u128::from(a.mantissa) << 64, u128::from(b.mantissa));
-        let rest = dividend % divisor << 2;
-        let quotient = dividend / divisor << 2 | rest / divisor;
+        let rest = (dividend % divisor) << 2;
+        let quotient = ((dividend / divisor) << 2) | (rest / divisor);
         self.round(quotient, a.exponent - b.exponent - 66, rest % divisor != 0)
     }
 
