@@ -213,8 +213,9 @@ fn print(contestant: &Contestant, scale: u64, at: usize, phase: usize, rounds: &
     let rates: Vec<f64> = rounds.iter().map(|round| round[at][phase].rate()).collect();
     let ratios: Vec<f64> =
         rounds.iter().map(|round| round[at][phase].rate() / round[0][phase].rate()).collect();
+    let decimals = if rates[0] < 1000.0 { 3 } else { 0 };
     println!(
-        "bench peer.{}.{}={:.0} {}/s worst={:.0} best={:.0} ratio={:.4} rounds={} scale={scale}",
+        "bench peer.{}.{}={:.decimals$} {}/s worst={:.decimals$} best={:.decimals$} ratio={:.4} rounds={} scale={scale}",
         first.name,
         contestant.name,
         quantile(&rates, 0.5),

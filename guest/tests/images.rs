@@ -110,6 +110,7 @@ fn unclean(instruction: &Instruction) -> bool {
     );
     let reads_cs = (0..instruction.op_count())
         .any(|op| instruction.op_kind(op) == OpKind::Register && instruction.op_register(op) == Register::CS);
+    // What fpu.c lends the registers with; FNINIT and FXSAVE only where a workload asks for an FPU.
     let lends_fpu = matches!(instruction.mnemonic(), Fninit | Fxsave | Fxrstor);
     let needs_fpu = !lends_fpu
         && instruction.cpuid_features().iter().any(|feature| {
