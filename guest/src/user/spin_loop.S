@@ -1,6 +1,6 @@
 /* The loop of program `spin`.
  *
- * Holds: a turn has SPIN_TURN instructions on both ways, a call SPIN_CALL more, the RET among them: guest/tests/images.rs
+ * Holds: a turn has SPIN_TURN instructions on both ways, a call SPIN_CALL more, the RET among them: guest/tests/spin.rs
  * counts them in the program. */
 #include "spin_loop.h"
 
