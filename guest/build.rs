@@ -37,8 +37,35 @@ const IMAGES: &[Image] = &[
     Image { name: "pager-plain", variant: Variant::Without { file: "note.S" } },
 ];
 
-/// Programs, each linked of its own file, `start.S` and `user.c`.
-const PROGRAMS: &[&str] = &["hello", "mm", "access"];
+/// A user program, linked of these files, `start.S` and `user.c`.
+struct Program {
+    name: &'static str,
+    files: &'static [&'static str],
+}
+
+const PROGRAMS: &[Program] = &[
+    Program { name: "hello", files: &["hello.c"] },
+    Program { name: "mm", files: &["mm.c"] },
+    Program { name: "access", files: &["access.c"] },
+    Program { name: "spin", files: &["spin.c", "spin_loop.S"] },
+    Program { name: "sweep", files: &["sweep.c", "sweep_loops.S"] },
+    Program { name: "storm", files: &["storm.c"] },
+    Program { name: "fpu", files: &["fpu.c", "fpu_loop.S"] },
+    Program { name: "fpu_fresh", files: &["fpu_fresh.c"] },
+    Program {
+        name: "mix",
+        files: &[
+            "mix.c",
+            "mix_random.c",
+            "mix_text.c",
+            "mix_hash.c",
+            "mix_lz.c",
+            "mix_sort.c",
+            "mix_vm.c",
+            "mix_matrix.c",
+        ],
+    },
+];
 
 /// No FPU, no position-independent code, nothing that a hosted C would add. Stores are not merged, because a merged store to
 /// bytes may cross a page (see string.c); loops are not turned into calls, because early.c has nobody to call.
@@ -150,14 +177,14 @@ impl Tree {
         self.run(command)
     }
 
-    fn link_program(&self, name: &str) -> Result<()> {
+    fn link_program(&self, program: &Program) -> Result<()> {
         let mut objects = Vec::new();
-        for file in ["start.S", "user.c", &format!("{name}.c")] {
+        for file in ["start.S", "user.c"].iter().chain(program.files) {
             let object = self.out.join(format!("user-{file}.o"));
             self.compile(&self.user.join(file), &object, None)?;
             objects.push(object);
         }
-        let image = self.out.join(format!("{name}.user"));
+        let image = self.out.join(format!("{}.user", program.name));
         self.link(&self.user.join("program.ld"), &objects, &image, &["-s", "-Wl,-n"])
     }
 

@@ -5,6 +5,8 @@
 //! `--smoke` (or the environment's `UMBRA_BENCH_SMOKE`) runs a few batches, to see that a bench still works.
 #![forbid(unsafe_code)]
 
+pub mod peer;
+
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;

@@ -11,16 +11,17 @@
 //!
 //! | word | meaning | default |
 //! |---|---|---|
-//! | `workload=` | `hello`, `mm`, `kmap`, `access`, `oops` (a fault in kernel code, to see its dump), or `all`: the first three | `all` |
+//! | `workload=` | `all` (`hello`, `mm`, `kmap`), one of those, `access`, `spin`, `sweep`, `storm`, `mix`, `fpu`, or `oops` (a fault in kernel code, to see its dump); docs/manual.md says what each does | `all` |
 //! | `paging=` | `pae` or `legacy` (two levels, 4 MiB pages) | `pae` |
 //! | `seed=` | of all patterns and samples, 0..=999999999 | 1 |
 //! | `scale=` | percent of the default work, 1..=1000 | 100 |
 //! | `lowmem=` | MiB of low memory, 4..=512 in steps of 4; all above is high memory | 8 |
-//! | `allow=` | quirks that `access` is to count but not to call errors, with commas: `rsvd-no-p`, `rmw-read` | none |
+//! | `allow=` | quirks that `access` (`rsvd-no-p`, `rmw-read`) and `fpu` (`no-xm`, `mxcsr-any`) are to count but not to call errors, with commas | none |
 //!
 //! # What it prints
 //!
-//! Lines on the serial port 0x3f8. None holds a time, or anything that differs between machines of one memory size and one
+//! Lines on the serial port 0x3f8. Around what is there to be timed stand `time: begin <phase> <unit>=<count>` and `time: end
+//! <phase> tsc1024=<n>`; no other line holds a time, or anything that differs between machines of one memory size and one
 //! command line. Results are `pager: <workload> <key>=<value> ...`; the last line is always
 //!
 //! ```text
@@ -46,9 +47,9 @@
 //! ```
 //!
 //! `workload=access` needs `allow=rsvd-no-p,rmw-read` to pass there: TCG reports a reserved bit without P, and the read of an
-//! unlocked read-modify-write as a read.
+//! unlocked read-modify-write as a read. `workload=fpu` needs `allow=no-xm,mxcsr-any`: it raises no SSE exception.
 //!
-//! Limits: one CPU. No FPU state: x87 in user code is #NM. A kernel stack that overflows ends in a triple fault.
+//! Limits: one CPU. Only workload `fpu` has an FPU; elsewhere x87 in user code is #NM. A kernel stack that overflows ends in a triple fault.
 #![forbid(unsafe_code)]
 
 pub mod abi;

@@ -110,20 +110,24 @@ fn unclean(instruction: &Instruction) -> bool {
     );
     let reads_cs = (0..instruction.op_count())
         .any(|op| instruction.op_kind(op) == OpKind::Register && instruction.op_register(op) == Register::CS);
-    let needs_fpu = instruction.cpuid_features().iter().any(|feature| {
-        !matches!(
-            feature,
-            CpuidFeature::INTEL8086
-                | CpuidFeature::INTEL186
-                | CpuidFeature::INTEL286
-                | CpuidFeature::INTEL386
-                | CpuidFeature::INTEL486
-                | CpuidFeature::CPUID
-                | CpuidFeature::MSR
-                | CpuidFeature::CMOV
-                | CpuidFeature::MULTIBYTENOP
-        )
-    });
+    // What fpu.c lends the registers with; FNINIT and FXSAVE only where a workload asks for an FPU.
+    let lends_fpu = matches!(instruction.mnemonic(), Fninit | Fxsave | Fxrstor);
+    let needs_fpu = !lends_fpu
+        && instruction.cpuid_features().iter().any(|feature| {
+            !matches!(
+                feature,
+                CpuidFeature::INTEL8086
+                    | CpuidFeature::INTEL186
+                    | CpuidFeature::INTEL286
+                    | CpuidFeature::INTEL386
+                    | CpuidFeature::INTEL486
+                    | CpuidFeature::CPUID
+                    | CpuidFeature::TSC
+                    | CpuidFeature::MSR
+                    | CpuidFeature::CMOV
+                    | CpuidFeature::MULTIBYTENOP
+            )
+        });
     shows_the_host || reads_cs || needs_fpu
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use libtest_mimic::Trial;
 
-use super::umbra::{KVM, KVM_INTERPRET, SOFT, Way, expect_sentence, file_of, status, umbra};
+use super::umbra::{Way, expect_sentence, file_of, status, umbra, ways};
 use crate::ensure;
 use crate::support::process::End;
 use crate::support::{Verdict, case, image};
@@ -12,7 +12,7 @@ use crate::support::{Verdict, case, image};
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
     let mut trials = vec![case("header_that_lies_is_refused_in_a_sentence", &[], lying_headers)];
-    for way in [KVM, KVM_INTERPRET, SOFT] {
+    for way in ways() {
         let mut add = |name: &str, test: fn(Way) -> Verdict| {
             trials.push(case(format!("{}_{name}", way.name), way.needs, move || test(way)));
         };

@@ -83,7 +83,13 @@ pub const SOFT_STICKY: Way =
 pub const SOFT_LOSSY: Way =
     Way { name: "soft_lossy", options: &["--backend", "soft", "--tlb", "lossy"], needs: &[] };
 /// All of them.
-pub const WAYS: [Way; 5] = [KVM, KVM_INTERPRET, SOFT, SOFT_STICKY, SOFT_LOSSY];
+const WAYS: [Way; 5] = [KVM, KVM_INTERPRET, SOFT, SOFT_STICKY, SOFT_LOSSY];
+
+/// Those that this machine is to show: the nested rig is there for KVM.
+pub fn ways() -> impl Iterator<Item = Way> {
+    let rig = Need::Rig.met().is_ok();
+    WAYS.into_iter().filter(move |way| !rig || way.needs.contains(&Need::Kvm))
+}
 
 impl Way {
     /// What a test needs that runs a guest this way and has needs of its own.

@@ -3,12 +3,12 @@
 //! Story: QEMU's lines come from QEMU itself or, in the nested rig, from a folder that `--record` filled on the host.
 //! Umbra's must be equal line by line, and the closing line must say what the contract says.
 //!
-//! Workload `access` counts how a CPU's page faults differ from the architecture's. Its differences are those of the
-//! CPU underneath, so they are not compared; on each host only the known ones are allowed ([`Host::quirks`]):
+//! Workloads `access` and `fpu` count how a CPU differs from the architecture. The differences are those of the CPU
+//! underneath, so they are not compared; on each host only the known ones are allowed ([`Host::quirks`]):
 //!
 //! | guest runs on | differences | owner |
 //! |---|---|---|
-//! | QEMU's emulation | `rsvd-no-p`, `rmw-read` | TCG |
+//! | QEMU's emulation | `rsvd-no-p`, `rmw-read`, `no-xm`, `mxcsr-any` | TCG |
 //! | Umbra in the nested rig | `rmw-read` | TCG, whose SVM machine runs the guest's accesses |
 //! | Umbra elsewhere | none | |
 
@@ -18,25 +18,53 @@ use std::path::Path;
 use libtest_mimic::{Failed, Trial};
 use umbra_guest::{PAGER, PAGER_PLAIN, PAGER_TWIN, abi};
 
-use super::umbra::{KVM, SOFT, WAYS, Way, file_of, status, umbra};
+use super::umbra::{KVM, SOFT, Way, file_of, status, umbra, ways};
 use crate::ensure;
 use crate::support::host::{self, Need};
 use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case, qemu};
 
-const WORKLOADS: [&str; 5] = ["hello", "mm", "kmap", "access", "all"];
+/// A workload, and as much of it as the slowest host does in seconds: a KVM that emulates 32-bit code.
+struct Workload {
+    name: &'static str,
+    scale: u32,
+    /// It is there to be timed: the nested rig, where time means nothing, leaves it out.
+    timed: bool,
+}
+
+const fn tested(name: &'static str) -> Workload {
+    Workload { name, scale: 100, timed: false }
+}
+
+const fn timed(name: &'static str) -> Workload {
+    Workload { name, scale: 1, timed: true }
+}
+
+const WORKLOADS: [Workload; 10] = [
+    tested("hello"),
+    tested("mm"),
+    tested("kmap"),
+    tested("access"),
+    tested("all"),
+    tested("fpu"),
+    timed("spin"),
+    timed("sweep"),
+    timed("storm"),
+    timed("mix"),
+];
+
 const PAGINGS: [&str; 2] = ["pae", "legacy"];
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
     let mut trials = Vec::new();
     for (workload, paging) in all() {
-        for way in WAYS {
-            let name = format!("{}_{workload}_{paging}_prints_what_qemu_prints", way.name);
+        for way in ways() {
+            let name = format!("{}_{}_{paging}_prints_what_qemu_prints", way.name, workload.name);
             trials.push(case(name, &way.needs(&[Need::Peer]), move || same_lines(way, workload, paging)));
         }
     }
-    for way in WAYS {
+    for way in ways() {
         let name = format!("{}_twin_that_damages_a_byte_fails_by_umbras_own_witness", way.name);
         trials.push(case(name, way.needs, move || twin(way)));
     }
@@ -49,8 +77,9 @@ pub fn cases() -> Vec<Trial> {
     trials
 }
 
-fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
-    WORKLOADS.into_iter().flat_map(|workload| PAGINGS.map(|paging| (workload, paging)))
+fn all() -> impl Iterator<Item = (&'static Workload, &'static str)> {
+    let here = |workload: &&Workload| !(workload.timed && Need::Rig.met().is_ok());
+    WORKLOADS.iter().filter(here).flat_map(|workload| PAGINGS.map(|paging| (workload, paging)))
 }
 
 /// What executes the guest's accesses.
@@ -61,27 +90,30 @@ enum Host {
 }
 
 impl Host {
-    /// Known differences of this host's page faults, as the guest's `allow=` takes them.
-    fn quirks(self) -> &'static str {
-        match self {
-            Host::Qemu => "rsvd-no-p,rmw-read",
-            Host::Umbra if Need::Rig.met().is_ok() => "rmw-read",
-            Host::Umbra => "",
+    /// Known differences of this host's CPU that `workload` finds, as the guest's `allow=` takes them.
+    fn quirks(self, workload: &Workload) -> &'static str {
+        match (workload.name, self) {
+            ("access", Host::Qemu) => "rsvd-no-p,rmw-read",
+            ("access", Host::Umbra) if Need::Rig.met().is_ok() => "rmw-read",
+            ("fpu", Host::Qemu) => "no-xm,mxcsr-any",
+            ("fpu", Host::Umbra) if Need::Rig.met().is_ok() => "no-xm,mxcsr-any",
+            _ => "",
         }
     }
 }
 
-fn cmdline(workload: &str, paging: &str, host: Host) -> String {
-    let words = format!("workload={workload} paging={paging}");
-    match (workload, host.quirks()) {
-        ("access", quirks) if !quirks.is_empty() => format!("{words} allow={quirks}"),
-        _ => words,
+fn cmdline(workload: &Workload, paging: &str, host: Host) -> String {
+    let words = format!("workload={} scale={} paging={paging}", workload.name, workload.scale);
+    match host.quirks(workload) {
+        "" => words,
+        quirks => format!("{words} allow={quirks}"),
     }
 }
 
-/// The lines to compare: of `access` without what the host's differences make of them.
+/// The lines to compare: without what the host's differences make of them.
 fn comparable(run: &Outcome) -> Vec<String> {
-    let lines = run.result_lines().into_iter().filter(|line| !line.starts_with("pager: deviation "));
+    let differs = |line: &String| line.starts_with("pager: deviation ") || line.contains(" (fpu) killed: ");
+    let lines = run.result_lines().into_iter().filter(|line| !differs(line));
     lines.map(|line| line.split(" deviations=").next().unwrap_or_default().to_owned()).collect()
 }
 
@@ -90,23 +122,27 @@ pub fn record(folder: &Path) -> Result<(), Failed> {
     fs::create_dir_all(folder)?;
     for (workload, paging) in all() {
         let lines = on_qemu(workload, paging)?;
-        fs::write(folder.join(format!("{workload}-{paging}.lines")), lines.join("\n"))?;
+        fs::write(folder.join(record_of(workload, paging)), lines.join("\n"))?;
     }
     Ok(())
 }
 
+fn record_of(workload: &Workload, paging: &str) -> String {
+    format!("{}-{paging}.lines", workload.name)
+}
+
 /// QEMU's result lines, from the record where there is one.
-fn peer_lines(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
+fn peer_lines(workload: &Workload, paging: &str) -> Result<Vec<String>, Failed> {
     match host::recorded() {
         Some(folder) => {
-            let text = fs::read_to_string(folder.join(format!("{workload}-{paging}.lines")))?;
+            let text = fs::read_to_string(folder.join(record_of(workload, paging)))?;
             Ok(text.lines().map(str::to_owned).collect())
         }
         None => on_qemu(workload, paging),
     }
 }
 
-fn on_qemu(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
+fn on_qemu(workload: &Workload, paging: &str) -> Result<Vec<String>, Failed> {
     let image = file_of(PAGER)?;
     let run = qemu::run(image.path(), &cmdline(workload, paging, Host::Qemu), "64M")?;
     ensure!(
@@ -117,7 +153,7 @@ fn on_qemu(workload: &str, paging: &str) -> Result<Vec<String>, Failed> {
     Ok(comparable(&run))
 }
 
-fn same_lines(way: Way, workload: &str, paging: &str) -> Verdict {
+fn same_lines(way: Way, workload: &Workload, paging: &str) -> Verdict {
     let words = cmdline(workload, paging, Host::Umbra);
     let run = way.run(&["--append", &words, "--timeout", "60s"])?;
     ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
@@ -137,11 +173,11 @@ fn same_lines(way: Way, workload: &str, paging: &str) -> Verdict {
 }
 
 /// `pager: verdict=PASS workload=W paging=P checks=N errors=0`, last of the result lines, with N above zero.
-fn check_closing_line(run: &Outcome, workload: &str, paging: &str) -> Verdict {
+fn check_closing_line(run: &Outcome, workload: &Workload, paging: &str) -> Verdict {
     let lines = run.result_lines();
     let Some(last) = lines.last() else { return Err(format!("no result line:\n{run}").into()) };
     let checks = last
-        .strip_prefix(&format!("pager: verdict=PASS workload={workload} paging={paging} checks="))
+        .strip_prefix(&format!("pager: verdict=PASS workload={} paging={paging} checks=", workload.name))
         .and_then(|rest| rest.strip_suffix(" errors=0"))
         .and_then(|checks| checks.parse::<u64>().ok());
     ensure!(checks.is_some_and(|checks| checks > 0), "the closing line is {last:?}:\n{run}");

@@ -32,7 +32,7 @@ multiboot_entry:
     call early_main             /* EAX = value for CR3, EDX = value for CR4 */
     movl %edx, %cr4
     movl %eax, %cr3
-    /* EM: no x87 state is kept for anybody, so x87 in user code is #NM. */
+    /* EM: x87 in user code is #NM, until fpu.c is asked to keep its state. */
     movl $(CR0_PG | CR0_WP | CR0_NE | CR0_ET | CR0_EM | CR0_PE), %eax
     movl %eax, %cr0
     movl $high, %eax

@@ -11,6 +11,11 @@
     X(MM, "mm")      \
     X(KMAP, "kmap")  \
     X(ACCESS, "access") \
+    X(SPIN, "spin")  \
+    X(SWEEP, "sweep") \
+    X(STORM, "storm") \
+    X(MIX, "mix")    \
+    X(FPU, "fpu")    \
     X(OOPS, "oops")
 
 enum workload {
@@ -19,12 +24,17 @@ enum workload {
 #undef X
 };
 
-/* Ways in which a CPU is known to differ from the architecture's page faults; `allow=` names those that are no error.
+/* Ways in which a CPU is known to differ from the architecture; `allow=` names those that are no error. Of page faults:
  *   rsvd-no-p   a reserved bit is reported without P
- *   rmw-read    an unlocked read-modify-write reads first: it faults as a read, and a fault of its write comes after A was set */
+ *   rmw-read    an unlocked read-modify-write reads first: it faults as a read, and a fault of its write comes after A was set
+ * Of SSE:
+ *   no-xm       an exception is never raised, unmasked or not
+ *   mxcsr-any   LDMXCSR takes reserved bits */
 #define QUIRKS(X) \
     X(RSVD_NO_P, "rsvd-no-p") \
-    X(RMW_READ, "rmw-read")
+    X(RMW_READ, "rmw-read") \
+    X(NO_XM, "no-xm") \
+    X(MXCSR_ANY, "mxcsr-any")
 
 enum quirk_index {
 #define X(id, name) QUIRK_INDEX_##id,

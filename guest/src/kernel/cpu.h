@@ -63,6 +63,13 @@ static inline struct cpuid cpuid(u32 leaf)
     return r;
 }
 
+static inline u64 read_time_stamp(void)
+{
+    u64 value;
+    __asm__ volatile("rdtsc" : "=A"(value));
+    return value;
+}
+
 static inline u64 read_msr(u32 msr)
 {
     u64 value;

@@ -27,6 +27,12 @@ struct elf_segment {
 PROGRAM(hello, "hello")
 PROGRAM(mm, "mm")
 PROGRAM(access, "access")
+PROGRAM(spin, "spin")
+PROGRAM(sweep, "sweep")
+PROGRAM(storm, "storm")
+PROGRAM(mix, "mix")
+PROGRAM(fpu, "fpu")
+PROGRAM(fpu_fresh, "fpu_fresh")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

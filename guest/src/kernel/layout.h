@@ -7,8 +7,9 @@
  *   ffd00000 - ffd01fff   LAPIC, IOAPIC
  *   ffe00000 - ffe0ffff   slots of the temporary window (kmap_local)
  *   ffe80000 - ffe9ffff   slots of the persistent pool (kmap)
+ *   ffec0000 - ffedffff   slots of the storm workload
  *
- * The last four share the top 4 MiB, whose page tables exist from boot on. So every kernel directory entry is final
+ * The last five share the top 4 MiB, whose page tables exist from boot on. So every kernel directory entry is final
  * before the first process is made, and a copy of one in a process's root never goes stale.
  *
  * Also read by the assembler: nothing but #define here. */
@@ -25,6 +26,7 @@
 #define IOAPIC_BASE 0xffd01000
 #define WINDOW_BASE 0xffe00000
 #define POOL_BASE 0xffe80000
+#define STORM_BASE 0xffec0000
 
 #define USER_END KERNEL_BASE
 #define USER_MAP_BASE 0x40000000
@@ -48,6 +50,7 @@
 #define WINDOW_DUMP_SLOT WINDOW_DEPTH_MAX
 
 #define POOL_SLOTS 32
+#define STORM_SLOTS 32
 
 /* Selectors. */
 #define KERNEL_CS 0x08

@@ -42,6 +42,16 @@ static void run(enum workload workload)
         work_kmap();
     if (workload == WORKLOAD_ACCESS)
         work_access();
+    if (workload == WORKLOAD_SPIN)
+        work_spin();
+    if (workload == WORKLOAD_SWEEP)
+        work_sweep();
+    if (workload == WORKLOAD_STORM)
+        work_storm();
+    if (workload == WORKLOAD_MIX)
+        work_mix();
+    if (workload == WORKLOAD_FPU)
+        work_fpu();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

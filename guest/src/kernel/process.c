@@ -8,11 +8,16 @@
 #include "task.h"
 #include "witness.h"
 
+static u32 flags(void)
+{
+    return (paging.nx ? FLAG_NX : 0) | (boot.options.allow & QUIRK_NO_XM ? FLAG_NO_XM : 0) |
+           (boot.options.allow & QUIRK_MXCSR_ANY ? FLAG_MXCSR_ANY : 0);
+}
+
 u32 process_run(const struct program *program)
 {
     u32 held_before = frames_in_use() - witness_frames();
-    struct arguments arguments = {
-        .seed = boot.options.seed, .scale = boot.options.scale, .flags = paging.nx ? FLAG_NX : 0};
+    struct arguments arguments = {.seed = boot.options.seed, .scale = boot.options.scale, .flags = flags()};
     u32 status = 0, pid = 0;
     struct task *task = task_spawn(program, &arguments);
     if (task)

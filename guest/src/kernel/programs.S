@@ -11,3 +11,9 @@ program_\name\()_elf_end:
     program hello
     program mm
     program access
+    program spin
+    program sweep
+    program storm
+    program mix
+    program fpu
+    program fpu_fresh

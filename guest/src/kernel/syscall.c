@@ -6,6 +6,7 @@
 #include "access.h"
 #include "check.h"
 #include "console.h"
+#include "fpu.h"
 #include "frames.h"
 #include "syscalls.h"
 #include "task.h"
@@ -125,6 +126,7 @@ static u32 call(struct trap_frame *frame)
     case SYS_WITNESS: return sys_witness(frame->ebx, frame->ecx, frame->edx);
     case SYS_PREEMPTIONS: return current->preemptions;
     case SYS_SLEEP: return sys_sleep(frame->ebx);
+    case SYS_FPU_TAKES: return fpu_takes;
     default: return SYS_ERROR;
     }
 }

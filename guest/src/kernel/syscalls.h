@@ -17,6 +17,7 @@
 #define SYS_SLEEP 13      /* timer ticks */
 
 #define SYS_PROBE 14      /* what the read in EDX gave; EAX = what to do next, at the address in ECX (access.c) */
+#define SYS_FPU_TAKES 15  /* how often the FPU's registers went to another process */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0
@@ -29,5 +30,7 @@
 
 /* In the flags that a program starts with. */
 #define FLAG_NX 1
+#define FLAG_NO_XM 2     /* allow=no-xm */
+#define FLAG_MXCSR_ANY 4 /* allow=mxcsr-any */
 
 #endif

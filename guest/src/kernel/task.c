@@ -78,6 +78,7 @@ static struct task *new_task(const char *name)
         task->is_process = false;
         task->preemptions = 0;
         task->windows.depth = 0;
+        fpu_reset(&task->fpu);
         return task;
     }
     return NULL;
@@ -160,6 +161,7 @@ u32 task_fork(const struct trap_frame *frame)
         return 0;
     }
     child->is_process = true;
+    fpu_fork(&child->fpu);
     *first_frame(child) = *frame;
     first_frame(child)->eax = 0;
     make_runnable(child);
@@ -185,6 +187,7 @@ void task_exit(u32 status)
     tlb_load(kpt_root());
     if (current->is_process)
         space_destroy(&current->space);
+    fpu_drop();
     abandon_children();
     current->status = status;
     current->state = current->parent ? TASK_ZOMBIE : TASK_FREE;
@@ -291,6 +294,7 @@ static void switch_to(struct task *next)
     irq_depth = next->irq_depth;
     window_switch(&previous->windows, &next->windows);
     tlb_load(next->is_process ? next->space.upt.cr3 : kpt_root());
+    fpu_switch(&next->fpu);
     tss_set_stack(stack_top(next));
     current = next;
     switch_stacks(&previous->esp, next->esp);

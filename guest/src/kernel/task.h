@@ -2,6 +2,7 @@
 #ifndef TASK_H
 #define TASK_H
 
+#include "fpu.h"
 #include "space.h"
 #include "trap.h"
 #include "window.h"
@@ -17,6 +18,7 @@ enum task_state {
 struct task {
     struct space space; /* only if is_process */
     struct window_stack windows;
+    struct fpu fpu; /* only if is_process */
     enum task_state state;
     bool is_process;
     u32 pid;

@@ -4,6 +4,7 @@
  *   int 0x80       system call
  *   page fault     one that the access workload provoked: noted there
  *                  at a user address, from user code or user_copy: the address space may repair it
+ *   no FPU         from user code: the registers may be lent to it
  *   the rest       from user code: kills the process; from kernel code: stops the guest
  *
  * Then, on the way back to user code only: switch if the timer asked for it. */
@@ -15,6 +16,7 @@
 #include "console.h"
 #include "cpu.h"
 #include "dump.h"
+#include "fpu.h"
 #include "irq.h"
 #include "syscall.h"
 #include "task.h"
@@ -74,6 +76,12 @@ static void exception(struct trap_frame *frame)
     kill(frame, 0, STATUS_KILLED + frame->vector);
 }
 
+static void no_fpu(struct trap_frame *frame)
+{
+    if (!trap_from_user(frame) || !fpu_take())
+        exception(frame);
+}
+
 static void preempt(void)
 {
     current->preemptions++;
@@ -87,6 +95,7 @@ void trap_dispatch(struct trap_frame *frame)
     case VECTOR_TIMER: timer_interrupt(); break;
     case VECTOR_SYSCALL: syscall_dispatch(frame); break;
     case TRAP_PAGE_FAULT: page_fault(frame); break;
+    case TRAP_NO_FPU: no_fpu(frame); break;
     default: exception(frame); break;
     }
     if (trap_from_user(frame)) {

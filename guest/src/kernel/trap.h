@@ -9,6 +9,7 @@
 
 #define TRAP_DIVIDE 0
 #define TRAP_NMI 2
+#define TRAP_NO_FPU 7
 #define TRAP_DOUBLE_FAULT 8
 #define TRAP_PAGE_FAULT 14
 

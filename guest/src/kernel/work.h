@@ -6,6 +6,11 @@ void work_hello(void);
 void work_mm(void);
 void work_kmap(void);
 void work_access(void);
+void work_spin(void);
+void work_sweep(void);
+void work_storm(void);
+void work_mix(void);
+void work_fpu(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

@@ -5,6 +5,7 @@
     .globl _start
 _start:
     xorl %ebp, %ebp
+    subl $4, %esp               /* a call finds the stack on a multiple of 16, as C expects */
     pushl %ecx
     pushl %ebx
     pushl %eax

@@ -46,6 +46,43 @@ void say(const char *text, ...)
     write(line.text, line.bytes);
 }
 
+static u64 time_stamp(void)
+{
+    u64 value;
+    __asm__ volatile("rdtsc" : "=A"(value));
+    return value;
+}
+
+static u64 started;
+
+void stopwatch_start(const char *phase, const char *unit, u32 count)
+{
+    struct line line;
+    line.bytes = 0;
+    put_text(&line, "time: begin ");
+    put_text(&line, phase);
+    put_text(&line, " ");
+    put_text(&line, unit);
+    put_text(&line, "=");
+    put_number(&line, count);
+    line.text[line.bytes++] = '\n';
+    write(line.text, line.bytes);
+    started = time_stamp();
+}
+
+void stopwatch_stop(const char *phase)
+{
+    u32 kilocounts = (u32)((time_stamp() - started) >> 10);
+    struct line line;
+    line.bytes = 0;
+    put_text(&line, "time: end ");
+    put_text(&line, phase);
+    put_text(&line, " tsc1024=");
+    put_number(&line, kilocounts);
+    line.text[line.bytes++] = '\n';
+    write(line.text, line.bytes);
+}
+
 void expect(bool holds, const char *what)
 {
     checks++;

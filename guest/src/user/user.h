@@ -34,10 +34,16 @@ static inline u32 witness(const char *name, u32 start, u32 pages)
     return system_call(SYS_WITNESS, (u32)name, start, pages);
 }
 static inline u32 preemptions(void) { return system_call(SYS_PREEMPTIONS, 0, 0, 0); }
+static inline u32 fpu_takes(void) { return system_call(SYS_FPU_TAKES, 0, 0, 0); }
 static inline void sleep(u32 ticks) { system_call(SYS_SLEEP, ticks, 0, 0); }
 
 /* Builds one line: text and numbers in turn, until NULL. say("a=", 1, " b=", 2, NULL) */
 void say(const char *text, ...);
+
+/* Around what is timed: "time: begin PHASE UNIT=COUNT", then "time: end PHASE tsc1024=N", N in 1024 counts of the time-stamp
+ * counter. Whoever measures from outside goes by when the two lines come, and by COUNT. */
+void stopwatch_start(const char *phase, const char *unit, u32 count);
+void stopwatch_stop(const char *phase);
 
 /* Counts a check of this process; a failed one is said. */
 void expect(bool holds, const char *what);

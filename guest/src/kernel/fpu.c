@@ -1,0 +1,111 @@
+/* The FPU, switched lazily.
+ *
+ *   switch to the owner         TS off: its registers are still in the CPU
+ *   switch to anybody else      TS on: the first FPU instruction is #NM
+ *   #NM                         TS off, FXSAVE the owner's, FXRSTOR the current's, who owns them now
+ *   fork                        FXSAVE first if the parent owns them
+ *   exit                        nobody owns them
+ *
+ * Holds: CR0.TS is clear if and only if the current task owns the registers. Kernel code has no use for them: FXSAVE, FXRSTOR
+ * and FNINIT, all of which leave a pending x87 exception pending, are all there is; so it is raised in the process that caused
+ * it, whoever ran in between. */
+#include "fpu.h"
+
+#include "check.h"
+#include "cpu.h"
+#include "string.h"
+#include "task.h"
+
+#define CR0_MP (1u << 1)
+#define CR0_EM (1u << 2)
+#define CR0_TS (1u << 3)
+#define CR4_OSFXSR (1u << 9)
+#define CR4_OSXMMEXCPT (1u << 10)
+
+#define CPUID_1_EDX_NEEDED (1u << 0 | 1u << 24 | 1u << 25 | 1u << 26) /* x87, FXSR, SSE, SSE2 */
+
+/* In an image. */
+#define IMAGE_MXCSR 24
+#define IMAGE_REGISTERS 32
+#define MXCSR_RESET 0x1f80
+
+u32 fpu_takes;
+
+static bool on, task_switched;
+static u32 cr0; /* without TS */
+static struct fpu *owner;
+static struct fpu pristine;
+
+static void save(struct fpu *fpu) { __asm__ volatile("fxsave %0" : "=m"(fpu->image)); }
+static void restore(const struct fpu *fpu) { __asm__ volatile("fxrstor %0" : : "m"(fpu->image)); }
+
+static void set_task_switched(bool wanted)
+{
+    if (wanted == task_switched)
+        return;
+    task_switched = wanted;
+    if (wanted)
+        write_cr0(cr0 | CR0_TS);
+    else
+        __asm__ volatile("clts");
+}
+
+/* FNINIT clears control, status and tags; data registers and MXCSR keep what firmware left there. */
+static void make_pristine(void)
+{
+    __asm__ volatile("fninit");
+    save(&pristine);
+    *(u32 *)(pristine.image + IMAGE_MXCSR) = MXCSR_RESET;
+    memset(pristine.image + IMAGE_REGISTERS, 0, FPU_IMAGE_BYTES - IMAGE_REGISTERS);
+}
+
+bool fpu_init(void)
+{
+    if ((cpuid(1).edx & CPUID_1_EDX_NEEDED) != CPUID_1_EDX_NEEDED)
+        return false;
+    write_cr4(read_cr4() | CR4_OSFXSR | CR4_OSXMMEXCPT);
+    cr0 = (read_cr0() & ~(CR0_EM | CR0_TS)) | CR0_MP;
+    write_cr0(cr0);
+    make_pristine();
+    on = true;
+    set_task_switched(true);
+    return true;
+}
+
+bool fpu_take(void)
+{
+    if (!on)
+        return false;
+    ASSERT(owner != &current->fpu);
+    set_task_switched(false);
+    if (owner)
+        save(owner);
+    restore(current->fpu.used ? &current->fpu : &pristine);
+    current->fpu.used = true;
+    owner = &current->fpu;
+    fpu_takes++;
+    return true;
+}
+
+void fpu_switch(const struct fpu *to)
+{
+    if (on)
+        set_task_switched(to != owner);
+}
+
+void fpu_reset(struct fpu *fpu) { fpu->used = false; }
+
+void fpu_fork(struct fpu *child)
+{
+    if (owner == &current->fpu)
+        save(owner);
+    *child = current->fpu;
+}
+
+void fpu_drop(void)
+{
+    if (owner != &current->fpu)
+        return;
+    owner = NULL;
+    set_task_switched(true);
+}

@@ -1,0 +1,91 @@
+/* Workload `storm`: mappings that come and go, in the kernel here, in a user program by page faults (user/storm.c).
+ *
+ *   kernel   enter a frame in a kernel page table, store and load through it, take it out, INVLPG
+ *
+ * Story: more slots than one, and a number of frames that has no factor in common with theirs, so that in time each frame is
+ * seen through each slot: a translation that outlives its INVLPG stores into the wrong frame.
+ * Holds: every store has a word of its own until the turn comes round again, and a frame remembers its last one. */
+#include "boot.h"
+#include "check.h"
+#include "console.h"
+#include "cpu.h"
+#include "frames.h"
+#include "kpt.h"
+#include "process.h"
+#include "stopwatch.h"
+#include "string.h"
+#include "window.h"
+#include "work.h"
+
+#define FRAMES 17
+#define ROUNDS_PER_PERCENT 1000
+#define WORDS (PAGE_SIZE / 4)
+
+static u32 frames[FRAMES];
+
+/* The frame, the slot and the word of a round, and what it stores. */
+static u32 frame_of_round(u32 round) { return round % FRAMES; }
+static u32 slot_of_round(u32 round) { return STORM_BASE + round % STORM_SLOTS * PAGE_SIZE; }
+static u32 word_of_round(u32 round) { return round / FRAMES % WORDS; }
+static u32 value_of_round(u32 round) { return (round + 1) * 0x9e3779b9u ^ boot.options.seed; }
+
+static bool take_frames(void)
+{
+    for (u32 i = 0; i < FRAMES; i++) {
+        frames[i] = frame_alloc(ZONE_HIGH);
+        if (frames[i] == FRAME_NONE)
+            return false;
+        void *page = kmap_local(frames[i], "storm");
+        clear_page(page);
+        kunmap_local(page);
+    }
+    return true;
+}
+
+static u32 storm(u32 rounds)
+{
+    u32 wrong = 0;
+    for (u32 round = 0; round < rounds; round++) {
+        u32 va = slot_of_round(round);
+        kpt_set(va, pte_make(frames[frame_of_round(round)], kpt_data_bits()));
+        volatile u32 *word = (volatile u32 *)va + word_of_round(round);
+        *word = value_of_round(round);
+        wrong += *word != value_of_round(round);
+        kpt_set(va, 0);
+        invlpg(va);
+    }
+    return wrong;
+}
+
+/* The last store to each word of each frame, and zero where there was none. */
+static u32 count_lost(u32 rounds)
+{
+    u32 lost = 0, period = FRAMES * WORDS;
+    for (u32 i = 0; i < FRAMES; i++) {
+        u32 *page = kmap_local(frames[i], "after the storm");
+        for (u32 round = i; round < period; round += FRAMES) {
+            u32 last = round + (rounds > round ? (rounds - 1 - round) / period * period : 0);
+            lost += page[word_of_round(round)] != (round < rounds ? value_of_round(last) : 0);
+        }
+        kunmap_local(page);
+    }
+    return lost;
+}
+
+void work_storm(void)
+{
+    u32 rounds = boot.options.scale * ROUNDS_PER_PERCENT;
+    check(take_frames(), "there is high memory for the workload");
+    stopwatch_start("storm.kernel", "operations", rounds);
+    u32 wrong = storm(rounds);
+    stopwatch_stop("storm.kernel");
+    u32 lost = count_lost(rounds);
+    check(wrong == 0, "a word just stored is read back");
+    check(lost == 0, "every store reached its own frame");
+    printk("pager: storm kernel operations=%u wrong=%u lost=%u\n", rounds, wrong, lost);
+    for (u32 i = 0; i < FRAMES; i++)
+        frame_put(frames[i]);
+    u32 status = process_run(&program_storm);
+    check(status == 0, "storm ends with status 0");
+    printk("pager: storm status=%u\n", status);
+}
