@@ -292,6 +292,7 @@ impl Fpu {
 
     /// EMMS.
     pub fn leave_mmx(&mut self) {
+        self.set_top(0);
         self.tags = 0;
     }
 

@@ -57,17 +57,17 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     /// FXSAVE, with the SSE registers whatever CR4.OSFXSR says. Segmentation wants all 512 bytes, paging those that are
     /// stored.
     fn fxsave(&mut self, i: &Instruction) -> Exec<Flow> {
-        self.place(i, IMAGE_BYTES, Alignment::Always, AccessKind::Write)?;
+        self.place(i, IMAGE_BYTES, Alignment::Area, AccessKind::Write)?;
         let image = self.cpu.fpu.image();
-        self.store_bytes(i, &image[..IMAGE_BYTES_USED], Alignment::Always)?;
+        self.store_bytes(i, &image[..IMAGE_BYTES_USED], Alignment::Area)?;
         Ok(Flow::Next)
     }
 
     /// FXRSTOR; #GP for reserved bits of MXCSR.
     fn fxrstor(&mut self, i: &Instruction) -> Exec<Flow> {
-        self.place(i, IMAGE_BYTES, Alignment::Always, AccessKind::Read)?;
+        self.place(i, IMAGE_BYTES, Alignment::Area, AccessKind::Read)?;
         let mut image = [0; IMAGE_BYTES];
-        self.load_bytes(i, &mut image[..IMAGE_BYTES_USED], Alignment::Always)?;
+        self.load_bytes(i, &mut image[..IMAGE_BYTES_USED], Alignment::Area)?;
         self.cpu.fpu = Fpu::from_image(&image).ok_or(Exception::gp(0))?;
         Ok(Flow::Next)
     }

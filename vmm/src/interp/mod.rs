@@ -55,6 +55,7 @@ mod segment;
 mod shuffle;
 mod sse;
 mod sse_float;
+mod sse_unmasked;
 mod stack;
 mod string;
 mod system;

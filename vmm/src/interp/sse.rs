@@ -173,7 +173,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let address = if i.op0_kind() == OpKind::MemorySegDI { 0xffff } else { u32::MAX };
         let offset = self.cpu.gpr[EDI] & address;
         let gva = self.range(segment_of(i.memory_segment()), offset, size, AccessKind::Write)?;
-        ensure(size != 8 || gva.0 & 7 == 0 || !self.aligned(), Exception::AC)?;
+        ensure(gva.0 & 7 == 0 || !self.aligned(), Exception::AC)?;
         let access = Access::write(self.user());
         self.bus.probe(gva, size, access)?;
         for n in (0..size).filter(|n| mask >> n & 1 != 0) {

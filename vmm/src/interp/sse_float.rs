@@ -5,20 +5,22 @@
 //! Noted exceptions stay in MXCSR, and an unmasked one among them is #XM, or #UD without CR4.OSXMMEXCPT, with the
 //! destination as it was.
 //!
-//! Masked underflow is a result that is tiny and inexact, which is what the host reports; unmasked underflow is any
-//! tiny result, so that exact ones are looked for here.
+//! Overflow and underflow mean something else where they are unmasked, which `sse_unmasked` finds out.
 //!
 //! See: Intel SDM vol. 1, 11.5 (exceptions), 10.2.3 (MXCSR), 4.9.1.5 (underflow).
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::sse_unmasked::beyond_range;
 use super::{Bus, Core, Exception, Exec, Leave, alu, ensure};
 use crate::cpu::cr4;
 use crate::host_fpu::{self, Float, Mixed, Operands, Prefix};
 
-/// MXCSR's flags: the exceptions before the computation, and underflow. Their masks are seven bits further up.
+/// MXCSR's flags: the exceptions before the computation.
 const BEFORE: u32 = 0x07;
-const UNDERFLOW: u32 = 0x10;
+/// All of them.
+const ALL: u32 = 0x3f;
+/// Their masks are so many bits further up.
 const MASK_SHIFT: u32 = 7;
 
 impl<B: Bus + ?Sized> Core<'_, B> {
@@ -36,7 +38,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let mxcsr = self.cpu.fpu.mxcsr();
         let mut operands = Operands { a, b, general: b as u32, mxcsr, ..Operands::default() };
         host_fpu::float(op, &mut operands);
-        self.judge(operands.mxcsr, tiny(i.mnemonic(), operands.a))?;
+        self.judge(beyond_range(i.mnemonic(), [a, b], &operands, mxcsr))?;
         match i.mnemonic() {
             Mnemonic::Comiss | Mnemonic::Comisd | Mnemonic::Ucomiss | Mnemonic::Ucomisd => {
                 self.cpu.eflags = self.cpu.eflags & !alu::ARITHMETIC | operands.flags;
@@ -53,42 +55,23 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let mxcsr = self.cpu.fpu.mxcsr();
         let mut operands = Operands { a, b, mm: b as u64, mxcsr, ..Operands::default() };
         host_fpu::mixed(op, &mut operands);
-        self.judge(operands.mxcsr, false)?;
+        self.judge(operands.mxcsr)?;
         let to_mmx = i.op0_register().is_mm();
         self.set_vector(i, 0, if to_mmx { operands.mm.into() } else { operands.a })
     }
 
-    /// Notes what was raised in MXCSR, and faults where it is unmasked. `tiny`: a result is, which the host has not
-    /// reported if it was exact.
-    fn judge(&mut self, raised: u32, tiny: bool) -> Exec {
-        let unmasked = !self.cpu.fpu.mxcsr() >> MASK_SHIFT;
-        let noted = if raised & BEFORE & unmasked != 0 {
-            raised & BEFORE
-        } else if tiny && unmasked & UNDERFLOW != 0 {
-            raised | UNDERFLOW
-        } else {
-            raised
-        };
+    /// The exceptions that MXCSR does not mask, as its flags.
+    fn unmasked(&self) -> u32 {
+        !self.cpu.fpu.mxcsr() >> MASK_SHIFT & ALL
+    }
+
+    /// Notes what was raised in MXCSR, and faults where it is unmasked.
+    fn judge(&mut self, raised: u32) -> Exec {
+        let unmasked = self.unmasked();
+        let noted = if raised & BEFORE & unmasked != 0 { raised & BEFORE } else { raised };
         self.cpu.fpu.raise_simd(noted);
         let reported = self.cpu.cr4 & cr4::OSXMMEXCPT != 0;
-        ensure(noted & unmasked & 0x3f == 0, if reported { Exception::XM } else { Exception::UD })
-    }
-}
-
-/// True where a lane that the instruction computed is denormal.
-fn tiny(mnemonic: Mnemonic, result: u128) -> bool {
-    use Mnemonic as M;
-    let single = |n: u32| (result >> (32 * n)) as u32 & 0x7fff_ffff;
-    let double = |n: u32| (result >> (64 * n)) as u64 & (u64::MAX >> 1);
-    let singles = |count| (0..count).any(|n| (1..1 << 23).contains(&single(n)));
-    let doubles = |count| (0..count).any(|n| (1..1 << 52).contains(&double(n)));
-    match mnemonic {
-        M::Addps | M::Subps | M::Mulps | M::Divps => singles(4),
-        M::Cvtpd2ps => singles(2),
-        M::Addss | M::Subss | M::Mulss | M::Divss | M::Cvtsd2ss => singles(1),
-        M::Addpd | M::Subpd | M::Mulpd | M::Divpd => doubles(2),
-        M::Addsd | M::Subsd | M::Mulsd | M::Divsd => doubles(1),
-        _ => false,
+        ensure(noted & unmasked == 0, if reported { Exception::XM } else { Exception::UD })
     }
 }
 

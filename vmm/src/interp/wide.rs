@@ -17,6 +17,9 @@ pub(super) enum Alignment {
     Checked(u32),
     /// On 16 bytes always, else #GP.
     Always,
+    /// The same, but #AC where it does not even lie on 4 and alignment is checked: FXSAVE and FXRSTOR, where the choice
+    /// is the implementation's.
+    Area,
 }
 
 /// The pieces of `length` bytes: offset and width, at most 8 bytes each.
@@ -48,7 +51,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let gva = self.range(seg, offset, size as u32, kind)?;
         match alignment {
             Alignment::Checked(on) => ensure(gva.0 & (on - 1) == 0 || !self.aligned(), Exception::AC)?,
-            Alignment::Always => ensure(gva.0 & 15 == 0, Exception::gp(0))?,
+            Alignment::Area if self.aligned() && gva.0 & 3 != 0 => return Err(Exception::AC.into()),
+            Alignment::Always | Alignment::Area => ensure(gva.0 & 15 == 0, Exception::gp(0))?,
         }
         Ok(gva)
     }
@@ -63,6 +67,14 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             bytes[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
         }
         self.watch(gva, bytes.len() as u32, false);
+        Ok(())
+    }
+
+    /// Checks that `size` bytes of the memory operand could be written.
+    pub(super) fn probe_bytes(&mut self, i: &Instruction, size: usize, alignment: Alignment) -> Exec {
+        let gva = self.place(i, size, alignment, AccessKind::Write)?;
+        let access = Access::write(self.user());
+        self.bus.probe(gva, size as u32, access)?;
         Ok(())
     }
 

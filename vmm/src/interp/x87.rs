@@ -37,8 +37,12 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let mut after = self.cpu.fpu.clone();
         let flags = host_fpu::x87(form.routine, &mut after, &mut operand, self.cpu.eflags);
         let raised = after.status() & !after.control();
-        if form.place == Place::Store && raised & status::STORE_EXCEPTIONS == 0 {
-            self.store_bytes(i, &operand[..size], alignment)?;
+        if form.place == Place::Store {
+            // What keeps the store from being made comes after the operand's own faults.
+            match raised & status::STORE_EXCEPTIONS {
+                0 => self.store_bytes(i, &operand[..size], alignment)?,
+                _ => self.probe_bytes(i, size, alignment)?,
+            }
         }
         self.cpu.eflags = self.cpu.eflags & !alu::ARITHMETIC | flags;
         self.cpu.fpu.adopt(&after);
