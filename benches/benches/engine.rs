@@ -15,7 +15,7 @@
 use std::time::Instant;
 
 use umbra::cpu::{CpuState, cr0};
-use umbra::interp::engine::{CodeBus, Engine, Extent};
+use umbra::interp::engine::{CodeBus, Engine, Extent, Waiting};
 use umbra::interp::{Bus, BusError, Step, Width, step};
 use umbra_benches::{Effort, Samples};
 use umbra_mmu::{
@@ -240,7 +240,7 @@ fn cpu() -> CpuState {
 fn by_engine(code: &[u8], effort: Effort) -> Samples {
     let (mut cpu, mut bus, mut engine) = (cpu(), TlbBus::new(code), Engine::default());
     measure_steps(effort, || {
-        let ran = engine.run(&mut cpu, &mut bus, STEPS, Extent::All);
+        let ran = engine.run(&mut cpu, &mut bus, STEPS, Extent::All, Waiting::default());
         assert_eq!((ran.steps, ran.last), (STEPS, Step::Done));
         STEPS
     })

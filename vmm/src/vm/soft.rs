@@ -31,10 +31,10 @@ impl Soft {
     /// Interprets at most `budget` instructions of the code that `extent` covers, from the vCPU's own time on.
     pub fn interpret(&mut self, core: &mut Core, budget: u64, extent: Extent) -> Option<End> {
         core.stats.entries += 1;
-        let (engine, attention) = (&mut self.engine, self.attention.clone());
+        let (engine, attention, waiting) = (&mut self.engine, self.attention.clone(), core.waiting);
         let (ran, after) = core.with_bus(Some(core.time), |cpu, bus| {
             bus.heed(attention);
-            engine.run(cpu, bus, budget, extent)
+            engine.run(cpu, bus, budget, extent, waiting)
         });
         core.stats.interpreted += ran.steps;
         core.stats.kicks += u64::from(self.attention.is_wanted());

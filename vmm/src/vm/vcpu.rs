@@ -23,6 +23,7 @@ use super::requests::Requests;
 use super::tables::DescriptorTables;
 use crate::board::Nanos;
 use crate::cpu::{CpuState, eflags};
+use crate::interp::engine::Waiting;
 use crate::interp::{self, Delivered, Event, Step, vector};
 
 /// What one vCPU did.
@@ -96,8 +97,8 @@ pub struct Core {
     pub hardware_owes_flush: bool,
     ending: Ending,
     requests: Arc<Requests>,
-    /// An NMI has come that the guest cannot take yet. Like silicon, it remembers one.
-    nmi_waits: bool,
+    /// What has come and the guest cannot take yet. Like silicon, it remembers one NMI.
+    pub waiting: Waiting,
 }
 
 impl Core {
@@ -117,7 +118,7 @@ impl Core {
             hardware_owes_flush: false,
             ending,
             requests,
-            nmi_waits: false,
+            waiting: Waiting::default(),
         }
     }
 
@@ -153,14 +154,16 @@ impl Core {
     fn heed_board(&mut self) -> Option<End> {
         let (id, ready) = (self.mmu_vcpu.id() as usize, self.cpu.interruptible());
         let nmi_ready = !self.cpu.nmi_blocked && !self.cpu.interrupt_shadow;
-        let earlier = self.nmi_waits;
-        let (exit, signals, vector) = self.devices.with_as(id as u32, |board, now| {
+        let earlier = self.waiting.nmi;
+        let (exit, signals, vector, pending) = self.devices.with_as(id as u32, |board, now| {
             let signals = board.take_signals(id);
             let nmi_first = nmi_ready && (signals.nmi || earlier);
             let vector = if ready && !nmi_first { board.acknowledge(now, id) } else { None };
-            (board.take_exit(), signals, vector)
+            (board.take_exit(), signals, vector, board.interrupt_pending(id))
         });
-        self.nmi_waits |= signals.nmi;
+        self.waiting.nmi |= signals.nmi;
+        // Asked for and not given: nothing to wait for, whatever the board says.
+        self.waiting.interrupt = pending && (!ready || vector.is_some());
         if let Some(exit) = exit {
             return Some(End::Board(exit));
         }
@@ -170,11 +173,11 @@ impl Core {
             return Some(End::Init(Box::new(self.cpu.clone())));
         }
         let event = match vector {
-            _ if nmi_ready && self.nmi_waits => Event::Nmi,
+            _ if nmi_ready && self.waiting.nmi => Event::Nmi,
             Some(vector) => Event::External(vector),
             None => return None,
         };
-        self.nmi_waits &= event != Event::Nmi;
+        self.waiting.nmi &= event != Event::Nmi;
         self.stats.interrupts += 1;
         self.deliver(event)
     }

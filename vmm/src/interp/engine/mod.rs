@@ -75,6 +75,22 @@ impl Extent {
     }
 }
 
+/// What waits until the guest's CPU can take it: a run ends before the first instruction where it can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// An external interrupt: for IF, and the end of an interrupt shadow.
+    pub interrupt: bool,
+    /// An NMI: for the IRET of the one before.
+    pub nmi: bool,
+}
+
+impl Waiting {
+    /// True where `cpu` can take it now. What decides this changes only between two stretches of blocks.
+    fn can_be_taken(self, cpu: &CpuState) -> bool {
+        (self.interrupt && cpu.interruptible()) || (self.nmi && !cpu.nmi_blocked && !cpu.interrupt_shadow)
+    }
+}
+
 /// What a run came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ran {
@@ -107,10 +123,17 @@ enum End {
 }
 
 impl Engine {
-    /// Executes at most `budget` steps of the code that `extent` covers.
-    pub fn run<B: CodeBus>(&mut self, cpu: &mut CpuState, bus: &mut B, budget: u64, extent: Extent) -> Ran {
+    /// Executes at most `budget` steps of the code that `extent` covers, up to where what is `waiting` can be taken.
+    pub fn run<B: CodeBus>(
+        &mut self,
+        cpu: &mut CpuState,
+        bus: &mut B,
+        budget: u64,
+        extent: Extent,
+        waiting: Waiting,
+    ) -> Ran {
         let mut steps = 0;
-        while steps < budget && extent.covers(cpu) && !bus.is_wanted() {
+        while steps < budget && extent.covers(cpu) && !waiting.can_be_taken(cpu) && !bus.is_wanted() {
             let last = if is_plain(cpu) {
                 self.run_plain(cpu, bus, budget, &mut steps)
             } else {

@@ -186,6 +186,7 @@ fn cpu(random: &mut Random) -> CpuState {
             (segment.selector, segment.attributes) = (selector, segment.attributes | 0x60);
         }
     }
+    cpu.nmi_blocked = random.one_in(4);
     if random.one_in(8) {
         cpu.eflags |= random.pick(&[eflags::TF, eflags::RF, eflags::AC, eflags::DF]);
         cpu.cr0 |= cr0::AM;
@@ -203,9 +204,9 @@ fn cpu(random: &mut Random) -> CpuState {
 }
 
 /// As the engine, by steps.
-fn model(cpu: &mut CpuState, bus: &mut FlatBus, budget: u64, extent: Extent) -> Ran {
+fn model(cpu: &mut CpuState, bus: &mut FlatBus, budget: u64, extent: Extent, waiting: Waiting) -> Ran {
     let mut steps = 0;
-    while steps < budget && extent.covers(cpu) {
+    while steps < budget && extent.covers(cpu) && !waiting.can_be_taken(cpu) {
         steps += 1;
         bus.told += 1;
         let last = step(cpu, bus);
@@ -226,9 +227,10 @@ fn lockstep(seed: u64, engine: &mut Engine) -> u64 {
     for run in 0..RUNS {
         let budget = if random.one_in(4) { 1 } else { 1 + u64::from(random.below(80)) };
         let extent = if random.one_in(8) { Extent::Kernel } else { Extent::All };
+        let waiting = Waiting { interrupt: random.one_in(3), nmi: random.one_in(16) };
         let before = ours.0.clone();
-        let got = engine.run(&mut ours.0, &mut ours.1, budget, extent);
-        let want = model(&mut theirs.0, &mut theirs.1, budget, extent);
+        let got = engine.run(&mut ours.0, &mut ours.1, budget, extent, waiting);
+        let want = model(&mut theirs.0, &mut theirs.1, budget, extent, waiting);
         let context = || format!("seed {seed}, run {run} of {budget} from EIP {:#x}:\n{before}", before.eip);
         assert_eq!(got, want, "{}", context());
         assert_eq!(ours.0, theirs.0, "{}", context());
@@ -276,7 +278,7 @@ fn a_store_into_the_running_block_is_seen_by_the_next_instruction_also_through_a
         let mut engine = Engine::default();
         for round in 0..3 {
             let mut cpu = CpuState::flat_protected_mode(0x2000);
-            let ran = engine.run(&mut cpu, &mut bus, 100, Extent::All);
+            let ran = engine.run(&mut cpu, &mut bus, 100, Extent::All, Waiting::default());
             assert_eq!((ran.last, ran.steps, cpu.gpr[0] & 0xff), (Step::Halted, 3, 7), "round {round}");
             bus.place(0x2008, &[1]);
         }
@@ -290,7 +292,7 @@ fn a_store_by_a_generic_op_into_the_running_block_is_seen_by_the_next_instructio
     bus.place(0x2000, &[0xaa, 0xb0, 1, 0xf4]);
     let mut cpu = CpuState::flat_protected_mode(0x2000);
     (cpu.gpr[0], cpu.gpr[7]) = (7, 0x2002);
-    let ran = Engine::default().run(&mut cpu, &mut bus, 100, Extent::All);
+    let ran = Engine::default().run(&mut cpu, &mut bus, 100, Extent::All, Waiting::default());
     assert_eq!((ran.last, ran.steps, cpu.gpr[0] & 0xff), (Step::Halted, 3, 7));
 }
 
@@ -301,7 +303,7 @@ fn a_budget_is_met_exactly_wherever_it_ends_in_a_block() {
     bus.place(CODE, &[&[0x40; 20][..], &[0xeb, 0xea]].concat());
     for budget in 1..100 {
         let mut cpu = CpuState::flat_protected_mode(CODE);
-        let ran = Engine::default().run(&mut cpu, &mut bus, budget, Extent::All);
+        let ran = Engine::default().run(&mut cpu, &mut bus, budget, Extent::All, Waiting::default());
         assert_eq!(ran, Ran { steps: budget, last: Step::Done });
         assert_eq!(u64::from(cpu.gpr[0]), budget - budget / 21);
     }
@@ -315,7 +317,18 @@ fn full_arenas_are_emptied_and_filled_again() {
     let mut engine = Engine::default();
     for n in 0..40_000 {
         let mut cpu = CpuState::flat_protected_mode(n * 13 % 0xf_0000);
-        let ran = engine.run(&mut cpu, &mut bus, 64, Extent::All);
+        let ran = engine.run(&mut cpu, &mut bus, 64, Extent::All, Waiting::default());
         assert_eq!((ran.steps, cpu.gpr[0]), (64, 64));
     }
+}
+
+/// nop; sti; nop; cli; hlt: what waits is taken behind the shadow of STI, in the one place where it can be.
+#[test]
+fn a_run_ends_where_a_waiting_interrupt_can_be_taken() {
+    let mut bus = FlatBus::new(0, SIZE as usize);
+    bus.place(CODE, &[0x90, 0xfb, 0x90, 0xfa, 0xf4]);
+    let mut cpu = CpuState::flat_protected_mode(CODE);
+    let waiting = Waiting { interrupt: true, nmi: false };
+    let ran = Engine::default().run(&mut cpu, &mut bus, 100, Extent::All, waiting);
+    assert_eq!((ran.last, ran.steps, cpu.eip), (Step::Done, 3, CODE + 3));
 }
