@@ -17,6 +17,8 @@ mod images;
 mod peer;
 #[path = "e2e/rig.rs"]
 mod rig;
+#[path = "e2e/soak.rs"]
+mod soak;
 #[path = "e2e/umbra.rs"]
 mod umbra;
 #[path = "e2e/workloads.rs"]
@@ -36,8 +38,15 @@ fn main() -> ExitCode {
 }
 
 fn test() -> ExitCode {
-    let files =
-        [bars::cases(), cli::cases(), images::cases(), peer::cases(), rig::cases(), workloads::cases()];
+    let files = [
+        bars::cases(),
+        cli::cases(),
+        images::cases(),
+        peer::cases(),
+        rig::cases(),
+        soak::cases(),
+        workloads::cases(),
+    ];
     let trials = files.into_iter().flatten().collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

@@ -1,7 +1,8 @@
 //! The board under random accesses: any port, any device register, any width, at any time.
 //!
 //! What must hold: no panic, no arithmetic overflow, and each call ends at once (libFuzzer's own limits watch time and
-//! memory). The same calls on a second board give the same answers.
+//! memory). The same calls on a second board give the same answers. A deadline lies ahead, so that whoever waits for it
+//! gets on.
 #![no_main]
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
@@ -23,13 +24,31 @@ enum Port {
     Any(u16),
 }
 
+/// An address in device memory.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Place {
+    /// A register at a multiple of 16 bytes, as APICs have them.
+    Register { page: u8, number: u8 },
+    /// Anywhere in a device's page, misaligned or not.
+    Offset { page: u8, offset: u16 },
+    /// Anywhere.
+    Any(u64),
+}
+
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Operation {
     PortIn(Port),
     PortOut(Port, u32),
-    MmioRead { page: u8, offset: u16 },
-    MmioWrite { page: u8, offset: u16, value: u64 },
-    Line { gsi: u8, level: bool },
+    MmioRead(Place),
+    MmioWrite(Place, u64),
+    Advance,
+    /// Waits for the next deadline.
+    Wait,
+    Pending,
+    Line {
+        gsi: u8,
+        level: bool,
+    },
     Serial([u8; 3]),
     Acknowledge,
     Signals,
@@ -62,10 +81,16 @@ fn port(port: Port) -> u16 {
     }
 }
 
-/// An address of a device page from which `width` stays within the page.
-fn register(page: u8, offset: u16, width: Width) -> Gpa {
-    let last = 4096 - width.bytes() as u64;
-    Gpa(PAGES[usize::from(page) % PAGES.len()] + u64::from(offset) % (last + 1))
+/// The address, where `width` stays within its page.
+fn address(place: Place, width: Width) -> Gpa {
+    let page = |page: u8| PAGES[usize::from(page) % PAGES.len()];
+    let last = 4096 - u64::from(width.bytes());
+    let address = match place {
+        Place::Register { page: n, number } => page(n) + u64::from(number) * 16,
+        Place::Offset { page: n, offset } => page(n) + u64::from(offset) % 4096,
+        Place::Any(address) => address % (1 << 52),
+    };
+    Gpa(address & !0xfff | (address & 0xfff).min(last))
 }
 
 /// One step; what it answered, for the comparison.
@@ -76,12 +101,10 @@ fn apply(board: &mut Board, now: Nanos, step: Step) -> u64 {
     match step.operation {
         Operation::PortIn(at) => return board.port_in(now, vcpu, port(at), width).into(),
         Operation::PortOut(at, value) => board.port_out(now, vcpu, port(at), width, value),
-        Operation::MmioRead { page, offset } => {
-            return board.mmio_read(now, vcpu, register(page, offset, width), width);
-        }
-        Operation::MmioWrite { page, offset, value } => {
-            board.mmio_write(now, vcpu, register(page, offset, width), width, value);
-        }
+        Operation::MmioRead(at) => return board.mmio_read(now, vcpu, address(at, width), width),
+        Operation::MmioWrite(at, value) => board.mmio_write(now, vcpu, address(at, width), width, value),
+        Operation::Advance | Operation::Wait => board.advance(now),
+        Operation::Pending => return u64::from(board.interrupt_pending(vcpu)) | board.apic_base(vcpu) << 1,
         Operation::Line { gsi, level } => board.set_gsi(now, u32::from(gsi) % 64, level),
         Operation::Serial(bytes) => return board.serial_input(now, &bytes) as u64,
         Operation::Acknowledge => return board.acknowledge(now, vcpu).map_or(256, u64::from),
@@ -96,13 +119,25 @@ fn apply(board: &mut Board, now: Nanos, step: Step) -> u64 {
 
 fuzz_target!(|steps: Vec<Step>| {
     let mut boards = [board(), board()];
-    let mut now = Nanos(0);
+    let mut latest = Nanos(0);
     for step in steps {
-        now = now.plus(1 << (step.later_log2 % 60));
+        let now = match step.operation {
+            Operation::Pending | Operation::Signals | Operation::Nmi | Operation::ApicBase(_) => latest,
+            Operation::Wait => boards[0].next_deadline().unwrap_or(latest),
+            // vCPUs race to be the next: one may come with a time that is over.
+            _ if step.later_log2 & 0x80 != 0 => Nanos(latest.0 >> (step.later_log2 % 8)),
+            _ => latest.plus(1 << (step.later_log2 % 64)),
+        };
+        latest = latest.max(now);
         let [one, two] = boards.each_mut().map(|board| {
             let answer = apply(board, now, step);
             (answer, board.take_wakes(), board.next_deadline(), board.take_exit(), board.counters())
         });
         assert_eq!(one, two, "the same calls gave different answers at {step:?}");
+        assert!(
+            one.2.is_none_or(|deadline| deadline > latest || deadline == Nanos(u64::MAX)),
+            "{:?} is over at {latest:?}: {step:?}",
+            one.2
+        );
     }
 });

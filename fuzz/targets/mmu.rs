@@ -83,7 +83,15 @@ enum Operation {
 
 fn mode(bits: u8) -> Mode {
     let bit = |n: u8| bits >> n & 1 != 0;
-    Mode { paging: bit(0), pae: bit(1), pse: bit(2), write_protect: bit(3), no_execute: bit(4), smep: bit(5), global_pages: bit(6) }
+    Mode {
+        paging: bit(0),
+        pae: bit(1),
+        pse: bit(2),
+        write_protect: bit(3),
+        no_execute: bit(4),
+        smep: bit(5),
+        global_pages: bit(6),
+    }
 }
 
 struct Guest {

@@ -8,6 +8,8 @@
 const LOAD: u32 = 0x10_0000;
 /// The header's size in bytes; the code follows.
 const HEADER: u32 = 32;
+/// Where the code of an image is.
+pub const CODE: u32 = LOAD + HEADER;
 /// Multiboot1's magic number and the flag "the address fields are valid".
 const MAGIC: u32 = 0x1bad_b002;
 const FLAG_ADDRESSES: u32 = 1 << 16;
@@ -16,7 +18,7 @@ const FLAG_ADDRESSES: u32 = 1 << 16;
 pub fn multiboot(code: &[u8]) -> Vec<u8> {
     let checksum = 0u32.wrapping_sub(MAGIC + FLAG_ADDRESSES);
     // Magic, flags, checksum; header_addr, load_addr, load_end_addr (0: the whole file), bss_end_addr, entry_addr.
-    let header = [MAGIC, FLAG_ADDRESSES, checksum, LOAD, LOAD, 0, 0, LOAD + HEADER];
+    let header = [MAGIC, FLAG_ADDRESSES, checksum, LOAD, LOAD, 0, 0, CODE];
     header.iter().flat_map(|word| word.to_le_bytes()).chain(code.iter().copied()).collect()
 }
 
@@ -53,7 +55,7 @@ pub fn spin() -> Vec<u8> {
 
 /// A fault with an empty interrupt table, then the same again: a triple fault.
 pub fn triple_fault() -> Vec<u8> {
-    let at = (LOAD + HEADER + 9).to_le_bytes();
+    let at = (CODE + 9).to_le_bytes();
     let load_table = [0x0f, 0x01, 0x1d, at[0], at[1], at[2], at[3]]; // lidt [six zero bytes below]
     [&load_table[..], &[0x0f, 0x0b], &[0; 6]].concat() // ud2
 }

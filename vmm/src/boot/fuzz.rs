@@ -9,18 +9,26 @@ use umbra_mmu::{Gpa, PAGE_SIZE};
 
 use crate::board::MemoryMap;
 
-use super::{BootRequest, GuestMemorySink, Image, MemoryError, Module, witness};
+use super::{BootRequest, Entry, GuestMemorySink, Image, ImageError, MemoryError, Module, witness};
 
 /// What a fuzzer calls: parses `bytes` as an image and loads it into a guest of 16 MiB whose memory checks every
 /// write. Panics if the loader breaks its word.
 pub fn image(bytes: &[u8]) {
-    let Ok(image) = Image::parse(bytes) else { return };
     let Ok(memory) = MemoryMap::new(16 << 20) else { return };
-    let mut sink = CheckedSink::new(memory);
     let module = Module { command_line: "module", data: &bytes[..bytes.len().min(10_000)] };
-    let request = BootRequest { memory, command_line: "fuzz", modules: &[module] };
-    match image.load(&mut sink, &request) {
-        Ok(entry) => assert!(sink.holds(entry.info, 4), "the info structure is in memory"),
+    image_for(bytes, &BootRequest { memory, command_line: "fuzz", modules: &[module] }, None);
+}
+
+/// The same for any guest. Memory refuses the write (or clearing) number `refused`, counted from 0, if there is one.
+pub fn image_for(bytes: &[u8], request: &BootRequest<'_>, refused: Option<usize>) {
+    let Ok(image) = Image::parse(bytes) else { return };
+    let mut sink = CheckedSink { refused, ..CheckedSink::new(request.memory) };
+    match image.load(&mut sink, request) {
+        Ok(entry) => {
+            assert!(!sink.has_refused(), "memory that cannot be written is an error");
+            sink.check_entry(&entry, request);
+        }
+        Err(ImageError::Write { .. }) => assert!(sink.has_refused(), "no write was refused"),
         Err(_) => assert!(sink.is_untouched(), "an image that is refused leaves no trace"),
     }
 }
@@ -45,11 +53,13 @@ pub fn witnesses(bytes: &[u8]) {
 pub(super) struct CheckedSink {
     memory: MemoryMap,
     written: Vec<Range<u64>>,
+    /// Which write is refused.
+    refused: Option<usize>,
 }
 
 impl CheckedSink {
     pub(super) fn new(memory: MemoryMap) -> CheckedSink {
-        CheckedSink { memory, written: Vec::new() }
+        CheckedSink { memory, written: Vec::new(), refused: None }
     }
 
     fn is_untouched(&self) -> bool {
@@ -61,7 +71,27 @@ impl CheckedSink {
         self.written.iter().any(|range| range.start <= gpa.0 && gpa.0 + bytes <= range.end)
     }
 
-    fn note(&mut self, gpa: Gpa, bytes: u64) {
+    fn has_refused(&self) -> bool {
+        self.refused.is_some_and(|refused| refused < self.written.len())
+    }
+
+    /// What was promised of a kernel that is loaded.
+    fn check_entry(&self, entry: &Entry, request: &BootRequest<'_>) {
+        assert!(self.holds(entry.info, 4), "the info structure is in memory");
+        let eip = Gpa(entry.cpu.eip.into());
+        assert!(entry.kernel.contains(&eip), "the kernel begins at {eip}, outside {:?}", entry.kernel);
+        assert!(entry.kernel.end.0 <= 1 << 32, "a kernel lies below 4 GiB");
+        assert_eq!(entry.modules.len(), request.modules.len());
+        for (range, module) in entry.modules.iter().zip(request.modules) {
+            assert_eq!(range.end.0 - range.start.0, module.data.len() as u64, "a module's size");
+            assert!(range.start >= entry.kernel.end && range.start.offset() == 0, "a module's place");
+            assert!(range.is_empty() || self.holds(range.start, module.data.len() as u64));
+        }
+    }
+
+    /// Notes a write; says whether memory takes it.
+    fn note(&mut self, gpa: Gpa, bytes: u64) -> Result<(), MemoryError> {
+        assert!(!self.has_refused(), "nothing is written after a refused write");
         let range = gpa.0..gpa.0.checked_add(bytes).expect("a write does not wrap");
         assert!(bytes != 0, "an empty write at {gpa}");
         let mut ram = self.memory.ram();
@@ -72,17 +102,16 @@ impl CheckedSink {
         let twice = self.written.iter().find(|old| old.start < range.end && range.start < old.end);
         assert!(twice.is_none(), "{range:x?} overlaps {twice:x?}");
         self.written.push(range);
+        if self.has_refused() { Err("refused".into()) } else { Ok(()) }
     }
 }
 
 impl GuestMemorySink for CheckedSink {
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        self.note(gpa, bytes.len() as u64);
-        Ok(())
+        self.note(gpa, bytes.len() as u64)
     }
 
     fn zero(&mut self, gpa: Gpa, bytes: u64) -> Result<(), MemoryError> {
-        self.note(gpa, bytes);
-        Ok(())
+        self.note(gpa, bytes)
     }
 }

@@ -81,6 +81,10 @@ impl FlatBus {
 
     /// Copies `bytes` to `address`; what falls outside memory is dropped.
     pub fn place(&mut self, address: u32, bytes: &[u8]) {
+        let start = address.wrapping_sub(self.base) as usize;
+        if let Some(whole) = start.checked_add(bytes.len()).and_then(|end| self.memory.get_mut(start..end)) {
+            return whole.copy_from_slice(bytes);
+        }
         for (byte, n) in bytes.iter().zip(0..) {
             if let Some(slot) = self.slot(address.wrapping_add(n)) {
                 *slot = *byte;

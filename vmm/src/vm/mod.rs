@@ -13,6 +13,7 @@
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | control, ask, requests | the control socket and its client; questions to a vCPU's thread |
 //! | serial | the guest's output |
+//! | fuzz | a guest for fuzzers |
 //! | ending, witness, summary | why it ended; what Umbra itself saw; the verdict |
 
 pub mod ask;
@@ -23,6 +24,7 @@ mod devices;
 mod ending;
 mod events;
 mod flush;
+pub mod fuzz;
 mod kick;
 mod memory;
 mod native;
