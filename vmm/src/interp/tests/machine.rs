@@ -126,6 +126,11 @@ impl Machine {
         step(&mut self.cpu, &mut self.bus)
     }
 
+    /// Executes the instruction that is there.
+    pub fn go(&mut self) -> Step {
+        step(&mut self.cpu, &mut self.bus)
+    }
+
     /// As `run`, and says that nothing has changed where there was a fault.
     pub fn fault(&mut self, bytes: &[u8]) -> Exception {
         let before = self.cpu.clone();

@@ -14,6 +14,7 @@ mod load;
 mod machine;
 mod order;
 mod random;
+mod real;
 mod restart;
 mod segment;
 mod string;
