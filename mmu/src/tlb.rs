@@ -335,7 +335,7 @@ impl SoftTlb {
         x ^= x >> 7;
         x ^= x << 17;
         self.random.set(x);
-        x % LOSS == 0
+        x.is_multiple_of(LOSS)
     }
 
     fn insert(&self, entry: Entry, gva: Gva) {
@@ -409,15 +409,15 @@ impl Mmu {
             return Err(Miss::Fault);
         };
         let (tag, kind) = (tag_of(root.index, gva), access.kind);
-        if let Some(mut entry) = tlb.recall(tag, gva) {
-            if entry.spte.allows(kind) {
-                let advances = self.p2m.advances();
-                if entry.checked != advances && self.check_entry(vcpu, &entry, gva, kind)? {
-                    entry.checked = advances;
-                    tlb.put_in_set(entry, gva);
-                }
-                return Ok(entry.spte.mfn());
+        if let Some(mut entry) = tlb.recall(tag, gva)
+            && entry.spte.allows(kind)
+        {
+            let advances = self.p2m.advances();
+            if entry.checked != advances && self.check_entry(vcpu, &entry, gva, kind)? {
+                entry.checked = advances;
+                tlb.put_in_set(entry, gva);
             }
+            return Ok(entry.spte.mfn());
         }
         let entry = self.tlb_walk(root, gva).ok_or(Miss::Fault)?;
         if !entry.spte.allows(kind) {

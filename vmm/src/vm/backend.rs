@@ -88,7 +88,7 @@ pub enum Runner {
         /// The VM.
         vm: Arc<KvmVm>,
         /// Its vCPU.
-        kvm: KvmVcpu,
+        kvm: Box<KvmVcpu>,
         /// What its KVM is like.
         probe: Quick,
         /// What interprets the guest's kernel, if that is not to run natively.
@@ -108,7 +108,7 @@ impl Runner {
         let Chosen::Kvm(host, probe) = plan.chosen else { return Ok(Runner::Soft(Soft::default())) };
         let options = Options { vcpus, ..Options::default() };
         let vm = Arc::new(KvmVm::new(&host, Arc::clone(pool), options)?);
-        let kvm = vm.create_vcpu(0)?;
+        let kvm = Box::new(vm.create_vcpu(0)?);
         Ok(Runner::Kvm { vm, kvm, probe, supervisor: interpret.then(Soft::default) })
     }
 
@@ -169,7 +169,7 @@ impl Runner {
         match self {
             Runner::Kvm { vm, kvm, probe, supervisor } => {
                 let flusher = Flusher::new(probe.translation, vm, mmu);
-                Box::new(Native::new(kvm, flusher, supervisor))
+                Box::new(Native::new(*kvm, flusher, supervisor))
             }
             Runner::Soft(soft) => Box::new(soft),
         }

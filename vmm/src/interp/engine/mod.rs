@@ -202,7 +202,7 @@ impl Engine {
         let (ops, mut told) = (self.cache.ops(&block), 0);
         for (done, op) in (1..).zip(ops) {
             let next = Handlers::<B>::TABLE[usize::from(op.handler)](run, op);
-            if next == Next::Next {
+            if next == Next::On {
                 continue;
             }
             if next == Next::Generic {

@@ -26,7 +26,7 @@ pub fn generic<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
 }
 
 pub fn nop<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
-    Next::Next
+    Next::On
 }
 
 #[inline(always)]
@@ -50,7 +50,7 @@ fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
         run.set::<W>(op.dst, outcome.value);
     }
     run.core.cpu.eflags = outcome.flags;
-    Next::Next
+    Next::On
 }
 
 #[inline(always)]
@@ -59,7 +59,7 @@ fn to_memory<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op
     if K >= 7 {
         let target = get!(run, run.load::<W>(op));
         run.core.cpu.eflags = compute::<K>(target, source, before, width::<W>()).flags;
-        return Next::Next;
+        return Next::On;
     }
     let mut after = before;
     get!(
@@ -112,7 +112,7 @@ pub fn unary_r<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
     let outcome = single::<K>(run.get::<W>(op.dst), run.flags(), width::<W>());
     run.set::<W>(op.dst, outcome.value);
     run.core.cpu.eflags = outcome.flags;
-    Next::Next
+    Next::On
 }
 
 pub fn unary_m<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -143,7 +143,7 @@ fn shifted<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, 
     };
     run.set::<W>(op.dst, outcome.value);
     run.core.cpu.eflags = outcome.flags;
-    Next::Next
+    Next::On
 }
 
 pub fn shift_ri<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -159,18 +159,18 @@ pub fn shift_rr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: 
 pub fn mov_rr<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<W>(op.src);
     run.set::<W>(op.dst, value);
-    Next::Next
+    Next::On
 }
 
 pub fn mov_ri<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     run.set::<W>(op.dst, op.imm);
-    Next::Next
+    Next::On
 }
 
 pub fn mov_rm<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = get!(run, run.load::<W>(op));
     run.set::<W>(op.dst, value);
-    Next::Next
+    Next::On
 }
 
 pub fn mov_mr<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -193,19 +193,19 @@ fn extended<const S: bool, const F: u8>(value: u32) -> u32 {
 pub fn extend_r<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<F>(op.src);
     run.set::<4>(op.dst, extended::<S, F>(value));
-    Next::Next
+    Next::On
 }
 
 pub fn extend_m<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = get!(run, run.load::<F>(op));
     run.set::<4>(op.dst, extended::<S, F>(value));
-    Next::Next
+    Next::On
 }
 
 pub fn load_address<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let offset = run.offset(op);
     run.set::<4>(op.dst, offset);
-    Next::Next
+    Next::On
 }
 
 pub fn push_r<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -228,12 +228,12 @@ pub fn push_m<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 pub fn pop_r<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = get!(run, run.pop());
     run.set::<4>(op.dst, value);
-    Next::Next
+    Next::On
 }
 
 pub fn leave<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     get!(run, run.core.leave(Width::B4));
-    Next::Next
+    Next::On
 }
 
 pub fn jmp<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -251,7 +251,7 @@ pub fn jmp_mem<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 }
 
 pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    if alu::condition(C.into(), run.flags()) { run.jump_by(op) } else { Next::Next }
+    if alu::condition(C.into(), run.flags()) { run.jump_by(op) } else { Next::On }
 }
 
 pub fn call<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -284,7 +284,7 @@ pub fn set_if<const C: u8, const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: 
     let value = u32::from(alu::condition(C.into(), run.flags()));
     if R {
         run.set::<1>(op.dst, value);
-        return Next::Next;
+        return Next::On;
     }
     get!(run, run.store::<1>(op, value));
     run.stored()
@@ -295,7 +295,7 @@ pub fn move_if<const C: u8, const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op:
     if alu::condition(C.into(), run.flags()) {
         run.set::<4>(op.dst, value);
     }
-    Next::Next
+    Next::On
 }
 
 pub fn multiply<const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
@@ -303,28 +303,28 @@ pub fn multiply<const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Nex
     let (product, fits) = product(run.get::<4>(op.dst), source, Width::B4, true);
     run.set::<4>(op.dst, product as u32);
     run.core.cpu.eflags = product_flags(run.flags(), fits);
-    Next::Next
+    Next::On
 }
 
 pub fn exchange<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let (a, b) = (run.get::<4>(op.dst), run.get::<4>(op.src));
     run.set::<4>(op.src, a);
     run.set::<4>(op.dst, b);
-    Next::Next
+    Next::On
 }
 
 pub fn swap_bytes<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<4>(op.dst).swap_bytes();
     run.set::<4>(op.dst, value);
-    Next::Next
+    Next::On
 }
 
 pub fn cdq<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     run.core.cpu.gpr[EDX] = (run.core.cpu.gpr[EAX] as i32 >> 31) as u32;
-    Next::Next
+    Next::On
 }
 
 pub fn cwde<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     run.core.cpu.gpr[EAX] = Width::B2.extend(run.core.cpu.gpr[EAX] & 0xffff);
-    Next::Next
+    Next::On
 }

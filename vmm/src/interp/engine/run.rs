@@ -17,7 +17,7 @@ use crate::interp::{Core, Exec, Leave, Step, Width};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     /// The next op.
-    Next,
+    On,
     /// EIP has been set: the block is over.
     Jumped,
     /// The block is over behind this op: its code has been stored to.
@@ -202,7 +202,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
     /// After an op that stored.
     #[inline(always)]
     pub fn stored(&self) -> Next {
-        if self.is_current() { Next::Next } else { Next::Stale }
+        if self.is_current() { Next::On } else { Next::Stale }
     }
 
     #[inline(always)]
