@@ -3,7 +3,7 @@
 //! Story: the interpreter's FPU instructions compute nothing themselves. Operands come in, the very operation runs on
 //! the host, and results, flags and exceptions go out; what they mean is the interpreter's business.
 //!
-//! How an operation runs: [`stubs`] holds one little routine for each, nothing but its bytes and a RET, in tables.
+//! How an operation runs: `stubs` holds one little routine for each, nothing but its bytes and a RET, in tables.
 //! Each function here loads the guest's registers into fixed host registers, calls the routine, and stores them again.
 //!
 //! Holds:

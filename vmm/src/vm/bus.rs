@@ -86,7 +86,7 @@ enum Road {
 
 impl<'a> GuestBus<'a> {
     /// The bus of `vcpu`, which is outside the guest. `time` is the vCPU's own, which instructions move on by
-    /// [`NANOS_PER_INSTRUCTION`]; `None` for one that goes by real time.
+    /// `NANOS_PER_INSTRUCTION`; `None` for one that goes by real time.
     pub fn new(mmu: &'a Mmu, vcpu: &'a mut Vcpu, devices: &'a Devices, time: Option<Nanos>) -> GuestBus<'a> {
         let aftermath = Aftermath::default();
         let mut bus =

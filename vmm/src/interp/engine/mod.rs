@@ -21,7 +21,7 @@
 //!   of the block that runs ends the block behind the instruction that stored.
 //! - INV-ENGINE-3: no allocation while code runs that has been decoded before.
 //!
-//! Limits: blocks are for the plain state ([`is_plain`]): no single-stepping, breakpoints, alignment checks, interrupt
+//! Limits: blocks are for the plain state (`is_plain`): no single-stepping, breakpoints, alignment checks, interrupt
 //! shadow, or code segment with a limit. Any other is stepped until it is plain again.
 
 mod cache;
