@@ -75,21 +75,21 @@ impl DoctorReport {
     fn advise(&self) -> Vec<String> {
         let mut advice = Vec::new();
         if let Some(problem) = &self.problem {
-            advice.push(format!("The kvm backend cannot be used: {problem}."));
+            advice.push(format!("The kvm backend cannot be used: {problem}. Guests run on --backend soft."));
             return advice;
         }
         if let Some(speed) = self.speed.filter(|speed| speed.emulated) {
             advice.push(format!(
                 "Slow: this KVM emulates 32-bit code, {speed}. Keep workloads to some ten million \
-                 instructions."
+                 instructions, or take --backend soft, which is faster here."
             ));
         }
         let missing = self.traps.iter().filter(|row| row.interpreted).map(|row| row.instruction);
         let missing: Vec<_> = missing.collect();
         if !missing.is_empty() {
             advice.push(format!(
-                "Missing: this KVM does not run {}. Integer instructions among them are interpreted, one trap for \
-                 each; x87, MMX and SSE end the run.",
+                "Missing: this KVM does not run {}. They are interpreted, one trap for each; code with the FPU, a \
+                 stretch at a time.",
                 missing.join(", ")
             ));
         }
