@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use umbra::cpu::{CpuState, Seg, Segment, cr0, eflags};
+use umbra::cpu::fpu::Pointers;
+use umbra::cpu::{CpuState, Fpu, Seg, Segment, cr0, eflags};
 use umbra::kvm::descriptors::decode;
 use umbra::kvm::{CannotRun, Host, KvmError, KvmExit, KvmVm, Options, Stop};
 use umbra::machine::Pool;
@@ -326,16 +327,25 @@ fn no_such_vcpu(host: &Host) -> Test {
 
 fn fpu(host: &Host) -> Test {
     let mut scratch = guest(host)?;
-    const XMM0: std::ops::Range<usize> = 160..176;
+    const PATTERN: u128 = 0x5a5a_5a5a_5a5a_5a5a << 64 | 0x5a5a_5a5a_5a5a_5a5a;
     let mut wanted = scratch.vcpu.fpu().map_err(text)?;
-    check!((&wanted[..2], &wanted[24..28]) == (&[0x7f, 3][..], &[0x80, 0x1f, 0, 0][..]), "{wanted:x?}");
-    wanted[XMM0].fill(0x5a);
+    check!(wanted == Fpu::default(), "{wanted:x?}");
+    wanted.set_xmm(0, PATTERN);
+    check!(wanted.set_mxcsr(0x3fa5), "legal");
+    wanted.set_words(0x0b7f, 0x3120);
+    wanted.set_tag_word(0x3fff);
+    wanted.set_st(0, 0x4000_c90f_daa2_2168_c235);
+    wanted.set_pointers(Pointers { opcode: 0x123, ip: 0x1000, cs: 0, dp: 0x2000, ds: 0 });
     scratch.vcpu.set_fpu(&wanted).map_err(text)?;
+    check!(scratch.vcpu.fpu().map_err(text)? == wanted, "read back: {:x?}", scratch.vcpu.fpu());
     // movups [esi], xmm0; hlt
     let exit = run(&mut scratch, &[0x0f, 0x11, 0x06, HLT])?;
     let stored = scratch.data_word(8).map_err(text)?;
     check!(halted(exit) && stored == 0x5a5a_5a5a_5a5a_5a5a, "{exit:?} {stored:#x}");
-    check!(scratch.vcpu.fpu().map_err(text)?[XMM0] == [0x5a; 16], "after an exit");
+    let after = scratch.vcpu.fpu().map_err(text)?;
+    check!((after.st(0), after.xmm(0)) == (wanted.st(0), PATTERN), "after an exit: {after:x?}");
+    let words = |fpu: &Fpu| (fpu.control(), fpu.status(), fpu.tags(), fpu.mxcsr());
+    check!(words(&after) == words(&wanted), "after an exit: {after:x?}");
     // With TS set the same instruction traps.
     scratch.load(&[0x0f, 0x11, 0x06, HLT], true).map_err(text)?;
     scratch.cpu.cr0 |= cr0::TS;

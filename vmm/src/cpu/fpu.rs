@@ -142,6 +142,15 @@ impl Fpu {
         fpu.set_mxcsr(dword(24)).then_some(fpu)
     }
 
+    /// The state in an image that hardware has stored: bits of MXCSR that this CPU does not have are dropped.
+    pub fn from_hardware(image: &[u8; IMAGE_BYTES]) -> Fpu {
+        let mut image = *image;
+        for (byte, mask) in image[24..28].iter_mut().zip(MXCSR_MASK.to_le_bytes()) {
+            *byte &= mask;
+        }
+        Fpu::from_image(&image).unwrap_or_default()
+    }
+
     /// The image that FXSAVE stores.
     pub fn image(&self) -> [u8; IMAGE_BYTES] {
         let mut image = [0; IMAGE_BYTES];

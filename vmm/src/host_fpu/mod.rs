@@ -224,3 +224,79 @@ fn quiet(guest: u32) -> u32 {
     let flush = if guest & UNDERFLOW_MASK != 0 { FLUSH_TO_ZERO } else { 0 };
     guest & (MXCSR_MASK & !FLUSH_TO_ZERO | flush) & !MXCSR_FLAGS | MXCSR_MASKS
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::fpu::status;
+
+    /// FCW, FSW and tag word of the host, and MXCSR.
+    fn host() -> ([u16; 3], u32) {
+        let (mut environment, mut mxcsr) = ([0_u16; 14], 0_u32);
+        // SAFETY: FNSTENV stores 28 bytes and STMXCSR four, to arrays that large; FLDENV loads back what FNSTENV has
+        // stored, which undoes its masking of exceptions. No other state changes.
+        unsafe {
+            asm!(
+                "fnstenv [{environment}]",
+                "fldenv [{environment}]",
+                "stmxcsr [{mxcsr}]",
+                environment = in(reg) environment.as_mut_ptr(),
+                mxcsr = in(reg) &raw mut mxcsr,
+            );
+        }
+        ([environment[0], environment[2], environment[4]], mxcsr)
+    }
+
+    #[test]
+    fn host_is_left_clean_whatever_the_guest_had() {
+        let before = host();
+        assert_eq!(before.0, [0x037f, 0, 0xffff]);
+        // An FPU full of odd things, with nothing masked, divides by zero.
+        let mut fpu = Fpu::default();
+        fpu.set_words(0x0c00, 0x3800 | status::PE);
+        fpu.set_tag_word(0);
+        assert!(fpu.set_mxcsr(0xe03f));
+        assert!(fpu.pending());
+        fpu.set_st(0, 0x3fff << 64 | 1 << 63);
+        let flags =
+            x87(X87::registers(0xd8, 0xf1), &mut fpu, &mut [0; 16], eflags::CF | eflags::DF | eflags::TF);
+        assert_eq!(fpu.status() & status::CLEARED, status::ZE | status::ES | status::B);
+        assert_eq!(flags, eflags::CF);
+        assert_eq!(host(), before);
+        let mut operands = Operands { a: 0x3f80_0000, mxcsr: 0xe000, ..Operands::default() };
+        float(Float::new(Prefix::Pf3, 0x5e), &mut operands);
+        assert_eq!((operands.a, operands.mxcsr), (0x7f80_0000, 4), "one by zero");
+        mixed(Mixed::new(Prefix::None, 0x2d), &mut operands);
+        assert_eq!(mmx(Mmx::new(0xfc), 0xff01, 0x0101), 0x0002);
+        assert_eq!(packed(Packed::integer(0xef), 5, 3), 6);
+        assert_eq!(host(), before);
+    }
+
+    #[test]
+    fn comparisons_set_flags_and_fcmov_reads_them() {
+        let mut operands = Operands { a: 0x3f80_0000, b: 0x4000_0000, mxcsr: 0x1f80, ..Operands::default() };
+        float(Float::new(Prefix::None, 0x2f), &mut operands);
+        assert_eq!(operands.flags, eflags::CF);
+        let mut fpu = Fpu::default();
+        fpu.set_tag_word(0);
+        (0..8).for_each(|n| fpu.set_st(n, n as u128));
+        // fcmovb st(0), st(3); fcomi st(0), st(3)
+        let mut none = [0; 16];
+        assert_eq!(x87(X87::registers(0xda, 0xc3), &mut fpu, &mut none, operands.flags), eflags::CF);
+        assert_eq!(fpu.st(0), 3);
+        assert_eq!(x87(X87::registers(0xdb, 0xf3), &mut fpu, &mut none, 0), eflags::ZF);
+    }
+
+    #[test]
+    fn memory_operands_go_both_ways() {
+        let mut fpu = Fpu::default();
+        let mut operand = [0; 16];
+        operand[..8].copy_from_slice(&1.5_f64.to_le_bytes());
+        x87(X87::memory(0xdd, 0), &mut fpu, &mut operand, 0);
+        assert_eq!((fpu.top(), fpu.tags(), fpu.st(0)), (7, 0x80, 0x3fff << 64 | 3 << 62));
+        operand = [0xff; 16];
+        x87(X87::memory(0xd9, 3), &mut fpu, &mut operand, 0);
+        assert_eq!(operand[..4], 1.5_f32.to_le_bytes());
+        assert_eq!((operand[4], fpu.tags()), (0xff, 0));
+    }
+}

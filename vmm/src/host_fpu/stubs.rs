@@ -147,24 +147,25 @@ impl X87 {
     }
 }
 
-const fn contains(list: &[u8], opcode: u8) -> bool {
+/// No routine.
+const NONE: u16 = u16::MAX;
+
+/// Where the routines of each opcode begin in the SIMD table.
+const SLOTS: [u16; 256] = {
+    let mut slots = [NONE; 256];
     let mut n = 0;
-    while n < list.len() {
-        if list[n] == opcode {
-            return true;
-        }
+    while n < OPCODES.len() {
+        slots[OPCODES[n] as usize] = (4 * n * SIMD_BYTES) as u16;
         n += 1;
     }
-    false
-}
+    slots
+};
 
 /// The offset of a routine in the SIMD table.
 const fn slot(prefix: Prefix, opcode: u8) -> u16 {
-    let mut n = 0;
-    while OPCODES[n] != opcode {
-        n += 1;
-    }
-    ((4 * n + prefix as usize) * SIMD_BYTES) as u16
+    let first = SLOTS[opcode as usize];
+    assert!(first != NONE, "not an instruction of the table");
+    first + prefix as u16 * SIMD_BYTES as u16
 }
 
 fn simd(slot: u16) -> *const u8 {
@@ -174,7 +175,7 @@ fn simd(slot: u16) -> *const u8 {
 /// True for integer instructions that MMX and XMM registers share.
 const fn is_integer(opcode: u8) -> bool {
     let no_others = !matches!(opcode, 0x6c | 0x6d | 0xe6);
-    opcode >= 0x60 && no_others && contains(OPCODES, opcode)
+    opcode >= 0x60 && no_others && SLOTS[opcode as usize] != NONE
 }
 
 /// An instruction on XMM registers that is not floating point: MXCSR means nothing to it.

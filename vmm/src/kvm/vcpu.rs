@@ -36,7 +36,8 @@ use super::registers::{
 };
 use super::sys::{self, MachineVm};
 use super::vm::call;
-use crate::cpu::{CpuState, Seg, Segment};
+use crate::cpu::fpu::{IMAGE_BYTES, IMAGE_BYTES_USED};
+use crate::cpu::{CpuState, Fpu, Seg, Segment};
 
 /// One vCPU. It belongs to the thread that enters it; others reach it through its [`Kicker`].
 #[derive(Debug)]
@@ -57,8 +58,15 @@ pub struct KvmVcpu {
     late_kicks: u64,
 }
 
-/// FPU and SSE registers as FXSAVE stores them in 32-bit code.
-pub type FxsaveArea = [u8; 512];
+/// Where the image of 32-bit code has FCS and FDS, and that of 64-bit code, which KVM's is, the upper halves of FIP and
+/// FDP.
+const SELECTORS: [usize; 2] = [12, 20];
+
+fn without_selectors(image: &mut [u8; IMAGE_BYTES]) {
+    for at in SELECTORS {
+        image[at..at + 4].fill(0);
+    }
+}
 
 /// How a run of the vCPU ended.
 enum Left {
@@ -147,28 +155,31 @@ impl KvmVcpu {
         Ok(self.tables.set(self.machine.pool(), gdt, ldt)?)
     }
 
-    /// The guest's FPU and SSE registers, which stay in the vCPU between entries.
+    /// The guest's FPU, which stays in the vCPU between entries. KVM keeps no FCS and FDS: they read as zeros.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn fpu(&self) -> Result<FxsaveArea, KvmError> {
+    pub fn fpu(&self) -> Result<Fpu, KvmError> {
         let state = self.fd.get_xsave().map_err(|error| call("KVM_GET_XSAVE", error))?;
-        let mut area = [0; 512];
-        for (bytes, word) in area.as_chunks_mut::<4>().0.iter_mut().zip(&state.region) {
+        let mut image = [0; IMAGE_BYTES];
+        for (bytes, word) in image.as_chunks_mut::<4>().0.iter_mut().zip(&state.region) {
             *bytes = word.to_le_bytes();
         }
-        Ok(area)
+        without_selectors(&mut image);
+        Ok(Fpu::from_hardware(&image))
     }
 
-    /// Sets the guest's FPU and SSE registers.
+    /// Sets the guest's FPU.
     ///
     /// # Errors
-    /// When KVM refuses; an MXCSR with reserved bits is refused.
-    pub fn set_fpu(&mut self, area: &FxsaveArea) -> Result<(), KvmError> {
+    /// When KVM refuses.
+    pub fn set_fpu(&mut self, fpu: &Fpu) -> Result<(), KvmError> {
         const XSTATE_BV: usize = 512 / 4;
         const X87_AND_SSE: u32 = 3;
         let mut state = self.fd.get_xsave().map_err(|error| call("KVM_GET_XSAVE", error))?;
-        for (word, bytes) in state.region.iter_mut().zip(area.as_chunks::<4>().0) {
+        let mut image = fpu.image();
+        without_selectors(&mut image);
+        for (word, bytes) in state.region.iter_mut().zip(image[..IMAGE_BYTES_USED].as_chunks::<4>().0) {
             *word = u32::from_le_bytes(*bytes);
         }
         state.region[XSTATE_BV] |= X87_AND_SSE;

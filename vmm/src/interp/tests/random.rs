@@ -6,7 +6,7 @@ use super::super::flat::Page;
 use super::super::{Delivered, Event, Step};
 use super::machine::*;
 use crate::cpu::eflags::{FIXED, VM};
-use crate::cpu::{CpuState, Seg};
+use crate::cpu::{CpuState, Fpu, Seg};
 
 /// A random machine, its memory sown with things that make sense to some instruction.
 #[derive(Clone, Debug)]
@@ -35,7 +35,13 @@ fn register() -> impl Strategy<Value = u32> {
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     let prefix = prop::sample::select(vec![0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65]);
     let prefixes = prop::collection::vec(prefix, 0..3);
-    let map = prop_oneof![3 => Just(vec![]), 2 => Just(vec![0x0f])];
+    let map = prop_oneof![
+        3 => Just(vec![]),
+        2 => Just(vec![0x0f]),
+        // x87, and most of MMX and SSE.
+        1 => (0xd8_u8..=0xdf).prop_map(|escape| vec![escape]),
+        1 => (0x50_u8..=0x7f).prop_map(|opcode| vec![0x0f, opcode]),
+    ];
     (prefixes, map, prop::collection::vec(any::<u8>(), 12)).prop_map(|(a, b, c)| [a, b, c].concat())
 }
 
@@ -76,10 +82,25 @@ impl Start {
         // AM, NE, TS, EM, MP; SMAP, UMIP, TSD, and SSE most of the time.
         machine.cpu.cr0 |= self.control & 0x4_002e & self.control >> 8;
         machine.cpu.cr4 |= self.control & 0x20_0804 | (self.control | self.flags) & 0x600;
-        machine.cpu.fpu.set_words(self.seed as u16 | 0x3f, (self.flags >> 8) as u16);
-        machine.cpu.fpu.set_tag_word(self.control as u16);
+        self.sow_fpu(&mut machine.cpu.fpu);
         machine.bus.place(CODE, &self.bytes);
         machine
+    }
+
+    /// An FPU of odd numbers, half of the time with all exceptions masked.
+    fn sow_fpu(&self, fpu: &mut Fpu) {
+        let masks = if self.seed & 8 == 0 { 0x3f } else { 0 };
+        fpu.set_words(self.seed as u16 | masks, (self.flags >> 8) as u16);
+        fpu.set_tag_word(self.control as u16);
+        assert!(fpu.set_mxcsr(self.flags & 0xffff | u32::from(masks) << 7));
+        let mut state = u64::from(self.seed) << 32 | u64::from(self.flags);
+        for n in 0..16 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            // Infinities, small numbers, zeros, anything.
+            let value = [0x7f80_0000, 0x3ff0_0000, 0, state][(state >> 60 & 3) as usize];
+            let value = u128::from(value) << 64 | u128::from(state.rotate_left(29));
+            if n < 8 { fpu.set_st(n, value) } else { fpu.set_xmm(n, value) }
+        }
     }
 
     fn sow(&self, machine: &mut Machine) {
