@@ -24,7 +24,7 @@ use super::ending::End;
 use super::flush::Flusher;
 use super::soft::Soft;
 use super::vcpu::{Backend, Core, lacking};
-use crate::cpu::{Fpu, eflags};
+use crate::cpu::eflags;
 use crate::interp::engine::Extent;
 use crate::interp::{Event, Exception, Step, UnknownInstruction, vector};
 use crate::kvm::{KvmError, KvmExit, KvmVcpu, can_run};
@@ -208,8 +208,7 @@ impl Native {
     /// Takes the FPU's registers out of the hardware.
     fn fetch_fpu(&mut self, core: &mut Core) -> Result<(), KvmError> {
         if core.fpu_in_hardware {
-            // Hardware lets no reserved bit of MXCSR be set, and none comes out of it.
-            core.cpu.fpu = Fpu::from_image(&self.kvm.fpu()?).unwrap_or_default();
+            core.cpu.fpu = self.kvm.fpu()?;
         }
         (core.fpu_in_hardware, core.fpu_wanted) = (false, false);
         Ok(())
@@ -218,7 +217,7 @@ impl Native {
     /// Puts them back.
     fn give_fpu(&mut self, core: &mut Core) -> Result<(), KvmError> {
         if !core.fpu_in_hardware {
-            self.kvm.set_fpu(&core.cpu.fpu.image())?;
+            self.kvm.set_fpu(&core.cpu.fpu)?;
             core.fpu_in_hardware = true;
         }
         Ok(())
