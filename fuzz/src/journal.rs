@@ -11,6 +11,8 @@ const CALLS_MAX: u32 = 20_000;
 const ATTEMPTS_MAX: usize = 4;
 /// The most slots of a frame: a call gate's 31 parameters and four registers.
 const FRAME_MAX: usize = 35;
+/// MXCSR's exception flags.
+const SIMD_FLAGS: u32 = 0x3f;
 const PAGE_BYTES: u32 = 4096;
 /// ECX and its kin in `CpuState::gpr`.
 const ECX: usize = 1;
@@ -117,20 +119,25 @@ impl<'a, B: Bus> Journal<'a, B> {
         }
         let mut expected = before.clone();
         if let Step::Exception(exception) = step {
-            // What silicon changes too: DR6; the end of NMI blocking by an IRET that faults.
+            // What silicon changes too: DR6; MXCSR's flags; the end of NMI blocking by an IRET that faults.
             expected.nmi_blocked &= after.nmi_blocked;
             if exception.vector == vector::DB {
                 expected.dr[6] |= after.dr[6] & 0xe00f;
             }
+            if matches!(exception.vector, vector::XM | vector::UD) {
+                expected.fpu.raise_simd(after.fpu.mxcsr() & SIMD_FLAGS);
+            }
         }
         let iterations = self.iterations(before, after);
         if iterations == 0 {
-            assert_eq!(expected, *after, "{step:?} has changed the CPU");
+            assert_eq!(expected, *after, "{step:?} of {:02x?} has changed the CPU", self.code);
             return self.check_traces(before, 1);
         }
         for register in [0, ECX, 6, 7] {
             expected.gpr[register] = after.gpr[register];
         }
+        let compared = 0xcd5 & !eflags::DF;
+        expected.eflags = expected.eflags & !compared | after.eflags & compared;
         assert_eq!(expected, *after, "{step:?} has changed more than a string instruction's registers");
         // An iteration has at most two effects: a port and a store.
         assert!(
@@ -286,5 +293,10 @@ impl<B: Bus> Bus for Journal<'_, B> {
     fn tsc(&mut self) -> u64 {
         self.count();
         self.bus.tsc()
+    }
+
+    fn want_fpu(&mut self) -> Result<(), BusError> {
+        self.call()?;
+        self.bus.want_fpu()
     }
 }

@@ -9,7 +9,8 @@
 //! consistent (`state::inconsistency`).
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Unstructured};
-use umbra::cpu::{CpuState, Seg, Segment, TableRegister, cr0, efer, eflags};
+use umbra::cpu::fpu::IMAGE_BYTES;
+use umbra::cpu::{CpuState, Fpu, Seg, Segment, TableRegister, cr0, efer, eflags};
 use umbra::interp::Event;
 
 use crate::state::CR4;
@@ -206,6 +207,8 @@ pub struct Start {
     /// Limits of GDT, IDT and TSS, where they are not what they should be.
     limits: Option<(u8, Value)>,
     task16: bool,
+    /// The image that the FPU holds, where it is not as after reset: grown from this.
+    fpu: Option<u32>,
     odd: u8,
     seed: u32,
 }
@@ -225,18 +228,39 @@ impl Beginning {
         match self {
             Beginning::Spelt(start) => *start,
             Beginning::Seeded(seed) => {
-                let mut state = u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-                let noise = || {
-                    state ^= state << 13;
-                    state ^= state >> 7;
-                    state ^= state << 17;
-                    (state >> 24) as u8
-                };
-                let bytes: Vec<u8> = std::iter::repeat_with(noise).take(START_BYTES).collect();
+                let bytes: Vec<u8> = noise(seed).take(START_BYTES).collect();
                 Start::arbitrary(&mut Unstructured::new(&bytes)).expect("bytes enough for a start")
             }
         }
     }
+}
+
+/// Bytes of noise.
+fn noise(seed: u32) -> impl Iterator<Item = u8> {
+    let mut state = u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 24) as u8
+    })
+}
+
+/// An FXSAVE image with numbers of each kind in its registers: noise, and in places all zeros or all ones.
+fn image(seed: u32) -> [u8; IMAGE_BYTES] {
+    let mut noise = noise(seed);
+    let mut bytes = [0; IMAGE_BYTES];
+    for chunk in bytes.chunks_exact_mut(2) {
+        let fill = match noise.next() {
+            Some(0..0x30) => Some(0),
+            Some(0x30..0x60) => Some(0xff),
+            _ => None,
+        };
+        chunk.fill_with(|| fill.or_else(|| noise.next()).unwrap_or(0));
+    }
+    // MXCSR has 16 bits.
+    bytes[26..28].fill(0);
+    bytes
 }
 
 /// What a plan may leave to the target.
@@ -271,6 +295,9 @@ impl Start {
         cpu.tr = Segment { selector: TASK << 3, base: TSS, limit: 0xff, attributes: kind, unusable: false };
         self.segments(&mut cpu, mode);
         self.control(&mut cpu, paging);
+        if let Some(fpu) = self.fpu.and_then(|seed| Fpu::from_image(&image(seed))) {
+            cpu.fpu = fpu;
+        }
         for (register, value) in cpu.gpr.iter_mut().zip(self.registers) {
             *register = value.get();
         }
@@ -315,7 +342,9 @@ impl Start {
             _ => 0,
         };
         cpu.eflags = eflags::FIXED | self.flags & (0x0024_3ed5 | rare | rarer);
-        cpu.cr0 |= self.cr0 & (cr0::MP | cr0::EM | cr0::TS | cr0::NE | cr0::WP | cr0::AM | cr0::CD);
+        // The FPU is there, nearly always.
+        let away = self.cr0 & self.cr0 >> 8 & self.cr0 >> 12 & (cr0::EM | cr0::TS);
+        cpu.cr0 |= away | self.cr0 & (cr0::MP | cr0::NE | cr0::WP | cr0::AM | cr0::CD);
         cpu.cr4 = self.cr4 & CR4;
         if self.no_execute {
             cpu.msrs.efer = efer::NXE;
@@ -414,6 +443,8 @@ pub enum Code {
     Shaped { prefixes: [u8; 2], map: u8, opcode: u8, rest: [u8; 9] },
     /// What few random bytes are: the kernel's instructions, and transfers between segments and rings.
     System { which: u8, prefix: u8, operand: Value, selector: Selector, modrm: u8 },
+    /// x87, MMX, SSE and SSE2.
+    Fpu { prefix: u8, opcode: u8, modrm: u8, rest: [u8; 5] },
     /// Anything.
     Bytes([u8; 12]),
 }
@@ -424,6 +455,21 @@ impl Code {
         match self {
             Code::Keep => Vec::new(),
             Code::Bytes(bytes) => bytes.to_vec(),
+            Code::Fpu { prefix, opcode, modrm, rest } => {
+                let escape = opcode & 0x80 == 0;
+                let prefix = [0x66, 0xf2, 0xf3, 0x67].get(usize::from(prefix) % if escape { 16 } else { 6 });
+                let mut bytes: Vec<u8> = prefix.copied().into_iter().collect();
+                match opcode & 0x7f {
+                    opcode if escape => bytes.push(0xd8 | opcode & 7),
+                    opcode if opcode < 0x40 => bytes
+                        .extend([0x0f, [0x10, 0x28, 0x2c, 0xae][usize::from(opcode) % 4] | opcode >> 2 & 3]),
+                    opcode if opcode < 0x60 => bytes.extend([0x0f, 0x50 + (opcode & 0x1f)]),
+                    opcode => bytes.extend([0x0f, 0xc0 | opcode & 0x1f | opcode << 1 & 0x20]),
+                }
+                bytes.push(modrm);
+                bytes.extend(rest);
+                bytes
+            }
             Code::Shaped { prefixes, map, opcode, rest } => {
                 const PREFIXES: [u8; 11] = [0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65];
                 let prefix = |n: &u8| PREFIXES.get(usize::from(*n) % 32).copied();

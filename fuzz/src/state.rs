@@ -1,6 +1,7 @@
 //! What holds of every CPU state, and what every step hands on.
 
-use umbra::cpu::{CpuState, Seg, Segment, cr0, cr4, efer, eflags};
+use umbra::cpu::fpu::{MXCSR_MASK, status};
+use umbra::cpu::{CpuState, Fpu, Seg, Segment, cr0, cr4, efer, eflags};
 
 /// Bits of EFLAGS that exist, beside the one that is always set.
 const EFLAGS: u32 = 0x003f_7fd5;
@@ -47,6 +48,18 @@ pub fn check(cpu: &CpuState) {
     for segment in cpu.seg.iter().chain([&cpu.ldtr, &cpu.tr]) {
         assert_eq!(segment.attributes & NEVER_IN_ATTRIBUTES, 0, "{segment:x?}");
     }
+    check_fpu(&cpu.fpu);
+}
+
+/// INV-FPU-1 and INV-FPU-2: the image is one that FXRSTOR takes as it is, and that says the same again.
+fn check_fpu(fpu: &Fpu) {
+    assert_eq!(fpu.control() & 0xe0c0, 0x40, "FCW {:#x}", fpu.control());
+    let pending = fpu.status() & !fpu.control() & status::EXCEPTIONS != 0;
+    let summary = fpu.status() & (status::ES | status::B);
+    assert_eq!(summary, if pending { status::ES | status::B } else { 0 }, "FSW {:#x}", fpu.status());
+    assert_eq!(fpu.mxcsr() & !MXCSR_MASK, 0, "MXCSR {:#x}", fpu.mxcsr());
+    assert!((0..8).all(|n| fpu.st(n) >> 80 == 0), "the upper bits of a slot");
+    assert_eq!(Fpu::from_image(&fpu.image()).as_ref(), Some(fpu), "an image that is not its own");
 }
 
 /// A data segment register that its privilege may hold.

@@ -9,7 +9,7 @@
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use umbra::cpu::{CpuState, Seg, cr0, cr4, efer};
-use umbra::interp::engine::{CodeBus, Engine, Extent};
+use umbra::interp::engine::{CodeBus, Engine, Extent, Ran, Waiting};
 use umbra::interp::{Bus, Delivered, Event, Step, deliver, step};
 use umbra::vm::fuzz::{Aftermath, Guest};
 use umbra_fuzz::journal::Journal;
@@ -79,6 +79,8 @@ enum Operation {
         code: Code,
         steps: u8,
         again_in: Option<u8>,
+        /// An interrupt, or an NMI, that waits.
+        waiting: u8,
     },
     Happening(Happening),
     /// Begins anew, with memory as it is.
@@ -120,11 +122,19 @@ struct Program {
     operations: Vec<Operation>,
 }
 
-/// How a stretch ended for one twin: as the engine says it.
-#[derive(Debug, PartialEq, Eq)]
+/// Some code to run.
+#[derive(Clone, Copy, Debug)]
 struct Stretch {
-    steps: u64,
-    last: Step,
+    budget: u64,
+    waiting: Waiting,
+}
+
+impl Stretch {
+    /// True where what waits can be taken now.
+    fn is_over(self, cpu: &CpuState) -> bool {
+        let nmi = !cpu.nmi_blocked && !cpu.interrupt_shadow;
+        (self.waiting.interrupt && cpu.interruptible()) || (self.waiting.nmi && nmi)
+    }
 }
 
 /// One of the two.
@@ -219,10 +229,10 @@ impl Twin {
     }
 
     /// So many steps, each judged.
-    fn run_steps(&mut self, budget: u64, mut again_in: Option<u32>) -> (Stretch, Aftermath) {
+    fn run_steps(&mut self, stretch: Stretch, mut again_in: Option<u32>) -> (Ran, Aftermath) {
         self.guest.with_bus(|cpu, bus| {
             let mut steps = 0;
-            while steps < budget {
+            while steps < stretch.budget && !stretch.is_over(cpu) {
                 let before = cpu.clone();
                 let mut journal = Journal::new(bus, again_in).sparing_repeats();
                 let last = step(cpu, &mut journal);
@@ -234,19 +244,16 @@ impl Twin {
                 steps += 1;
                 bus.advance(1);
                 if last != Step::Done {
-                    return Stretch { steps, last };
+                    return Ran { steps, last };
                 }
             }
-            Stretch { steps, last: Step::Done }
+            Ran { steps, last: Step::Done }
         })
     }
 
-    fn run_engine(&mut self, budget: u64) -> (Stretch, Aftermath) {
+    fn run_engine(&mut self, stretch: Stretch) -> (Ran, Aftermath) {
         let engine = &mut self.engine;
-        self.guest.with_bus(|cpu, bus| {
-            let ran = engine.run(cpu, bus, budget, Extent::All);
-            Stretch { steps: ran.steps, last: ran.last }
-        })
+        self.guest.with_bus(|cpu, bus| engine.run(cpu, bus, stretch.budget, Extent::All, stretch.waiting))
     }
 
     fn deliver(&mut self, event: Event) -> (Delivered, Aftermath) {
@@ -298,9 +305,11 @@ impl Pair {
     /// False at the end of the program.
     fn apply(&mut self, operation: Operation) -> bool {
         match operation {
-            Operation::Run { code, steps, again_in } => {
+            Operation::Run { code, steps, again_in, waiting } => {
                 self.each(|twin| twin.place_code(&code.bytes()));
-                return self.run(u64::from(steps % STEPS_MAX) + 1, again_in.map(u32::from));
+                let waiting = Waiting { interrupt: waiting & 7 == 1, nmi: waiting & 7 == 2 };
+                let stretch = Stretch { budget: u64::from(steps % STEPS_MAX) + 1, waiting };
+                return self.run(stretch, again_in.map(u32::from));
             }
             Operation::Happening(happening) => {
                 return match happening.event(&self.stepped.guest.cpu) {
@@ -351,12 +360,12 @@ impl Pair {
         true
     }
 
-    fn run(&mut self, budget: u64, again_in: Option<u32>) -> bool {
+    fn run(&mut self, stretch: Stretch, again_in: Option<u32>) -> bool {
         if self.stepped.guest.cpu.halted {
             return true;
         }
-        let (one, after_one) = self.stepped.run_steps(budget, again_in);
-        let (two, after_two) = self.engine.run_engine(budget);
+        let (one, after_one) = self.stepped.run_steps(stretch, again_in);
+        let (two, after_two) = self.engine.run_engine(stretch);
         check_aftermath(&after_one, one.last == Step::Again);
         check_aftermath(&after_two, two.last == Step::Again);
         if !self.agree(&one, &two, after_one.need.is_some() || after_two.need.is_some()) {
