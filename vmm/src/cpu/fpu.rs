@@ -368,6 +368,14 @@ mod tests {
     }
 
     #[test]
+    fn bit_of_mxcsr_that_only_the_host_has_costs_nothing_else() {
+        let mut image = numbered().image();
+        image[24..28].copy_from_slice(&0x0002_1fa0_u32.to_le_bytes());
+        let fpu = Fpu::from_hardware(&image);
+        assert_eq!((fpu.mxcsr(), fpu.st(7)), (0x1fa0, 8));
+    }
+
+    #[test]
     fn summary_follows_masks_and_flags() {
         let mut fpu = Fpu::default();
         fpu.set_words(0x037e, status::IE | status::ES);
