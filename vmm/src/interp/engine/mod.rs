@@ -22,7 +22,7 @@
 //! - INV-ENGINE-3: no allocation while code runs that has been decoded before.
 //!
 //! Limits: blocks are for the plain state (`is_plain`): no single-stepping, breakpoints, alignment checks, interrupt
-//! shadow, or code segment with a limit. Any other is stepped until it is plain again.
+//! shadow, or code segment with a limit or a base within a page. Any other is stepped until it is plain again.
 
 mod cache;
 mod ops;
@@ -261,4 +261,5 @@ fn is_plain(cpu: &CpuState) -> bool {
         && !cpu.halted
         && !aligned
         && cpu.segment(Seg::Cs).limit == u32::MAX
+        && Gva(cpu.segment(Seg::Cs).base).offset() == 0
 }

@@ -332,3 +332,18 @@ fn a_run_ends_where_a_waiting_interrupt_can_be_taken() {
     let ran = Engine::default().run(&mut cpu, &mut bus, 100, Extent::All, waiting);
     assert_eq!((ran.last, ran.steps, cpu.eip), (Step::Done, 3, CODE + 3));
 }
+
+/// mov al, 7, whose second byte would be fetched at EIP 0: beyond the segment's limit, though in the same page where the
+/// segment's base lies within one.
+#[test]
+fn an_instruction_over_the_wrap_of_eip_is_a_gp_where_the_base_of_cs_lies_within_a_page() {
+    let mut bus = FlatBus::new(0, SIZE as usize);
+    bus.place(CODE + 0x7ff, &[0xb0, 7, 0xf4]);
+    let mut cpu = CpuState::flat_protected_mode(u32::MAX);
+    cpu.seg[1].base = CODE + 0x800;
+    let mut theirs = (cpu.clone(), bus.clone());
+    let got = Engine::default().run(&mut cpu, &mut bus, 10, Extent::All, Waiting::default());
+    let want = model(&mut theirs.0, &mut theirs.1, 10, Extent::All, Waiting::default());
+    let refused = Ran { steps: 1, last: Step::Exception(crate::interp::Exception::gp(0)) };
+    assert_eq!((got, want, cpu), (refused, refused, theirs.0));
+}
