@@ -231,18 +231,22 @@ impl Twin {
     /// So many steps, each judged.
     fn run_steps(&mut self, stretch: Stretch, mut again_in: Option<u32>) -> (Ran, Aftermath) {
         self.guest.with_bus(|cpu, bus| {
-            let mut steps = 0;
-            while steps < stretch.budget && !stretch.is_over(cpu) {
+            let (mut steps, mut again) = (0, false);
+            while again || steps < stretch.budget && !stretch.is_over(cpu) {
+                // Time moves on before the instruction, which may read it; once, however often it must begin again.
+                if !again {
+                    steps += 1;
+                    bus.advance(1);
+                }
                 let before = cpu.clone();
                 let mut journal = Journal::new(bus, again_in).sparing_repeats();
                 let last = step(cpu, &mut journal);
                 journal.judge_step(&before, cpu, &last);
                 state::check_handed_on(&before, cpu);
-                if last == Step::Again && again_in.take().is_some() {
+                again = last == Step::Again && again_in.take().is_some();
+                if again {
                     continue;
                 }
-                steps += 1;
-                bus.advance(1);
                 if last != Step::Done {
                     return Ran { steps, last };
                 }
