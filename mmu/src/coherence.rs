@@ -7,15 +7,23 @@
 //!
 //! ```text
 //! remover                              vCPU
-//! spte := 0                            epoch := clock++          (begin_flush)
-//! stamp := clock  ------------------>  the hardware flush
-//! debt(frame) max= stamp               flushed := epoch          (end_flush)
+//! removing++                           epoch := clock++          (begin_flush)
+//! spte := 0                            the hardware flush
+//! -- full fence --                     flushed := epoch          (end_flush)
+//! stamp := clock
+//! debt(frame) max= stamp
+//! last removal max= stamp + 1
+//! removing--
 //!
-//! covered(stamp)  <=>  every vCPU: flushed > stamp, or it is outside with a request > stamp
+//! covered(stamp)  <=>  every vCPU: flushed > stamp, or it has a request > stamp and is outside
+//! owes(vCPU)      <=>  removing > 0, or last removal > flushed
 //! ```
 //!
-//! A removal stamped `s` read the clock before any flush that took an epoch above `s`, so its store came before
-//! that flush: the flush covers it. One stamped later is not covered, whatever the true order was.
+//! A removal stamped `s` read the clock before any flush that took an epoch above `s`, and the fence put its store
+//! before that: the flush covers it. One stamped later is not covered, whatever the true order was.
+//!
+//! A guest's INVLPG that finds its spte gone, by a removal of Umbra's own that is not stamped yet, owes the flush
+//! all the same: hence `removing`.
 //!
 //! Holds: INV-COH-1, nothing is reused unless its stamp is covered. Each vCPU's `flushed` only rises.
 //!
@@ -23,7 +31,7 @@
 
 use crate::addr::Mfn;
 use crate::lock_order;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -72,6 +80,8 @@ pub struct Removals {
 /// The flush clock, and each vCPU's place on it.
 pub struct Coherence {
     clock: AtomicU64,
+    /// Removals that are not stamped yet.
+    removing: AtomicU32,
     /// One past the stamp of the last removal.
     last_removal: AtomicU64,
     vcpus: Box<[VcpuFlush]>,
@@ -84,6 +94,7 @@ impl std::fmt::Debug for Coherence {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Coherence")
             .field("clock", &self.clock)
+            .field("removing", &self.removing)
             .field("last_removal", &self.last_removal)
             .field("vcpus", &self.vcpus)
             .finish_non_exhaustive()
@@ -95,6 +106,7 @@ impl Coherence {
     pub fn new(vcpus: u32, shootdown: Box<dyn Shootdown>) -> Coherence {
         Coherence {
             clock: AtomicU64::new(1),
+            removing: AtomicU32::new(0),
             last_removal: AtomicU64::new(0),
             vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
             log_removals: AtomicBool::new(false),
@@ -114,27 +126,11 @@ impl Coherence {
         std::mem::take(&mut *self.removals.lock())
     }
 
-    /// Stamps the removal or narrowing of a leaf spte to `mfn`, already stored. The stamp is the frame's debt.
+    /// Begins a removal: called before the first spte is stored to.
     #[inline]
-    pub(crate) fn stamp_leaf(&self, mfn: Mfn) -> u64 {
-        if self.log_removals.load(Ordering::Relaxed) {
-            self.log(Some(mfn));
-        }
-        self.stamp()
-    }
-
-    /// Stamps the unlinking of a table, already stored.
-    pub(crate) fn stamp_table(&self) -> u64 {
-        if self.log_removals.load(Ordering::Relaxed) {
-            self.log(None);
-        }
-        self.stamp()
-    }
-
-    fn stamp(&self) -> u64 {
-        let stamp = self.clock.load(Ordering::SeqCst);
-        self.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
-        stamp
+    pub(crate) fn removal(&self) -> Removal<'_> {
+        self.removing.fetch_add(1, Ordering::SeqCst);
+        Removal { ledger: self }
     }
 
     fn log(&self, mfn: Option<Mfn>) {
@@ -150,9 +146,9 @@ impl Coherence {
         self.removed_since(self.flushed(vcpu))
     }
 
-    /// True when something was removed that a flush of `epoch` does not cover.
+    /// True when something was removed, or is being, that a flush of `epoch` does not cover.
     pub(crate) fn removed_since(&self, epoch: u64) -> bool {
-        self.last_removal.load(Ordering::SeqCst) > epoch
+        self.removing.load(Ordering::SeqCst) > 0 || self.last_removal.load(Ordering::SeqCst) > epoch
     }
 
     /// Epoch of the last completed flush of everything on `vcpu`.
@@ -218,11 +214,55 @@ impl Coherence {
     }
 }
 
+/// A removal of sptes that is under way. Each kind of stamp ends it, and so does dropping it with nothing removed.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Removal<'a> {
+    ledger: &'a Coherence,
+}
+
+impl Removal<'_> {
+    /// Stamps the removal or narrowing of leaf sptes to `mfn`, already stored. The stamp is the frame's debt.
+    #[inline]
+    pub fn stamp_leaf(self, mfn: Mfn) -> u64 {
+        if self.ledger.log_removals.load(Ordering::Relaxed) {
+            self.ledger.log(Some(mfn));
+        }
+        self.stamp()
+    }
+
+    /// Stamps the unlinking of a table, already stored.
+    pub fn stamp_table(self) -> u64 {
+        if self.ledger.log_removals.load(Ordering::Relaxed) {
+            self.ledger.log(None);
+        }
+        self.stamp()
+    }
+
+    #[inline]
+    fn stamp(self) -> u64 {
+        // The sptes' stores become visible before the clock is read: a CPU may otherwise read it first.
+        fence(Ordering::SeqCst);
+        let stamp = self.ledger.clock.load(Ordering::SeqCst);
+        self.ledger.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
+        stamp
+    }
+}
+
+impl Drop for Removal<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.ledger.removing.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl VcpuFlush {
+    /// The request is read before the mode: a vCPU seen outside after that has the request before it as it enters.
+    /// The other way round, it could enter in between, on an older request.
     fn covers(&self, stamp: u64) -> bool {
         self.flushed.load(Ordering::SeqCst) > stamp
-            || (self.mode.load(Ordering::SeqCst) == VcpuMode::Outside as u32
-                && self.requested.load(Ordering::SeqCst) > stamp)
+            || (self.requested.load(Ordering::SeqCst) > stamp
+                && self.mode.load(Ordering::SeqCst) == VcpuMode::Outside as u32)
     }
 }
 
@@ -238,7 +278,7 @@ mod tests {
     fn a_removal_is_owed_until_a_later_flush() {
         let ledger = one();
         assert!(!ledger.owes_flush(0));
-        let stamp = ledger.stamp_leaf(Mfn(1));
+        let stamp = ledger.removal().stamp_leaf(Mfn(1));
         assert!(ledger.owes_flush(0) && !ledger.covered(stamp));
         let epoch = ledger.begin_flush();
         ledger.end_flush(0, epoch);
@@ -249,15 +289,24 @@ mod tests {
     fn a_removal_after_the_epoch_was_taken_is_not_covered() {
         let ledger = one();
         let epoch = ledger.begin_flush();
-        let stamp = ledger.stamp_leaf(Mfn(1));
+        let stamp = ledger.removal().stamp_leaf(Mfn(1));
         ledger.end_flush(0, epoch);
         assert!(!ledger.covered(stamp));
     }
 
     #[test]
+    fn a_removal_under_way_is_owed_though_it_has_no_stamp() {
+        let ledger = one();
+        let removal = ledger.removal();
+        assert!(ledger.owes_flush(0), "the spte may be gone already");
+        drop(removal);
+        assert!(!ledger.owes_flush(0), "nothing was removed after all");
+    }
+
+    #[test]
     fn a_vcpu_outside_is_excused_by_its_request_alone() {
         let ledger = one();
-        let stamp = ledger.stamp_table();
+        let stamp = ledger.removal().stamp_table();
         assert!(!ledger.covered(stamp), "being outside is no excuse");
         ledger.shoot_down(None);
         assert!(ledger.covered(stamp));
@@ -270,10 +319,10 @@ mod tests {
         let ledger = one();
         ledger.log_removals();
         for n in 0..FLUSH_PAGES_MAX as u32 {
-            ledger.stamp_leaf(Mfn(n));
+            ledger.removal().stamp_leaf(Mfn(n));
         }
         assert!(!ledger.removals.lock().all);
-        ledger.stamp_leaf(Mfn(99));
+        ledger.removal().stamp_leaf(Mfn(99));
         let taken = ledger.take_removals();
         assert!(taken.all && taken.pages.len() == FLUSH_PAGES_MAX);
         assert_eq!(ledger.take_removals(), Removals::default());

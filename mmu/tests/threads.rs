@@ -273,16 +273,16 @@ impl Cpu {
             25..45 => self.check_own(SLOTS + slot, user),
             45..55 => self.check_own(slot, user),
             55..80 => self.check_other(slot, user),
-            80..85 => self.load_cr3(self.id),
-            85..88 => {
+            80..82 => self.load_cr3(self.id),
+            82..84 => {
                 // The other's address space; the shared pages are there too.
                 self.load_cr3(1 - self.id);
                 self.check_own(slot, user);
                 self.check_other(slot, user);
                 self.load_cr3(self.id);
             }
-            88..90 => self.flip_wp(),
-            90..92 => {
+            84..86 => self.flip_wp(),
+            86..96 => {
                 self.leave();
                 self.mmu.evict_shadow(self.rng.random_range(1..8));
             }

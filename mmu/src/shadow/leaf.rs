@@ -10,7 +10,7 @@
 
 use crate::Mmu;
 use crate::addr::{Gfn, Gva, Mfn, Mpa};
-use crate::bucket::{Link, Sequence};
+use crate::bucket::{BucketGuard, Link, Sequence};
 use crate::format::STATUS_BITS;
 use crate::frames::{FrameKind, SHADOWED, UNSYNC, WATCHED};
 use crate::p2m::PageState;
@@ -127,11 +127,13 @@ impl Mmu {
         if old == new {
             return Mapped::Done { changed: false, writable };
         }
+        let narrowing = is_narrowed(old, new).then(|| self.coherence.removal());
         self.machine.word64(at).store(new.0, Ordering::Release);
         if !old.is_present() {
             bucket.link(Link::new(gfn, at));
-        } else if is_narrowed(old, new) {
-            self.owe_leaf(mfn);
+        }
+        if let Some(removal) = narrowing {
+            self.frames.owe(mfn, removal.stamp_leaf(mfn));
         }
         Mapped::Done { changed: true, writable }
     }
@@ -139,38 +141,42 @@ impl Mmu {
     /// Removes the leaf at `at`, if it is there. Caller holds the lock of the page it is in, so nothing is made
     /// there meanwhile; an invalidation may be faster, which is fine.
     pub(crate) fn zap_leaf(&self, at: Mpa) {
-        let old = self.spte(at);
-        let Some(gfn) = old.is_present().then(|| self.frames.gfn(old.mfn())).flatten() else { return };
-        let mut bucket = self.buckets.lock(gfn);
-        if self.spte(at) == old {
-            self.machine.word64(at).store(Spte::ABSENT.0, Ordering::Release);
-            bucket.unlink(Link::new(gfn, at));
-            self.owe_leaf(old.mfn());
-        }
+        let Some((gfn, mut bucket, old)) = self.lock_leaf(at) else { return };
+        let removal = self.coherence.removal();
+        self.machine.word64(at).store(Spte::ABSENT.0, Ordering::Release);
+        bucket.unlink(Link::new(gfn, at));
+        self.frames.owe(old.mfn(), removal.stamp_leaf(old.mfn()));
     }
 
     /// Replaces the leaf at `at`, which maps the same frame, by one of fewer rights. Caller holds its page.
     pub(crate) fn narrow_leaf(&self, at: Mpa, rights: LeafRights) {
-        let old = self.spte(at);
-        let Some(gfn) = old.is_present().then(|| self.frames.gfn(old.mfn())).flatten() else { return };
-        let _bucket = self.buckets.lock(gfn);
-        if self.spte(at) != old {
-            return;
-        }
+        let Some((_, _bucket, old)) = self.lock_leaf(at) else { return };
         let (writable, executable) =
             (old.is_writable() && rights.writable, old.is_executable() && rights.executable);
         let global = old.is_global() && rights.global;
         let new = Spte::leaf(old.mfn(), writable, executable).with_global(global);
         if new != old {
+            let removal = self.coherence.removal();
             self.machine.word64(at).store(new.0, Ordering::Release);
-            self.owe_leaf(old.mfn());
+            self.frames.owe(old.mfn(), removal.stamp_leaf(old.mfn()));
         }
+    }
+
+    /// The frame that the leaf at `at` maps, its bucket, locked, and the leaf as it is then: whoever holds only the
+    /// bucket may have removed it since the first look, or write-protected it. Caller holds the page.
+    fn lock_leaf(&self, at: Mpa) -> Option<(Gfn, BucketGuard<'_>, Spte)> {
+        let seen = self.spte(at);
+        let gfn = seen.is_present().then(|| self.frames.gfn(seen.mfn())).flatten()?;
+        let bucket = self.buckets.lock(gfn);
+        let spte = self.spte(at);
+        spte.is_present().then_some((gfn, bucket, spte))
     }
 
     /// Write-protects every spte to `gfn`, in `mfn`; says whether some TLB may still let it be written: through an
     /// spte protected now, or through one that was removed before and not flushed since (TLB debt). Caller holds
     /// bucket(gfn) through `bucket`.
-    pub(crate) fn write_protect(&self, bucket: &crate::bucket::BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> bool {
+    pub(crate) fn write_protect(&self, bucket: &BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> bool {
+        let removal = self.coherence.removal();
         let mut narrowed = false;
         for link in bucket.links_of(gfn) {
             let old = self.spte(link.spte());
@@ -181,7 +187,9 @@ impl Mmu {
         }
         if narrowed {
             self.p2m.advance_write_generation(gfn);
-            self.owe_leaf(mfn);
+            self.frames.owe(mfn, removal.stamp_leaf(mfn));
+        } else {
+            drop(removal);
         }
         !self.coherence.covered(self.frames.debt(mfn))
     }
@@ -190,13 +198,16 @@ impl Mmu {
     /// that this leaves on the frame is covered. An empty reverse map is fine.
     pub fn zap_frame(&self, gfn: Gfn) {
         let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+        let mut bucket = self.buckets.lock(gfn);
+        let removal = self.coherence.removal();
         let mut zapped = false;
-        self.buckets.lock(gfn).unlink_all(gfn, |link| {
+        bucket.unlink_all(gfn, |link| {
             self.machine.word64(link.spte()).store(Spte::ABSENT.0, Ordering::Release);
             zapped = true;
         });
+        // Within the bucket: whoever write-protects next must see the debt.
         if zapped {
-            self.owe_leaf(mfn);
+            self.frames.owe(mfn, removal.stamp_leaf(mfn));
         }
     }
 
@@ -206,12 +217,9 @@ impl Mmu {
         let flags = self.frames.flags(mfn);
         flags & WATCHED != 0 || flags & (SHADOWED | UNSYNC) == SHADOWED
     }
-
-    fn owe_leaf(&self, mfn: Mfn) {
-        self.frames.owe(mfn, self.coherence.stamp_leaf(mfn));
-    }
 }
 
 fn is_narrowed(old: Spte, new: Spte) -> bool {
-    (old.is_writable() && !new.is_writable()) || (old.is_executable() && !new.is_executable())
+    old.is_present()
+        && ((old.is_writable() && !new.is_writable()) || (old.is_executable() && !new.is_executable()))
 }

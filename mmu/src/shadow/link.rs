@@ -108,9 +108,10 @@ impl Mmu {
         if self.child(entry) != Some(slot) {
             return;
         }
+        let removal = self.coherence.removal();
         self.machine.word64(entry).store(Spte::ABSENT.0, Ordering::Release);
         child.parents.retain(|parent| *parent != entry);
-        self.coherence.stamp_table();
+        removal.stamp_table();
     }
 
     /// The page of `key`, made if there is none. May sleep.
@@ -247,6 +248,7 @@ impl Mmu {
         if page.key.take().is_none() {
             return;
         }
+        let removal = self.coherence.removal();
         for parent in std::mem::take(&mut page.parents) {
             self.machine.word64(parent).store(Spte::ABSENT.0, Ordering::Release);
         }
@@ -262,8 +264,12 @@ impl Mmu {
                 self.zap_leaf(entry);
             }
         }
+        debug_assert!(
+            (0..512).all(|index| !self.spte(table.at(index * 8)).is_present()),
+            "INV-SHADOW-3: {key:?}"
+        );
         drop(page);
-        let stamp = self.coherence.stamp_table();
+        let stamp = removal.stamp_table();
         if let Some(pages) = shard.get_mut(&key.gfn) {
             pages.retain(|(_, other)| *other != slot);
             if pages.is_empty() {

@@ -168,7 +168,7 @@ impl Mmu {
         for index in 0..4 {
             self.unlink(root.tables.pdpt.at(index * 8), true);
         }
-        root.dead_at = self.coherence.stamp_table();
+        root.dead_at = self.coherence.removal().stamp_table();
         let key = root.key.take();
         if let Some(key) = key {
             roots.by_key.remove(&key);
