@@ -101,6 +101,9 @@ const LINK_FLAGS: &[&str] = &[
     "-Wl,-z,noexecstack",
 ];
 
+/// Arguments in registers, as other kernels for this CPU have them. traps.S and its like know.
+const KERNEL_CALLS: &str = "-mregparm=3";
+
 /// Where things are, and which compiler.
 struct Tree {
     kernel: PathBuf,
@@ -160,14 +163,13 @@ fn abi_header() -> String {
 
 impl Tree {
     /// Compiles one file to `object`.
-    fn compile(&self, source: &Path, object: &Path, define: Option<&str>) -> Result<()> {
+    fn compile(&self, source: &Path, object: &Path, more: &[&str]) -> Result<()> {
         let mut command = Command::new(&self.compiler);
         command.args(FLAGS).arg("-I").arg(&self.out).arg("-I").arg(&self.kernel);
         command.arg("-I").arg(&self.user).arg(format!("-fmacro-prefix-map={}/=", self.kernel.display()));
         // Where .incbin finds the programs.
         command.arg("-Wa,-I").arg(format!("-Wa,{}", self.out.display()));
-        command.args(define.map(|name| format!("-D{name}")));
-        command.arg("-c").arg(source).arg("-o").arg(object);
+        command.args(more).arg("-c").arg(source).arg("-o").arg(object);
         self.run(command)
     }
 
@@ -181,7 +183,7 @@ impl Tree {
         let mut objects = Vec::new();
         for file in ["start.S", "user.c"].iter().chain(program.files) {
             let object = self.out.join(format!("user-{file}.o"));
-            self.compile(&self.user.join(file), &object, None)?;
+            self.compile(&self.user.join(file), &object, &[])?;
             objects.push(object);
         }
         let image = self.out.join(format!("{}.user", program.name));
@@ -200,7 +202,7 @@ impl Tree {
             // The linker script finds early.o and cmdline.o by these names.
             let stem = file.rsplit_once('.').map_or(file.as_str(), |(stem, _)| stem);
             let object = self.out.join(format!("{}.o", if file.ends_with(".S") { &file } else { stem }));
-            self.compile(&self.kernel.join(&file), &object, None)?;
+            self.compile(&self.kernel.join(&file), &object, &[KERNEL_CALLS])?;
             objects.push((file, object));
         }
         Ok(objects)
@@ -213,7 +215,7 @@ impl Tree {
             Variant::Without { file } => objects.retain(|(name, _)| name != file),
             Variant::Define { file, define } => {
                 let object = self.out.join(format!("{}-{file}.o", image.name));
-                self.compile(&self.kernel.join(file), &object, Some(define))?;
+                self.compile(&self.kernel.join(file), &object, &[KERNEL_CALLS, &format!("-D{define}")])?;
                 objects.retain(|(name, _)| name != file);
                 objects.push((file.to_owned(), object));
             }

@@ -5,9 +5,7 @@
     .text
     .globl access_touch
 access_touch:
-    movl 4(%esp), %eax
-    movl 8(%esp), %ecx
-    movl 12(%esp), %edx
+    xchgl %ecx, %edx            /* from C: kind in EAX, address in EDX, value in ECX */
     cmpl $PROBE_READ, %eax
     je access_at_read
     cmpl $PROBE_WRITE, %eax

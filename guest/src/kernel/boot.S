@@ -27,8 +27,7 @@ multiboot_entry:
     cli
     cld
     movl $(boot_stack_top - KERNEL_BASE), %esp
-    pushl %ebx
-    pushl %eax
+    movl %ebx, %edx
     call early_main             /* EAX = value for CR3, EDX = value for CR4 */
     movl %edx, %cr4
     movl %eax, %cr3

@@ -19,11 +19,9 @@ u32 kernel_directory[1024] __attribute__((aligned(PAGE_SIZE)));
 
 /* Tables that are needed before frames can be had: the first large page's, cut up, and the top 4 MiB's. */
 static u32 image_table[1024] __attribute__((aligned(PAGE_SIZE)));
-static u32 top_tables[2][1024] __attribute__((aligned(PAGE_SIZE)));
+u32 top_tables[2048] __attribute__((aligned(PAGE_SIZE)));
 
 extern const char kernel_text[], kernel_rodata[], kernel_data[], kernel_end[];
-
-pte_t kpt_data_bits(void) { return paging.nx | paging.global | PTE_D | PTE_A | PTE_W | PTE_P; }
 
 u32 kpt_root(void) { return low_physical(paging.pae ? (void *)kernel_pdpt : (void *)kernel_directory); }
 
@@ -90,8 +88,8 @@ void kpt_init(void)
     cut_image();
     finish_low_memory();
     drop_identity();
-    u32 table = 0;
+    u32 frame = low_physical(top_tables) >> PAGE_SHIFT;
     for (u32 va = TOP_BASE; va >= TOP_BASE; va += table_reach())
-        set_directory(va, pte_make(low_physical(top_tables[table++]) >> PAGE_SHIFT, PTE_A | PTE_W | PTE_P));
+        set_directory(va, pte_make(frame++, PTE_A | PTE_W | PTE_P));
     tlb_load(kpt_root());
 }

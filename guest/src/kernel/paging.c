@@ -38,29 +38,3 @@ void paging_init(void)
     }
     write_cr4(cr4);
 }
-
-pte_t table_get(const void *table, u32 index)
-{
-    const volatile u32 *words = table;
-    if (!paging.pae)
-        return words[index];
-    return words[2 * index] | (pte_t)words[2 * index + 1] << 32;
-}
-
-/* A PAE entry is written in two halves. The half with the present bit goes last when an entry appears, and first, as
- * zero, when the other half of a present entry changes. */
-void table_set(void *table, u32 index, pte_t entry)
-{
-    volatile u32 *words = table;
-    if (!paging.pae) {
-        words[index] = (u32)entry;
-        return;
-    }
-    volatile u32 *low = &words[2 * index], *high = &words[2 * index + 1];
-    if (*high != (u32)(entry >> 32)) {
-        if (*low & PTE_P)
-            *low = 0;
-        *high = (u32)(entry >> 32);
-    }
-    *low = (u32)entry;
-}

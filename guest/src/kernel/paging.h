@@ -51,10 +51,33 @@ extern struct paging paging;
 void paging_init(void);
 
 /* The entry of `table` (mapped, either format). */
-pte_t table_get(const void *table, u32 index);
+static inline pte_t table_get(const void *table, u32 index)
+{
+    const volatile u32 *words = table;
+    if (!paging.pae)
+        return words[index];
+    return words[2 * index] | (pte_t)words[2 * index + 1] << 32;
+}
 
-/* Writes an entry so that no walk can meet a mix of an old and a new half. Flushes nothing. */
-void table_set(void *table, u32 index, pte_t entry);
+/* Writes an entry so that no walk can meet a mix of an old and a new half. Flushes nothing.
+ *
+ * A PAE entry is written in two halves. The half with the present bit goes last when an entry appears, and first, as
+ * zero, when the other half of a present entry changes. */
+static inline void table_set(void *table, u32 index, pte_t entry)
+{
+    volatile u32 *words = table;
+    if (!paging.pae) {
+        words[index] = (u32)entry;
+        return;
+    }
+    volatile u32 *low = &words[2 * index], *high = &words[2 * index + 1];
+    if (*high != (u32)(entry >> 32)) {
+        if (*low & PTE_P)
+            *low = 0;
+        *high = (u32)(entry >> 32);
+    }
+    *low = (u32)entry;
+}
 
 static inline u32 pte_frame(pte_t entry) { return (u32)((entry & PTE_FRAME) >> PAGE_SHIFT); }
 static inline pte_t pte_make(u32 frame, pte_t bits) { return (pte_t)frame << PAGE_SHIFT | bits; }

@@ -134,19 +134,19 @@ struct task *task_spawn(const struct program *program, const struct arguments *a
 
 static void thread_end(void) { task_exit(0); }
 
-/* IRET within ring 0 leaves the frame's last two words on the stack: there they are a return address and an argument. */
+/* IRET within ring 0 leaves the frame's last two words on the stack: the first is a return address there. */
 struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
 {
     struct task *task = new_task(name);
     if (!task)
         return NULL;
-    *first_frame(task) = (struct trap_frame){.ds = KERNEL_DS,
+    *first_frame(task) = (struct trap_frame){.eax = argument,
+                                             .ds = KERNEL_DS,
                                              .es = KERNEL_DS,
                                              .eip = (u32)run,
                                              .cs = KERNEL_CS,
                                              .eflags = EFLAGS_IF | EFLAGS_FIXED,
-                                             .user_esp = (u32)thread_end,
-                                             .user_ss = argument};
+                                             .user_esp = (u32)thread_end};
     make_runnable(task);
     return task;
 }

@@ -1,4 +1,4 @@
-/* Entry and exit of every trap, and the switch of stacks.
+/* Entry and exit of every trap, and the switch of stacks. C passes arguments in EAX, EDX and ECX (build.rs).
  *
  * Story: a stub makes the frame uniform (an error code, real or 0, and the vector) and falls into trap_common, which
  * builds struct trap_frame and calls trap_dispatch. The way out is one IRET.
@@ -46,9 +46,8 @@ trap_common:
     movl %eax, %ds
     movl %eax, %es
     cld
-    pushl %esp
+    movl %esp, %eax
     call trap_dispatch
-    addl $4, %esp
 trap_return:
     popal
     popl %es
@@ -65,8 +64,6 @@ trap_return_first:
 /* void switch_stacks(u32 *save_esp, u32 esp): the registers that C keeps across calls go on the stacks. */
     .globl switch_stacks
 switch_stacks:
-    movl 4(%esp), %eax
-    movl 8(%esp), %edx
     pushl %ebp
     pushl %ebx
     pushl %esi
@@ -86,9 +83,8 @@ switch_stacks:
 user_copy:
     pushl %esi
     pushl %edi
-    movl 12(%esp), %edi
-    movl 16(%esp), %esi
-    movl 20(%esp), %ecx
+    movl %eax, %edi
+    movl %edx, %esi
     .globl user_copy_access
 user_copy_access:
     rep movsb

@@ -23,7 +23,7 @@ static u32 slot_address(u32 slot) { return WINDOW_BASE + slot * PAGE_SIZE; }
 
 static void slot_map(u32 slot, u32 frame)
 {
-    kpt_set(slot_address(slot), pte_make(frame, kpt_data_bits()));
+    kpt_set_top(slot_address(slot), pte_make(frame, kpt_data_bits()));
     invlpg(slot_address(slot));
 }
 
@@ -52,7 +52,7 @@ enum window_error window_release(const void *address)
     if (stack->entries[slot].address != address)
         return WINDOW_OUT_OF_ORDER;
     if ((u32)address == slot_address(slot))
-        kpt_set(slot_address(slot), 0);
+        kpt_set_top(slot_address(slot), 0);
     barrier();
     stack->depth = slot;
     return WINDOW_OK;
@@ -86,7 +86,7 @@ void window_init(struct window_stack *stack) { current_stack = stack; }
 void window_switch(const struct window_stack *from, struct window_stack *to)
 {
     for (u32 slot = 0; slot < from->depth; slot++)
-        kpt_set(slot_address(slot), 0);
+        kpt_set_top(slot_address(slot), 0);
     current_stack = to;
     for (u32 slot = 0; slot < to->depth; slot++)
         if ((u32)to->entries[slot].address == slot_address(slot))
