@@ -244,7 +244,9 @@ impl Removal<'_> {
         // The sptes' stores become visible before the clock is read: a CPU may otherwise read it first.
         fence(Ordering::SeqCst);
         let stamp = self.ledger.clock.load(Ordering::SeqCst);
-        self.ledger.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
+        if self.ledger.last_removal.load(Ordering::SeqCst) <= stamp {
+            self.ledger.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
+        }
         stamp
     }
 }

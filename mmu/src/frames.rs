@@ -164,7 +164,10 @@ impl Frames {
 
     /// Notes that an spte to the frame was removed or narrowed at flush clock `stamp`.
     pub(crate) fn owe(&self, mfn: Mfn, stamp: u64) {
-        self.frames[mfn.0 as usize].debt.fetch_max(stamp, Ordering::AcqRel);
+        let debt = &self.frames[mfn.0 as usize].debt;
+        if debt.load(Ordering::Acquire) < stamp {
+            debt.fetch_max(stamp, Ordering::AcqRel);
+        }
     }
 
     /// The flush clock of the last removal of an spte to the frame.

@@ -65,12 +65,13 @@ impl Mmu {
         self.root(vcpu, user).map(|root| root.pml4.at(0))
     }
 
-    /// INVLPG: brings the sptes for `gva` up to date, and makes the new one at once where the guest's entry says
-    /// that it has been used (A; writable only with D): a kmap then costs one trap and not two.
+    /// INVLPG: brings the sptes for `gva` up to date. For hardware, makes the new one at once where the guest's entry says
+    /// that it has been used (A; writable only with D): a kmap then costs one trap and not two. That may sleep; for a vCPU
+    /// that no hardware runs nothing does, and it may be in the guest.
     pub fn invalidate_page(&self, vcpu: &Vcpu, gva: Gva) {
         vcpu.events.borrow_mut().record(gva, Event::Invalidated);
         self.forget_address(vcpu, gva);
-        if vcpu.mode.paging {
+        if vcpu.mode.paging && vcpu.hardware {
             self.prefill(vcpu, gva);
         }
     }

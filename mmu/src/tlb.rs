@@ -9,7 +9,7 @@
 //! access --> set of its page --hit--> generations still those of the fill? --> frame
 //!               |                        no: Incoherent, the run ends with a report
 //!              miss --> shadow root .. spte --present, allows--> fill under bucket(gfn) --> frame
-//!                          no: Miss::Fault
+//!                          no: Miss::Fault; what makes the leaf then ([`Mmu::tlb_refill`], [`Mmu::fault`]) fills too
 //! ```
 //!
 //! Entries carry the root they were made under, as with process-context identifiers: a change of CPL or of CR3 costs
@@ -21,7 +21,7 @@
 //! handed on, or its write permission taken, and this TLB was not flushed. The check is made at each hit; while no
 //! generation anywhere has advanced since the entry was last checked, it is one comparison.
 //!
-//! Locks: a hit takes none; a fill takes its first-level page and bucket(gfn), one after the other. Nothing sleeps.
+//! Locks: a hit takes none; a fill takes its first-level page, then bucket(gfn). Nothing sleeps.
 //!
 //! Limits: with several vCPUs a generation of write permission advances before the shootdown is complete; the check is
 //! exact for one.
@@ -33,11 +33,14 @@ use std::fmt;
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
+use crate::fault::fixed;
 use crate::p2m::Generations;
 use crate::shadow::RootRef;
+use crate::shadow::leaf::{Leaf, Mapped};
 use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
 use crate::vcpu::Vcpu;
+use crate::walk::{Translation, is_allowed};
 
 /// Sets of the cache, a power of two.
 const SETS: usize = 1024;
@@ -139,6 +142,9 @@ struct Entry {
     /// It is a part of a guest page that may be larger: INVLPG of any of its addresses forgets it.
     large: bool,
 }
+
+/// Entries of a `lossy` TLB are never current: each hit takes the long way, where it may be forgotten.
+const NEVER: u64 = u64::MAX;
 
 /// What no access asks for, with a root or without.
 const NO_TAG: u64 = u64::MAX >> 1;
@@ -354,8 +360,17 @@ impl SoftTlb {
         }
     }
 
+    /// Remembers a leaf that has just been made under `root`; `large`: for a part of a large page.
+    pub(crate) fn learn(&self, root: RootRef, gva: Gva, leaf: &Leaf, large: bool) {
+        let Leaf { spte, gfn, generations, checked, .. } = *leaf;
+        self.insert(Entry { tag: tag_of(root.index, gva), spte, generations, checked, gfn, large }, gva);
+    }
+
     /// Puts it in front; the last of the set goes.
-    fn put_in_set(&self, entry: Entry, gva: Gva) {
+    fn put_in_set(&self, mut entry: Entry, gva: Gva) {
+        if matches!(self.kind, TlbKind::Lossy(_)) {
+            entry.checked = NEVER;
+        }
         let number = set_of(gva);
         let word = &self.used[number / 64];
         word.set(word.get() | 1 << (number % 64));
@@ -394,7 +409,7 @@ impl Mmu {
         let tag = vcpu.tags[usize::from(access.user)].get() | u64::from(gva.0 >> 12);
         let first = tlb.set(gva)[0].get();
         let current = first.tag == tag && first.checked == self.p2m.advances();
-        if current && first.spte.allows(access.kind) && !matches!(tlb.kind, TlbKind::Lossy(_)) {
+        if current && first.spte.allows(access.kind) {
             return Ok(first.spte.mfn());
         }
         self.tlb_find(vcpu, gva, access)
@@ -452,19 +467,35 @@ impl Mmu {
     /// Walks the shadow as hardware would; `None` where it has no leaf.
     fn tlb_walk(&self, root: RootRef, gva: Gva) -> Option<Entry> {
         let slot = self.find_table(root, gva)?;
+        let at = self.pages.mfn(slot).at(l1_index(gva) * 8);
+        let spte = self.spte(at);
+        let gfn = spte.is_present().then(|| self.frames.gfn(spte.mfn())).flatten()?;
         let large = {
             let page = self.pages.lock(slot, false);
             page.key?.role.shape == Shape::Linear
         };
-        let at = self.pages.mfn(slot).at(l1_index(gva) * 8);
-        let spte = self.spte(at);
-        let gfn = spte.is_present().then(|| self.frames.gfn(spte.mfn())).flatten()?;
         // INV-TLB-1: an invalidation that advances the generation takes the spte away under this lock first.
         let _bucket = self.buckets.lock(gfn);
         let checked = self.p2m.advances();
         let still = self.spte(at) == spte;
         let tag = tag_of(root.index, gva);
         still.then(|| Entry { tag, spte, generations: self.p2m.generations(gfn), checked, gfn, large })
+    }
+
+    /// Makes a leaf for `gva`, and an entry of the TLB, where the guest's tables allow the access as they are and the tables
+    /// of the shadow are there: what most misses ask for. False: [`Mmu::fault`] must see to it. Never sleeps; the vCPU may
+    /// be in the guest.
+    pub fn tlb_refill(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> bool {
+        let store = access.kind == AccessKind::Write;
+        let wanted = |t: &Translation| is_allowed(vcpu.mode, access, t.rights) && (t.dirty || !store);
+        match self.map_linked(vcpu, gva, access.user, wanted) {
+            Some(Mapped::Done { changed, writable }) if writable || !store => {
+                vcpu.count(|s| s.taken += 1);
+                fixed(vcpu, gva, changed);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Into the guest: marks the vCPU as inside and makes the flush that is owed, if one is. Says whether there was one.
@@ -589,10 +620,10 @@ impl Mmu {
         user: bool,
     ) -> Result<(), Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
-        let bytes = width.bytes() as usize;
-        let mut page = [0; PAGE_SIZE as usize];
-        let filled = &mut page[..count as usize * bytes];
-        filled.chunks_exact_mut(bytes).for_each(|slot| slot.copy_from_slice(&value.to_le_bytes()[..bytes]));
+        // A word of copies, and a page of words: the bytes begin anew with each copy.
+        let repeated = (value & width.mask()).wrapping_mul(u64::MAX / width.mask());
+        let page = [repeated.to_le_bytes(); PAGE_SIZE as usize / 8];
+        let filled = &page.as_flattened()[..count as usize * width.bytes() as usize];
         self.machine.write(mfn.at(gva.offset()), filled);
         self.frames.code_written(mfn);
         Ok(())

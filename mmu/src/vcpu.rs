@@ -117,6 +117,11 @@ impl Vcpu {
         self.tlb = Some(SoftTlb::new(kind));
     }
 
+    /// Hardware runs it, always or at times.
+    pub fn is_in_hardware(&self) -> bool {
+        self.hardware
+    }
+
     /// Its software TLB, if it has one.
     pub fn tlb(&self) -> Option<&SoftTlb> {
         self.tlb.as_ref()

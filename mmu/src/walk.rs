@@ -266,7 +266,7 @@ fn fault_code(mode: Mode, access: Access) -> FaultCode {
 }
 
 /// The access rights of SDM 4.6.1.
-fn is_allowed(mode: Mode, access: Access, rights: Rights) -> bool {
+pub(crate) fn is_allowed(mode: Mode, access: Access, rights: Rights) -> bool {
     if access.user && !rights.user() {
         return false;
     }

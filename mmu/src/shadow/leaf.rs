@@ -9,17 +9,18 @@
 //! Locks: the first-level page, then bucket(gfn). Replacing a leaf is zap, then map.
 
 use crate::Mmu;
+use crate::access::Access;
 use crate::addr::{Gfn, Gva, Mfn, Mpa};
 use crate::bucket::{BucketGuard, Link, Sequence};
 use crate::format::STATUS_BITS;
 use crate::frames::{FrameKind, SHADOWED, UNSYNC, WATCHED};
-use crate::p2m::PageState;
+use crate::p2m::{Generations, PageState};
 use crate::shadow::RootRef;
-use crate::shadow::role::{LeafRights, effective_mode, leaf_rights, table_key};
+use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, table_key};
 use crate::spte::{Spte, l1_index, l2_index, l3_index};
 use crate::sync::Ordering;
 use crate::vcpu::Vcpu;
-use crate::walk::{Step, Translation};
+use crate::walk::{Step, Touch, Translation};
 
 /// How an attempt to map ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,26 @@ pub(crate) enum Mapped {
     Gate(Gfn),
     /// This frame must be made resident first.
     Need(Gfn),
+}
+
+/// A first-level page, and the root that it was found under.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    root: RootRef,
+    slot: u32,
+    key: Key,
+}
+
+/// A leaf as it was set, with its generations of that moment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leaf {
+    /// It was not so before.
+    pub changed: bool,
+    pub spte: Spte,
+    pub gfn: Gfn,
+    pub generations: Generations,
+    /// [`crate::p2m::P2m::advances`] then.
+    pub checked: u64,
 }
 
 impl Mmu {
@@ -69,12 +90,56 @@ impl Mmu {
             if t.table.is_some_and(|step| !self.is_unchanged(vcpu, step)) {
                 return Mapped::Retry;
             }
-            self.pages.touch(found);
-            let spte = self.pages.mfn(found).at(l1_index(t.gva) * 8);
-            let global = t.table.is_some_and(|step| step.gpte.is_global());
-            return self.set_leaf(spte, gfn, LeafRights { global, ..rights }, seen);
+            return self.map_in(vcpu, Place { root, slot: found, key }, t, rights, seen);
         }
         Mapped::Retry
+    }
+
+    /// Maps what the guest's tables say of `gva`, if `wanted`, where that asks for nothing but a leaf: the first-level page
+    /// is there, and the guest's entries have A. `None` is for [`Mmu::map`] to see to. Never sleeps; changes no guest entry,
+    /// which is why they may be read under the page's lock.
+    pub(crate) fn map_linked(
+        &self,
+        vcpu: &Vcpu,
+        gva: Gva,
+        user: bool,
+        wanted: impl FnOnce(&Translation) -> bool,
+    ) -> Option<Mapped> {
+        let user = user && vcpu.mode.paging;
+        let seen = self.buckets.sequence();
+        let root = vcpu.roots[usize::from(user)].get()?;
+        let slot = self.find_table(root, gva)?;
+        let page = self.pages.lock(slot, false);
+        let key = page.key?;
+        let t = self.walk(vcpu, gva, Access::read(user), Touch::Look).ok()?;
+        let used = [t.directory, t.table].into_iter().flatten().all(|step| step.gpte.is_accessed());
+        if !used || !wanted(&t) || table_key(vcpu.mode, user, &t) != Some(key) {
+            return None;
+        }
+        let rights = leaf_rights(effective_mode(vcpu.mode, user), user, t.rights, t.dirty)?;
+        Some(self.map_in(vcpu, Place { root, slot, key }, &t, rights, seen))
+    }
+
+    /// Sets the leaf of `t` in the page at `place`, which the caller has locked. A software TLB learns it at once.
+    fn map_in(
+        &self,
+        vcpu: &Vcpu,
+        place: Place,
+        t: &Translation,
+        rights: LeafRights,
+        seen: Sequence,
+    ) -> Mapped {
+        self.pages.touch(place.slot);
+        let at = self.pages.mfn(place.slot).at(l1_index(t.gva) * 8);
+        let global = t.table.is_some_and(|step| step.gpte.is_global());
+        let leaf = match self.set_leaf(at, t.gpa.gfn(), LeafRights { global, ..rights }, seen) {
+            Ok(leaf) => leaf,
+            Err(end) => return end,
+        };
+        if let Some(tlb) = &vcpu.tlb {
+            tlb.learn(place.root, t.gva, &leaf, place.key.role.shape == Shape::Linear);
+        }
+        Mapped::Done { changed: leaf.changed, writable: leaf.spte.is_writable() }
     }
 
     /// The first-level page that the hardware would reach for `gva`, if there is one. Takes no lock: the caller
@@ -106,26 +171,29 @@ impl Mmu {
     }
 
     /// Makes the leaf at `at` map `gfn`. Caller holds the page's lock.
-    fn set_leaf(&self, at: Mpa, gfn: Gfn, rights: LeafRights, seen: Sequence) -> Mapped {
+    fn set_leaf(&self, at: Mpa, gfn: Gfn, rights: LeafRights, seen: Sequence) -> Result<Leaf, Mapped> {
         let old = self.spte(at);
         if old.is_present() && self.frames.gfn(old.mfn()) != Some(gfn) {
             self.zap_leaf(at);
         }
         match self.resident(gfn) {
             PageState::Resident(_) => {}
-            PageState::Device => return Mapped::Device,
-            PageState::Zero => return Mapped::Need(gfn),
+            PageState::Device => return Err(Mapped::Device),
+            PageState::Zero => return Err(Mapped::Need(gfn)),
         }
         let mut bucket = self.buckets.lock(gfn);
         if !bucket.admits(seen) {
-            return Mapped::Gate(gfn);
+            return Err(Mapped::Gate(gfn));
         }
-        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return Mapped::Retry };
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return Err(Mapped::Retry) };
         let writable = rights.writable && !self.is_tracked(mfn);
         let new = Spte::leaf(mfn, writable, rights.executable).with_global(rights.global);
         let old = self.spte(at);
+        let checked = self.p2m.advances();
+        let leaf =
+            Leaf { changed: old != new, spte: new, gfn, generations: self.p2m.generations(gfn), checked };
         if old == new {
-            return Mapped::Done { changed: false, writable };
+            return Ok(leaf);
         }
         let narrowing = is_narrowed(old, new).then(|| self.coherence.removal());
         self.machine.word64(at).store(new.0, Ordering::Release);
@@ -135,7 +203,7 @@ impl Mmu {
         if let Some(removal) = narrowing {
             self.frames.owe(mfn, removal.stamp_leaf(mfn));
         }
-        Mapped::Done { changed: true, writable }
+        Ok(leaf)
     }
 
     /// Removes the leaf at `at`, if it is there. Caller holds the lock of the page it is in, so nothing is made

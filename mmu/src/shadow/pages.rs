@@ -12,7 +12,9 @@
 //!
 //! Limits: the number of slots is fixed at start; over it the least recently used pages go, a sixteenth at once.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+
+use rustc_hash::FxHashMap;
 
 use crate::addr::{Gfn, Mfn, Mpa};
 use crate::lock_order::{self, Level};
@@ -49,7 +51,7 @@ struct FreeSlots {
 }
 
 /// The pages of one guest table.
-pub(crate) type Shard = HashMap<Gfn, Vec<(Role, u32)>>;
+pub(crate) type Shard = FxHashMap<Gfn, Vec<(Role, u32)>>;
 
 /// All slots, and the cache over them.
 #[derive(Debug)]
@@ -72,7 +74,7 @@ impl Pages {
             used: AtomicU64::new(0),
             page: Lock::new(lock_order::SHADOW_L1, Page::default()),
         };
-        let shard = |_| Lock::new(lock_order::SHADOW_CACHE, HashMap::new());
+        let shard = |_| Lock::new(lock_order::SHADOW_CACHE, Shard::default());
         Pages {
             slots: (0..max).map(slot).collect(),
             shards: (0..SHARDS).map(shard).collect(),

@@ -9,7 +9,7 @@
 //!
 //! Limits: a fixed number of roots; the least recently loaded one that no vCPU has now goes first.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use crate::Mmu;
 use crate::addr::{Gfn, Gpa, Mfn};
@@ -52,7 +52,7 @@ struct Root {
 
 #[derive(Debug, Default)]
 pub(crate) struct Roots {
-    by_key: HashMap<RootKey, u32>,
+    by_key: FxHashMap<RootKey, u32>,
     roots: Vec<Root>,
     clock: u64,
 }

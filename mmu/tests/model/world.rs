@@ -495,7 +495,12 @@ impl World {
         let mut fixed = false;
         for _ in 0..3 {
             let root = self.enter(cpu, r.user)?;
-            if let Some(address) = self.reach(cpu, root, va, r)? {
+            let mut address = self.reach(cpu, root, va, r)?;
+            if address.is_none() && self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
+                address = self.reach(cpu, root, va, r)?;
+                // A lossy TLB may have forgotten it again.
+            }
+            if let Some(address) = address {
                 return self.judge_success(cpu, va, r, address, fixed).map(Ok);
             }
             *trapped = true;

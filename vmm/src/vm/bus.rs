@@ -145,6 +145,9 @@ impl<'a> GuestBus<'a> {
         if self.vcpu.tlb().is_none() {
             return Ok(Road::Walk);
         }
+        if self.mmu.tlb_refill(self.vcpu, gva, access) {
+            return Ok(Road::Again);
+        }
         match self.outside(|mmu, vcpu| mmu.fault(vcpu, gva, access)) {
             Outcome::Fixed | Outcome::Spurious | Outcome::Again => Ok(Road::Again),
             Outcome::Guest(fault) => Err(fault.into()),
@@ -433,7 +436,11 @@ impl Bus for GuestBus<'_> {
     }
 
     fn invalidate_page(&mut self, gva: Gva) {
-        self.outside(|mmu, vcpu| mmu.invalidate_page(vcpu, gva));
+        if self.vcpu.is_in_hardware() {
+            self.outside(|mmu, vcpu| mmu.invalidate_page(vcpu, gva));
+        } else {
+            self.mmu.invalidate_page(self.vcpu, gva);
+        }
         self.aftermath.invalidated = Some(gva);
     }
 
