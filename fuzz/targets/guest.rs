@@ -236,7 +236,7 @@ impl Twin {
                 // Time moves on before the instruction, which may read it; once, however often it must begin again.
                 if !again {
                     steps += 1;
-                    bus.advance(1);
+                    bus.begin(steps);
                 }
                 let before = cpu.clone();
                 let mut journal = Journal::new(bus, again_in).sparing_repeats();

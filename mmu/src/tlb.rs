@@ -405,14 +405,47 @@ impl Mmu {
     /// [`Miss`]; always [`Miss::Fault`] for a vCPU without a software TLB.
     #[inline(always)]
     pub fn tlb_translate(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Mfn, Miss> {
-        let Some(tlb) = &vcpu.tlb else { return Err(Miss::Fault) };
-        let tag = vcpu.tags[usize::from(access.user)].get() | u64::from(gva.0 >> 12);
-        let first = tlb.set(gva)[0].get();
-        let current = first.tag == tag && first.checked == self.p2m.advances();
-        if current && first.spte.allows(access.kind) {
-            return Ok(first.spte.mfn());
+        match self.tlb_front(vcpu, gva, access) {
+            Some(mfn) => Ok(mfn),
+            None => self.tlb_find(vcpu, gva, access),
         }
-        self.tlb_find(vcpu, gva, access)
+    }
+
+    /// [`Mmu::tlb_load`] of an aligned operand by an entry that needs no looking for; `None` where there is none. Calls
+    /// nothing. With an `access` that stores, only where that is allowed too.
+    #[inline(always)]
+    pub fn tlb_quick_load(&self, vcpu: &Vcpu, gva: Gva, width: crate::Width, access: Access) -> Option<u64> {
+        let mfn = self.tlb_front(vcpu, gva, access)?;
+        Some(self.machine.load(mfn.at(gva.offset() & !(width.bytes() - 1)), width))
+    }
+
+    /// [`Mmu::tlb_store`] likewise; false where it has not been made, as where code was decoded from the frame.
+    #[inline(always)]
+    pub fn tlb_quick_store(
+        &self,
+        vcpu: &Vcpu,
+        gva: Gva,
+        width: crate::Width,
+        value: u64,
+        user: bool,
+    ) -> bool {
+        let Some(mfn) = self.tlb_front(vcpu, gva, Access::write(user)) else { return false };
+        if self.frames.code(mfn) != 0 {
+            return false;
+        }
+        self.machine.store(mfn.at(gva.offset() & !(width.bytes() - 1)), width, value);
+        true
+    }
+
+    /// The frame by the entry in front of its set, where that is current and allows the access.
+    #[inline(always)]
+    fn tlb_front(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Option<Mfn> {
+        let tlb = vcpu.tlb.as_ref()?;
+        let tag = vcpu.tags[usize::from(access.user)].get() | u64::from(gva.0 >> 12);
+        let front = &tlb.set(gva)[0];
+        let entry = front.get();
+        let current = entry.tag == tag && entry.checked == self.p2m.advances();
+        (current && entry.spte.allows(access.kind)).then(|| entry.spte.mfn())
     }
 
     /// The other ways of the set, the store, the generations; then the shadow.

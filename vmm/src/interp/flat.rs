@@ -64,8 +64,10 @@ pub struct FlatBus {
     code_clock: u32,
     /// `fill` and `copy` do what they can.
     pub at_once: bool,
-    /// Instructions that the engine told of.
-    pub told: u64,
+    /// The step that the engine began last, added to the time.
+    pub step: u64,
+    /// A dword that reads as the time, as a device's counter does.
+    pub counter: Option<Gva>,
     /// Set: `set_paging` is a #GP, as with reserved bits in a PAE directory pointer.
     pub refuse_paging: bool,
 }
@@ -149,6 +151,11 @@ impl FlatBus {
         }
     }
 
+    /// Nothing special may happen at an access.
+    fn is_quick(&self, gva: Gva) -> bool {
+        self.again_at.is_none() && self.counter.is_none_or(|at| at.page() != gva.page())
+    }
+
     fn put(&mut self, gva: Gva, width: Width, value: u64) {
         let bytes = value.to_le_bytes();
         self.place(gva.0, &bytes[..width.bytes() as usize]);
@@ -163,6 +170,9 @@ impl Bus for FlatBus {
     fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
         self.call()?;
         self.check(gva, width.bytes(), access)?;
+        if self.counter == Some(gva) {
+            return Ok(self.tsc() & u64::MAX >> (64 - width.bits()));
+        }
         Ok(self.scalar(gva, width))
     }
 
@@ -211,7 +221,12 @@ impl Bus for FlatBus {
     fn copy(&mut self, from: Gva, to: Gva, length: u32, user: bool) -> bool {
         let apart = self.index(from.0).abs_diff(self.index(to.0)) >= length as usize;
         let readable = self.check(from, length, Access::read(user)).is_ok();
-        let can = self.at_once && apart && readable && self.check(to, length, Access::write(user)).is_ok();
+        let device = self.counter.is_some_and(|at| at.page() == from.page());
+        let can = self.at_once
+            && !device
+            && apart
+            && readable
+            && self.check(to, length, Access::write(user)).is_ok();
         for n in 0..if can { length } else { 0 } {
             let byte = self.scalar(from.wrapping_add(n), Width::B1);
             self.put(to.wrapping_add(n), Width::B1, byte);
@@ -271,7 +286,7 @@ impl Bus for FlatBus {
     }
 
     fn tsc(&mut self) -> u64 {
-        self.time
+        self.time + self.step
     }
 }
 
@@ -301,7 +316,21 @@ impl CodeBus for FlatBus {
         false
     }
 
-    fn advance(&mut self, instructions: u64) {
-        self.told += instructions;
+    fn begin(&mut self, step: u64) {
+        self.step = step;
+    }
+
+    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64> {
+        (self.is_quick(gva) && self.check(gva, width.bytes(), access).is_ok())
+            .then(|| self.scalar(gva, width))
+    }
+
+    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool {
+        let code = self.code.contains_key(&(self.index(gva.0) as u32 >> 12));
+        if code || !self.is_quick(gva) || self.check(gva, width.bytes(), Access::write(user)).is_err() {
+            return false;
+        }
+        self.put(gva, width, value);
+        true
     }
 }

@@ -69,6 +69,8 @@ pub struct GuestBus<'a> {
     devices: &'a Devices,
     /// The vCPU's own time; `None`: whatever the time is.
     time: Option<Nanos>,
+    /// The step of a stretch of code that began last; `time` is from before the first.
+    step: u64,
     /// What ends a stretch of code early.
     attention: Option<Attention>,
     /// Hardware has the FPU's registers.
@@ -89,8 +91,16 @@ impl<'a> GuestBus<'a> {
     /// `NANOS_PER_INSTRUCTION`; `None` for one that goes by real time.
     pub fn new(mmu: &'a Mmu, vcpu: &'a mut Vcpu, devices: &'a Devices, time: Option<Nanos>) -> GuestBus<'a> {
         let aftermath = Aftermath::default();
-        let mut bus =
-            GuestBus { mmu, vcpu, devices, time, attention: None, fpu_in_hardware: false, aftermath };
+        let mut bus = GuestBus {
+            mmu,
+            vcpu,
+            devices,
+            time,
+            step: 0,
+            attention: None,
+            fpu_in_hardware: false,
+            aftermath,
+        };
         bus.go_inside();
         bus
     }
@@ -102,7 +112,10 @@ impl<'a> GuestBus<'a> {
 
     /// The vCPU's time, or the time.
     pub fn time(&self) -> Nanos {
-        self.time.unwrap_or_else(|| self.devices.now())
+        match self.time {
+            Some(time) => time.plus(self.step * NANOS_PER_INSTRUCTION),
+            None => self.devices.now(),
+        }
     }
 
     /// Hardware has the FPU's registers: an instruction that wants them is answered [`BusError::Again`].
@@ -504,8 +517,18 @@ impl CodeBus for GuestBus<'_> {
     }
 
     #[inline(always)]
-    fn advance(&mut self, instructions: u64) {
-        self.time = self.time.map(|time| time.plus(instructions * NANOS_PER_INSTRUCTION));
+    fn begin(&mut self, step: u64) {
+        self.step = step;
+    }
+
+    #[inline(always)]
+    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64> {
+        self.mmu.tlb_quick_load(self.vcpu, gva, width.into(), access)
+    }
+
+    #[inline(always)]
+    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool {
+        self.mmu.tlb_quick_store(self.vcpu, gva, width.into(), value, user)
     }
 }
 

@@ -138,9 +138,15 @@ impl Cache {
         self.make_room();
         let (first, mut at, mut count) = (self.ops.len(), 0, 0);
         while count < OPS_MAX {
-            let Some(instruction) = fetch(run, gva, at)? else { break };
+            let instruction = match fetch(run, gva, at) {
+                Ok(Some(instruction)) => instruction,
+                // Nobody has come to it yet.
+                Err(_) if count > 0 => break,
+                Err(leave) => return Err(leave),
+                Ok(None) => break,
+            };
             at += instruction.len() as u32;
-            let op = translate(&instruction, at, self.instructions.len() as u32);
+            let op = translate(&instruction, count as u8, at, self.instructions.len() as u32);
             if op.is_generic() {
                 self.instructions.push(instruction);
             }

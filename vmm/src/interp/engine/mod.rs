@@ -32,14 +32,14 @@ mod table;
 mod tests;
 mod translate;
 
-use umbra_mmu::{CodeFrame, Gva, Mfn};
+use umbra_mmu::{Access, CodeFrame, Gva, Mfn};
 
-use super::{Bus, BusError, Core, Leave, Step, step};
+use super::{Bus, BusError, Core, Leave, Step, Width, step};
 use crate::cpu::{CpuState, Seg, cr0, eflags};
 use cache::{Block, Cache};
 use run::{Next, Run};
-use table::Handlers;
-use translate::After;
+use table::go_on;
+use translate::{After, Op};
 
 /// A bus that the engine can run on: it knows where code stands, and when that changes.
 pub trait CodeBus: Bus {
@@ -56,8 +56,16 @@ pub trait CodeBus: Bus {
     /// True when somebody wants the vCPU to leave; asked once a block.
     fn is_wanted(&self) -> bool;
 
-    /// So many more instructions have been executed, or are about to be: told before anything that may read the time.
-    fn advance(&mut self, instructions: u64);
+    /// The run's step number `step` begins, counted from 1: told before anything that may read the time, and at the end of
+    /// the run.
+    fn begin(&mut self, step: u64);
+
+    /// [`Bus::read`] of an aligned operand, where that takes nothing but a look at what is known already; `None` asks for
+    /// the whole way, and nothing has happened. `access` may be a store's, for what is to be stored to next.
+    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64>;
+
+    /// [`Bus::write`] likewise; false where it has not been made, as where code has been decoded from that frame.
+    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool;
 }
 
 /// Which code is run.
@@ -132,18 +140,23 @@ impl Engine {
         extent: Extent,
         waiting: Waiting,
     ) -> Ran {
-        let mut steps = 0;
-        while steps < budget && extent.covers(cpu) && !waiting.can_be_taken(cpu) && !bus.is_wanted() {
-            let last = if is_plain(cpu) {
+        let (mut steps, mut last) = (0, Step::Done);
+        while last == Step::Done
+            && steps < budget
+            && extent.covers(cpu)
+            && !waiting.can_be_taken(cpu)
+            && !bus.is_wanted()
+        {
+            last = if is_plain(cpu) {
                 self.run_plain(cpu, bus, budget, &mut steps)
             } else {
                 single(cpu, bus, &mut steps)
             };
-            if last != Step::Done {
-                return Ran { steps, last };
-            }
         }
-        Ran { steps, last: Step::Done }
+        if steps > 0 {
+            bus.begin(steps);
+        }
+        Ran { steps, last }
     }
 
     /// Runs blocks until the state may no longer be what it was at the start.
@@ -161,10 +174,11 @@ impl Engine {
                 Ok(_) => return single(run.core.cpu, run.core.bus, steps),
                 Err(leave) => {
                     *steps += 1;
-                    run.core.bus.advance(1);
+                    run.core.bus.begin(*steps);
                     return run.core.stopped(leave);
                 }
             };
+            run.enter(&block, *steps);
             match self.run_block(&mut run, block, steps) {
                 End::Over => {}
                 End::Changed => return Step::Done,
@@ -197,58 +211,55 @@ impl Engine {
         Ok(Some(self.cache.block(number)))
     }
 
+    /// Runs the block that `run` has entered.
     fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: Block, steps: &mut u64) -> End {
-        run.enter(&block);
-        let (ops, mut told) = (self.cache.ops(&block), 0);
-        for (done, op) in (1..).zip(ops) {
-            let next = Handlers::<B>::TABLE[usize::from(op.handler)](run, op);
-            if next == Next::On {
-                continue;
+        let ops = self.cache.ops(&block);
+        let mut rest = ops;
+        loop {
+            let next = go_on(run, rest);
+            if next == Next::Through {
+                *steps += u64::from(block.count);
+                run.core.cpu.eip = run.start.wrapping_add(block.bytes.into());
+                return End::Over;
             }
-            if next == Next::Generic {
-                run.core.bus.advance(done - told);
-                told = done;
-                run.core.cpu.eip = run.start.wrapping_add(op.begin());
-                let step = run.core.run(self.cache.instruction(op));
-                let behind = run.start.wrapping_add(op.end.into());
-                let through = step == Step::Done && run.core.cpu.eip == behind;
-                if through && op.after == After::Next && run.is_current() {
-                    run.core.cpu.eip = run.start;
+            let op = &ops[usize::from(run.last)];
+            match next {
+                Next::Generic => {
+                    if let Some(end) = self.run_generic(run, op) {
+                        *steps += u64::from(op.number) + 1;
+                        return end;
+                    }
+                    rest = &ops[usize::from(op.number) + 1..];
                     continue;
                 }
-                *steps += done;
-                return match step {
-                    Step::Done if op.after == After::Block => End::Over,
-                    Step::Done => End::Changed,
-                    step => End::Stop(step),
-                };
+                Next::Stale => run.core.cpu.eip = run.start.wrapping_add(op.end.into()),
+                Next::Left => run.core.cpu.eip = run.start.wrapping_add(op.begin()),
+                _ => {}
             }
-            *steps += done;
-            run.core.bus.advance(done - told);
-            return match next {
-                Next::Jumped => End::Over,
-                Next::Left => {
-                    run.core.cpu.eip = run.start.wrapping_add(op.begin());
-                    End::Stop(run.stopped())
-                }
-                _ => {
-                    run.core.cpu.eip = run.start.wrapping_add(op.end.into());
-                    End::Over
-                }
-            };
+            *steps += u64::from(op.number) + 1;
+            return if next == Next::Left { End::Stop(run.stopped()) } else { End::Over };
         }
-        let count = u64::from(block.count);
-        *steps += count;
-        run.core.bus.advance(count - told);
-        run.core.cpu.eip = run.start.wrapping_add(block.bytes.into());
-        End::Over
+    }
+
+    /// An op without a handler; `None` where the block goes on behind it.
+    fn run_generic<B: CodeBus>(&self, run: &mut Run<'_, B>, op: &Op) -> Option<End> {
+        run.tell(op);
+        run.core.cpu.eip = run.start.wrapping_add(op.begin());
+        let step = run.core.run(self.cache.instruction(op));
+        let through = run.core.cpu.eip == run.start.wrapping_add(op.end.into());
+        match step {
+            Step::Done if op.after == After::Next && through && run.is_current() => None,
+            Step::Done if op.after == After::Block => Some(End::Over),
+            Step::Done => Some(End::Changed),
+            step => Some(End::Stop(step)),
+        }
     }
 }
 
 /// One call of [`step`].
 fn single<B: CodeBus>(cpu: &mut CpuState, bus: &mut B, steps: &mut u64) -> Step {
     *steps += 1;
-    bus.advance(1);
+    bus.begin(*steps);
     step(cpu, bus)
 }
 
@@ -261,5 +272,6 @@ fn is_plain(cpu: &CpuState) -> bool {
         && !cpu.halted
         && !aligned
         && cpu.segment(Seg::Cs).limit == u32::MAX
+        // So that EIP wraps between two pages, not within one.
         && Gva(cpu.segment(Seg::Cs).base).offset() == 0
 }

@@ -1,6 +1,8 @@
 //! Handlers: one function for each operation, operand form and width that is hot, generic over all three.
 //!
-//! Holds: a handler that ends with [`Next::Left`] has changed nothing. Values and flags are `alu`'s, so that there is one
+//! `Q` chooses between the quick way to memory and the full one (`run`).
+//!
+//! Holds: a handler that ends with [`Next::Left`] or [`Next::Full`] has changed nothing. Values and flags are `alu`'s, so that there is one
 //! place that knows them.
 
 use super::CodeBus;
@@ -9,22 +11,24 @@ use super::translate::Op;
 use crate::interp::Width;
 use crate::interp::alu::{self, Outcome};
 use crate::interp::arith::{product, product_flags};
-use crate::interp::operand::{EAX, EDX};
+use crate::interp::operand::{EAX, EBP, EDX, ESP};
 
 /// The value, or out of the handler.
 macro_rules! get {
     ($run:ident, $result:expr) => {
         match $result {
             Ok(value) => value,
-            Err(leave) => return $run.leave(leave),
+            Err(why) => return $run.without(why),
         }
     };
 }
 
+#[inline(always)]
 pub fn generic<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
     Next::Generic
 }
 
+#[inline(always)]
 pub fn nop<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
     Next::On
 }
@@ -54,47 +58,56 @@ fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
 }
 
 #[inline(always)]
-fn to_memory<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, source: u32) -> Next {
+fn to_memory<const K: u8, const W: u8, const Q: bool, B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+    source: u32,
+) -> Next {
     let before = run.flags();
     if K >= 7 {
-        let target = get!(run, run.load::<W>(op));
+        let target = get!(run, run.load::<W, Q>(op));
         run.core.cpu.eflags = compute::<K>(target, source, before, width::<W>()).flags;
         return Next::On;
     }
     let mut after = before;
     get!(
         run,
-        run.update::<W>(op, |old| {
+        run.update::<W, Q>(op, |old| {
             let outcome = compute::<K>(old, source, before, width::<W>());
             after = outcome.flags;
             outcome.value
         })
     );
     run.core.cpu.eflags = after;
-    run.stored()
+    run.stored::<Q>()
 }
 
+#[inline(always)]
 pub fn alu_rr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let source = run.get::<W>(op.src);
     to_register::<K, W, B>(run, op, source)
 }
 
+#[inline(always)]
 pub fn alu_ri<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     to_register::<K, W, B>(run, op, op.imm & width::<W>().mask())
 }
 
-pub fn alu_rm<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let source = get!(run, run.load::<W>(op));
+#[inline(always)]
+pub fn alu_rm<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = get!(run, run.load::<W, Q>(op));
     to_register::<K, W, B>(run, op, source)
 }
 
-pub fn alu_mr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn alu_mr<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let source = run.get::<W>(op.src);
-    to_memory::<K, W, B>(run, op, source)
+    to_memory::<K, W, Q, B>(run, op, source)
 }
 
-pub fn alu_mi<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    to_memory::<K, W, B>(run, op, op.imm & width::<W>().mask())
+#[inline(always)]
+pub fn alu_mi<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    to_memory::<K, W, Q, B>(run, op, op.imm & width::<W>().mask())
 }
 
 /// INC, DEC, NEG, NOT.
@@ -108,6 +121,7 @@ fn single<const K: u8>(a: u32, flags: u32, width: Width) -> Outcome {
     }
 }
 
+#[inline(always)]
 pub fn unary_r<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let outcome = single::<K>(run.get::<W>(op.dst), run.flags(), width::<W>());
     run.set::<W>(op.dst, outcome.value);
@@ -115,19 +129,20 @@ pub fn unary_r<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
     Next::On
 }
 
-pub fn unary_m<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn unary_m<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let before = run.flags();
     let mut after = before;
     get!(
         run,
-        run.update::<W>(op, |old| {
+        run.update::<W, Q>(op, |old| {
             let outcome = single::<K>(old, before, width::<W>());
             after = outcome.flags;
             outcome.value
         })
     );
     run.core.cpu.eflags = after;
-    run.stored()
+    run.stored::<Q>()
 }
 
 /// SHL, SHR, SAR, ROL, ROR of a register.
@@ -146,42 +161,49 @@ fn shifted<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, 
     Next::On
 }
 
+#[inline(always)]
 pub fn shift_ri<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     shifted::<K, W, B>(run, op, op.imm & 0xff)
 }
 
 /// By CL, the only register there is to shift by.
+#[inline(always)]
 pub fn shift_rr<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let count = run.get::<1>(op.src);
     shifted::<K, W, B>(run, op, count)
 }
 
+#[inline(always)]
 pub fn mov_rr<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<W>(op.src);
     run.set::<W>(op.dst, value);
     Next::On
 }
 
+#[inline(always)]
 pub fn mov_ri<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     run.set::<W>(op.dst, op.imm);
     Next::On
 }
 
-pub fn mov_rm<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.load::<W>(op));
+#[inline(always)]
+pub fn mov_rm<const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<W, Q>(op));
     run.set::<W>(op.dst, value);
     Next::On
 }
 
-pub fn mov_mr<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn mov_mr<const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<W>(op.src);
-    get!(run, run.store::<W>(op, value));
-    run.stored()
+    get!(run, run.store::<W, Q>(op, value));
+    run.stored::<Q>()
 }
 
-pub fn mov_mi<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    get!(run, run.store::<W>(op, op.imm));
-    run.stored()
+#[inline(always)]
+pub fn mov_mi<const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.store::<W, Q>(op, op.imm));
+    run.stored::<Q>()
 }
 
 /// MOVZX and MOVSX to 32 bits.
@@ -190,122 +212,157 @@ fn extended<const S: bool, const F: u8>(value: u32) -> u32 {
     if S { width::<F>().extend(value) } else { value }
 }
 
+#[inline(always)]
 pub fn extend_r<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<F>(op.src);
     run.set::<4>(op.dst, extended::<S, F>(value));
     Next::On
 }
 
-pub fn extend_m<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.load::<F>(op));
+#[inline(always)]
+pub fn extend_m<const S: bool, const F: u8, const Q: bool, B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+) -> Next {
+    let value = get!(run, run.load::<F, Q>(op));
     run.set::<4>(op.dst, extended::<S, F>(value));
     Next::On
 }
 
+#[inline(always)]
 pub fn load_address<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let offset = run.offset(op);
     run.set::<4>(op.dst, offset);
     Next::On
 }
 
-pub fn push_r<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn push_r<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<4>(op.dst);
-    get!(run, run.push(value));
-    run.stored()
+    get!(run, run.push::<Q>(value));
+    run.stored::<Q>()
 }
 
-pub fn push_i<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    get!(run, run.push(op.imm));
-    run.stored()
+#[inline(always)]
+pub fn push_i<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.push::<Q>(op.imm));
+    run.stored::<Q>()
 }
 
-pub fn push_m<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.load::<4>(op));
-    get!(run, run.push(value));
-    run.stored()
+#[inline(always)]
+pub fn push_m<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<4, Q>(op));
+    get!(run, run.push::<Q>(value));
+    run.stored::<Q>()
 }
 
-pub fn pop_r<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.pop());
+#[inline(always)]
+pub fn pop_r<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.pop::<Q>());
     run.set::<4>(op.dst, value);
     Next::On
 }
 
-pub fn leave<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
-    get!(run, run.core.leave(Width::B4));
+#[inline(always)]
+pub fn leave<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    if !Q {
+        get!(run, run.core.leave(Width::B4).map_err(Some));
+        return Next::On;
+    }
+    let old = run.core.cpu.gpr[ESP];
+    run.core.cpu.gpr[ESP] = run.core.cpu.gpr[EBP];
+    match run.pop::<Q>() {
+        Ok(value) => run.core.cpu.gpr[EBP] = value,
+        Err(why) => {
+            run.core.cpu.gpr[ESP] = old;
+            return run.without(why);
+        }
+    }
     Next::On
 }
 
+#[inline(always)]
 pub fn jmp<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     run.jump_by(op)
 }
 
+#[inline(always)]
 pub fn jmp_reg<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     run.core.cpu.eip = run.get::<4>(op.dst);
     Next::Jumped
 }
 
-pub fn jmp_mem<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    run.core.cpu.eip = get!(run, run.load::<4>(op));
+#[inline(always)]
+pub fn jmp_mem<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.core.cpu.eip = get!(run, run.load::<4, Q>(op));
     Next::Jumped
 }
 
+#[inline(always)]
 pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     if alu::condition(C.into(), run.flags()) { run.jump_by(op) } else { Next::On }
 }
 
-pub fn call<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn call<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let back = run.start.wrapping_add(op.end.into());
-    get!(run, run.push(back));
+    get!(run, run.push::<Q>(back));
     run.jump_by(op)
 }
 
-pub fn call_reg<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn call_reg<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let (target, back) = (run.get::<4>(op.dst), run.start.wrapping_add(op.end.into()));
-    get!(run, run.push(back));
+    get!(run, run.push::<Q>(back));
     run.core.cpu.eip = target;
     Next::Jumped
 }
 
-pub fn call_mem<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let target = get!(run, run.load::<4>(op));
+#[inline(always)]
+pub fn call_mem<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let target = get!(run, run.load::<4, Q>(op));
     let back = run.start.wrapping_add(op.end.into());
-    get!(run, run.push(back));
+    get!(run, run.push::<Q>(back));
     run.core.cpu.eip = target;
     Next::Jumped
 }
 
-pub fn ret<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
-    run.core.cpu.eip = get!(run, run.pop());
+#[inline(always)]
+pub fn ret<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.eip = get!(run, run.pop::<Q>());
     Next::Jumped
 }
 
-pub fn set_if<const C: u8, const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+#[inline(always)]
+pub fn set_if<const C: u8, const R: bool, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = u32::from(alu::condition(C.into(), run.flags()));
     if R {
         run.set::<1>(op.dst, value);
         return Next::On;
     }
-    get!(run, run.store::<1>(op, value));
-    run.stored()
+    get!(run, run.store::<1, Q>(op, value));
+    run.stored::<Q>()
 }
 
-pub fn move_if<const C: u8, const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4>(op)) };
+#[inline(always)]
+pub fn move_if<const C: u8, const R: bool, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, Q>(op)) };
     if alu::condition(C.into(), run.flags()) {
         run.set::<4>(op.dst, value);
     }
     Next::On
 }
 
-pub fn multiply<const R: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4>(op)) };
+#[inline(always)]
+pub fn multiply<const R: bool, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, Q>(op)) };
     let (product, fits) = product(run.get::<4>(op.dst), source, Width::B4, true);
     run.set::<4>(op.dst, product as u32);
     run.core.cpu.eflags = product_flags(run.flags(), fits);
     Next::On
 }
 
+#[inline(always)]
 pub fn exchange<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let (a, b) = (run.get::<4>(op.dst), run.get::<4>(op.src));
     run.set::<4>(op.src, a);
@@ -313,17 +370,20 @@ pub fn exchange<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     Next::On
 }
 
+#[inline(always)]
 pub fn swap_bytes<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<4>(op.dst).swap_bytes();
     run.set::<4>(op.dst, value);
     Next::On
 }
 
+#[inline(always)]
 pub fn cdq<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     run.core.cpu.gpr[EDX] = (run.core.cpu.gpr[EAX] as i32 >> 31) as u32;
     Next::On
 }
 
+#[inline(always)]
 pub fn cwde<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     run.core.cpu.gpr[EAX] = Width::B2.extend(run.core.cpu.gpr[EAX] & 0xffff);
     Next::On

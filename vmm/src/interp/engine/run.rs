@@ -1,7 +1,11 @@
 //! A stretch of blocks under way: registers, memory and stack as handlers reach them.
 //!
-//! Holds: segments are checked as `segment` does, but once in advance where they are flat ([`Run::new`]): nothing in a
-//! stretch changes them. An access that fails has changed nothing.
+//! Memory is reached in two ways, which a handler is compiled for once each. *Quick*: an aligned operand in a flat segment
+//! that the bus has at hand; such a handler calls nothing, and where it cannot have its way it has done nothing
+//! ([`Next::Full`]). *Full*: as [`super::step`] does.
+//!
+//! Holds: segments are checked once in advance where they are flat ([`Run::new`]): nothing in a stretch changes them. An
+//! access that fails has changed nothing.
 
 use umbra_mmu::{Access, Gva, Mfn};
 
@@ -11,13 +15,17 @@ use super::translate::Op;
 use crate::cpu::{Seg, Segment};
 use crate::interp::operand::ESP;
 use crate::interp::segment::ALL_SEGMENTS;
-use crate::interp::{Core, Exec, Leave, Step, Width};
+use crate::interp::{Core, Leave, Step, Width};
 
 /// What comes after an op.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     /// The next op.
     On,
+    /// There is no next op: the block is over.
+    Through,
+    /// Not the quick way: the full one.
+    Full,
     /// EIP has been set: the block is over.
     Jumped,
     /// The block is over behind this op: its code has been stored to.
@@ -37,6 +45,10 @@ pub struct Run<'a, B: CodeBus> {
     pub user: bool,
     /// CS has 32-bit operands.
     pub wide: bool,
+    /// Number of the op that ended a block, unless it is through.
+    pub last: u8,
+    /// Steps of the run before this block.
+    steps: u64,
     /// Segments through which everything may be read, and written: a bit each.
     readable: u8,
     writable: u8,
@@ -48,8 +60,15 @@ pub struct Run<'a, B: CodeBus> {
     left: Option<Leave>,
 }
 
+/// An access's result: `Err(None)` where the quick way does not do.
+pub type Reach<T = ()> = Result<T, Option<Leave>>;
+
+/// Its limit takes nothing away, and an aligned offset is an aligned address.
 fn is_flat(segment: &Segment) -> bool {
-    !segment.unusable && segment.limit == u32::MAX && (segment.code() || !segment.expand_down())
+    !segment.unusable
+        && segment.limit == u32::MAX
+        && segment.base.is_multiple_of(4)
+        && (segment.code() || !segment.expand_down())
 }
 
 impl<'a, B: CodeBus> Run<'a, B> {
@@ -63,6 +82,8 @@ impl<'a, B: CodeBus> Run<'a, B> {
             wide: cpu.segment(Seg::Cs).big(),
             readable: 0,
             writable: 0,
+            last: 0,
+            steps: 0,
             stack: false,
             bases: [0; 8],
             frame: Mfn(0),
@@ -83,11 +104,16 @@ impl<'a, B: CodeBus> Run<'a, B> {
         run
     }
 
-    /// A block begins.
+    /// A block begins, after `steps` of the run.
     #[inline]
-    pub fn enter(&mut self, block: &Block) {
-        self.start = self.core.cpu.eip;
+    pub fn enter(&mut self, block: &Block, steps: u64) {
+        (self.start, self.steps) = (self.core.cpu.eip, steps);
         (self.frame, self.generation) = (block.frame, block.generation);
+    }
+
+    /// Tells the bus which step it is, before anything that may ask it for the time.
+    pub fn tell(&mut self, op: &Op) {
+        self.core.bus.begin(self.steps + u64::from(op.number) + 1);
     }
 
     /// True while nobody has stored to the frame of the block.
@@ -140,69 +166,104 @@ impl<'a, B: CodeBus> Run<'a, B> {
     }
 
     #[inline(always)]
-    pub fn load<const W: u8>(&mut self, op: &Op) -> Exec<u32> {
+    pub fn load<const W: u8, const Q: bool>(&mut self, op: &Op) -> Reach<u32> {
         let offset = self.offset(op);
-        if self.readable >> op.seg & 1 == 0 || wraps::<W>(offset) {
-            return self.core.load(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>());
+        if !Q {
+            return Ok(self.core.load(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>())?);
+        }
+        if self.readable >> op.seg & 1 == 0 {
+            return Err(None);
         }
         let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
-        Ok(self.core.bus.read(gva, width::<W>(), Access::read(self.user))? as u32)
+        self.quick_read::<W>(gva, Access::read(self.user))
     }
 
     #[inline(always)]
-    pub fn store<const W: u8>(&mut self, op: &Op, value: u32) -> Exec {
+    pub fn store<const W: u8, const Q: bool>(&mut self, op: &Op, value: u32) -> Reach {
         let offset = self.offset(op);
-        if self.writable >> op.seg & 1 == 0 || wraps::<W>(offset) {
-            return self.core.store(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>(), value);
+        if !Q {
+            return Ok(self.core.store(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>(), value)?);
+        }
+        if self.writable >> op.seg & 1 == 0 {
+            return Err(None);
         }
         let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
-        let value = u64::from(value & width::<W>().mask());
-        Ok(self.core.bus.write(gva, width::<W>(), value, Access::write(self.user))?)
+        self.quick_write::<W>(gva, value)
     }
 
-    /// Changes the memory operand by `change`, which may be called more than once.
+    /// Changes the memory operand by `change`, which may be called more than once. Not atomically: no LOCK comes here.
     #[inline(always)]
-    pub fn update<const W: u8>(&mut self, op: &Op, mut change: impl FnMut(u32) -> u32) -> Exec<u32> {
+    pub fn update<const W: u8, const Q: bool>(
+        &mut self,
+        op: &Op,
+        mut change: impl FnMut(u32) -> u32,
+    ) -> Reach {
         let offset = self.offset(op);
-        let change = &mut |old| u64::from(change(old as u32));
-        if self.readable & self.writable >> op.seg & 1 == 0 || wraps::<W>(offset) {
+        if !Q {
             let seg = ALL_SEGMENTS[usize::from(op.seg)];
-            return Ok(self.core.update(seg, offset, width::<W>(), change)? as u32);
+            self.core.update(seg, offset, width::<W>(), &mut |old| u64::from(change(old as u32)))?;
+            return Ok(());
+        }
+        if self.writable >> op.seg & 1 == 0 {
+            return Err(None);
         }
         let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
-        Ok(self.core.bus.update(gva, width::<W>(), self.user, change)? as u32)
+        let old = self.quick_read::<W>(gva, Access::write(self.user))?;
+        self.quick_write::<W>(gva, change(old))
     }
 
     #[inline(always)]
-    pub fn push(&mut self, value: u32) -> Exec {
-        let pointer = self.core.cpu.gpr[ESP].wrapping_sub(4);
-        if !self.stack || wraps::<4>(pointer) {
-            return self.core.push(Width::B4, value);
+    pub fn push<const Q: bool>(&mut self, value: u32) -> Reach {
+        if !Q {
+            return Ok(self.core.push(Width::B4, value)?);
         }
-        let gva = Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer));
-        self.core.bus.write(gva, Width::B4, value.into(), Access::write(self.user))?;
+        let pointer = self.core.cpu.gpr[ESP].wrapping_sub(4);
+        if !self.stack {
+            return Err(None);
+        }
+        self.quick_write::<4>(Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer)), value)?;
         self.core.cpu.gpr[ESP] = pointer;
         Ok(())
     }
 
     #[inline(always)]
-    pub fn pop(&mut self) -> Exec<u32> {
-        let pointer = self.core.cpu.gpr[ESP];
-        if !self.stack || wraps::<4>(pointer) {
+    pub fn pop<const Q: bool>(&mut self) -> Reach<u32> {
+        if !Q {
             let value = self.core.top(Width::B4)?;
             self.core.release(4);
             return Ok(value);
         }
+        let pointer = self.core.cpu.gpr[ESP];
+        if !self.stack {
+            return Err(None);
+        }
         let gva = Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer));
-        let value = self.core.bus.read(gva, Width::B4, Access::read(self.user))? as u32;
+        let value = self.quick_read::<4>(gva, Access::read(self.user))?;
         self.core.cpu.gpr[ESP] = pointer.wrapping_add(4);
         Ok(value)
     }
 
-    /// After an op that stored.
     #[inline(always)]
-    pub fn stored(&self) -> Next {
-        if self.is_current() { Next::On } else { Next::Stale }
+    fn quick_read<const W: u8>(&self, gva: Gva, access: Access) -> Reach<u32> {
+        if gva.0 & (u32::from(W) - 1) != 0 {
+            return Err(None);
+        }
+        self.core.bus.quick_read(gva, width::<W>(), access).map(|value| value as u32).ok_or(None)
+    }
+
+    #[inline(always)]
+    fn quick_write<const W: u8>(&mut self, gva: Gva, value: u32) -> Reach {
+        if gva.0 & (u32::from(W) - 1) != 0 {
+            return Err(None);
+        }
+        let value = u64::from(value & width::<W>().mask());
+        if self.core.bus.quick_write(gva, width::<W>(), value, self.user) { Ok(()) } else { Err(None) }
+    }
+
+    /// After an op that stored. The quick way stores to no code.
+    #[inline(always)]
+    pub fn stored<const Q: bool>(&self) -> Next {
+        if Q || self.is_current() { Next::On } else { Next::Stale }
     }
 
     #[inline(always)]
@@ -216,17 +277,17 @@ impl<'a, B: CodeBus> Run<'a, B> {
         self.core.cpu.eflags
     }
 
-    #[cold]
-    pub fn leave(&mut self, leave: Leave) -> Next {
-        self.left = Some(leave);
-        Next::Left
+    /// Out of a handler: the access did not do.
+    #[inline(always)]
+    pub fn without(&mut self, why: Option<Leave>) -> Next {
+        match why {
+            None => Next::Full,
+            Some(leave) => {
+                self.left = Some(leave);
+                Next::Left
+            }
+        }
     }
-}
-
-/// True where an access at `offset` would go past the limit of a flat segment.
-#[inline(always)]
-fn wraps<const W: u8>(offset: u32) -> bool {
-    offset > u32::MAX - (W as u32 - 1)
 }
 
 /// A width by its bytes.

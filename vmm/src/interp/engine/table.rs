@@ -21,8 +21,78 @@ pub enum Form {
     Imm,
 }
 
-/// A handler.
-pub type Handler<B> = fn(&mut Run<'_, B>, &Op) -> Next;
+/// A handler: does an op, then goes on with the rest of the block. It calls the next handler last, so that each kind of op has
+/// a jump of its own, which the host's CPU predicts; were they calls, no more than a block's ops would be on the stack.
+pub type Handler<B> = fn(&mut Run<'_, B>, &Op, &[Op]) -> Next;
+
+/// Does `ops`, which are the rest of a block.
+#[inline(always)]
+pub fn go_on<B: CodeBus>(run: &mut Run<'_, B>, ops: &[Op]) -> Next {
+    match ops {
+        [] => Next::Through,
+        [op, rest @ ..] => Handlers::<B>::TABLE[usize::from(op.handler) % HANDLERS](run, op, rest),
+    }
+}
+
+/// An op by one way alone.
+#[inline(always)]
+fn plain<B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+    rest: &[Op],
+    handler: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
+) -> Next {
+    match handler(run, op) {
+        Next::On => go_on(run, rest),
+        end => {
+            run.last = op.number;
+            end
+        }
+    }
+}
+
+/// An op by the quick way, else by the full one.
+#[inline(always)]
+fn quick<B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+    rest: &[Op],
+    handler: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
+    full: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
+) -> Next {
+    match handler(run, op) {
+        Next::On => go_on(run, rest),
+        Next::Full => in_full(run, op, rest, full),
+        end => {
+            run.last = op.number;
+            end
+        }
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn in_full<B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+    rest: &[Op],
+    full: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
+) -> Next {
+    run.tell(op);
+    plain(run, op, rest, full)
+}
+
+/// The handler of an op that touches no memory.
+macro_rules! plain {
+    ($handler:ident $(, $rest:expr)*) => { |run, op, rest| plain(run, op, rest, $handler::<$({ $rest },)* B>) };
+}
+
+/// The handler of an op that may.
+macro_rules! memory {
+    ($handler:ident $(, $rest:expr)*) => {
+        |run, op, rest| quick(run, op, rest, $handler::<$({ $rest },)* true, B>, $handler::<$({ $rest },)* false, B>)
+    };
+}
 
 /// An instruction without a handler of its own.
 pub const GENERIC: u16 = 0;
@@ -51,7 +121,8 @@ const CMOV: u16 = SET + 32;
 const ALU: u16 = CMOV + 32;
 const UNARY: u16 = ALU + 9 * 15;
 const SHIFT: u16 = UNARY + 4 * 6;
-const HANDLERS: usize = SHIFT as usize + 5 * 6;
+/// A power of two, beyond the last.
+const HANDLERS: usize = 512;
 
 /// The place of a width among the three.
 fn place(width: u8) -> Option<u16> {
@@ -173,18 +244,46 @@ pub struct Handlers<B>(std::marker::PhantomData<B>);
 impl<B: CodeBus> Handlers<B> {
     /// The handlers by number.
     pub const TABLE: [Handler<B>; HANDLERS] = {
-        let mut table = [generic::<B> as Handler<B>; HANDLERS];
-        put(&mut table, NOP, &[nop, jmp, jmp_reg, jmp_mem, call, call_reg, call_mem, ret, cdq, cwde]);
-        put(&mut table, LEAVE, &[leave, load_address, push_r, push_i, push_m, pop_r, exchange, swap_bytes]);
-        put(&mut table, IMUL, &[multiply::<true, B>, multiply::<false, B>]);
+        let mut table = [plain!(generic) as Handler<B>; HANDLERS];
+        put(
+            &mut table,
+            NOP,
+            &[
+                plain!(nop),
+                plain!(jmp),
+                plain!(jmp_reg),
+                memory!(jmp_mem),
+                memory!(call),
+                memory!(call_reg),
+                memory!(call_mem),
+                memory!(ret),
+                plain!(cdq),
+                plain!(cwde),
+            ],
+        );
+        put(
+            &mut table,
+            LEAVE,
+            &[
+                memory!(leave),
+                plain!(load_address),
+                memory!(push_r),
+                memory!(push_i),
+                memory!(push_m),
+                memory!(pop_r),
+                plain!(exchange),
+                plain!(swap_bytes),
+            ],
+        );
+        put(&mut table, IMUL, &[memory!(multiply, true), memory!(multiply, false)]);
         put(&mut table, EXTEND, &Self::extends::<false>());
         put(&mut table, EXTEND + 4, &Self::extends::<true>());
         put(&mut table, MOV, &Self::MOVES);
-        put(&mut table, JCC, &conditions!(jump_if, B));
-        put(&mut table, SET, &conditions!(set_if, true, B));
-        put(&mut table, SET + 16, &conditions!(set_if, false, B));
-        put(&mut table, CMOV, &conditions!(move_if, true, B));
-        put(&mut table, CMOV + 16, &conditions!(move_if, false, B));
+        put(&mut table, JCC, &conditions!(plain, jump_if));
+        put(&mut table, SET, &conditions!(memory, set_if, true));
+        put(&mut table, SET + 16, &conditions!(memory, set_if, false));
+        put(&mut table, CMOV, &conditions!(memory, move_if, true));
+        put(&mut table, CMOV + 16, &conditions!(memory, move_if, false));
         put(&mut table, ALU, &Self::alus::<0>());
         put(&mut table, ALU + 15, &Self::alus::<1>());
         put(&mut table, ALU + 30, &Self::alus::<2>());
@@ -207,78 +306,80 @@ impl<B: CodeBus> Handlers<B> {
     };
 
     const MOVES: [Handler<B>; 15] = [
-        mov_rr::<1, B>,
-        mov_rr::<2, B>,
-        mov_rr::<4, B>,
-        mov_ri::<1, B>,
-        mov_ri::<2, B>,
-        mov_ri::<4, B>,
-        mov_rm::<1, B>,
-        mov_rm::<2, B>,
-        mov_rm::<4, B>,
-        mov_mr::<1, B>,
-        mov_mr::<2, B>,
-        mov_mr::<4, B>,
-        mov_mi::<1, B>,
-        mov_mi::<2, B>,
-        mov_mi::<4, B>,
+        plain!(mov_rr, 1),
+        plain!(mov_rr, 2),
+        plain!(mov_rr, 4),
+        plain!(mov_ri, 1),
+        plain!(mov_ri, 2),
+        plain!(mov_ri, 4),
+        memory!(mov_rm, 1),
+        memory!(mov_rm, 2),
+        memory!(mov_rm, 4),
+        memory!(mov_mr, 1),
+        memory!(mov_mr, 2),
+        memory!(mov_mr, 4),
+        memory!(mov_mi, 1),
+        memory!(mov_mi, 2),
+        memory!(mov_mi, 4),
     ];
 
     const fn alus<const K: u8>() -> [Handler<B>; 15] {
         [
-            alu_rr::<K, 1, B>,
-            alu_rr::<K, 2, B>,
-            alu_rr::<K, 4, B>,
-            alu_ri::<K, 1, B>,
-            alu_ri::<K, 2, B>,
-            alu_ri::<K, 4, B>,
-            alu_rm::<K, 1, B>,
-            alu_rm::<K, 2, B>,
-            alu_rm::<K, 4, B>,
-            alu_mr::<K, 1, B>,
-            alu_mr::<K, 2, B>,
-            alu_mr::<K, 4, B>,
-            alu_mi::<K, 1, B>,
-            alu_mi::<K, 2, B>,
-            alu_mi::<K, 4, B>,
+            plain!(alu_rr, K, 1),
+            plain!(alu_rr, K, 2),
+            plain!(alu_rr, K, 4),
+            plain!(alu_ri, K, 1),
+            plain!(alu_ri, K, 2),
+            plain!(alu_ri, K, 4),
+            memory!(alu_rm, K, 1),
+            memory!(alu_rm, K, 2),
+            memory!(alu_rm, K, 4),
+            memory!(alu_mr, K, 1),
+            memory!(alu_mr, K, 2),
+            memory!(alu_mr, K, 4),
+            memory!(alu_mi, K, 1),
+            memory!(alu_mi, K, 2),
+            memory!(alu_mi, K, 4),
         ]
     }
 
     const fn unaries<const K: u8>() -> [Handler<B>; 6] {
         [
-            unary_r::<K, 1, B>,
-            unary_r::<K, 2, B>,
-            unary_r::<K, 4, B>,
-            unary_m::<K, 1, B>,
-            unary_m::<K, 2, B>,
-            unary_m::<K, 4, B>,
+            plain!(unary_r, K, 1),
+            plain!(unary_r, K, 2),
+            plain!(unary_r, K, 4),
+            memory!(unary_m, K, 1),
+            memory!(unary_m, K, 2),
+            memory!(unary_m, K, 4),
         ]
     }
 
     const fn shifts<const K: u8>() -> [Handler<B>; 6] {
         [
-            shift_ri::<K, 1, B>,
-            shift_ri::<K, 2, B>,
-            shift_ri::<K, 4, B>,
-            shift_rr::<K, 1, B>,
-            shift_rr::<K, 2, B>,
-            shift_rr::<K, 4, B>,
+            plain!(shift_ri, K, 1),
+            plain!(shift_ri, K, 2),
+            plain!(shift_ri, K, 4),
+            plain!(shift_rr, K, 1),
+            plain!(shift_rr, K, 2),
+            plain!(shift_rr, K, 4),
         ]
     }
 
     const fn extends<const S: bool>() -> [Handler<B>; 4] {
-        [extend_r::<S, 1, B>, extend_r::<S, 2, B>, extend_m::<S, 1, B>, extend_m::<S, 2, B>]
+        [plain!(extend_r, S, 1), plain!(extend_r, S, 2), memory!(extend_m, S, 1), memory!(extend_m, S, 2)]
     }
 }
 
 /// A handler for each of the sixteen conditions.
 macro_rules! conditions {
-    ($handler:ident $(, $rest:tt)*) => {
+    ($way:ident, $handler:ident $(, $rest:expr)*) => {
         [
-            $handler::<0 $(, $rest)*>, $handler::<1 $(, $rest)*>, $handler::<2 $(, $rest)*>, $handler::<3 $(, $rest)*>,
-            $handler::<4 $(, $rest)*>, $handler::<5 $(, $rest)*>, $handler::<6 $(, $rest)*>, $handler::<7 $(, $rest)*>,
-            $handler::<8 $(, $rest)*>, $handler::<9 $(, $rest)*>, $handler::<10 $(, $rest)*>, $handler::<11 $(, $rest)*>,
-            $handler::<12 $(, $rest)*>, $handler::<13 $(, $rest)*>, $handler::<14 $(, $rest)*>, $handler::<15 $(, $rest)*>,
+            $way!($handler, 0 $(, $rest)*), $way!($handler, 1 $(, $rest)*), $way!($handler, 2 $(, $rest)*),
+            $way!($handler, 3 $(, $rest)*), $way!($handler, 4 $(, $rest)*), $way!($handler, 5 $(, $rest)*),
+            $way!($handler, 6 $(, $rest)*), $way!($handler, 7 $(, $rest)*), $way!($handler, 8 $(, $rest)*),
+            $way!($handler, 9 $(, $rest)*), $way!($handler, 10 $(, $rest)*), $way!($handler, 11 $(, $rest)*),
+            $way!($handler, 12 $(, $rest)*), $way!($handler, 13 $(, $rest)*), $way!($handler, 14 $(, $rest)*),
+            $way!($handler, 15 $(, $rest)*),
         ]
     };
 }

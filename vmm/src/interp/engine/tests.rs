@@ -3,6 +3,8 @@
 //!
 //! `UMBRA_CASES=n` runs n programs. A failure prints its seed, which `UMBRA_SEED=n` runs first.
 
+mod delivery;
+
 use super::*;
 use crate::cpu::{Segment, TableRegister, cr4};
 use crate::interp::flat::{FlatBus, Page};
@@ -208,7 +210,7 @@ fn model(cpu: &mut CpuState, bus: &mut FlatBus, budget: u64, extent: Extent, wai
     let mut steps = 0;
     while steps < budget && extent.covers(cpu) && !waiting.can_be_taken(cpu) {
         steps += 1;
-        bus.told += 1;
+        bus.begin(steps);
         let last = step(cpu, bus);
         if last != Step::Done {
             return Ran { steps, last };
@@ -220,6 +222,8 @@ fn model(cpu: &mut CpuState, bus: &mut FlatBus, budget: u64, extent: Extent, wai
 fn lockstep(seed: u64, engine: &mut Engine) -> u64 {
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut ours = (cpu(&mut random), bus(&mut random));
+    // A counter that is seen to go on, as devices are.
+    ours.1.counter = random.one_in(2).then(|| Gva(DATA + random.below(0x400) * 4));
     let mut theirs = (ours.0.clone(), ours.1.clone());
     // What the model does one by one, in string instructions too.
     ours.1.at_once = true;
@@ -236,7 +240,7 @@ fn lockstep(seed: u64, engine: &mut Engine) -> u64 {
         assert_eq!(ours.0, theirs.0, "{}", context());
         assert!(ours.1.memory == theirs.1.memory, "memory differs: {}", context());
         assert_eq!(ours.1.ports, theirs.1.ports, "{}", context());
-        assert_eq!(ours.1.told, theirs.1.told, "time: {}", context());
+        assert_eq!(ours.1.step, theirs.1.step, "time: {}", context());
         steps += got.steps;
         if got.last != Step::Done {
             let eip = CODE + random.below(0x1f00);
@@ -346,4 +350,53 @@ fn an_instruction_over_the_wrap_of_eip_is_a_gp_where_the_base_of_cs_lies_within_
     let want = model(&mut theirs.0, &mut theirs.1, 10, Extent::All, Waiting::default());
     let refused = Ran { steps: 1, last: Step::Exception(crate::interp::Exception::gp(0)) };
     assert_eq!((got, want, cpu), (refused, refused, theirs.0));
+}
+
+/// The counter read by MOV, in the middle of a block and by a fast handler, says which step it is.
+#[test]
+fn a_device_that_shows_the_time_is_read_at_the_time_of_the_step() {
+    // inc ebx; inc ebx; mov eax, [DATA]; inc ebx; mov ecx, [DATA]; hlt
+    let mut bus = FlatBus::new(0, SIZE as usize);
+    let load = |opcode: &[u8]| [opcode, &DATA.to_le_bytes()].concat();
+    bus.place(CODE, &[&[0x43, 0x43][..], &load(&[0xa1]), &[0x43], &load(&[0x8b, 0x0d]), &[0xf4]].concat());
+    (bus.time, bus.counter) = (100, Some(Gva(DATA)));
+    let mut cpu = CpuState::flat_protected_mode(CODE);
+    assert_eq!(Engine::default().run(&mut cpu, &mut bus, 40, Extent::All, Waiting::default()).steps, 6);
+    assert_eq!((cpu.gpr[0], cpu.gpr[1]), (103, 105));
+}
+
+/// `Again` at each call of the bus in turn, by fast handlers and while decoding: run again, the end is the same.
+#[test]
+fn a_run_that_had_to_wait_at_any_point_ends_the_same() {
+    // mov eax, [esi]; add [esi+4], eax; push eax; call f; hlt; f: pop ecx; push ecx; cmp eax, [esi+4]; ret
+    let code = [
+        &[0x8b, 0x06, 0x01, 0x46, 0x04, 0x50, 0xe8, 1, 0, 0, 0, 0xf4][..],
+        &[0x59, 0x51, 0x3b, 0x46, 0x04, 0xc3],
+    ]
+    .concat();
+    let run = |again_at: Option<u32>| {
+        let mut bus = FlatBus::new(0, SIZE as usize);
+        bus.place(CODE, &code);
+        bus.place(DATA, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        bus.again_at = again_at;
+        let mut cpu = CpuState::flat_protected_mode(CODE);
+        (cpu.gpr[4], cpu.gpr[6]) = (STACK, DATA);
+        let (mut engine, mut waits) = (Engine::default(), 0);
+        loop {
+            match engine.run(&mut cpu, &mut bus, 40, Extent::All, Waiting::default()).last {
+                Step::Again => waits += 1,
+                last => return (cpu, bus.memory, last, waits),
+            }
+        }
+    };
+    let (cpu, memory, last, waits) = run(None);
+    assert_eq!((last, waits), (Step::Halted, 0));
+    let waits: u32 = (0..40)
+        .map(|call| {
+            let again = run(Some(call));
+            assert!((&again.0, &again.1, again.2) == (&cpu, &memory, Step::Halted), "call {call}");
+            again.3
+        })
+        .sum();
+    assert!(waits >= 9, "the bus is called for each load, store and first fetch: {waits}");
 }

@@ -29,6 +29,8 @@ pub struct Op {
     pub end: u16,
     /// Bytes of the instruction.
     pub length: u8,
+    /// Ops before it in its block.
+    pub number: u8,
     /// What comes after it.
     pub after: After,
     /// Registers by number, of the instruction's width: operand 0 and operand 1.
@@ -57,13 +59,14 @@ impl Op {
     }
 }
 
-/// The op of `i`, which ends `end` bytes behind the start of the block. `instruction` is where `i` will be kept if it is
-/// generic.
-pub fn translate(i: &Instruction, end: u32, instruction: u32) -> Op {
+/// The op of `i`, number `number` of its block, which ends `end` bytes behind its start. `instruction` is where `i` will be
+/// kept if it is generic.
+pub fn translate(i: &Instruction, number: u8, end: u32, instruction: u32) -> Op {
     let mut op = Op {
         handler: GENERIC,
         end: end as u16,
         length: i.len() as u8,
+        number,
         after: after(i),
         dst: 0,
         src: 0,

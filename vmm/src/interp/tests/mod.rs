@@ -11,7 +11,7 @@ mod far;
 mod fetch;
 mod fpu;
 mod load;
-mod machine;
+pub(super) mod machine;
 mod order;
 mod random;
 mod real;
