@@ -28,9 +28,10 @@ static struct frame *const table = (struct frame *)FRAME_TABLE_BASE;
 
 extern const char kernel_end[];
 
-static u32 zone_of(u32 frame) { return frame < zones[ZONE_LOW].end ? ZONE_LOW : ZONE_HIGH; }
+u32 frames_low_end;
 
-bool frame_is_low(u32 frame) { return zone_of(frame) == ZONE_LOW; }
+static u32 zone_of(u32 frame) { return frame_is_low(frame) ? ZONE_LOW : ZONE_HIGH; }
+
 
 /* The next frame beyond the frontier that is RAM, or none. */
 static u32 frontier_advance(struct frontier *zone)
@@ -70,7 +71,7 @@ void frames_init(void)
     end = min_u32(end, limit);
     u32 low_end = min_u32(boot.options.lowmem * (MIB / PAGE_SIZE), end);
     zones[ZONE_LOW].first = low_physical(kernel_end) >> PAGE_SHIFT;
-    zones[ZONE_LOW].end = low_end;
+    zones[ZONE_LOW].end = frames_low_end = low_end;
     zones[ZONE_HIGH].first = low_end;
     zones[ZONE_HIGH].end = end;
     kpt_cover(FRAME_TABLE_BASE, (u32)&table[end]);
@@ -93,7 +94,6 @@ u32 frame_alloc(enum zone which)
     return frame;
 }
 
-struct frame *frame_of(u32 frame) { return &table[frame]; }
 
 void frame_get(u32 frame)
 {

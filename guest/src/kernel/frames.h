@@ -24,11 +24,12 @@ u32 frame_alloc(enum zone zone);
 void frame_get(u32 frame);
 /* Drops a reference; with the last one the frame is free. */
 void frame_put(u32 frame);
-struct frame *frame_of(u32 frame);
+static inline struct frame *frame_of(u32 frame) { return (struct frame *)FRAME_TABLE_BASE + frame; }
 /* Frames held now, over both zones: the same before and after a workload that leaks nothing. */
 u32 frames_in_use(void);
 
-bool frame_is_low(u32 frame);
+extern u32 frames_low_end;
+static inline bool frame_is_low(u32 frame) { return frame < frames_low_end; }
 static inline void *low_address(u32 frame) { return (void *)(KERNEL_BASE + (frame << PAGE_SHIFT)); }
 static inline u32 low_physical(const void *address) { return (u32)address - KERNEL_BASE; }
 

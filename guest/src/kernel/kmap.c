@@ -38,7 +38,7 @@ static void sweep(void)
     for (struct slot *slot = slots; slot < slots + POOL_SLOTS; slot++) {
         if (slot->state != SLOT_IDLE)
             continue;
-        kpt_set_top((u32)slot_address(slot), 0);
+        kpt_clear((u32)slot_address(slot));
         slot->state = SLOT_FREE;
         freed++;
     }
@@ -74,7 +74,7 @@ static struct slot *map_free(u32 frame)
     }
     if (!slot)
         return NULL;
-    kpt_set_top((u32)slot_address(slot), pte_make(frame, kpt_data_bits() & ~(pte_t)PTE_G));
+    kpt_enter((u32)slot_address(slot), pte_make(frame, kpt_data_bits() & ~(pte_t)PTE_G));
     *slot = (struct slot){.state = SLOT_IDLE, .frame = frame};
     return slot;
 }

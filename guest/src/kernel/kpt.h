@@ -18,16 +18,17 @@ pte_t kpt_get(u32 va);
 void kpt_set(u32 va, pte_t entry);
 void *kpt_table(u32 va);
 
-/* The tables of the top 4 MiB, one behind the other: no walk there. */
+/* The tables of the top 4 MiB, one behind the other: no walk there. kpt_enter is for an entry that is absent. */
 extern u32 top_tables[2048];
 
-static inline void kpt_set_top(u32 va, pte_t entry) { table_set(top_tables, (va - TOP_BASE) >> PAGE_SHIFT, entry); }
+static inline void kpt_enter(u32 va, pte_t entry) { table_enter(top_tables, (va - TOP_BASE) >> PAGE_SHIFT, entry); }
+static inline void kpt_clear(u32 va) { table_clear(top_tables, (va - TOP_BASE) >> PAGE_SHIFT); }
 
 void kpt_map_device(u32 va, u32 physical);
 
 /* Bits of a writable, never executable, global kernel page. A and D are set: the kernel does not ask for them, and a
  * CPU or monitor need not come back to set them. */
-static inline pte_t kpt_data_bits(void) { return paging.nx | paging.global | PTE_D | PTE_A | PTE_W | PTE_P; }
+static inline pte_t kpt_data_bits(void) { return paging.data; }
 
 /* What CR3 is to hold for a task without user memory. */
 u32 kpt_root(void);

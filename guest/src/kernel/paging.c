@@ -37,4 +37,5 @@ void paging_init(void)
         paging.smep = true;
     }
     write_cr4(cr4);
+    paging.data = paging.nx | paging.global | PTE_D | PTE_A | PTE_W | PTE_P;
 }

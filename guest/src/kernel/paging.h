@@ -42,6 +42,7 @@ struct paging {
     u32 directory_shift; /* log2 of the bytes that a directory entry covers */
     pte_t nx;            /* PTE_NX, or 0 where there is none */
     pte_t global;        /* PTE_G, or 0 */
+    pte_t data;          /* a writable, never executable, global page of the kernel's own, A and D set; see kpt.h */
     bool smep;
 };
 
@@ -77,6 +78,30 @@ static inline void table_set(void *table, u32 index, pte_t entry)
         *high = (u32)(entry >> 32);
     }
     *low = (u32)entry;
+}
+
+/* The same for an entry that is absent now. */
+static inline void table_enter(void *table, u32 index, pte_t entry)
+{
+    volatile u32 *words = table;
+    if (!paging.pae) {
+        words[index] = (u32)entry;
+        return;
+    }
+    words[2 * index + 1] = (u32)(entry >> 32);
+    words[2 * index] = (u32)entry;
+}
+
+/* Makes an entry 0. */
+static inline void table_clear(void *table, u32 index)
+{
+    volatile u32 *words = table;
+    if (!paging.pae) {
+        words[index] = 0;
+        return;
+    }
+    words[2 * index] = 0;
+    words[2 * index + 1] = 0;
 }
 
 static inline u32 pte_frame(pte_t entry) { return (u32)((entry & PTE_FRAME) >> PAGE_SHIFT); }

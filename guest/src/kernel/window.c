@@ -23,7 +23,7 @@ static u32 slot_address(u32 slot) { return WINDOW_BASE + slot * PAGE_SIZE; }
 
 static void slot_map(u32 slot, u32 frame)
 {
-    kpt_set_top(slot_address(slot), pte_make(frame, kpt_data_bits()));
+    kpt_enter(slot_address(slot), pte_make(frame, kpt_data_bits()));
     invlpg(slot_address(slot));
 }
 
@@ -36,9 +36,10 @@ void *kmap_local(u32 frame, const char *why)
         panic("window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
     if (depth_max == WINDOW_TASK_DEPTH_MAX)
         high_water = max_u32(high_water, slot + 1);
-    void *address = frame_is_low(frame) ? low_address(frame) : (void *)slot_address(slot);
+    bool low = frame_is_low(frame);
+    void *address = low ? low_address(frame) : (void *)slot_address(slot);
     stack->entries[slot] = (struct window_entry){frame, address, why};
-    if (!frame_is_low(frame))
+    if (!low)
         slot_map(slot, frame);
     return address;
 }
@@ -52,7 +53,7 @@ enum window_error window_release(const void *address)
     if (stack->entries[slot].address != address)
         return WINDOW_OUT_OF_ORDER;
     if ((u32)address == slot_address(slot))
-        kpt_set_top(slot_address(slot), 0);
+        kpt_clear(slot_address(slot));
     barrier();
     stack->depth = slot;
     return WINDOW_OK;
@@ -86,7 +87,7 @@ void window_init(struct window_stack *stack) { current_stack = stack; }
 void window_switch(const struct window_stack *from, struct window_stack *to)
 {
     for (u32 slot = 0; slot < from->depth; slot++)
-        kpt_set_top(slot_address(slot), 0);
+        kpt_clear(slot_address(slot));
     current_stack = to;
     for (u32 slot = 0; slot < to->depth; slot++)
         if ((u32)to->entries[slot].address == slot_address(slot))
@@ -95,6 +96,7 @@ void window_switch(const struct window_stack *from, struct window_stack *to)
 
 void *window_map_for_dump(u32 frame)
 {
+    kpt_clear(slot_address(WINDOW_DUMP_SLOT));
     slot_map(WINDOW_DUMP_SLOT, frame);
     return (void *)slot_address(WINDOW_DUMP_SLOT);
 }

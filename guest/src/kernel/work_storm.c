@@ -22,6 +22,8 @@
 #define WORDS (PAGE_SIZE / 4)
 
 static u32 frames[FRAMES];
+/* The page-table entry for each. */
+static pte_t entries[FRAMES];
 
 /* The slot and the word of a round, and what it stores. Its frame is round % FRAMES. */
 static u32 slot_of_round(u32 round) { return STORM_BASE + round % STORM_SLOTS * PAGE_SIZE; }
@@ -37,6 +39,7 @@ static bool take_frames(void)
         void *page = kmap_local(frames[i], "storm");
         clear_page(page);
         kunmap_local(page);
+        entries[i] = pte_make(frames[i], kpt_data_bits());
     }
     return true;
 }
@@ -44,15 +47,14 @@ static bool take_frames(void)
 /* Frame and word are counted along, not divided for: what is timed is mapping. */
 static u32 storm(u32 rounds)
 {
-    pte_t bits = kpt_data_bits();
     u32 wrong = 0, frame = 0, word = 0;
     for (u32 round = 0; round < rounds; round++) {
         u32 va = slot_of_round(round), value = value_of_round(round);
-        kpt_set_top(va, pte_make(frames[frame], bits));
+        kpt_enter(va, entries[frame]);
         volatile u32 *at = (volatile u32 *)va + word;
         *at = value;
         wrong += *at != value;
-        kpt_set_top(va, 0);
+        kpt_clear(va);
         invlpg(va);
         if (++frame == FRAMES) {
             frame = 0;
