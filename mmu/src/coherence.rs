@@ -9,7 +9,7 @@
 //! remover                              vCPU
 //! removing++                           epoch := clock++          (begin_flush)
 //! spte := 0                            the hardware flush
-//! -- full fence --                     flushed := epoch          (end_flush)
+//! -- fence --                          flushed := epoch          (end_flush)
 //! stamp := clock
 //! debt(frame) max= stamp
 //! last removal max= stamp + 1

@@ -69,7 +69,10 @@ impl Machine {
 
     #[inline]
     fn word<T: AtomicInteger>(&self, mpa: Mpa) -> &T {
-        self.region.get_atomic_ref(mpa.0 as usize).expect("INV-FRAME-1: an aligned word of the pool")
+        match self.region.get_atomic_ref(mpa.0 as usize).ok() {
+            Some(word) => word,
+            None => no_word(mpa),
+        }
     }
 
     /// Loads `width` bytes at `mpa`, zero-extended, all in one frame. Whole where they lie within an aligned 8-byte word.
@@ -157,6 +160,13 @@ impl Machine {
             self.word64(mfn.at(offset)).store(0, Ordering::Relaxed);
         }
     }
+}
+
+/// Out of line, so that who loads a word needs no stack for it.
+#[cold]
+#[inline(never)]
+fn no_word(mpa: Mpa) -> ! {
+    panic!("INV-FRAME-1: {mpa} is no aligned word of the pool")
 }
 
 /// The bit position of an access in the aligned 8-byte word around it, if it lies within one.

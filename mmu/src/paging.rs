@@ -119,7 +119,7 @@ impl Mmu {
 
     /// Makes the vCPU unable to use anything for `gva` that the guest's tables do not say now.
     pub(crate) fn forget_address(&self, vcpu: &Vcpu, gva: Gva) {
-        self.sync_address(vcpu, gva);
+        self.drop_address(vcpu, gva);
         self.flush_if_owed(vcpu);
         if let Some(tlb) = &vcpu.tlb {
             tlb.flush_page(gva);

@@ -130,6 +130,7 @@ pub struct CodeFrame {
 
 /// One translation of a page of 4 KiB.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
 struct Entry {
     /// Valid bit, root and page; [`NO_TAG`] for no entry.
     tag: u64,
@@ -405,31 +406,31 @@ impl Mmu {
     /// [`Miss`]; always [`Miss::Fault`] for a vCPU without a software TLB.
     #[inline(always)]
     pub fn tlb_translate(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Mfn, Miss> {
-        match self.tlb_front(vcpu, gva, access) {
+        match self.tlb_front(vcpu, vcpu.tlb_tag(access.user), gva, access.kind) {
             Some(mfn) => Ok(mfn),
             None => self.tlb_find(vcpu, gva, access),
         }
     }
 
     /// [`Mmu::tlb_load`] of an aligned operand by an entry that needs no looking for; `None` where there is none. Calls
-    /// nothing. With an `access` that stores, only where that is allowed too.
+    /// nothing. `tag` is [`Vcpu::tlb_tag`] of now. With the `kind` of a store, only where that is allowed too.
     #[inline(always)]
-    pub fn tlb_quick_load(&self, vcpu: &Vcpu, gva: Gva, width: crate::Width, access: Access) -> Option<u64> {
-        let mfn = self.tlb_front(vcpu, gva, access)?;
+    pub fn tlb_quick_load(
+        &self,
+        vcpu: &Vcpu,
+        tag: u64,
+        gva: Gva,
+        width: crate::Width,
+        kind: AccessKind,
+    ) -> Option<u64> {
+        let mfn = self.tlb_front(vcpu, tag, gva, kind)?;
         Some(self.machine.load(mfn.at(gva.offset() & !(width.bytes() - 1)), width))
     }
 
     /// [`Mmu::tlb_store`] likewise; false where it has not been made, as where code was decoded from the frame.
     #[inline(always)]
-    pub fn tlb_quick_store(
-        &self,
-        vcpu: &Vcpu,
-        gva: Gva,
-        width: crate::Width,
-        value: u64,
-        user: bool,
-    ) -> bool {
-        let Some(mfn) = self.tlb_front(vcpu, gva, Access::write(user)) else { return false };
+    pub fn tlb_quick_store(&self, vcpu: &Vcpu, tag: u64, gva: Gva, width: crate::Width, value: u64) -> bool {
+        let Some(mfn) = self.tlb_front(vcpu, tag, gva, AccessKind::Write) else { return false };
         if self.frames.code(mfn) != 0 {
             return false;
         }
@@ -439,13 +440,10 @@ impl Mmu {
 
     /// The frame by the entry in front of its set, where that is current and allows the access.
     #[inline(always)]
-    fn tlb_front(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Option<Mfn> {
-        let tlb = vcpu.tlb.as_ref()?;
-        let tag = vcpu.tags[usize::from(access.user)].get() | u64::from(gva.0 >> 12);
-        let front = &tlb.set(gva)[0];
-        let entry = front.get();
-        let current = entry.tag == tag && entry.checked == self.p2m.advances();
-        (current && entry.spte.allows(access.kind)).then(|| entry.spte.mfn())
+    fn tlb_front(&self, vcpu: &Vcpu, tag: u64, gva: Gva, kind: AccessKind) -> Option<Mfn> {
+        let entry = vcpu.tlb.as_ref()?.set(gva)[0].get();
+        let current = entry.tag == tag | u64::from(gva.0 >> 12) && entry.checked == self.p2m.advances();
+        (current && entry.spte.allows(kind)).then(|| entry.spte.mfn())
     }
 
     /// The other ways of the set, the store, the generations; then the shadow.

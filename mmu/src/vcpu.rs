@@ -122,6 +122,13 @@ impl Vcpu {
         self.hardware
     }
 
+    /// What entries of its software TLB are known by for accesses of privilege `user`, until its paging changes; no entry's
+    /// while no root is loaded.
+    #[inline]
+    pub fn tlb_tag(&self, user: bool) -> u64 {
+        self.tags[usize::from(user)].get()
+    }
+
     /// Its software TLB, if it has one.
     pub fn tlb(&self) -> Option<&SoftTlb> {
         self.tlb.as_ref()

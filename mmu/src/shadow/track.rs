@@ -239,17 +239,17 @@ impl Mmu {
         }
     }
 
-    /// INVLPG: brings the spte for `gva` up to date, the kernel's and the user's, in every place where a root of
-    /// this mode will find it.
-    pub(crate) fn sync_address(&self, vcpu: &Vcpu, gva: Gva) {
+    /// INVLPG: takes away the spte for `gva`, the kernel's and the user's, in every place where a root of this mode will
+    /// find it. It is gone though the guest's entry may still justify it: to compare costs more than to make it again.
+    pub(crate) fn drop_address(&self, vcpu: &Vcpu, gva: Gva) {
         for user in [false, true] {
             let Some(directory) = self.find_directory(vcpu, user, gva) else { continue };
             let Some(slot) = self.child(self.pages.mfn(directory).at(l2_index(gva) * 8)) else { continue };
             let page = self.pages.lock(slot, false);
-            let Some(key) = page.key.filter(|key| key.role.shape == Shape::Table) else { continue };
-            let PageState::Resident(mfn) = self.p2m.lookup(key.gfn) else { continue };
-            let table = vcpu.window.map(&self.machine, &self.frames, key.gfn, mfn, Tag::Sync);
-            self.sync_entry(&table, key.role, slot, l1_index(gva));
+            // Under the page's lock: a fill by another vCPU comes before, and goes, or reads the guest's entry after.
+            if page.key.is_some_and(|key| key.role.shape == Shape::Table) {
+                self.zap_leaf(self.pages.mfn(slot).at(l1_index(gva) * 8));
+            }
         }
     }
 
