@@ -176,13 +176,18 @@ impl CodeBus for TlbBus {
     }
 
     #[inline(always)]
-    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64> {
-        self.mmu.tlb_quick_load(&self.vcpu, gva, width.into(), access)
+    fn quick_tag(&self, user: bool) -> u64 {
+        self.vcpu.tlb_tag(user)
     }
 
     #[inline(always)]
-    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool {
-        self.mmu.tlb_quick_store(&self.vcpu, gva, width.into(), value, user)
+    fn quick_read(&self, tag: u64, gva: Gva, width: Width, access: Access) -> Option<u64> {
+        self.mmu.tlb_quick_load(&self.vcpu, tag, gva, width.into(), access.kind)
+    }
+
+    #[inline(always)]
+    fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool {
+        self.mmu.tlb_quick_store(&self.vcpu, tag, gva, width.into(), value)
     }
 }
 

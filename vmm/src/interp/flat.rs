@@ -320,14 +320,18 @@ impl CodeBus for FlatBus {
         self.step = step;
     }
 
-    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64> {
+    fn quick_tag(&self, user: bool) -> u64 {
+        user.into()
+    }
+
+    fn quick_read(&self, _: u64, gva: Gva, width: Width, access: Access) -> Option<u64> {
         (self.is_quick(gva) && self.check(gva, width.bytes(), access).is_ok())
             .then(|| self.scalar(gva, width))
     }
 
-    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool {
+    fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool {
         let code = self.code.contains_key(&(self.index(gva.0) as u32 >> 12));
-        if code || !self.is_quick(gva) || self.check(gva, width.bytes(), Access::write(user)).is_err() {
+        if code || !self.is_quick(gva) || self.check(gva, width.bytes(), Access::write(tag == 1)).is_err() {
             return false;
         }
         self.put(gva, width, value);

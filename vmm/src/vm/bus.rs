@@ -35,7 +35,7 @@ use crate::interp::{Bus, BusError, Exception, Width};
 pub struct Aftermath {
     /// The guest's descriptor tables may have changed: their translation is stale.
     pub descriptors: bool,
-    /// INVLPG: the translation of this page is.
+    /// INVLPG: the translation of this page is. Of several pages, `descriptors` says so.
     pub invalidated: Option<Gva>,
     /// [`BusError::Again`] was answered for want of a machine frame for this page.
     pub need: Option<Gfn>,
@@ -116,6 +116,12 @@ impl<'a> GuestBus<'a> {
             Some(time) => time.plus(self.step * NANOS_PER_INSTRUCTION),
             None => self.devices.now(),
         }
+    }
+
+    /// A run of the engine is over: the next one counts its steps from now.
+    pub fn settle(&mut self) {
+        self.time = self.time.map(|_| self.time());
+        self.step = 0;
     }
 
     /// Hardware has the FPU's registers: an instruction that wants them is answered [`BusError::Again`].
@@ -454,7 +460,8 @@ impl Bus for GuestBus<'_> {
         } else {
             self.mmu.invalidate_page(self.vcpu, gva);
         }
-        self.aftermath.invalidated = Some(gva);
+        let before = self.aftermath.invalidated.replace(gva);
+        self.aftermath.descriptors |= before.is_some_and(|other| other.page() != gva.page());
     }
 
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError> {
@@ -522,13 +529,18 @@ impl CodeBus for GuestBus<'_> {
     }
 
     #[inline(always)]
-    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64> {
-        self.mmu.tlb_quick_load(self.vcpu, gva, width.into(), access)
+    fn quick_tag(&self, user: bool) -> u64 {
+        self.vcpu.tlb_tag(user)
     }
 
     #[inline(always)]
-    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool {
-        self.mmu.tlb_quick_store(self.vcpu, gva, width.into(), value, user)
+    fn quick_read(&self, tag: u64, gva: Gva, width: Width, access: Access) -> Option<u64> {
+        self.mmu.tlb_quick_load(self.vcpu, tag, gva, width.into(), access.kind)
+    }
+
+    #[inline(always)]
+    fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool {
+        self.mmu.tlb_quick_store(self.vcpu, tag, gva, width.into(), value)
     }
 }
 

@@ -9,8 +9,8 @@
 use super::ending::End;
 use super::kick::Attention;
 use super::vcpu::{Backend, Core, lacking};
-use crate::interp::engine::{Engine, Extent};
-use crate::interp::{Event, Step};
+use crate::interp::engine::{Engine, Extent, Ran};
+use crate::interp::{Delivered, Event, Step, deliver, vector};
 
 /// Instructions of one slice: between two looks at the board.
 const SLICE: u64 = 1 << 14;
@@ -32,11 +32,30 @@ impl Soft {
     pub fn interpret(&mut self, core: &mut Core, budget: u64, extent: Extent) -> Option<End> {
         core.stats.entries += 1;
         let (engine, attention, waiting) = (&mut self.engine, self.attention.clone(), core.waiting);
+        let mut exceptions = 0;
+        let mut user_faults = 0;
         let (ran, after) = core.with_bus(Some(core.time), |cpu, bus| {
             bus.heed(attention);
-            engine.run(cpu, bus, budget, extent, waiting)
+            let mut steps = 0;
+            loop {
+                let ran = engine.run(cpu, bus, budget - steps, extent, waiting);
+                steps += ran.steps;
+                bus.settle();
+                // What delivery takes apart from memory that is there is for the vCPU's loop.
+                if let Step::Exception(exception) = ran.last {
+                    let user_fault = exception.vector == vector::PF && cpu.cpl == 3;
+                    if deliver(cpu, bus, Event::Exception(exception)) == Delivered::Handler {
+                        exceptions += 1;
+                        user_faults += u64::from(user_fault);
+                        continue;
+                    }
+                }
+                return Ran { steps, last: ran.last };
+            }
         });
         core.stats.interpreted += ran.steps;
+        core.stats.exceptions += exceptions;
+        core.stats.user_faults += user_faults;
         core.stats.kicks += u64::from(self.attention.is_wanted());
         match ran.last {
             Step::Done | Step::Halted => None,

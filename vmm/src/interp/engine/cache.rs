@@ -1,8 +1,8 @@
 //! Blocks, and how they are found: by linear address while nothing has been flushed, else by frame.
 //!
 //! Holds: arenas are made once and filled from the front; when one is full everything is forgotten. A block lies in one
-//! page. Its key is where its bytes are, not where they are mapped: displacements are relative, so it is the same
-//! wherever that is.
+//! page, or is one instruction that begins in a page and ends in the next. Its key is where its bytes are, not where they
+//! are mapped: displacements are relative, so it is the same wherever that is.
 
 use iced_x86::Instruction;
 use umbra_mmu::{CodeFrame, Gva, Mfn};
@@ -34,6 +34,8 @@ pub struct Block {
     pub frame: Mfn,
     /// The frame's code generation when they were read.
     pub generation: u32,
+    /// Where the last of them are, if that is in another page; [`NO_TAIL`] otherwise.
+    pub tail: CodeFrame,
     /// Ops.
     pub count: u16,
     /// Bytes of code.
@@ -43,15 +45,26 @@ pub struct Block {
     place: u32,
 }
 
+/// A block that lies in one page.
+pub const NO_TAIL: CodeFrame = CodeFrame { mfn: Mfn(0), generation: 0 };
+
 /// What a jump once led to.
 #[derive(Clone, Copy, Debug)]
 struct Jump {
     gva: Gva,
-    /// Privilege and D bit.
+    /// Privilege and D bit; [`NO_MODE`] for nothing.
     mode: u32,
-    block: u32,
     version: u64,
+    block: Block,
 }
+
+const NO_MODE: u32 = u32::MAX;
+const NOWHERE: Jump = Jump {
+    gva: Gva(0),
+    mode: NO_MODE,
+    version: 0,
+    block: Block { frame: Mfn(0), generation: 0, tail: NO_TAIL, count: 0, bytes: 0, first: 0, place: 0 },
+};
 
 /// All blocks of one vCPU.
 #[derive(Debug)]
@@ -81,13 +94,12 @@ fn jump_of(gva: Gva) -> usize {
 
 impl Cache {
     pub fn new() -> Cache {
-        let jump = Jump { gva: Gva(0), mode: 0, block: NO_BLOCK, version: 0 };
         Cache {
             ops: Vec::with_capacity(OPS),
             instructions: Vec::with_capacity(INSTRUCTIONS),
             blocks: Vec::with_capacity(BLOCKS),
             table: vec![NO_BLOCK; TABLE].into(),
-            jumps: vec![jump; JUMPS].into(),
+            jumps: vec![NOWHERE; JUMPS].into(),
         }
     }
 
@@ -96,11 +108,11 @@ impl Cache {
     pub fn jump(&self, gva: Gva, user: bool, wide: bool, version: u64) -> Option<Block> {
         let jump = &self.jumps[jump_of(gva)];
         let same = jump.gva == gva && jump.version == version && jump.mode == mode_of(user, wide);
-        if same { self.blocks.get(jump.block as usize).copied() } else { None }
+        if same { Some(jump.block) } else { None }
     }
 
     /// Notes what [`Cache::jump`] is to find.
-    pub fn remember(&mut self, gva: Gva, user: bool, wide: bool, version: u64, block: u32) {
+    pub fn remember(&mut self, gva: Gva, user: bool, wide: bool, version: u64, block: Block) {
         self.jumps[jump_of(gva)] = Jump { gva, mode: mode_of(user, wide), block, version };
     }
 
@@ -127,8 +139,7 @@ impl Cache {
         &self.instructions[op.imm as usize]
     }
 
-    /// Decodes the block at `gva`, whose bytes are in `frame`; `None` where not even one instruction lies whole in the
-    /// page, or is one.
+    /// Decodes the block at `gva`, whose bytes are in `frame`; `None` where there is not even one instruction.
     pub fn build<B: CodeBus>(
         &mut self,
         run: &mut Run<'_, B>,
@@ -136,14 +147,21 @@ impl Cache {
         gva: Gva,
     ) -> Result<Option<u32>, Leave> {
         self.make_room();
-        let (first, mut at, mut count) = (self.ops.len(), 0, 0);
-        while count < OPS_MAX {
+        let (first, mut at, mut count, mut tail) = (self.ops.len(), 0, 0, NO_TAIL);
+        while count < OPS_MAX && tail == NO_TAIL {
             let instruction = match fetch(run, gva, at) {
-                Ok(Some(instruction)) => instruction,
+                Ok(Fetched::Whole(instruction)) => instruction,
+                Ok(Fetched::Cut) if count == 0 => match fetch_over(run, gva)? {
+                    Some((instruction, frame)) => {
+                        tail = frame;
+                        instruction
+                    }
+                    None => break,
+                },
                 // Nobody has come to it yet.
                 Err(_) if count > 0 => break,
                 Err(leave) => return Err(leave),
-                Ok(None) => break,
+                Ok(Fetched::Cut | Fetched::Nothing) => break,
             };
             at += instruction.len() as u32;
             let op = translate(&instruction, count as u8, at, self.instructions.len() as u32);
@@ -164,6 +182,7 @@ impl Cache {
         self.blocks.push(Block {
             frame: frame.mfn,
             generation: frame.generation,
+            tail,
             count: count as u16,
             bytes: at as u16,
             first: first as u32,
@@ -183,22 +202,49 @@ impl Cache {
             self.instructions.clear();
             self.blocks.clear();
             self.table.fill(NO_BLOCK);
-            self.jumps.iter_mut().for_each(|jump| jump.block = NO_BLOCK);
+            self.jumps.fill(NOWHERE);
         }
     }
 }
 
-/// The instruction `at` bytes behind `gva`, if it lies whole in the page of `gva` and is one.
-fn fetch<B: CodeBus>(run: &mut Run<'_, B>, gva: Gva, at: u32) -> Result<Option<Instruction>, Leave> {
+/// What there is at an address.
+enum Fetched {
+    Whole(Instruction),
+    /// An instruction goes on behind the page.
+    Cut,
+    /// No instruction.
+    Nothing,
+}
+
+/// The instruction `at` bytes behind `gva`, in the page of `gva`.
+fn fetch<B: CodeBus>(run: &mut Run<'_, B>, gva: Gva, at: u32) -> Result<Fetched, Leave> {
     let room = PAGE - gva.offset() - at;
     let mut bytes = [0; INSTRUCTION_BYTES_MAX];
     let wanted = bytes.len().min(room as usize);
     if wanted == 0 {
-        return Ok(None);
+        return Ok(Fetched::Nothing);
     }
     let length = run.core.bus.fetch(gva.wrapping_add(at), run.user, &mut bytes[..wanted])?;
-    match decode(&bytes[..length], run.wide, at) {
-        Ok(instruction) => Ok(Some(instruction)),
-        Err(DecodeError::Short | DecodeError::Invalid | DecodeError::TooLong) => Ok(None),
+    Ok(match decode(&bytes[..length], run.wide, at) {
+        Ok(instruction) => Fetched::Whole(instruction),
+        Err(DecodeError::Short) => Fetched::Cut,
+        Err(DecodeError::Invalid | DecodeError::TooLong) => Fetched::Nothing,
+    })
+}
+
+/// The instruction at `gva` that ends in the next page, and the frame of that; `None` where a step must find out what is
+/// wrong with it.
+fn fetch_over<B: CodeBus>(run: &mut Run<'_, B>, gva: Gva) -> Result<Option<(Instruction, CodeFrame)>, Leave> {
+    let room = PAGE - gva.offset();
+    let (next, user) = (gva.wrapping_add(room), run.user);
+    // Behind the last EIP there is no code.
+    if run.core.cpu.eip.checked_add(room).is_none() {
+        return Ok(None);
     }
+    let Ok(Some(tail)) = run.core.bus.code_frame(next, user) else { return Ok(None) };
+    let mut bytes = [0; INSTRUCTION_BYTES_MAX];
+    let Some((head, rest)) = bytes.split_at_mut_checked(room as usize) else { return Ok(None) };
+    let read = run.core.bus.fetch(gva, user, head)? + run.core.bus.fetch(next, user, rest)?;
+    let instruction = decode(&bytes[..read], run.wide, 0).ok();
+    Ok(instruction.filter(|i| i.len() > room as usize && read == bytes.len()).map(|i| (i, tail)))
 }

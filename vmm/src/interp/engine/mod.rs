@@ -21,7 +21,8 @@
 //!   of the block that runs ends the block behind the instruction that stored.
 //! - INV-ENGINE-3: no allocation while code runs that has been decoded before.
 //!
-//! Limits: blocks are for the plain state (`is_plain`): no single-stepping, breakpoints, alignment checks, interrupt
+//! Limits: the quick way to memory is for flat data segments of base 0, and an operand through FS, GS or CS never takes it.
+//! Blocks are for the plain state (`is_plain`): no single-stepping, breakpoints, alignment checks, interrupt
 //! shadow, or code segment with a limit or a base within a page. Any other is stepped until it is plain again.
 
 mod cache;
@@ -36,7 +37,7 @@ use umbra_mmu::{Access, CodeFrame, Gva, Mfn};
 
 use super::{Bus, BusError, Core, Leave, Step, Width, step};
 use crate::cpu::{CpuState, Seg, cr0, eflags};
-use cache::{Block, Cache};
+use cache::{Block, Cache, NO_TAIL};
 use run::{Next, Run};
 use table::go_on;
 use translate::{After, Op};
@@ -60,12 +61,15 @@ pub trait CodeBus: Bus {
     /// the run.
     fn begin(&mut self, step: u64);
 
+    /// What accesses of privilege `user` are known by for [`CodeBus::quick_read`]; asked once a block.
+    fn quick_tag(&self, user: bool) -> u64;
+
     /// [`Bus::read`] of an aligned operand, where that takes nothing but a look at what is known already; `None` asks for
     /// the whole way, and nothing has happened. `access` may be a store's, for what is to be stored to next.
-    fn quick_read(&self, gva: Gva, width: Width, access: Access) -> Option<u64>;
+    fn quick_read(&self, tag: u64, gva: Gva, width: Width, access: Access) -> Option<u64>;
 
     /// [`Bus::write`] likewise; false where it has not been made, as where code has been decoded from that frame.
-    fn quick_write(&mut self, gva: Gva, width: Width, value: u64, user: bool) -> bool;
+    fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool;
 }
 
 /// Which code is run.
@@ -195,20 +199,23 @@ impl Engine {
         let version = run.core.bus.translation_version();
         if let Some(block) = self.cache.jump(gva, run.user, wide, version)
             && run.core.bus.code_generation(block.frame) == block.generation
+            && (block.tail == NO_TAIL
+                || run.core.bus.code_generation(block.tail.mfn) == block.tail.generation)
         {
             return Ok(Some(block));
         }
         let Some(frame) = run.core.bus.code_frame(gva, run.user)? else { return Ok(None) };
         let number = match self.cache.find(frame, gva, wide) {
-            Some(number) => number,
-            None => match self.cache.build(run, frame, gva)? {
+            Some(number) if ends_there(run, &self.cache.block(number), gva) => number,
+            _ => match self.cache.build(run, frame, gva)? {
                 Some(number) => number,
                 None => return Ok(None),
             },
         };
         // Finding it may have forgotten translations itself, which makes this one older, not wrong.
-        self.cache.remember(gva, run.user, wide, version, number);
-        Ok(Some(self.cache.block(number)))
+        let block = self.cache.block(number);
+        self.cache.remember(gva, run.user, wide, version, block);
+        Ok(Some(block))
     }
 
     /// Runs the block that `run` has entered.
@@ -254,6 +261,13 @@ impl Engine {
             step => Some(End::Stop(step)),
         }
     }
+}
+
+/// True where the last bytes of `block`, which begins at `gva`, still are in the frame where they were read.
+fn ends_there<B: CodeBus>(run: &mut Run<'_, B>, block: &Block, gva: Gva) -> bool {
+    let next = gva.page().wrapping_add(1 << 12);
+    block.tail == NO_TAIL
+        || run.core.bus.code_frame(next, run.user).is_ok_and(|frame| frame == Some(block.tail))
 }
 
 /// One call of [`step`].

@@ -1,12 +1,12 @@
 //! Handlers: one function for each operation, operand form and width that is hot, generic over all three.
 //!
-//! `Q` chooses between the quick way to memory and the full one (`run`).
+//! `M` is the way to memory (`run`).
 //!
 //! Holds: a handler that ends with [`Next::Left`] or [`Next::Full`] has changed nothing. Values and flags are `alu`'s, so that there is one
 //! place that knows them.
 
 use super::CodeBus;
-use super::run::{Next, Run, width};
+use super::run::{FULL, Next, QUICK, Run, width};
 use super::translate::Op;
 use crate::interp::Width;
 use crate::interp::alu::{self, Outcome};
@@ -58,28 +58,28 @@ fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
 }
 
 #[inline(always)]
-fn to_memory<const K: u8, const W: u8, const Q: bool, B: CodeBus>(
+fn to_memory<const K: u8, const W: u8, const M: u8, B: CodeBus>(
     run: &mut Run<'_, B>,
     op: &Op,
     source: u32,
 ) -> Next {
     let before = run.flags();
     if K >= 7 {
-        let target = get!(run, run.load::<W, Q>(op));
+        let target = get!(run, run.load::<W, M>(op));
         run.core.cpu.eflags = compute::<K>(target, source, before, width::<W>()).flags;
         return Next::On;
     }
     let mut after = before;
     get!(
         run,
-        run.update::<W, Q>(op, |old| {
+        run.update::<W, M>(op, |old| {
             let outcome = compute::<K>(old, source, before, width::<W>());
             after = outcome.flags;
             outcome.value
         })
     );
     run.core.cpu.eflags = after;
-    run.stored::<Q>()
+    run.stored::<M>()
 }
 
 #[inline(always)]
@@ -94,20 +94,20 @@ pub fn alu_ri<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &O
 }
 
 #[inline(always)]
-pub fn alu_rm<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let source = get!(run, run.load::<W, Q>(op));
+pub fn alu_rm<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = get!(run, run.load::<W, M>(op));
     to_register::<K, W, B>(run, op, source)
 }
 
 #[inline(always)]
-pub fn alu_mr<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn alu_mr<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let source = run.get::<W>(op.src);
-    to_memory::<K, W, Q, B>(run, op, source)
+    to_memory::<K, W, M, B>(run, op, source)
 }
 
 #[inline(always)]
-pub fn alu_mi<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    to_memory::<K, W, Q, B>(run, op, op.imm & width::<W>().mask())
+pub fn alu_mi<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    to_memory::<K, W, M, B>(run, op, op.imm & width::<W>().mask())
 }
 
 /// INC, DEC, NEG, NOT.
@@ -130,19 +130,19 @@ pub fn unary_r<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
 }
 
 #[inline(always)]
-pub fn unary_m<const K: u8, const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn unary_m<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let before = run.flags();
     let mut after = before;
     get!(
         run,
-        run.update::<W, Q>(op, |old| {
+        run.update::<W, M>(op, |old| {
             let outcome = single::<K>(old, before, width::<W>());
             after = outcome.flags;
             outcome.value
         })
     );
     run.core.cpu.eflags = after;
-    run.stored::<Q>()
+    run.stored::<M>()
 }
 
 /// SHL, SHR, SAR, ROL, ROR of a register.
@@ -187,23 +187,23 @@ pub fn mov_ri<const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 }
 
 #[inline(always)]
-pub fn mov_rm<const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.load::<W, Q>(op));
+pub fn mov_rm<const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<W, M>(op));
     run.set::<W>(op.dst, value);
     Next::On
 }
 
 #[inline(always)]
-pub fn mov_mr<const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn mov_mr<const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<W>(op.src);
-    get!(run, run.store::<W, Q>(op, value));
-    run.stored::<Q>()
+    get!(run, run.store::<W, M>(op, value));
+    run.stored::<M>()
 }
 
 #[inline(always)]
-pub fn mov_mi<const W: u8, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    get!(run, run.store::<W, Q>(op, op.imm));
-    run.stored::<Q>()
+pub fn mov_mi<const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.store::<W, M>(op, op.imm));
+    run.stored::<M>()
 }
 
 /// MOVZX and MOVSX to 32 bits.
@@ -220,58 +220,55 @@ pub fn extend_r<const S: bool, const F: u8, B: CodeBus>(run: &mut Run<'_, B>, op
 }
 
 #[inline(always)]
-pub fn extend_m<const S: bool, const F: u8, const Q: bool, B: CodeBus>(
-    run: &mut Run<'_, B>,
-    op: &Op,
-) -> Next {
-    let value = get!(run, run.load::<F, Q>(op));
+pub fn extend_m<const S: bool, const F: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<F, M>(op));
     run.set::<4>(op.dst, extended::<S, F>(value));
     Next::On
 }
 
 #[inline(always)]
 pub fn load_address<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let offset = run.offset(op);
+    let offset = run.offset::<QUICK>(op);
     run.set::<4>(op.dst, offset);
     Next::On
 }
 
 #[inline(always)]
-pub fn push_r<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn push_r<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<4>(op.dst);
-    get!(run, run.push::<Q>(value));
-    run.stored::<Q>()
+    get!(run, run.push::<M>(value));
+    run.stored::<M>()
 }
 
 #[inline(always)]
-pub fn push_i<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    get!(run, run.push::<Q>(op.imm));
-    run.stored::<Q>()
+pub fn push_i<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.push::<M>(op.imm));
+    run.stored::<M>()
 }
 
 #[inline(always)]
-pub fn push_m<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.load::<4, Q>(op));
-    get!(run, run.push::<Q>(value));
-    run.stored::<Q>()
+pub fn push_m<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.load::<4, M>(op));
+    get!(run, run.push::<M>(value));
+    run.stored::<M>()
 }
 
 #[inline(always)]
-pub fn pop_r<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = get!(run, run.pop::<Q>());
+pub fn pop_r<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = get!(run, run.pop::<M>());
     run.set::<4>(op.dst, value);
     Next::On
 }
 
 #[inline(always)]
-pub fn leave<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
-    if !Q {
+pub fn leave<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    if M == FULL {
         get!(run, run.core.leave(Width::B4).map_err(Some));
         return Next::On;
     }
     let old = run.core.cpu.gpr[ESP];
     run.core.cpu.gpr[ESP] = run.core.cpu.gpr[EBP];
-    match run.pop::<Q>() {
+    match run.pop::<M>() {
         Ok(value) => run.core.cpu.gpr[EBP] = value,
         Err(why) => {
             run.core.cpu.gpr[ESP] = old;
@@ -293,8 +290,8 @@ pub fn jmp_reg<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 }
 
 #[inline(always)]
-pub fn jmp_mem<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    run.core.cpu.eip = get!(run, run.load::<4, Q>(op));
+pub fn jmp_mem<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.core.cpu.eip = get!(run, run.load::<4, M>(op));
     Next::Jumped
 }
 
@@ -304,49 +301,49 @@ pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 }
 
 #[inline(always)]
-pub fn call<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn call<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let back = run.start.wrapping_add(op.end.into());
-    get!(run, run.push::<Q>(back));
+    get!(run, run.push::<M>(back));
     run.jump_by(op)
 }
 
 #[inline(always)]
-pub fn call_reg<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn call_reg<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let (target, back) = (run.get::<4>(op.dst), run.start.wrapping_add(op.end.into()));
-    get!(run, run.push::<Q>(back));
+    get!(run, run.push::<M>(back));
     run.core.cpu.eip = target;
     Next::Jumped
 }
 
 #[inline(always)]
-pub fn call_mem<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let target = get!(run, run.load::<4, Q>(op));
+pub fn call_mem<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let target = get!(run, run.load::<4, M>(op));
     let back = run.start.wrapping_add(op.end.into());
-    get!(run, run.push::<Q>(back));
+    get!(run, run.push::<M>(back));
     run.core.cpu.eip = target;
     Next::Jumped
 }
 
 #[inline(always)]
-pub fn ret<const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
-    run.core.cpu.eip = get!(run, run.pop::<Q>());
+pub fn ret<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.eip = get!(run, run.pop::<M>());
     Next::Jumped
 }
 
 #[inline(always)]
-pub fn set_if<const C: u8, const R: bool, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+pub fn set_if<const C: u8, const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = u32::from(alu::condition(C.into(), run.flags()));
     if R {
         run.set::<1>(op.dst, value);
         return Next::On;
     }
-    get!(run, run.store::<1, Q>(op, value));
-    run.stored::<Q>()
+    get!(run, run.store::<1, M>(op, value));
+    run.stored::<M>()
 }
 
 #[inline(always)]
-pub fn move_if<const C: u8, const R: bool, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, Q>(op)) };
+pub fn move_if<const C: u8, const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let value = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
     if alu::condition(C.into(), run.flags()) {
         run.set::<4>(op.dst, value);
     }
@@ -354,8 +351,8 @@ pub fn move_if<const C: u8, const R: bool, const Q: bool, B: CodeBus>(run: &mut 
 }
 
 #[inline(always)]
-pub fn multiply<const R: bool, const Q: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, Q>(op)) };
+pub fn multiply<const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
     let (product, fits) = product(run.get::<4>(op.dst), source, Width::B4, true);
     run.set::<4>(op.dst, product as u32);
     run.core.cpu.eflags = product_flags(run.flags(), fits);

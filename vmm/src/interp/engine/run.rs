@@ -1,17 +1,17 @@
 //! A stretch of blocks under way: registers, memory and stack as handlers reach them.
 //!
-//! Memory is reached in two ways, which a handler is compiled for once each. *Quick*: an aligned operand in a flat segment
-//! that the bus has at hand; such a handler calls nothing, and where it cannot have its way it has done nothing
-//! ([`Next::Full`]). *Full*: as [`super::step`] does.
+//! A handler is compiled once for each way to memory. [`QUICK`] and [`NEAR`] are for an aligned operand that the bus has at
+//! hand, where segments are flat: such a handler calls nothing, and where it cannot have its way it has done nothing
+//! ([`Next::Full`]). [`FULL`] is as [`super::step`] does it.
 //!
-//! Holds: segments are checked once in advance where they are flat ([`Run::new`]): nothing in a stretch changes them. An
-//! access that fails has changed nothing.
+//! Holds: whether segments are flat is found out once ([`Run::new`]): nothing in a stretch changes them. An access that
+//! fails has changed nothing.
 
 use umbra_mmu::{Access, Gva, Mfn};
 
 use super::CodeBus;
 use super::cache::Block;
-use super::translate::Op;
+use super::translate::{NO_REGISTER, Op, SCALE_SHIFT};
 use crate::cpu::{Seg, Segment};
 use crate::interp::operand::ESP;
 use crate::interp::segment::ALL_SEGMENTS;
@@ -49,12 +49,10 @@ pub struct Run<'a, B: CodeBus> {
     pub last: u8,
     /// Steps of the run before this block.
     steps: u64,
-    /// Segments through which everything may be read, and written: a bit each.
-    readable: u8,
-    writable: u8,
-    /// The stack is 32 bits wide, and everything may be done through it.
-    stack: bool,
-    bases: [u32; 8],
+    /// DS, ES and SS are all of the linear address space, to read and write, and the stack is 32 bits wide.
+    flat: bool,
+    /// What the bus knows this code's accesses by.
+    tag: u64,
     frame: Mfn,
     generation: u32,
     left: Option<Leave>,
@@ -63,45 +61,46 @@ pub struct Run<'a, B: CodeBus> {
 /// An access's result: `Err(None)` where the quick way does not do.
 pub type Reach<T = ()> = Result<T, Option<Leave>>;
 
-/// Its limit takes nothing away, and an aligned offset is an aligned address.
+/// The operand is reached as [`crate::interp::step`] reaches it.
+pub const FULL: u8 = 0;
+/// The quick way.
+pub const QUICK: u8 = 1;
+/// The quick way, to an address that is a register and a displacement.
+pub const NEAR: u8 = 2;
+
+/// Segments that take part in the quick way.
+pub const QUICK_SEGMENTS: [Seg; 3] = [Seg::Ds, Seg::Es, Seg::Ss];
+
+/// Offsets are linear addresses, and all of them may be read and written.
 fn is_flat(segment: &Segment) -> bool {
     !segment.unusable
+        && segment.base == 0
         && segment.limit == u32::MAX
-        && segment.base.is_multiple_of(4)
-        && (segment.code() || !segment.expand_down())
+        && segment.writable()
+        && !segment.expand_down()
 }
 
 impl<'a, B: CodeBus> Run<'a, B> {
     /// The stretch begins in the state of `core`.
     pub fn new(core: Core<'a, B>) -> Run<'a, B> {
         let cpu = &*core.cpu;
-        let protected = cpu.protected();
-        let mut run = Run {
+        // Real mode checks limits alone, and has none like these.
+        let flat = cpu.protected()
+            && QUICK_SEGMENTS.iter().all(|seg| is_flat(cpu.segment(*seg)))
+            && cpu.segment(Seg::Ss).big();
+        Run {
             start: cpu.eip,
             user: cpu.cpl == 3,
             wide: cpu.segment(Seg::Cs).big(),
-            readable: 0,
-            writable: 0,
             last: 0,
             steps: 0,
-            stack: false,
-            bases: [0; 8],
+            flat,
+            tag: 0,
             frame: Mfn(0),
             generation: 0,
             left: None,
             core,
-        };
-        for seg in ALL_SEGMENTS {
-            let segment = *run.core.cpu.segment(seg);
-            run.bases[seg as usize] = segment.base;
-            // Real mode checks limits alone, and has none like these; it takes the long way.
-            let flat = protected && is_flat(&segment);
-            run.readable |= u8::from(flat && segment.readable()) << seg as u8;
-            run.writable |= u8::from(flat && segment.writable()) << seg as u8;
         }
-        let ss = 1 << Seg::Ss as u8;
-        run.stack = run.readable & run.writable & ss != 0 && run.core.cpu.segment(Seg::Ss).big();
-        run
     }
 
     /// A block begins, after `steps` of the run.
@@ -109,6 +108,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
     pub fn enter(&mut self, block: &Block, steps: u64) {
         (self.start, self.steps) = (self.core.cpu.eip, steps);
         (self.frame, self.generation) = (block.frame, block.generation);
+        self.tag = self.core.bus.quick_tag(self.user);
     }
 
     /// Tells the bus which step it is, before anything that may ask it for the time.
@@ -158,112 +158,92 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     /// The offset of the memory operand.
     #[inline(always)]
-    pub fn offset(&self, op: &Op) -> u32 {
+    pub fn offset<const M: u8>(&self, op: &Op) -> u32 {
         let gpr = &self.core.cpu.gpr;
-        let base = gpr[usize::from(op.base & 7)] & op.base_mask;
-        let index = (gpr[usize::from(op.index & 7)] & op.index_mask) << (op.scale & 3);
-        op.disp.wrapping_add(base).wrapping_add(index)
+        if M == NEAR {
+            return gpr[usize::from(op.base & 7)].wrapping_add(op.disp);
+        }
+        let register = |n: u8| if n & NO_REGISTER == 0 { gpr[usize::from(n & 7)] } else { 0 };
+        let index = register(op.index) << (op.index >> SCALE_SHIFT & 3);
+        op.disp.wrapping_add(register(op.base)).wrapping_add(index)
     }
 
     #[inline(always)]
-    pub fn load<const W: u8, const Q: bool>(&mut self, op: &Op) -> Reach<u32> {
-        let offset = self.offset(op);
-        if !Q {
+    pub fn load<const W: u8, const M: u8>(&mut self, op: &Op) -> Reach<u32> {
+        let offset = self.offset::<M>(op);
+        if M == FULL {
             return Ok(self.core.load(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>())?);
         }
-        if self.readable >> op.seg & 1 == 0 {
-            return Err(None);
-        }
-        let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
-        self.quick_read::<W>(gva, Access::read(self.user))
+        self.quick_read::<W>(Gva(offset), Access::read(self.user))
     }
 
     #[inline(always)]
-    pub fn store<const W: u8, const Q: bool>(&mut self, op: &Op, value: u32) -> Reach {
-        let offset = self.offset(op);
-        if !Q {
+    pub fn store<const W: u8, const M: u8>(&mut self, op: &Op, value: u32) -> Reach {
+        let offset = self.offset::<M>(op);
+        if M == FULL {
             return Ok(self.core.store(ALL_SEGMENTS[usize::from(op.seg)], offset, width::<W>(), value)?);
         }
-        if self.writable >> op.seg & 1 == 0 {
-            return Err(None);
-        }
-        let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
-        self.quick_write::<W>(gva, value)
+        self.quick_write::<W>(Gva(offset), value)
     }
 
     /// Changes the memory operand by `change`, which may be called more than once. Not atomically: no LOCK comes here.
     #[inline(always)]
-    pub fn update<const W: u8, const Q: bool>(
-        &mut self,
-        op: &Op,
-        mut change: impl FnMut(u32) -> u32,
-    ) -> Reach {
-        let offset = self.offset(op);
-        if !Q {
+    pub fn update<const W: u8, const M: u8>(&mut self, op: &Op, mut change: impl FnMut(u32) -> u32) -> Reach {
+        let offset = self.offset::<M>(op);
+        if M == FULL {
             let seg = ALL_SEGMENTS[usize::from(op.seg)];
             self.core.update(seg, offset, width::<W>(), &mut |old| u64::from(change(old as u32)))?;
             return Ok(());
         }
-        if self.writable >> op.seg & 1 == 0 {
-            return Err(None);
-        }
-        let gva = Gva(self.bases[usize::from(op.seg & 7)].wrapping_add(offset));
-        let old = self.quick_read::<W>(gva, Access::write(self.user))?;
-        self.quick_write::<W>(gva, change(old))
+        let old = self.quick_read::<W>(Gva(offset), Access::write(self.user))?;
+        self.quick_write::<W>(Gva(offset), change(old))
     }
 
     #[inline(always)]
-    pub fn push<const Q: bool>(&mut self, value: u32) -> Reach {
-        if !Q {
+    pub fn push<const M: u8>(&mut self, value: u32) -> Reach {
+        if M == FULL {
             return Ok(self.core.push(Width::B4, value)?);
         }
         let pointer = self.core.cpu.gpr[ESP].wrapping_sub(4);
-        if !self.stack {
-            return Err(None);
-        }
-        self.quick_write::<4>(Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer)), value)?;
+        self.quick_write::<4>(Gva(pointer), value)?;
         self.core.cpu.gpr[ESP] = pointer;
         Ok(())
     }
 
     #[inline(always)]
-    pub fn pop<const Q: bool>(&mut self) -> Reach<u32> {
-        if !Q {
+    pub fn pop<const M: u8>(&mut self) -> Reach<u32> {
+        if M == FULL {
             let value = self.core.top(Width::B4)?;
             self.core.release(4);
             return Ok(value);
         }
         let pointer = self.core.cpu.gpr[ESP];
-        if !self.stack {
-            return Err(None);
-        }
-        let gva = Gva(self.bases[Seg::Ss as usize].wrapping_add(pointer));
-        let value = self.quick_read::<4>(gva, Access::read(self.user))?;
+        let value = self.quick_read::<4>(Gva(pointer), Access::read(self.user))?;
         self.core.cpu.gpr[ESP] = pointer.wrapping_add(4);
         Ok(value)
     }
 
     #[inline(always)]
     fn quick_read<const W: u8>(&self, gva: Gva, access: Access) -> Reach<u32> {
-        if gva.0 & (u32::from(W) - 1) != 0 {
+        if !self.flat || gva.0 & (u32::from(W) - 1) != 0 {
             return Err(None);
         }
-        self.core.bus.quick_read(gva, width::<W>(), access).map(|value| value as u32).ok_or(None)
+        self.core.bus.quick_read(self.tag, gva, width::<W>(), access).map(|value| value as u32).ok_or(None)
     }
 
     #[inline(always)]
     fn quick_write<const W: u8>(&mut self, gva: Gva, value: u32) -> Reach {
-        if gva.0 & (u32::from(W) - 1) != 0 {
+        if !self.flat || gva.0 & (u32::from(W) - 1) != 0 {
             return Err(None);
         }
         let value = u64::from(value & width::<W>().mask());
-        if self.core.bus.quick_write(gva, width::<W>(), value, self.user) { Ok(()) } else { Err(None) }
+        if self.core.bus.quick_write(self.tag, gva, width::<W>(), value) { Ok(()) } else { Err(None) }
     }
 
     /// After an op that stored. The quick way stores to no code.
     #[inline(always)]
-    pub fn stored<const Q: bool>(&self) -> Next {
-        if Q || self.is_current() { Next::On } else { Next::Stale }
+    pub fn stored<const M: u8>(&self) -> Next {
+        if M != FULL || self.is_current() { Next::On } else { Next::Stale }
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@
 
 use super::CodeBus;
 use super::ops::*;
-use super::run::{Next, Run};
+use super::run::{FULL, NEAR, Next, QUICK, Run};
 use super::translate::Op;
 
 /// Which operands an instruction has, destination first.
@@ -30,7 +30,7 @@ pub type Handler<B> = fn(&mut Run<'_, B>, &Op, &[Op]) -> Next;
 pub fn go_on<B: CodeBus>(run: &mut Run<'_, B>, ops: &[Op]) -> Next {
     match ops {
         [] => Next::Through,
-        [op, rest @ ..] => Handlers::<B>::TABLE[usize::from(op.handler) % HANDLERS](run, op, rest),
+        [op, rest @ ..] => Handlers::<B>::TABLE[usize::from(op.handler) % ALL](run, op, rest),
     }
 }
 
@@ -51,15 +51,18 @@ fn plain<B: CodeBus>(
     }
 }
 
-/// An op by the quick way, else by the full one.
+/// An op by way `M`, else by the full one.
 #[inline(always)]
-fn quick<B: CodeBus>(
+fn quick<const M: u8, B: CodeBus>(
     run: &mut Run<'_, B>,
     op: &Op,
     rest: &[Op],
     handler: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
     full: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
 ) -> Next {
+    if M == FULL {
+        return in_full(run, op, rest, full);
+    }
     match handler(run, op) {
         Next::On => go_on(run, rest),
         Next::Full => in_full(run, op, rest, full),
@@ -87,10 +90,10 @@ macro_rules! plain {
     ($handler:ident $(, $rest:expr)*) => { |run, op, rest| plain(run, op, rest, $handler::<$({ $rest },)* B>) };
 }
 
-/// The handler of an op that may.
+/// The handler of an op that may, by way `M`.
 macro_rules! memory {
     ($handler:ident $(, $rest:expr)*) => {
-        |run, op, rest| quick(run, op, rest, $handler::<$({ $rest },)* true, B>, $handler::<$({ $rest },)* false, B>)
+        |run, op, rest| quick::<M, B>(run, op, rest, $handler::<$({ $rest },)* M, B>, $handler::<$({ $rest },)* FULL, B>)
     };
 }
 
@@ -121,8 +124,15 @@ const CMOV: u16 = SET + 32;
 const ALU: u16 = CMOV + 32;
 const UNARY: u16 = ALU + 9 * 15;
 const SHIFT: u16 = UNARY + 4 * 6;
-/// A power of two, beyond the last.
+/// Handlers of each way, beyond the last number; a power of two.
 const HANDLERS: usize = 512;
+/// And of all ways, likewise.
+const ALL: usize = 4 * HANDLERS;
+
+/// The handler `number` by way `way`.
+pub const fn by_way(number: u16, way: u8) -> u16 {
+    number + way as u16 * HANDLERS as u16
+}
 
 /// The place of a width among the three.
 fn place(width: u8) -> Option<u16> {
@@ -242,8 +252,16 @@ fn register_or_memory(form: Form, width: u8, first: u16) -> Option<u16> {
 pub struct Handlers<B>(std::marker::PhantomData<B>);
 
 impl<B: CodeBus> Handlers<B> {
-    /// The handlers by number.
-    pub const TABLE: [Handler<B>; HANDLERS] = {
+    /// The handlers by number, those of one way behind those of another.
+    pub const TABLE: [Handler<B>; ALL] = {
+        let mut table = [plain!(generic) as Handler<B>; ALL];
+        put(&mut table, by_way(0, FULL), &Self::of_way::<FULL>());
+        put(&mut table, by_way(0, QUICK), &Self::of_way::<QUICK>());
+        put(&mut table, by_way(0, NEAR), &Self::of_way::<NEAR>());
+        table
+    };
+
+    const fn of_way<const M: u8>() -> [Handler<B>; HANDLERS] {
         let mut table = [plain!(generic) as Handler<B>; HANDLERS];
         put(
             &mut table,
@@ -276,54 +294,56 @@ impl<B: CodeBus> Handlers<B> {
             ],
         );
         put(&mut table, IMUL, &[memory!(multiply, true), memory!(multiply, false)]);
-        put(&mut table, EXTEND, &Self::extends::<false>());
-        put(&mut table, EXTEND + 4, &Self::extends::<true>());
-        put(&mut table, MOV, &Self::MOVES);
+        put(&mut table, EXTEND, &Self::extends::<false, M>());
+        put(&mut table, EXTEND + 4, &Self::extends::<true, M>());
+        put(&mut table, MOV, &Self::moves::<M>());
         put(&mut table, JCC, &conditions!(plain, jump_if));
         put(&mut table, SET, &conditions!(memory, set_if, true));
         put(&mut table, SET + 16, &conditions!(memory, set_if, false));
         put(&mut table, CMOV, &conditions!(memory, move_if, true));
         put(&mut table, CMOV + 16, &conditions!(memory, move_if, false));
-        put(&mut table, ALU, &Self::alus::<0>());
-        put(&mut table, ALU + 15, &Self::alus::<1>());
-        put(&mut table, ALU + 30, &Self::alus::<2>());
-        put(&mut table, ALU + 45, &Self::alus::<3>());
-        put(&mut table, ALU + 60, &Self::alus::<4>());
-        put(&mut table, ALU + 75, &Self::alus::<5>());
-        put(&mut table, ALU + 90, &Self::alus::<6>());
-        put(&mut table, ALU + 105, &Self::alus::<7>());
-        put(&mut table, ALU + 120, &Self::alus::<8>());
-        put(&mut table, UNARY, &Self::unaries::<0>());
-        put(&mut table, UNARY + 6, &Self::unaries::<1>());
-        put(&mut table, UNARY + 12, &Self::unaries::<2>());
-        put(&mut table, UNARY + 18, &Self::unaries::<3>());
-        put(&mut table, SHIFT, &Self::shifts::<0>());
-        put(&mut table, SHIFT + 6, &Self::shifts::<1>());
-        put(&mut table, SHIFT + 12, &Self::shifts::<2>());
-        put(&mut table, SHIFT + 18, &Self::shifts::<3>());
-        put(&mut table, SHIFT + 24, &Self::shifts::<4>());
+        put(&mut table, ALU, &Self::alus::<0, M>());
+        put(&mut table, ALU + 15, &Self::alus::<1, M>());
+        put(&mut table, ALU + 30, &Self::alus::<2, M>());
+        put(&mut table, ALU + 45, &Self::alus::<3, M>());
+        put(&mut table, ALU + 60, &Self::alus::<4, M>());
+        put(&mut table, ALU + 75, &Self::alus::<5, M>());
+        put(&mut table, ALU + 90, &Self::alus::<6, M>());
+        put(&mut table, ALU + 105, &Self::alus::<7, M>());
+        put(&mut table, ALU + 120, &Self::alus::<8, M>());
+        put(&mut table, UNARY, &Self::unaries::<0, M>());
+        put(&mut table, UNARY + 6, &Self::unaries::<1, M>());
+        put(&mut table, UNARY + 12, &Self::unaries::<2, M>());
+        put(&mut table, UNARY + 18, &Self::unaries::<3, M>());
+        put(&mut table, SHIFT, &Self::shifts::<0, M>());
+        put(&mut table, SHIFT + 6, &Self::shifts::<1, M>());
+        put(&mut table, SHIFT + 12, &Self::shifts::<2, M>());
+        put(&mut table, SHIFT + 18, &Self::shifts::<3, M>());
+        put(&mut table, SHIFT + 24, &Self::shifts::<4, M>());
         table
-    };
+    }
 
-    const MOVES: [Handler<B>; 15] = [
-        plain!(mov_rr, 1),
-        plain!(mov_rr, 2),
-        plain!(mov_rr, 4),
-        plain!(mov_ri, 1),
-        plain!(mov_ri, 2),
-        plain!(mov_ri, 4),
-        memory!(mov_rm, 1),
-        memory!(mov_rm, 2),
-        memory!(mov_rm, 4),
-        memory!(mov_mr, 1),
-        memory!(mov_mr, 2),
-        memory!(mov_mr, 4),
-        memory!(mov_mi, 1),
-        memory!(mov_mi, 2),
-        memory!(mov_mi, 4),
-    ];
+    const fn moves<const M: u8>() -> [Handler<B>; 15] {
+        [
+            plain!(mov_rr, 1),
+            plain!(mov_rr, 2),
+            plain!(mov_rr, 4),
+            plain!(mov_ri, 1),
+            plain!(mov_ri, 2),
+            plain!(mov_ri, 4),
+            memory!(mov_rm, 1),
+            memory!(mov_rm, 2),
+            memory!(mov_rm, 4),
+            memory!(mov_mr, 1),
+            memory!(mov_mr, 2),
+            memory!(mov_mr, 4),
+            memory!(mov_mi, 1),
+            memory!(mov_mi, 2),
+            memory!(mov_mi, 4),
+        ]
+    }
 
-    const fn alus<const K: u8>() -> [Handler<B>; 15] {
+    const fn alus<const K: u8, const M: u8>() -> [Handler<B>; 15] {
         [
             plain!(alu_rr, K, 1),
             plain!(alu_rr, K, 2),
@@ -343,7 +363,7 @@ impl<B: CodeBus> Handlers<B> {
         ]
     }
 
-    const fn unaries<const K: u8>() -> [Handler<B>; 6] {
+    const fn unaries<const K: u8, const M: u8>() -> [Handler<B>; 6] {
         [
             plain!(unary_r, K, 1),
             plain!(unary_r, K, 2),
@@ -354,7 +374,7 @@ impl<B: CodeBus> Handlers<B> {
         ]
     }
 
-    const fn shifts<const K: u8>() -> [Handler<B>; 6] {
+    const fn shifts<const K: u8, const M: u8>() -> [Handler<B>; 6] {
         [
             plain!(shift_ri, K, 1),
             plain!(shift_ri, K, 2),
@@ -365,7 +385,7 @@ impl<B: CodeBus> Handlers<B> {
         ]
     }
 
-    const fn extends<const S: bool>() -> [Handler<B>; 4] {
+    const fn extends<const S: bool, const M: u8>() -> [Handler<B>; 4] {
         [plain!(extend_r, S, 1), plain!(extend_r, S, 2), memory!(extend_m, S, 1), memory!(extend_m, S, 2)]
     }
 }
@@ -385,11 +405,7 @@ macro_rules! conditions {
 }
 use conditions;
 
-const fn put<B: CodeBus, const N: usize>(
-    table: &mut [Handler<B>; HANDLERS],
-    at: u16,
-    handlers: &[Handler<B>; N],
-) {
+const fn put<B: CodeBus, const N: usize>(table: &mut [Handler<B>], at: u16, handlers: &[Handler<B>; N]) {
     let mut n = 0;
     while n < N {
         table[at as usize + n] = handlers[n];

@@ -400,3 +400,27 @@ fn a_run_that_had_to_wait_at_any_point_ends_the_same() {
         .sum();
     assert!(waits >= 9, "the bus is called for each load, store and first fetch: {waits}");
 }
+
+/// inc eax; nop; and `mov ebx, imm32` across the page's end, run again and again: its tail is stored to, and then mapped
+/// elsewhere.
+#[test]
+fn an_instruction_over_two_pages_is_what_both_of_them_say_now() {
+    let mut bus = FlatBus::new(0, SIZE as usize);
+    let start = CODE + 0xffb;
+    bus.place(start, &[0x40, 0x90, 0xbb, 1, 2]);
+    bus.place(start + 5, &[3, 4, 0xf4]);
+    bus.place(DATA, &[7, 8, 0xf4]);
+    let mut engine = Engine::default();
+    let mut run = |bus: &mut FlatBus| {
+        let mut cpu = CpuState::flat_protected_mode(start);
+        let ran = engine.run(&mut cpu, bus, 10, Extent::All, Waiting::default());
+        assert_eq!((ran.steps, ran.last, cpu.gpr[0]), (4, Step::Halted, 1));
+        cpu.gpr[3]
+    };
+    assert_eq!((run(&mut bus), run(&mut bus)), (0x0403_0201, 0x0403_0201));
+    assert_eq!(bus.write(Gva(start + 6), Width::B1, 9, Access::write(false)), Ok(()));
+    assert_eq!((run(&mut bus), run(&mut bus)), (0x0903_0201, 0x0903_0201));
+    bus.aliases.insert((start + 5) >> 12, DATA >> 12);
+    bus.invalidate_page(Gva(start + 5));
+    assert_eq!((run(&mut bus), run(&mut bus)), (0x0807_0201, 0x0807_0201));
+}

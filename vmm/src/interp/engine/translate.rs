@@ -6,7 +6,9 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
+use super::run::{FULL, NEAR, QUICK, QUICK_SEGMENTS};
 use super::table::{self, Form, GENERIC};
+use crate::cpu::Seg;
 use crate::interp::operand::segment_of;
 
 /// What comes after an instruction that has retired.
@@ -19,6 +21,11 @@ pub enum After {
     /// Another block, and perhaps other segments, privilege, modes or control flags.
     Changed,
 }
+
+/// Stands for no register: a bit that no register's number has.
+pub const NO_REGISTER: u8 = 1 << 3;
+/// Where the scale is in [`Op::index`].
+pub const SCALE_SHIFT: u8 = 4;
 
 /// One instruction of a block.
 #[derive(Clone, Copy, Debug)]
@@ -36,13 +43,11 @@ pub struct Op {
     /// Registers by number, of the instruction's width: operand 0 and operand 1.
     pub dst: u8,
     pub src: u8,
-    /// The memory operand: segment, base and index registers, and log2 of the scale. A mask of 0 stands for no register.
+    /// The memory operand: segment, base and index registers ([`NO_REGISTER`] for none), displacement.
     pub seg: u8,
     pub base: u8,
+    /// With log2 of the scale in the bits from [`SCALE_SHIFT`] on.
     pub index: u8,
-    pub scale: u8,
-    pub base_mask: u32,
-    pub index_mask: u32,
     pub disp: u32,
     /// An immediate, a branch's displacement, or a generic op's instruction.
     pub imm: u32,
@@ -51,6 +56,17 @@ pub struct Op {
 impl Op {
     pub fn is_generic(&self) -> bool {
         self.handler == GENERIC
+    }
+
+    /// The way to its memory operand, or to its stack.
+    fn way(&self) -> u8 {
+        if QUICK_SEGMENTS.iter().all(|seg| *seg as u8 != self.seg) {
+            FULL
+        } else if self.base != NO_REGISTER && self.index & NO_REGISTER != 0 {
+            NEAR
+        } else {
+            QUICK
+        }
     }
 
     /// Offset of the instruction from the start of the block.
@@ -70,22 +86,18 @@ pub fn translate(i: &Instruction, number: u8, end: u32, instruction: u32) -> Op 
         after: after(i),
         dst: 0,
         src: 0,
-        seg: 0,
-        base: 0,
-        index: 0,
-        scale: 0,
-        base_mask: 0,
-        index_mask: 0,
+        seg: Seg::Ds as u8,
+        base: NO_REGISTER,
+        index: NO_REGISTER,
         disp: 0,
         imm: instruction,
     };
     if i.has_lock_prefix() {
         return op;
     }
-    if let Some(handler) = specialised(i, &mut op) {
-        op.handler = handler;
-    } else {
-        op.imm = instruction;
+    match specialised(i, &mut op) {
+        Some(handler) => op.handler = table::by_way(handler, op.way()),
+        None => op.imm = instruction,
     }
     op
 }
@@ -207,9 +219,9 @@ fn memory(i: &Instruction, op: &mut Op) -> Option<()> {
     if !fits(base) || !fits(index) || narrow {
         return None;
     }
-    (op.base, op.base_mask) = general(base).map_or((0, 0), |n| (n, u32::MAX));
-    (op.index, op.index_mask) = general(index).map_or((0, 0), |n| (n, u32::MAX));
-    op.scale = i.memory_index_scale().trailing_zeros() as u8;
+    op.base = general(base).unwrap_or(NO_REGISTER);
+    let scale = i.memory_index_scale().trailing_zeros() as u8;
+    op.index = general(index).unwrap_or(NO_REGISTER) | scale << SCALE_SHIFT;
     op.disp = i.memory_displacement32();
     op.seg = segment_of(i.memory_segment()) as u8;
     Some(())
