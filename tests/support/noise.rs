@@ -91,18 +91,26 @@ impl Noise {
         }
     }
 
+    /// A general register, but ESP only once in a while: few guests get far without a stack.
+    fn register(&mut self) -> u8 {
+        match self.below(8) {
+            4 if self.below(16) != 0 => 0,
+            register => register as u8,
+        }
+    }
+
     /// Some instructions, the first of which are bytes as intended.
     fn instruction(&mut self) -> Vec<u8> {
         let value = self.value().to_le_bytes();
         match self.below(8) {
             // mov r32, imm32
-            0..=1 => [&[0xb8 + self.below(8) as u8], &value[..]].concat(),
+            0..=1 => [&[0xb8 + self.register()], &value[..]].concat(),
             // mov r32, [disp32]; mov [disp32], r32
-            2 => [&[self.pick(&[0x8b, 0x89]), 0x05 + 8 * self.below(8) as u8], &value[..]].concat(),
+            2 => [&[self.pick(&[0x8b, 0x89]), 0x05 + 8 * self.register()], &value[..]].concat(),
             3 => [self.pick(&SYSTEM), &self.bytes(1), &value[..]].concat(),
             // A jump to somewhere near, a push or a pop.
             4 => vec![self.pick(&[0xeb, 0x74, 0x75, 0xe2]), self.number() as u8],
-            5 => vec![0x50 + self.below(16) as u8],
+            5 => vec![self.pick(&[0x50, 0x58]) + self.register()],
             _ => {
                 let count = 1 + self.below(6) as usize;
                 self.bytes(count)
@@ -164,7 +172,7 @@ impl Noise {
         }
         for vector in 0..256 {
             let handler = page(0) + 0x20 + self.below(CODE_BYTES as u32);
-            let kind = self.pick(&[0x8e, 0x8e, 0x8f, 0xee, 0x85]);
+            let kind = if self.below(256) == 0 { 0x85 } else { self.pick(&[0x8e, 0x8f, 0xee, 0xef]) };
             let gate = u64::from(handler & 0xffff) | 8 << 16 | kind << 40 | u64::from(handler >> 16) << 48;
             put(IDT + 8 * vector, &gate.to_le_bytes());
         }
@@ -193,7 +201,7 @@ impl Noise {
     pub fn damaged(&mut self, image: &[u8]) -> Vec<u8> {
         let mut image = image.to_vec();
         for _ in 0..1 + self.below(24) {
-            let range = self.pick(&[0x200, 0x2000, image.len() as u32]).min(image.len() as u32);
+            let range = self.pick(&[0x400, u32::MAX, u32::MAX, u32::MAX]).min(image.len() as u32);
             let at = self.below(range) as usize;
             image[at] = if self.below(2) == 0 { self.number() as u8 } else { image[at] ^ 1 << self.below(8) };
         }
