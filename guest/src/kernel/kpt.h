@@ -21,8 +21,9 @@ void *kpt_table(u32 va);
 /* The tables of the top 4 MiB, one behind the other: no walk there. kpt_enter is for an entry that is absent. */
 extern u32 top_tables[2048];
 
-static inline void kpt_enter(u32 va, pte_t entry) { table_enter(top_tables, (va - TOP_BASE) >> PAGE_SHIFT, entry); }
-static inline void kpt_clear(u32 va) { table_clear(top_tables, (va - TOP_BASE) >> PAGE_SHIFT); }
+static inline u32 top_index(u32 va) { return (va - TOP_BASE) >> PAGE_SHIFT; }
+static inline void kpt_enter(u32 va, pte_t entry) { table_enter(paging.pae, top_tables, top_index(va), entry); }
+static inline void kpt_clear(u32 va) { table_clear(paging.pae, top_tables, top_index(va)); }
 
 void kpt_map_device(u32 va, u32 physical);
 

@@ -80,11 +80,11 @@ static inline void table_set(void *table, u32 index, pte_t entry)
     *low = (u32)entry;
 }
 
-/* The same for an entry that is absent now. */
-static inline void table_enter(void *table, u32 index, pte_t entry)
+/* The same for an entry that is absent now, in a format that the caller knows. */
+static inline void table_enter(bool pae, void *table, u32 index, pte_t entry)
 {
     volatile u32 *words = table;
-    if (!paging.pae) {
+    if (!pae) {
         words[index] = (u32)entry;
         return;
     }
@@ -93,10 +93,10 @@ static inline void table_enter(void *table, u32 index, pte_t entry)
 }
 
 /* Makes an entry 0. */
-static inline void table_clear(void *table, u32 index)
+static inline void table_clear(bool pae, void *table, u32 index)
 {
     volatile u32 *words = table;
-    if (!paging.pae) {
+    if (!pae) {
         words[index] = 0;
         return;
     }
