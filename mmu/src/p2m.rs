@@ -112,6 +112,18 @@ impl P2m {
         Generations { mapping: (word >> 32) as u32, write: word as u32 }
     }
 
+    /// The frame of a page, and how often the page changed frames before: as long as both are so, what is read there is
+    /// the page's.
+    #[inline]
+    pub(crate) fn holder(&self, gfn: Gfn) -> Option<(Mfn, u32)> {
+        let entry = self.upper.get(gfn.0 as usize / TABLE_ENTRIES)?.get()?;
+        let entry = &entry[gfn.0 as usize % TABLE_ENTRIES];
+        match decode(entry.state.load(Ordering::Acquire)) {
+            PageState::Resident(mfn) => Some((mfn, (entry.generations.load(Ordering::Acquire) >> 32) as u32)),
+            _ => None,
+        }
+    }
+
     /// Moves an entry from `from` to `to` if it still is `from`; says whether it was.
     ///
     /// # Panics

@@ -250,7 +250,9 @@ impl SoftTlb {
         self.count(|s| s.page_flushes += 1);
         let page = gva.0 >> 12;
         self.set(gva).iter().filter(|e| page_of(e.get().tag) == page).for_each(|e| e.set(NOTHING));
-        self.store.borrow_mut().remove(&page);
+        if self.kind == TlbKind::Sticky {
+            self.store.borrow_mut().remove(&page);
+        }
         let region = region_of(page);
         let (word, bit) = (&self.large[region / 64], 1 << (region % 64));
         if word.get() & bit != 0 {

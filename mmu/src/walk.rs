@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 
 use crate::Mmu;
 use crate::access::{Access, AccessKind, FaultCode, PageFault};
-use crate::addr::{Gfn, Gpa, Gva};
+use crate::addr::{Gfn, Gpa, Gva, Mfn};
 use crate::format::{Gpte, Mode, Rights, STATUS_BITS};
 use crate::frames::WIDE;
 use crate::p2m::PageState;
@@ -119,7 +119,7 @@ impl Mmu {
         // (1) The directory entry.
         let Some(directory) = vcpu.directory(gva) else { return Err(fault(FaultCode::empty())) };
         let index = mode.directory_index(gva);
-        let mut pde = Step { table: directory, index, gpte: self.read_gpte(vcpu, directory, index)? };
+        let mut pde = Step { table: directory, index, gpte: self.gpte(vcpu, touch, directory, index)? };
         if !pde.gpte.is_present() {
             return Err(fault(FaultCode::empty()));
         }
@@ -150,7 +150,7 @@ impl Mmu {
         // (2) The table entry.
         let table = pde.gpte.gfn(mode);
         let index = mode.table_index(gva);
-        let mut pte = Step { table, index, gpte: self.read_gpte(vcpu, table, index)? };
+        let mut pte = Step { table, index, gpte: self.gpte(vcpu, touch, table, index)? };
         if !pte.gpte.is_present() {
             return Err(fault(FaultCode::empty()));
         }
@@ -225,17 +225,36 @@ impl Mmu {
         Ok(swapped)
     }
 
+    /// Reads an entry; for a look without a pin, where the frame did not change hands meanwhile.
+    #[inline(always)]
+    fn gpte(&self, vcpu: &Vcpu, touch: Touch, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
+        if touch == Touch::Look
+            && let Some((mfn, generation)) = self.p2m.holder(table)
+        {
+            let gpte = self.load_gpte(vcpu.mode, mfn, index);
+            if self.p2m.holder(table) == Some((mfn, generation)) {
+                return Ok(gpte);
+            }
+        }
+        self.read_gpte(vcpu, table, index)
+    }
+
+    #[inline(always)]
+    fn load_gpte(&self, mode: Mode, mfn: Mfn, index: u32) -> Gpte {
+        Gpte(if mode.pae {
+            self.machine.word64(mfn.at(index * 8)).load(Ordering::Acquire)
+        } else {
+            u64::from(self.machine.word32(mfn.at(index * 4)).load(Ordering::Acquire))
+        })
+    }
+
     /// Reads one entry of a guest table; zero where the table lies outside memory.
     #[inline(always)]
     pub(crate) fn read_gpte(&self, vcpu: &Vcpu, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
         match self.resident(table) {
             PageState::Resident(mfn) => {
-                let map = vcpu.window.map(&self.machine, &self.frames, table, mfn, Tag::Walk);
-                Ok(Gpte(if vcpu.mode.pae {
-                    map.word64(index * 8).load(Ordering::Acquire)
-                } else {
-                    u64::from(map.word32(index * 4).load(Ordering::Acquire))
-                }))
+                let _map = vcpu.window.map(&self.machine, &self.frames, table, mfn, Tag::Walk);
+                Ok(self.load_gpte(vcpu.mode, mfn, index))
             }
             PageState::Device => Ok(Gpte(0)),
             PageState::Zero => Err(Refusal::Need(table)),

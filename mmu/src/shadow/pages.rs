@@ -60,6 +60,8 @@ pub(crate) struct Pages {
     shards: Box<[Lock<Shard>]>,
     free: Lock<FreeSlots>,
     tick: AtomicU64,
+    /// Pages for user code, being made or live.
+    user: AtomicU32,
 }
 
 /// The place in the lock order of a page, by whether it is a directory.
@@ -83,6 +85,7 @@ impl Pages {
                 FreeSlots { fresh: (0..max).rev().collect(), dead: VecDeque::new() },
             ),
             tick: AtomicU64::new(1),
+            user: AtomicU32::new(0),
         }
     }
 
@@ -95,6 +98,21 @@ impl Pages {
     pub fn in_use(&self) -> u32 {
         let free = self.free.lock();
         self.max() - free.fresh.len() as u32 - free.dead.len() as u32
+    }
+
+    /// True while there is no page for user code.
+    pub fn has_no_user(&self) -> bool {
+        self.user.load(Ordering::SeqCst) == 0
+    }
+
+    /// A page of `role` is about to be entered into the cache.
+    pub fn count_in(&self, role: Role) {
+        self.user.fetch_add(u32::from(role.user), Ordering::SeqCst);
+    }
+
+    /// And has left it.
+    pub fn count_out(&self, role: Role) {
+        self.user.fetch_sub(u32::from(role.user), Ordering::SeqCst);
     }
 
     /// Locks the page in `slot`, at the level of a directory or of a table.

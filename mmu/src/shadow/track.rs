@@ -242,10 +242,16 @@ impl Mmu {
     /// INVLPG: takes away the spte for `gva`, the kernel's and the user's, in every place where a root of this mode will
     /// find it. It is gone though the guest's entry may still justify it: to compare costs more than to make it again.
     pub(crate) fn drop_address(&self, vcpu: &Vcpu, gva: Gva) {
+        let mut fenced = false;
         for user in [false, true] {
+            // The guest's store to its entry is visible by now: a page that comes to be reads the new one.
+            if user && fenced && self.pages.has_no_user() {
+                break;
+            }
             let Some(directory) = self.find_directory(vcpu, user, gva) else { continue };
             let Some(slot) = self.child(self.pages.mfn(directory).at(l2_index(gva) * 8)) else { continue };
             let page = self.pages.lock(slot, false);
+            fenced = true;
             // Under the page's lock: a fill by another vCPU comes before, and goes, or reads the guest's entry after.
             if page.key.is_some_and(|key| key.role.shape == Shape::Table) {
                 self.zap_leaf(self.pages.mfn(slot).at(l1_index(gva) * 8));

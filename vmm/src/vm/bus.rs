@@ -180,6 +180,7 @@ impl<'a> GuestBus<'a> {
     }
 
     /// Makes an access of `bytes` at `gva` by the TLB, having it mapped first if need be. `None`: it must be made by walk.
+    #[inline]
     fn by_tlb<T>(
         &mut self,
         gva: Gva,
@@ -190,13 +191,28 @@ impl<'a> GuestBus<'a> {
         if !in_one_page(gva, bytes) {
             return Ok(None);
         }
+        match make(self.mmu, self.vcpu) {
+            Ok(value) => Ok(Some(value)),
+            Err(miss) => self.after_miss(gva, access, miss, make),
+        }
+    }
+
+    /// The same, after the TLB had it not.
+    fn after_miss<T>(
+        &mut self,
+        gva: Gva,
+        access: Access,
+        mut miss: Miss,
+        mut make: impl FnMut(&Mmu, &Vcpu) -> Result<T, Miss>,
+    ) -> Result<Option<T>, BusError> {
         for _ in 0..ATTEMPTS_MAX {
+            match self.missed(gva, access, miss)? {
+                Road::Again => {}
+                Road::Walk => break,
+            }
             match make(self.mmu, self.vcpu) {
                 Ok(value) => return Ok(Some(value)),
-                Err(miss) => match self.missed(gva, access, miss)? {
-                    Road::Again => {}
-                    Road::Walk => break,
-                },
+                Err(again) => miss = again,
             }
         }
         Ok(None)
@@ -204,9 +220,15 @@ impl<'a> GuestBus<'a> {
 
     #[cold]
     #[inline(never)]
-    fn read_after_miss(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+    fn read_after_miss(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        access: Access,
+        miss: Miss,
+    ) -> Result<u64, BusError> {
         let load = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_load(vcpu, gva, width.into(), access.user);
-        match self.by_tlb(gva, width.bytes(), access, load)? {
+        match self.after_miss(gva, access, miss, load)? {
             Some(value) => Ok(value),
             None => self.read_by_walk(gva, width, access),
         }
@@ -220,9 +242,10 @@ impl<'a> GuestBus<'a> {
         width: Width,
         value: u64,
         access: Access,
+        miss: Miss,
     ) -> Result<(), BusError> {
         let store = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_store(vcpu, gva, width.into(), value, access.user);
-        match self.by_tlb(gva, width.bytes(), access, store)? {
+        match self.after_miss(gva, access, miss, store)? {
             Some(()) => Ok(()),
             None => self.write_by_walk(gva, width, value, access),
         }
@@ -384,22 +407,24 @@ impl GuestBus<'_> {
 impl Bus for GuestBus<'_> {
     #[inline(always)]
     fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
-        if in_one_page(gva, width.bytes())
-            && let Ok(value) = self.mmu.tlb_load(self.vcpu, gva, width.into(), access.user)
-        {
-            return Ok(value);
+        if !in_one_page(gva, width.bytes()) {
+            return self.read_by_walk(gva, width, access);
         }
-        self.read_after_miss(gva, width, access)
+        match self.mmu.tlb_load(self.vcpu, gva, width.into(), access.user) {
+            Ok(value) => Ok(value),
+            Err(miss) => self.read_after_miss(gva, width, access, miss),
+        }
     }
 
     #[inline(always)]
     fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
-        if in_one_page(gva, width.bytes())
-            && let Ok(()) = self.mmu.tlb_store(self.vcpu, gva, width.into(), value, access.user)
-        {
-            return Ok(());
+        if !in_one_page(gva, width.bytes()) {
+            return self.write_by_walk(gva, width, value, access);
         }
-        self.write_after_miss(gva, width, value, access)
+        match self.mmu.tlb_store(self.vcpu, gva, width.into(), value, access.user) {
+            Ok(()) => Ok(()),
+            Err(miss) => self.write_after_miss(gva, width, value, access, miss),
+        }
     }
 
     fn update(

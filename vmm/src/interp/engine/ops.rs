@@ -5,6 +5,8 @@
 //! Holds: a handler that ends with [`Next::Left`] or [`Next::Full`] has changed nothing. Values and flags are `alu`'s, so that there is one
 //! place that knows them.
 
+use umbra_mmu::Gva;
+
 use super::CodeBus;
 use super::run::{FULL, Next, QUICK, Run, width};
 use super::translate::Op;
@@ -12,6 +14,7 @@ use crate::interp::Width;
 use crate::interp::alu::{self, Outcome};
 use crate::interp::arith::{product, product_flags};
 use crate::interp::operand::{EAX, EBP, EDX, ESP};
+use crate::interp::segment::ALL_SEGMENTS;
 
 /// The value, or out of the handler.
 macro_rules! get {
@@ -384,4 +387,15 @@ pub fn cdq<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
 pub fn cwde<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     run.core.cpu.gpr[EAX] = Width::B2.extend(run.core.cpu.gpr[EAX] & 0xffff);
     Next::On
+}
+
+/// INVLPG. What was found by linear address may not be there any more: the block is over.
+#[inline(always)]
+pub fn invalidate_page<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.core.require_supervisor().map_err(Some));
+    let base = run.core.cpu.segment(ALL_SEGMENTS[usize::from(op.seg)]).base;
+    let gva = Gva(base.wrapping_add(run.offset::<QUICK>(op)));
+    run.core.bus.invalidate_page(gva);
+    run.core.cpu.eip = run.start.wrapping_add(op.end.into());
+    Next::Jumped
 }

@@ -116,7 +116,8 @@ const POP: u16 = 16;
 const XCHG: u16 = 17;
 const BSWAP: u16 = 18;
 const IMUL: u16 = 19;
-const EXTEND: u16 = 21;
+pub const INVLPG: u16 = 21;
+const EXTEND: u16 = 22;
 const MOV: u16 = EXTEND + 8;
 const JCC: u16 = MOV + 15;
 const SET: u16 = JCC + 16;
@@ -294,6 +295,7 @@ impl<B: CodeBus> Handlers<B> {
             ],
         );
         put(&mut table, IMUL, &[memory!(multiply, true), memory!(multiply, false)]);
+        put(&mut table, INVLPG, &[plain!(invalidate_page)]);
         put(&mut table, EXTEND, &Self::extends::<false, M>());
         put(&mut table, EXTEND + 4, &Self::extends::<true, M>());
         put(&mut table, MOV, &Self::moves::<M>());

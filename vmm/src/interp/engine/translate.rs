@@ -169,6 +169,10 @@ fn branch(i: &Instruction, op: &mut Op) -> Option<u16> {
         C::Cwde => Some(table::CWDE),
         C::Nopw | C::Nopd | C::Nop_rm16 | C::Nop_rm32 | C::Pause => Some(table::NOP),
         C::Leaved => Some(table::LEAVE),
+        C::Invlpg_m => {
+            memory(i, op)?;
+            Some(table::INVLPG)
+        }
         C::Jmp_rm32 => Some(if operands(i, op)? == Form::Reg { table::JMP_REG } else { table::JMP_MEM }),
         C::Call_rm32 => Some(if operands(i, op)? == Form::Reg { table::CALL_REG } else { table::CALL_MEM }),
         _ => None,
