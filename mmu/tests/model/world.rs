@@ -497,8 +497,8 @@ impl World {
             let root = self.enter(cpu, r.user)?;
             let mut address = self.reach(cpu, root, va, r)?;
             if address.is_none() && self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
-                address = self.reach(cpu, root, va, r)?;
                 // A lossy TLB may have forgotten it again.
+                address = self.reach(cpu, root, va, r)?;
             }
             if let Some(address) = address {
                 return self.judge_success(cpu, va, r, address, fixed).map(Ok);

@@ -1,8 +1,8 @@
 //! The soft backend: a vCPU that is interpreted, whole or for a stretch.
 //!
 //! Story: a slice of instructions at a time, in the vCPU's own time, which is set before and which each instruction moves
-//! on. The engine reads no clock: the same state, time and budget give the same run. Translations come from the same
-//! shadow page tables as the hardware's, through the vCPU's software TLB.
+//! on; the exceptions that they raise are delivered within it. The engine reads no clock: the same state, time and budget
+//! give the same run. Translations come from the same shadow page tables as the hardware's, through the vCPU's software TLB.
 //!
 //! Holds: the vCPU is inside the guest while its bus lives, and nowhere else; a kick ends the slice at the next block.
 
