@@ -45,6 +45,7 @@ impl TlbBus {
     fn new(code: &[u8]) -> TlbBus {
         let config = Config {
             guest_pages: GUEST_PAGES,
+            low_pages: 0,
             reserved_frames: 0,
             shadow_pages_max: 64,
             roots_max: 8,

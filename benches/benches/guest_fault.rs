@@ -73,6 +73,7 @@ impl Guest {
     fn new(host: &Host) -> Guest {
         let config = Config {
             guest_pages: GUEST_PAGES,
+            low_pages: 0,
             reserved_frames: 0,
             shadow_pages_max: 256,
             roots_max: 16,

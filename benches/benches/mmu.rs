@@ -49,6 +49,7 @@ fn world(vcpus: u32) -> Mmu {
 fn world_in(machine: Machine, vcpus: u32) -> Mmu {
     let config = Config {
         guest_pages: GUEST_PAGES,
+        low_pages: 0,
         reserved_frames: 1,
         shadow_pages_max: 1024,
         roots_max: 64,

@@ -147,6 +147,7 @@ impl Twin {
     fn new(program: &Program, start: &Start) -> Twin {
         let config = Config {
             guest_pages: GUEST_PAGES,
+            low_pages: 0,
             reserved_frames: 0,
             shadow_pages_max: 0,
             roots_max: 0,

@@ -105,6 +105,7 @@ impl Guest {
     fn new(spare: u32) -> Guest {
         let config = Config {
             guest_pages: GUEST_PAGES,
+            low_pages: 0,
             reserved_frames: RESERVED_FRAMES,
             shadow_pages_max: 0,
             roots_max: 0,

@@ -9,7 +9,7 @@ use crate::Mmu;
 use crate::addr::{Gfn, Mfn, Mpa};
 use crate::bucket::Link;
 use crate::format::Gpte;
-use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
+use crate::frames::{DIRTY, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::shadow::role::{Key, Shape};
 use crate::spte::Spte;
@@ -38,6 +38,7 @@ impl Mmu {
         audit.check_links();
         audit.check_frames();
         audit.check_marks();
+        audit.check_swap();
         audit.findings
     }
 }
@@ -146,6 +147,10 @@ impl Audit<'_> {
         self.require(state == PageState::Resident(spte.mfn()), || {
             format!("INV-P2M-1: {spte:?} at {at} maps {gfn}, which is {state:?}")
         });
+        let dirty = self.mmu.frames.flags(spte.mfn()) & DIRTY != 0;
+        self.require(dirty || !spte.is_writable(), || {
+            format!("INV-DIRTY-1: {spte:?} at {at} lets {gfn} be written, which is clean")
+        });
         let tracked = self.mmu.is_tracked(spte.mfn());
         self.require(!(tracked && spte.is_writable()), || {
             format!("INV-TRACK-1: {spte:?} at {at} lets {gfn} be written untracked")
@@ -232,6 +237,10 @@ impl Audit<'_> {
                 FrameKind::Free => free += 1,
                 _ => {}
             }
+            let listed = matches!(mmu.frames.kind(mfn), FrameKind::Guest(gfn) if gfn.0 >= mmu.config.low_pages);
+            self.require(mmu.lru.has(mfn) == listed, || {
+                format!("INV-LRU-1: {mfn} is {:?}, and on a list: {}", mmu.frames.kind(mfn), !listed)
+            });
             if mmu.frames.pins(mfn) != 0 {
                 pinned.push(mfn);
             }
@@ -280,6 +289,30 @@ impl Audit<'_> {
                 format!("INV-SYNC-4: directory {gfn} is unsync")
             });
         });
+    }
+
+    /// Each slot in use is some page's, and each page's slot is its own; nothing is on its way.
+    fn check_swap(&mut self) {
+        let mmu = self.mmu;
+        mmu.swap.discard_abandoned();
+        let mut owned = 0;
+        mmu.p2m.for_each(|gfn, state| {
+            self.require(state != PageState::Moving, || format!("INV-P2M-3: {gfn} is on its way, and nobody moves it"));
+            let slot = match state {
+                PageState::Swapped(slot) => Some(slot),
+                _ => mmu.p2m.copy(gfn),
+            };
+            let Some(slot) = slot else { return };
+            owned += 1;
+            let owner = mmu.swap.owner(slot);
+            self.require(owner == Some(gfn), || format!("INV-SWAP-1: {gfn} has slot {}, which is {owner:?}'s", slot.0));
+            if let PageState::Resident(mfn) = state {
+                let dirty = mmu.frames.flags(mfn) & DIRTY != 0;
+                self.require(!dirty, || format!("INV-DIRTY-2: {gfn} is dirty and keeps its copy"));
+            }
+        });
+        let used = mmu.swap.stats().slots_used;
+        self.require(used == owned, || format!("INV-SWAP-1: {used} slots in use, {owned} pages have one"));
     }
 
     fn guest_entry(&self, key: Key, index: u32) -> Gpte {

@@ -18,12 +18,15 @@
 //! Holds: INV-RMAP-1, a leaf spte is present if and only if it is linked once on its gfn; both change only under
 //! bucket(gfn). INV-GATE-1, while a gate is closed no spte of its gfns is made.
 //!
+//! Whoever meets a closed gate sleeps at it ([`Buckets::wait`]). A fill that has met it too often in a row says so
+//! ([`Buckets::starve`]): who can do without the page then leaves it alone, and who cannot waits for that fill first.
+//!
 //! Limits: several gfns share a bucket and its gate when there are more than [`BUCKETS_MAX`] of them: a closed
 //! gate then makes a neighbour wait, which costs time and never correctness.
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Condvar, Guard, Lock, Ordering};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
@@ -53,6 +56,8 @@ impl Link {
 struct Bucket {
     links: Lock<Vec<Link>>,
     in_progress: AtomicU32,
+    /// Fills that have met the gate closed too often.
+    starving: AtomicU32,
     closed_at: AtomicU64,
 }
 
@@ -62,6 +67,10 @@ pub struct Buckets {
     buckets: Box<[Bucket]>,
     mask: u32,
     sequence: AtomicU64,
+    /// Threads that sleep at a gate, or are about to.
+    waiting: AtomicU32,
+    sleepers: Lock<()>,
+    opened: Condvar,
 }
 
 /// What a fill read before its walk; the gate compares it in the critical section.
@@ -81,9 +90,17 @@ impl Buckets {
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
             in_progress: AtomicU32::new(0),
+            starving: AtomicU32::new(0),
             closed_at: AtomicU64::new(0),
         };
-        Buckets { buckets: (0..count).map(bucket).collect(), mask: count - 1, sequence: AtomicU64::new(1) }
+        Buckets {
+            buckets: (0..count).map(bucket).collect(),
+            mask: count - 1,
+            sequence: AtomicU64::new(1),
+            waiting: AtomicU32::new(0),
+            sleepers: Lock::new(lock_order::SLEEPERS, ()),
+            opened: Condvar::new(),
+        }
     }
 
     /// The gates' sequence: to be read before the walk that leads to a fill.
@@ -101,16 +118,65 @@ impl Buckets {
 
     /// Closes the gate of `gfn`. Begins may overlap: each needs its own [`Buckets::open`].
     pub fn close(&self, gfn: Gfn) {
-        let bucket = self.bucket(gfn);
-        bucket.in_progress.fetch_add(1, Ordering::SeqCst);
+        self.close_all(&[gfn]);
+    }
+
+    /// Closes the gates of `gfns`, each as often as it comes.
+    pub fn close_all(&self, gfns: &[Gfn]) {
+        // Closed first, numbered after: a fill that reads the number has its gate closed, or ran before.
+        for gfn in gfns {
+            self.bucket(*gfn).in_progress.fetch_add(1, Ordering::SeqCst);
+        }
         let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
-        bucket.closed_at.fetch_max(now, Ordering::SeqCst);
+        for gfn in gfns {
+            self.bucket(*gfn).closed_at.fetch_max(now, Ordering::SeqCst);
+        }
     }
 
     /// Ends one closing of the gate of `gfn`.
     pub fn open(&self, gfn: Gfn) {
-        let before = self.bucket(gfn).in_progress.fetch_sub(1, Ordering::SeqCst);
-        debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+        self.open_all(&[gfn]);
+    }
+
+    /// Ends one closing of each, and wakes who sleeps at them.
+    pub fn open_all(&self, gfns: &[Gfn]) {
+        for gfn in gfns {
+            let before = self.bucket(*gfn).in_progress.fetch_sub(1, Ordering::SeqCst);
+            debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+        }
+        // Opened, then looked for sleepers; they are counted, then look at the gate.
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            drop(self.sleepers.lock());
+            self.opened.notify_all();
+        }
+    }
+
+    /// Sleeps until the gate of `gfn` has been seen open.
+    pub fn wait(&self, gfn: Gfn) {
+        lock_order::assert_may_sleep();
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut sleepers = self.sleepers.lock();
+        while self.is_closed(gfn) {
+            sleepers = self.opened.wait(sleepers);
+        }
+        drop(sleepers);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// A fill asks to be let through: its gate will not be closed again before it says [`Buckets::fed`].
+    pub fn starve(&self, gfn: Gfn) {
+        self.bucket(gfn).starving.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The fill is through, or has given up.
+    pub fn fed(&self, gfn: Gfn) {
+        let before = self.bucket(gfn).starving.fetch_sub(1, Ordering::SeqCst);
+        debug_assert!(before > 0, "INV-GATE-3: {gfn}'s fill fed more often than it starved");
+    }
+
+    /// True while a fill has asked to be let through.
+    pub fn is_starving(&self, gfn: Gfn) -> bool {
+        self.bucket(gfn).starving.load(Ordering::SeqCst) > 0
     }
 
     /// True while an invalidation of `gfn` (or of a gfn that shares its bucket) is under way.
@@ -144,6 +210,11 @@ impl BucketGuard<'_> {
     pub fn admits(&self, seen: Sequence) -> bool {
         self.bucket.in_progress.load(Ordering::SeqCst) == 0
             && self.bucket.closed_at.load(Ordering::SeqCst) <= seen.0
+    }
+
+    /// True while an invalidation is under way.
+    pub fn is_closed(&self) -> bool {
+        self.bucket.in_progress.load(Ordering::SeqCst) > 0
     }
 
     /// Links an spte. The caller stores it present in this same critical section.

@@ -30,6 +30,7 @@
 //! Locks: none taken, [`lock_order::REMOVALS`] aside. [`Coherence::shoot_down`] may sleep.
 
 use crate::addr::Mfn;
+use crate::invalidation::Held;
 use crate::lock_order;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence, thread};
 
@@ -49,6 +50,13 @@ pub enum VcpuMode {
 pub trait Shootdown: Send + Sync {
     /// Makes vCPU `vcpu` exit soon; returns without waiting. May be called for a vCPU that is outside.
     fn kick(&self, vcpu: u32);
+
+    /// Has the host take these frames away from every vCPU, whose contents stay, and returns once no vCPU has a translation
+    /// to any of them. False where it cannot: the vCPUs are kicked then.
+    fn notify(&self, frames: &mut dyn Iterator<Item = Mfn>) -> bool {
+        let _ = frames;
+        false
+    }
 }
 
 /// A [`Shootdown`] where no vCPU ever runs guest code on its own thread: tests and simulation.
@@ -86,6 +94,8 @@ pub struct Coherence {
     last_removal: AtomicU64,
     vcpus: Box<[VcpuFlush]>,
     log_removals: AtomicBool,
+    /// The host's notifier is asked first, where the frames are few.
+    notifies: AtomicBool,
     removals: Lock<Removals>,
     shootdown: Box<dyn Shootdown>,
 }
@@ -110,6 +120,7 @@ impl Coherence {
             last_removal: AtomicU64::new(0),
             vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
             log_removals: AtomicBool::new(false),
+            notifies: AtomicBool::new(false),
             removals: Lock::new(lock_order::REMOVALS, Removals::default()),
             shootdown,
         }
@@ -163,23 +174,54 @@ impl Coherence {
         self.vcpus[vcpu as usize].requested.fetch_max(stamp + 1, Ordering::SeqCst);
     }
 
-    /// Makes every vCPU unable to use what was removed up to now, and returns once that is so. Sleeps
-    /// (spins, kicking once) for vCPUs in the guest. `own` is the caller's vCPU, which is outside.
-    pub fn shoot_down(&self, own: Option<u32>) {
+    /// Makes every vCPU unable to use what was removed up to now, and returns once that is so: how many had to be
+    /// kicked. Sleeps (spins, kicking once) for vCPUs in the guest. `own` is the caller's vCPU, which is outside.
+    pub fn shoot_down(&self, own: Option<u32>) -> u32 {
         lock_order::assert_may_sleep();
-        let stamp = self.clock.load(Ordering::SeqCst);
-        for vcpu in self.vcpus.iter() {
-            vcpu.requested.fetch_max(stamp + 1, Ordering::SeqCst);
-        }
+        let stamp = self.request_flush_of_all();
+        let mut kicked = 0;
         for (number, vcpu) in self.vcpus.iter().enumerate() {
             let number = number as u32;
             if own != Some(number) && !vcpu.covers(stamp) {
                 self.shootdown.kick(number);
+                kicked += 1;
             }
         }
         while !self.covered(stamp) {
             thread::yield_now();
         }
+        kicked
+    }
+
+    /// Has [`Shootdown::notify`] tried before vCPUs are kicked, where the frames are at most [`FLUSH_PAGES_MAX`].
+    pub fn prefer_notifier(&self, prefer: bool) {
+        self.notifies.store(prefer, Ordering::Relaxed);
+    }
+
+    /// Makes every vCPU unable to use what was removed of the frames of `pages`: how many vCPUs were kicked, or that the
+    /// host has seen to these frames, and these alone. Sleeps as [`Coherence::shoot_down`] does.
+    pub(crate) fn shoot_down_frames(&self, own: Option<u32>, pages: &[Held]) -> (u32, bool) {
+        let few = pages.len() <= FLUSH_PAGES_MAX && self.notifies.load(Ordering::Relaxed);
+        if few && self.shootdown.notify(&mut pages.iter().map(|page| page.mfn)) {
+            return (0, true);
+        }
+        (self.shoot_down(own), false)
+    }
+
+    /// Asks every vCPU to flush before it next runs guest code; those that run now go on. Returns the clock of the
+    /// request: what was removed up to it is covered once they have.
+    pub(crate) fn request_flush_of_all(&self) -> u64 {
+        let stamp = self.clock.load(Ordering::SeqCst);
+        for vcpu in self.vcpus.iter() {
+            vcpu.requested.fetch_max(stamp + 1, Ordering::SeqCst);
+        }
+        stamp
+    }
+
+    /// True when a vCPU other than `own` runs guest code now: a shootdown would have to wait for it.
+    pub(crate) fn is_anyone_inside(&self, own: Option<u32>) -> bool {
+        let inside = |vcpu: &VcpuFlush| vcpu.mode.load(Ordering::SeqCst) == VcpuMode::InGuest as u32;
+        (0..).zip(self.vcpus.iter()).any(|(number, vcpu)| own != Some(number) && inside(vcpu))
     }
 
     /// The ack ledger: true when no vCPU can still use a translation removed at `stamp`. The clock begins at 1: a stamp
@@ -227,6 +269,14 @@ impl Removal<'_> {
     pub fn stamp_leaf(self, mfn: Mfn) -> u64 {
         if self.ledger.log_removals.load(Ordering::Relaxed) {
             self.ledger.log(Some(mfn));
+        }
+        self.stamp()
+    }
+
+    /// The same for leaves to each of `frames`.
+    pub fn stamp_leaves(self, frames: impl Iterator<Item = Mfn>) -> u64 {
+        if self.ledger.log_removals.load(Ordering::Relaxed) {
+            frames.for_each(|mfn| self.ledger.log(Some(mfn)));
         }
         self.stamp()
     }

@@ -40,7 +40,7 @@ impl Mmu {
                 self.explain_partial(vcpu, gva, &mut lines);
             }
             Err(Refusal::Need(gfn)) => {
-                lines.push(format!("the walk needs guest frame {gfn}, for which no machine frame is left"));
+                lines.push(format!("the walk needs guest frame {gfn}, which is not in memory now"));
             }
         }
         match vcpu.events.borrow().last(gva) {
@@ -88,7 +88,10 @@ impl Mmu {
 
     fn explain_frame(&self, gfn: Gfn, lines: &mut Vec<String>) {
         lines.push(match self.p2m.lookup(gfn) {
-            PageState::Zero => format!("guest frame {gfn} was never touched: no machine frame"),
+            PageState::Zero => format!("guest frame {gfn} is all zeros: no machine frame"),
+            PageState::Swapped(slot) => format!("guest frame {gfn} is in swap, in slot {}", slot.0),
+            PageState::Ballooned => format!("guest frame {gfn} was given up by the guest"),
+            PageState::Moving => format!("guest frame {gfn} is changing hands"),
             PageState::Device => format!("guest frame {gfn} is no memory: a device, or nothing"),
             PageState::Resident(mfn) => {
                 format!("guest frame {gfn} is in machine frame {mfn}{}", self.marks(mfn))

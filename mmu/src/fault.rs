@@ -9,10 +9,12 @@ use crate::addr::{Gfn, Gpa, Gva};
 use crate::events::Event;
 use crate::lock_order;
 use crate::shadow::leaf::Mapped;
-use crate::sync::thread;
 use crate::vcpu::Vcpu;
 use crate::walk::{Refusal, Touch};
 
+/// How often in a row a vCPU meets the closed gate of one page before it asks to be let through. A fault in a range that is
+/// invalidated all the time so ends within one round more than this.
+pub const GATE_PATIENCE: u32 = 4;
 /// Races a fault may lose before it goes back to the guest to fault again. Each loss is another's progress.
 pub const RACES_MAX: u32 = 16;
 
@@ -44,6 +46,15 @@ impl Mmu {
         lock_order::assert_may_sleep();
         vcpu.window.assert_empty();
         vcpu.count(|s| s.taken += 1);
+        let outcome = self.try_fault(vcpu, gva, access);
+        match outcome {
+            Outcome::Gate(gfn) => self.meet_gate(vcpu, gfn),
+            _ => self.feed(vcpu),
+        }
+        outcome
+    }
+
+    fn try_fault(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Outcome {
         for _ in 0..RACES_MAX {
             let seen = self.buckets.sequence();
             let t = match self.walk(vcpu, gva, access, Touch::Set) {
@@ -51,7 +62,7 @@ impl Mmu {
                 Err(Refusal::Fault(fault)) => return self.guest_fault(vcpu, fault),
                 Err(Refusal::Need(gfn)) => return Outcome::Need(gfn),
             };
-            match self.map(vcpu, &t, seen, access.user) {
+            match self.map(vcpu, &t, seen, access) {
                 Mapped::Done { writable: false, .. } if access.kind == AccessKind::Write => {
                     if !self.try_unsync(vcpu, t.gpa.gfn(), gva) {
                         return emulate(vcpu, gva, t.gpa);
@@ -83,10 +94,35 @@ impl Mmu {
 
     /// Sleeps until the gate of `gfn` has been seen open. Called with no lock held and nothing mapped.
     pub fn wait_at_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
-        lock_order::assert_may_sleep();
         vcpu.window.assert_empty();
-        while self.buckets.is_closed(gfn) {
-            thread::yield_now();
+        let began = self.clock.now();
+        self.buckets.wait(gfn);
+        let slept = self.clock.now() - began;
+        vcpu.count(|s| {
+            s.gate_waits += 1;
+            s.gate_nanos_max = s.gate_nanos_max.max(slept);
+        });
+    }
+
+    /// Counts a closed gate; who has met that of one page too often starves.
+    fn meet_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
+        let (last, met) = vcpu.gate_met.get();
+        let met = if last == gfn { met + 1 } else { 1 };
+        if last != gfn {
+            self.feed(vcpu);
+        }
+        vcpu.gate_met.set((gfn, met));
+        if met == GATE_PATIENCE {
+            self.buckets.starve(gfn);
+        }
+    }
+
+    /// The vCPU is through.
+    #[inline]
+    fn feed(&self, vcpu: &Vcpu) {
+        let (gfn, met) = vcpu.gate_met.replace((Gfn(0), 0));
+        if met >= GATE_PATIENCE {
+            self.buckets.fed(gfn);
         }
     }
 }

@@ -4,17 +4,35 @@
 //! a fixed scattered order, and never one whose number equals the gfn it is for, so that code that takes one
 //! world's number for the other's breaks at once instead of working by luck.
 //!
+//! The machine may have more frames than its owner wants to pay for: the *budget* is how many the host may have to back
+//! at once. A frame that comes back is kept for the next taker as long as few are free, else the host has it back.
+//!
+//! ```text
+//!                      +------ allocate ------+
+//!                      v                      |
+//!   never used --> in use ---- release ----> returned (backed, free)
+//!   given back <---------------- trim ----------+
+//! ```
+//!
+//! Of what is available the last frames are kept for those who make others free ([`Draw`]); below the *low* mark the
+//! background thread is wanted, and it goes on to the *high* mark.
+//!
 //! Holds: INV-FRAME-2, a frame has exactly one owner ([`FrameKind`]), and the free list holds exactly the free
-//! ones. INV-FRAME-3, no guest frame has mfn == gfn.
+//! ones. INV-FRAME-3, no guest frame has mfn == gfn. INV-FRAME-4, frames in use and returned ones are no more than
+//! the budget, but for the time that a cut of it takes. INV-FRAME-5, every page of low memory has its frame or can have
+//! one at any time.
 //!
 //! Locks: the allocator's own ([`lock_order::FRAMES`]). The flags of a guest frame change only under
 //! bucket(gfn); its debt is a maximum and may rise at any time.
 //!
-//! Limits: 24 bytes of metadata a frame.
+//! Limits: 24 bytes of metadata a frame here and 8 in the frame lists; none for frames that were never used.
+
+use std::io;
 
 use crate::addr::{Gfn, Mfn};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering};
+use crate::machine::Machine;
+use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, zeroed};
 
 /// What a frame is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,55 +61,156 @@ pub const WATCHED: u32 = 1 << 11;
 /// Some shadow page of it is for PAE paging: its entries are 8 bytes wide.
 pub const WIDE: u32 = 1 << 12;
 
+/// It may have been written to since its contents were last known: zeros, or those of its copy in swap.
+pub const DIRTY: u32 = 1 << 13;
+
 const KIND_MASK: u32 = 0xff;
 
-/// Metadata of one frame.
-#[derive(Debug, Default)]
-struct Frame {
-    /// Kind in the low byte, flags above.
-    state: AtomicU32,
-    /// Gfn, slot or root, by kind.
-    owner: AtomicU32,
-    /// Window mappings that hold the frame in place.
-    pins: AtomicU32,
-    /// Generation of the code that somebody has decoded from it; 0 for none since the last store.
-    code: AtomicU32,
-    /// Flush clock of the last removal of an spte to this frame (see coherence).
-    debt: AtomicU64,
+/// Metadata of one frame: see the constants below for which word is what.
+type Frame = [AtomicU32; 4];
+
+/// Kind in the low byte, flags above.
+const STATE: usize = 0;
+/// Gfn, slot or root, by kind.
+const OWNER: usize = 1;
+/// Window mappings that hold the frame in place.
+const PINS: usize = 2;
+/// Generation of the code that somebody has decoded from it; 0 for none since the last store.
+const CODE: usize = 3;
+
+/// What gives frames back to the host.
+pub trait Host: Send + Sync + std::fmt::Debug {
+    /// The host may take these frames' memory; they read as zeros from now on. Called with no lock held.
+    ///
+    /// # Errors
+    ///
+    /// When the host refuses: all of them stay as they are.
+    fn give_back(&self, frames: &[Mfn]) -> io::Result<()>;
+}
+
+/// A machine that has no host: its twin for tests.
+#[derive(Debug)]
+pub(crate) struct NoHost(pub Machine);
+
+impl Host for NoHost {
+    fn give_back(&self, frames: &[Mfn]) -> io::Result<()> {
+        frames.iter().for_each(|mfn| self.0.clear(*mfn));
+        Ok(())
+    }
+}
+
+/// How far somebody may go who wants a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Draw {
+    /// Leaves the reserve alone.
+    Ordinary,
+    /// May take half of it: shadow tables, without which nobody gets on.
+    Tables,
+    /// May take all of it: whoever makes frames free.
+    Reserve,
+}
+
+/// A frame just taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fresh {
+    /// Which.
+    pub mfn: Mfn,
+    /// It is all zeros; else it has what its last owner left.
+    pub zeroed: bool,
+    /// Few frames are left: the background thread is wanted.
+    pub low: bool,
+}
+
+/// How many free frames mean what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// Kept for those who make frames free.
+    pub reserve: u32,
+    /// Below it the background thread is wanted.
+    pub low: u32,
+    /// It goes on to this one.
+    pub high: u32,
+}
+
+impl Marks {
+    /// The marks of a budget.
+    pub fn of(budget: u32) -> Marks {
+        let reserve = (budget / 64).clamp(8, 512);
+        Marks { reserve, low: 2 * reserve, high: 4 * reserve }
+    }
 }
 
 #[derive(Debug)]
 struct FreeList {
     /// How many of the scattered order have never been handed out yet: the next is `scatter(next)`.
     next: u32,
+    /// Free and backed by the host: the contents are the last owner's.
     returned: Vec<Mfn>,
+    /// Free, used before, and given back to the host: zeros.
+    given_back: Vec<Mfn>,
+    /// In use or returned.
+    backed: u32,
+    budget: u32,
+    marks: Marks,
+    /// Frames promised to low memory that has none yet.
+    promised: u32,
+}
+
+/// What the allocator has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrameCounts {
+    /// The most frames that the host may have to back.
+    pub budget: u32,
+    /// Those that it may be backing: in use, or free and kept.
+    pub backed: u32,
+    /// What an ordinary taker could still have.
+    pub available: u32,
+    /// The marks in force.
+    pub marks: Marks,
 }
 
 /// All frames of a machine.
 #[derive(Debug)]
 pub struct Frames {
     frames: Box<[Frame]>,
+    /// Flush clock of the last removal of an spte to each frame (see coherence).
+    debts: Box<[AtomicU64]>,
     first: u32,
     stride: u64,
+    /// Guest pages below this one are low memory.
+    low: u32,
     /// The last code generation given out.
     code_clock: AtomicU32,
     free: Lock<FreeList>,
 }
 
 impl Frames {
-    /// Frames `reserved..total` are free, those below are [`FrameKind::Reserved`].
-    pub fn new(total: u32, reserved: u32) -> Frames {
-        let frames: Box<[Frame]> = (0..total).map(|_| Frame::default()).collect();
+    /// Frames `reserved..total` are free, those below are [`FrameKind::Reserved`]. The first `low` guest pages will have
+    /// a frame whenever they want one. The budget is all there is.
+    pub fn new(total: u32, reserved: u32, low: u32) -> Frames {
+        let frames: Box<[Frame]> = zeroed(total as usize);
         for frame in frames.iter().take(reserved as usize) {
-            frame.state.store(1, Ordering::Relaxed);
+            frame[STATE].store(1, Ordering::Relaxed);
         }
-        let count = u64::from(total.saturating_sub(reserved));
+        let first = reserved.min(total);
+        let budget = total - first;
+        let free = FreeList {
+            next: 0,
+            returned: Vec::new(),
+            given_back: Vec::new(),
+            backed: 0,
+            budget,
+            marks: Marks::default(),
+            promised: low.min(budget),
+        };
         Frames {
             frames,
-            first: reserved.min(total),
-            stride: scatter_stride(count),
+            debts: zeroed(total as usize),
+            first,
+            stride: scatter_stride(u64::from(budget)),
+            low,
             code_clock: AtomicU32::new(0),
-            free: Lock::new(lock_order::FRAMES, FreeList { next: 0, returned: Vec::new() }),
+            free: Lock::new(lock_order::FRAMES, free),
         }
     }
 
@@ -100,38 +219,116 @@ impl Frames {
         self.frames.len() as u32
     }
 
-    /// How many are free now.
+    /// How many are nobody's now, however many of them the budget allows to be used.
     pub fn free_count(&self) -> u32 {
         let free = self.free.lock();
-        self.total() - self.first - free.next + free.returned.len() as u32
+        self.total() - self.first - free.next + (free.returned.len() + free.given_back.len()) as u32
     }
 
-    /// Takes a free frame for `kind` (not `Free`). Its contents are what its last owner left, or zeros if it
-    /// never had one. `None` when the pool is empty.
-    pub fn allocate(&self, kind: FrameKind) -> Option<Mfn> {
+    /// What there is.
+    pub fn counts(&self) -> FrameCounts {
+        let free = self.free.lock();
+        let available = self.available(&free).max(0) as u32;
+        FrameCounts { budget: free.budget, backed: free.backed, available, marks: free.marks }
+    }
+
+    /// Sets the budget. Frames over it stay in use until somebody makes them free ([`Frames::trim`]). All there are, or
+    /// more, means no limit: then nothing is reserved either.
+    pub fn set_budget(&self, frames: u32) {
+        let all = self.total() - self.first;
         let mut free = self.free.lock();
-        let mut mfn = self.take(&mut free)?;
+        free.budget = frames.min(all);
+        free.marks = if frames < all { Marks::of(frames) } else { Marks::default() };
+    }
+
+    /// Takes a free frame for `kind` (not `Free`). `None` when none is left for `draw`; low memory is always served.
+    pub fn allocate(&self, kind: FrameKind, draw: Draw) -> Option<Fresh> {
+        let mut free = self.free.lock();
+        let promised = self.is_promised(kind);
+        let available = self.available(&free) + i64::from(promised);
+        let kept = match draw {
+            _ if promised => 0,
+            Draw::Ordinary => free.marks.reserve,
+            Draw::Tables => free.marks.reserve / 2,
+            Draw::Reserve => 0,
+        };
+        if available <= i64::from(kept) {
+            return None;
+        }
+        let (mut mfn, mut zeroed) = self.take(&mut free)?;
         if kind == FrameKind::Guest(Gfn(mfn.0)) {
             let other = self.take(&mut free);
-            free.returned.push(mfn);
-            mfn = other?;
+            free.put_back(mfn, zeroed);
+            (mfn, zeroed) = other?;
         }
+        free.promised -= u32::from(promised);
         self.set_kind(mfn, kind);
-        Some(mfn)
+        Some(Fresh { mfn, zeroed, low: available <= i64::from(free.marks.low) })
     }
 
     /// Gives a frame back. The caller vouches that no translation to it is left anywhere (coherence ledger).
     pub fn release(&self, mfn: Mfn) {
-        self.set_kind(mfn, FrameKind::Free);
-        self.free.lock().returned.push(mfn);
+        self.release_all(&[mfn]);
+    }
+
+    /// The same for several.
+    pub fn release_all(&self, frames: &[Mfn]) {
+        let mut free = self.free.lock();
+        for mfn in frames {
+            free.promised += u32::from(self.is_promised(self.kind(*mfn)));
+            self.set_kind(*mfn, FrameKind::Free);
+        }
+        free.returned.extend_from_slice(frames);
+    }
+
+    /// Gives the host back what is free and over the budget, or free in numbers; returns how many frames. Called with no
+    /// lock held.
+    ///
+    /// # Errors
+    ///
+    /// When the host refuses: the frames stay free, and backed.
+    pub fn trim(&self, host: &dyn Host) -> io::Result<u32> {
+        lock_order::assert_may_sleep();
+        let surplus = {
+            let mut free = self.free.lock();
+            let idle = (free.returned.len() as u32).saturating_sub(free.marks.high);
+            let over = free.backed.saturating_sub(free.budget).min(free.returned.len() as u32);
+            let limited = free.budget < self.total() - self.first;
+            let keep = free.returned.len() - if limited { idle.max(over) } else { over } as usize;
+            free.returned.split_off(keep)
+        };
+        if surplus.is_empty() {
+            return Ok(0);
+        }
+        let given = host.give_back(&surplus);
+        let mut free = self.free.lock();
+        match given {
+            Ok(()) => {
+                free.backed -= surplus.len() as u32;
+                free.given_back.extend_from_slice(&surplus);
+            }
+            Err(_) => free.returned.extend_from_slice(&surplus),
+        }
+        given.map(|()| surplus.len() as u32)
+    }
+
+    /// What is left for anybody; less than nothing while the budget is overdrawn.
+    fn available(&self, free: &FreeList) -> i64 {
+        let unbacked = self.total() - self.first - free.next + free.given_back.len() as u32;
+        let room = (i64::from(free.budget) - i64::from(free.backed)).min(i64::from(unbacked));
+        free.returned.len() as i64 + room - i64::from(free.promised)
+    }
+
+    fn is_promised(&self, kind: FrameKind) -> bool {
+        matches!(kind, FrameKind::Guest(gfn) if gfn.0 < self.low)
     }
 
     /// Who has the frame.
     #[inline]
     pub fn kind(&self, mfn: Mfn) -> FrameKind {
         let frame = &self.frames[mfn.0 as usize];
-        let owner = frame.owner.load(Ordering::Relaxed);
-        match frame.state.load(Ordering::Acquire) & KIND_MASK {
+        let owner = frame[OWNER].load(Ordering::Relaxed);
+        match frame[STATE].load(Ordering::Acquire) & KIND_MASK {
             0 => FrameKind::Free,
             1 => FrameKind::Reserved,
             2 => FrameKind::Guest(Gfn(owner)),
@@ -152,45 +349,50 @@ impl Frames {
     /// Flags of a guest frame ([`SHADOWED`] and its kin).
     #[inline]
     pub fn flags(&self, mfn: Mfn) -> u32 {
-        self.frames[mfn.0 as usize].state.load(Ordering::Acquire) & !KIND_MASK
+        self.frames[mfn.0 as usize][STATE].load(Ordering::Acquire) & !KIND_MASK
     }
 
     /// Changes flags of a guest frame. Caller holds bucket(gfn).
     pub(crate) fn change_flags(&self, mfn: Mfn, clear: u32, set: u32) {
-        let state = &self.frames[mfn.0 as usize].state;
+        let state = &self.frames[mfn.0 as usize][STATE];
         let old = state.load(Ordering::Relaxed);
         state.store(old & !clear | set, Ordering::Release);
     }
 
     /// Notes that an spte to the frame was removed or narrowed at flush clock `stamp`.
     pub(crate) fn owe(&self, mfn: Mfn, stamp: u64) {
-        let debt = &self.frames[mfn.0 as usize].debt;
+        let debt = &self.debts[mfn.0 as usize];
         if debt.load(Ordering::Acquire) < stamp {
             debt.fetch_max(stamp, Ordering::AcqRel);
         }
     }
 
+    /// Every translation to the frame, by whatever vCPU, is gone: its debt is paid. The caller has it to itself.
+    pub(crate) fn forgive(&self, mfn: Mfn) {
+        self.debts[mfn.0 as usize].store(0, Ordering::SeqCst);
+    }
+
     /// The flush clock of the last removal of an spte to the frame.
     pub fn debt(&self, mfn: Mfn) -> u64 {
-        self.frames[mfn.0 as usize].debt.load(Ordering::Acquire)
+        self.debts[mfn.0 as usize].load(Ordering::Acquire)
     }
 
     /// Holds the frame in place.
     #[inline]
     pub(crate) fn pin(&self, mfn: Mfn) {
-        self.frames[mfn.0 as usize].pins.fetch_add(1, Ordering::Acquire);
+        self.frames[mfn.0 as usize][PINS].fetch_add(1, Ordering::SeqCst);
     }
 
     /// Lets go of it.
     #[inline]
     pub(crate) fn unpin(&self, mfn: Mfn) {
-        let before = self.frames[mfn.0 as usize].pins.fetch_sub(1, Ordering::Release);
+        let before = self.frames[mfn.0 as usize][PINS].fetch_sub(1, Ordering::SeqCst);
         debug_assert!(before > 0, "INV-WINDOW-1: {mfn} unpinned more often than pinned");
     }
 
     /// How many window mappings hold the frame.
     pub fn pins(&self, mfn: Mfn) -> u32 {
-        self.frames[mfn.0 as usize].pins.load(Ordering::Acquire)
+        self.frames[mfn.0 as usize][PINS].load(Ordering::SeqCst)
     }
 
     /// Marks the frame as one that code is about to be decoded from. Returns the generation of its contents: unless it is
@@ -199,7 +401,7 @@ impl Frames {
     /// Limits: a store by *another* vCPU's TLB that is on its way right now may miss the mark; with several vCPUs, mark and
     /// then shoot down before the bytes are read.
     pub(crate) fn mark_code(&self, mfn: Mfn) -> u32 {
-        let code = &self.frames[mfn.0 as usize].code;
+        let code = &self.frames[mfn.0 as usize][CODE];
         let now = code.load(Ordering::SeqCst);
         if now != 0 {
             return now;
@@ -213,13 +415,13 @@ impl Frames {
     /// The code generation, 0 when there is none or no such frame.
     #[inline]
     pub(crate) fn code(&self, mfn: Mfn) -> u32 {
-        self.frames.get(mfn.0 as usize).map_or(0, |frame| frame.code.load(Ordering::Acquire))
+        self.frames.get(mfn.0 as usize).map_or(0, |frame| frame[CODE].load(Ordering::Acquire))
     }
 
     /// Notes a store to the frame, already made: code decoded from it is stale.
     #[inline]
     pub(crate) fn code_written(&self, mfn: Mfn) {
-        let code = &self.frames[mfn.0 as usize].code;
+        let code = &self.frames[mfn.0 as usize][CODE];
         if code.load(Ordering::Relaxed) != 0 {
             code.store(0, Ordering::SeqCst);
         }
@@ -227,7 +429,7 @@ impl Frames {
 
     fn set_kind(&self, mfn: Mfn, kind: FrameKind) {
         let frame = &self.frames[mfn.0 as usize];
-        frame.code.store(0, Ordering::Relaxed);
+        frame[CODE].store(0, Ordering::Relaxed);
         let (code, owner) = match kind {
             FrameKind::Free => (0, 0),
             FrameKind::Reserved => (1, 0),
@@ -235,21 +437,39 @@ impl Frames {
             FrameKind::Shadow(slot) => (3, slot),
             FrameKind::Root(root) => (4, root),
         };
-        frame.owner.store(owner, Ordering::Relaxed);
-        frame.state.store(code, Ordering::Release);
+        frame[OWNER].store(owner, Ordering::Relaxed);
+        frame[STATE].store(code, Ordering::Release);
     }
 
-    fn take(&self, free: &mut FreeList) -> Option<Mfn> {
+    /// The next free frame, and whether it is all zeros.
+    fn take(&self, free: &mut FreeList) -> Option<(Mfn, bool)> {
         if let Some(mfn) = free.returned.pop() {
-            return Some(mfn);
+            return Some((mfn, false));
         }
         let count = u64::from(self.total() - self.first);
-        if u64::from(free.next) == count {
-            return None;
+        let mfn = match free.given_back.pop() {
+            Some(mfn) => mfn,
+            None if u64::from(free.next) == count => return None,
+            None => {
+                let at = u64::from(free.next) * self.stride % count;
+                free.next += 1;
+                Mfn(self.first + at as u32)
+            }
+        };
+        free.backed += 1;
+        Some((mfn, true))
+    }
+}
+
+impl FreeList {
+    /// Undoes a `take`.
+    fn put_back(&mut self, mfn: Mfn, zeroed: bool) {
+        if zeroed {
+            self.backed -= 1;
+            self.given_back.push(mfn);
+        } else {
+            self.returned.push(mfn);
         }
-        let at = u64::from(free.next) * self.stride % count;
-        free.next += 1;
-        Some(Mfn(self.first + at as u32))
     }
 }
 
@@ -267,54 +487,5 @@ fn gcd(a: u64, b: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::*;
-
-    #[test]
-    fn allocation_visits_every_frame_once_and_then_ends() {
-        for total in [2, 3, 10, 97, 1000] {
-            let frames = Frames::new(total, 1);
-            let seen: HashSet<_> = std::iter::from_fn(|| frames.allocate(FrameKind::Shadow(0))).collect();
-            assert_eq!(seen.len() as u32, total - 1);
-            assert!(!seen.contains(&Mfn(0)), "reserved frames are not handed out");
-            assert_eq!(frames.free_count(), 0);
-        }
-    }
-
-    #[test]
-    fn a_guest_frame_never_has_the_number_of_its_gfn() {
-        let frames = Frames::new(64, 0);
-        let mut got = 0;
-        for gfn in 0..64 {
-            if let Some(mfn) = frames.allocate(FrameKind::Guest(Gfn(gfn))) {
-                assert_ne!(mfn.0, gfn);
-                got += 1;
-            }
-        }
-        assert!(got >= 63, "at most the last frame can be refused");
-    }
-
-    #[test]
-    fn neighbours_are_scattered() {
-        let frames = Frames::new(10_000, 0);
-        let order: Vec<_> = (0..100).map(|_| frames.allocate(FrameKind::Shadow(0)).unwrap().0).collect();
-        assert!(order.windows(2).all(|w| w[0].abs_diff(w[1]) > 100));
-    }
-
-    #[test]
-    fn a_released_frame_comes_back() {
-        let frames = Frames::new(2, 0);
-        let a = frames.allocate(FrameKind::Shadow(1)).unwrap();
-        assert_eq!(frames.kind(a), FrameKind::Shadow(1));
-        frames.release(a);
-        assert_eq!(frames.kind(a), FrameKind::Free);
-        assert_eq!(frames.allocate(FrameKind::Root(3)), Some(a));
-    }
-
-    #[test]
-    fn metadata_stays_within_its_limit() {
-        assert!(size_of::<Frame>() <= 24);
-    }
-}
+#[path = "frames_tests.rs"]
+mod tests;

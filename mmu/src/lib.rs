@@ -15,6 +15,9 @@
 //! | machine, frames, p2m, window | memory: the pool, who has each frame, gfn -> frame, the way to touch it |
 //! | walk | the guest's tables, read and judged |
 //! | bucket | reverse map and gates |
+//! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
+//! | discard | pages that are not wanted any more |
+//! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb | flush epochs and the ack ledger; a TLB in software |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
@@ -27,18 +30,25 @@ pub mod addr;
 pub mod audit;
 pub mod bucket;
 pub mod coherence;
+pub mod discard;
 pub mod events;
 pub mod explain;
 mod fault;
 pub mod format;
 pub mod frames;
+pub mod invalidation;
 pub mod lock_order;
+pub mod lru;
 pub mod machine;
 pub mod p2m;
 mod paging;
 mod physical;
+pub mod reclaim;
+pub mod records;
+pub mod scope;
 pub mod shadow;
 pub mod spte;
+pub mod swap;
 pub mod sync;
 pub mod tlb;
 pub mod vcpu;
@@ -52,8 +62,9 @@ pub use explain::Explanation;
 pub use fault::Outcome;
 pub use format::{Mode, PHYSICAL_BITS};
 pub use machine::Machine;
-pub use paging::{BadPdpte, Flush};
-pub use physical::{Beyond, Width};
+pub use paging::{BadPdpte, Flush, NotLoaded};
+pub use physical::{Beyond, NotReached, Width};
+pub use reclaim::{Shortage, SwapFailed};
 pub use shadow::roots::FIRMWARE_SLOT;
 pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
 pub use vcpu::{FaultStats, Vcpu};
@@ -61,10 +72,14 @@ pub use walk::{Refusal, Touch, Translation};
 pub use window::LocalStack;
 
 use bucket::Buckets;
-use frames::{FrameKind, Frames};
+use frames::{Draw, FrameKind, Frames, Host, NoHost};
+use lru::Lru;
 use p2m::{P2m, PageState};
+use reclaim::Background;
+use records::{Clock, NoClock, Records};
 use shadow::pages::Pages;
 use shadow::{Roots, track};
+use swap::{NoSwap, SwapDevice, SwapMap};
 use sync::{AtomicU64, Lock, Ordering};
 
 /// The fewest shadow pages a guest can run with: an instruction may need several at once (two operands that each
@@ -78,6 +93,8 @@ pub const ROOTS_MIN_PER_VCPU: u32 = 4;
 pub struct Config {
     /// Pages of guest memory, from gfn 0; at most 2^24.
     pub guest_pages: u32,
+    /// The first of them are low memory: never reclaimed, and served whenever they want a frame.
+    pub low_pages: u32,
     /// Frames at the start of the machine that are not ours (firmware).
     pub reserved_frames: u32,
     /// The most shadow pages at once; raised to [`SHADOW_PAGES_MIN`].
@@ -115,6 +132,12 @@ pub struct Mmu {
     pages: Pages,
     roots: Lock<Roots>,
     unsync: Lock<Vec<track::Unsync>>,
+    lru: Lru,
+    swap: SwapMap,
+    records: Records,
+    background: Background,
+    clock: Box<dyn Clock>,
+    host: Box<dyn Host>,
     evictions: AtomicU64,
     tracked_stores: AtomicU64,
 }
@@ -124,10 +147,32 @@ pub struct Mmu {
 pub struct Usage {
     /// Frames in the machine, reserved ones included.
     pub frames_total: u32,
-    /// Free frames.
+    /// Frames that an ordinary taker could still have.
     pub frames_free: u32,
+    /// The most frames that the host may have to back.
+    pub budget: u32,
+    /// Those that it may be backing.
+    pub frames_used: u32,
     /// Guest pages that have a frame.
     pub resident: u32,
+    /// Guest pages that are in swap.
+    pub swapped: u32,
+    /// Guest pages that the guest has given up.
+    pub ballooned: u32,
+    /// Pages read back because somebody wanted them, so far.
+    pub refaults: u64,
+    /// Pages written to swap so far.
+    pub swap_outs: u64,
+    /// Writes to swap so far, each of adjacent pages.
+    pub swap_writes: u64,
+    /// Pages dropped so far that were zeros.
+    pub zero_drops: u64,
+    /// Pages dropped so far that swap had a good copy of.
+    pub clean_drops: u64,
+    /// Times so far that a vCPU had to reclaim for itself.
+    pub direct_reclaims: u64,
+    /// Invalidations so far.
+    pub invalidations: u64,
     /// Shadow pages in use.
     pub shadow_pages: u32,
     /// Shadow pages evicted so far.
@@ -139,11 +184,22 @@ pub struct Usage {
 }
 
 impl Mmu {
-    /// An MMU over `machine`; `shootdown` kicks vCPUs.
+    /// An MMU over `machine`; `shootdown` kicks vCPUs. It has no swap, no clock, and gives nothing back to the host: see
+    /// [`Mmu::with_swap`] and its kin.
     pub fn new(machine: Machine, config: Config, shootdown: Box<dyn Shootdown>) -> Mmu {
         let config = config.raised();
         Mmu {
-            frames: Frames::new(machine.frames(), config.reserved_frames),
+            frames: Frames::new(
+                machine.frames(),
+                config.reserved_frames,
+                config.low_pages.min(config.guest_pages),
+            ),
+            lru: Lru::new(machine.frames()),
+            swap: SwapMap::new(Box::new(NoSwap)),
+            records: Records::new(),
+            background: Background::new(),
+            clock: Box::new(NoClock),
+            host: Box::new(NoHost(machine.clone())),
             machine,
             p2m: P2m::new(config.guest_pages),
             buckets: Buckets::new(config.guest_pages),
@@ -155,6 +211,21 @@ impl Mmu {
             tracked_stores: AtomicU64::new(0),
             config,
         }
+    }
+
+    /// The same, with a swap device.
+    pub fn with_swap(self, device: Box<dyn SwapDevice>) -> Mmu {
+        Mmu { swap: SwapMap::new(device), ..self }
+    }
+
+    /// The same, with a clock for its records.
+    pub fn with_clock(self, clock: Box<dyn Clock>) -> Mmu {
+        Mmu { clock, ..self }
+    }
+
+    /// The same, with a host that takes frames back.
+    pub fn with_host(self, host: Box<dyn Host>) -> Mmu {
+        Mmu { host, ..self }
     }
 
     /// The MMU's side of vCPU `id` (below [`Config::vcpus`]), run by hardware: paging off, as after reset.
@@ -189,14 +260,31 @@ impl Mmu {
         &self.config
     }
 
+    /// The records of invalidations.
+    pub fn records(&self) -> &Records {
+        &self.records
+    }
+
     /// What is in use now.
     pub fn usage(&self) -> Usage {
-        let mut resident = 0;
-        self.p2m.for_each_resident(|_, _| resident += 1);
+        let counts = self.frames.counts();
+        let pages = self.p2m.counts();
+        let (swap, reclaim) = (self.swap.stats(), self.reclaim_stats());
         Usage {
             frames_total: self.frames.total(),
-            frames_free: self.frames.free_count(),
-            resident,
+            frames_free: counts.available,
+            budget: counts.budget,
+            frames_used: counts.backed,
+            resident: pages.resident,
+            swapped: pages.swapped,
+            ballooned: pages.ballooned,
+            refaults: reclaim.refaults,
+            swap_outs: swap.pages_written,
+            swap_writes: swap.writes,
+            zero_drops: reclaim.zero_drops,
+            clean_drops: reclaim.clean_drops,
+            direct_reclaims: reclaim.direct,
+            invalidations: self.records.count(),
             shadow_pages: self.pages.in_use(),
             evictions: self.evictions.load(Ordering::Relaxed),
             tracked_stores: self.tracked_stores.load(Ordering::Relaxed),
@@ -217,7 +305,30 @@ impl Mmu {
         self.evict(count as usize);
     }
 
-    /// Where a page is, giving it a zeroed frame if it has none yet. `Zero` only when no frame is left.
+    /// Sets how many frames the guest and its tables may have at once. Over it, the background thread makes frames free
+    /// and gives them back; that takes a while.
+    ///
+    /// # Errors
+    ///
+    /// When so few are not enough to run the guest.
+    pub fn set_budget(&self, frames: u32) -> Result<(), BudgetTooSmall> {
+        let least = self.budget_min();
+        if frames < least {
+            return Err(BudgetTooSmall { asked: frames, least });
+        }
+        self.frames.set_budget(frames);
+        self.pages.set_limit(frames / TABLE_SHARE);
+        self.background.want();
+        Ok(())
+    }
+
+    /// The smallest budget: low memory, what tables cannot do without, and room for a few pages.
+    pub fn budget_min(&self) -> u32 {
+        let low = self.config.low_pages.min(self.config.guest_pages);
+        low + SHADOW_PAGES_MIN + 2 * self.config.roots_max + BUDGET_HEADROOM
+    }
+
+    /// Where a page is, giving it a zeroed frame if it has never had one. `Zero` only when no frame is left.
     #[inline]
     pub(crate) fn resident(&self, gfn: Gfn) -> PageState {
         match self.p2m.lookup(gfn) {
@@ -228,11 +339,42 @@ impl Mmu {
 
     #[cold]
     fn populate(&self, gfn: Gfn) -> PageState {
-        let Some(mfn) = self.frames.allocate(FrameKind::Guest(gfn)) else { return self.p2m.lookup(gfn) };
-        self.machine.clear(mfn);
+        let draw = if scope::MemAlloc::is_entered() { Draw::Reserve } else { Draw::Ordinary };
+        let Some(mfn) = self.take_frame(FrameKind::Guest(gfn), draw) else { return self.p2m.lookup(gfn) };
+        self.lru_add(gfn, mfn);
         if !self.p2m.transition(gfn, PageState::Zero, PageState::Resident(mfn)) {
+            self.lru.remove([mfn]);
             self.frames.release(mfn);
         }
         self.p2m.lookup(gfn)
     }
+
+    /// A frame of zeros.
+    pub(crate) fn take_frame(&self, kind: FrameKind, draw: Draw) -> Option<Mfn> {
+        let fresh = self.frames.allocate(kind, draw)?;
+        if !fresh.zeroed {
+            self.machine.clear(fresh.mfn);
+        }
+        if fresh.low {
+            self.background.want();
+        }
+        Some(fresh.mfn)
+    }
+}
+
+/// Shadow tables may take one frame in so many of the budget.
+const TABLE_SHARE: u32 = 4;
+/// Frames that the smallest budget leaves to high memory.
+const BUDGET_HEADROOM: u32 = 128;
+
+/// A budget that a guest could not run in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{} KiB of frames are too few for this guest: at least {} KiB, for its low memory and its tables", asked * 4, least * 4
+)]
+pub struct BudgetTooSmall {
+    /// Frames asked for.
+    pub asked: u32,
+    /// The least.
+    pub least: u32,
 }

@@ -33,12 +33,24 @@ pub const SHADOW_L1: Level = Level::new(430, "shadow page, level 1");
 pub const SHADOW_FREE: Level = Level::new(450, "shadow page free list");
 /// A bucket of the reverse map.
 pub const BUCKET: Level = Level::new(500, "bucket");
+/// Which frames may be reclaimed, in what order.
+pub const LRU: Level = Level::new(580, "frame lists");
 /// The frame allocator.
 pub const FRAMES: Level = Level::new(600, "frames");
 /// The list of unsync guest tables.
 pub const UNSYNC: Level = Level::new(620, "unsync list");
+/// Who has each swap slot.
+pub const SWAP_MAP: Level = Level::new(630, "swap map");
+/// A cluster of the swap device in memory.
+pub const SWAP_CLUSTER: Level = Level::new(632, "swap cluster");
 /// The log of what a notifier shootdown still owes.
 pub const REMOVALS: Level = Level::new(640, "removal log");
+/// The records of invalidations.
+pub const RECORDS: Level = Level::new(660, "invalidation records");
+/// That swap has failed.
+pub const FAILED: Level = Level::new(690, "swap failure");
+/// What sleepers sleep on: at a gate, for work, for a window slot.
+pub const SLEEPERS: Level = Level::new(700, "sleepers");
 
 #[cfg(debug_assertions)]
 mod held {

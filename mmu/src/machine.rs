@@ -154,6 +154,13 @@ impl Machine {
         debug_assert!(done.is_ok(), "a write stays within its frame: {done:?}");
     }
 
+    /// True when the frame has nothing but zeros.
+    pub fn is_zero(&self, mfn: Mfn) -> bool {
+        (0..PAGE_SIZE as u32)
+            .step_by(8)
+            .all(|offset| self.word64(mfn.at(offset)).load(Ordering::Relaxed) == 0)
+    }
+
     /// Fills one frame with zeros.
     pub fn clear(&self, mfn: Mfn) {
         for offset in (0..PAGE_SIZE as u32).step_by(8) {

@@ -3,15 +3,29 @@
 //! Story: guest-physical space exists here and nowhere else. An upper entry covers 2 MiB (512 gfns); a lower one
 //! is a page. Lookups take no lock: both levels are atomics.
 //!
+//! ```text
+//!            populate                    an invalidation's begin
+//!   Zero ----------------> Resident ------------------------------> Moving --+--> Resident   put back
+//!    |  ^                                   swap-in: claimed          ^ | | |
+//!    |  +---------------------------------------------------- Zero <-+-+ | +--> Ballooned
+//!    +--> Ballooned --> Zero               Swapped ------------------+   +----> Swapped
+//! ```
+//!
+//! A `Moving` page belongs to whoever moved it there, who also holds its gate closed: everybody else waits at the
+//! gate. A resident page may have a *copy* in swap that is still good; its slot stands beside the frame, and goes when
+//! the page is first written to.
+//!
 //! Holds: INV-P2M-1, a `Resident(mfn)` entry's frame names that gfn as its owner. INV-P2M-2, legal transitions
 //! only (asserted at each). The generations of an entry never go down; `mapping` advances when
-//! the page changes frames, `write` when write permission was taken away.
+//! the page has lost its frame, `write` when write permission was taken away.
 //!
-//! Limits: guest frame numbers are 24 bits (64 GiB). 16 bytes an entry, in tables made on first touch.
+//! Limits: guest frame numbers are 24 bits (64 GiB), machine frame numbers 29. 16 bytes an entry, in tables made on
+//! first touch.
 //!
-//! Not here: `Swapped`, `Ballooned`, `Huge` and `Moving` have their codes reserved and no producer yet.
+//! Not here: `Huge` and `Moving` upper entries.
 
 use crate::addr::{Gfn, Mfn};
+use crate::swap::SwapSlot;
 use crate::sync::{AtomicU64, OnceLock, Ordering};
 
 /// Pages under one upper entry.
@@ -26,8 +40,25 @@ pub enum PageState {
     Zero,
     /// In this machine frame.
     Resident(Mfn),
+    /// In this slot of the swap device.
+    Swapped(SwapSlot),
+    /// The guest has given it up; a touch makes it `Zero` again.
+    Ballooned,
+    /// Changing hands, by whoever has closed its gate.
+    Moving,
     /// No memory: a device, or nothing at all.
     Device,
+}
+
+/// Pages in each state that is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// In a frame.
+    pub resident: u32,
+    /// In swap.
+    pub swapped: u32,
+    /// Given up by the guest.
+    pub ballooned: u32,
 }
 
 /// Generations of an entry, as a TLB entry or a window remembers them.
@@ -41,7 +72,7 @@ pub struct Generations {
 
 #[derive(Debug, Default)]
 struct Entry {
-    /// Kind in the low 3 bits, the frame above.
+    /// Kind in the low 3 bits, the frame above; in the upper half one more than the slot.
     state: AtomicU64,
     /// `mapping` in the upper half, `write` in the lower.
     generations: AtomicU64,
@@ -49,22 +80,43 @@ struct Entry {
 
 const ZERO: u64 = 0;
 const RESIDENT: u64 = 1;
+const SWAPPED: u64 = 2;
+const BALLOONED: u64 = 3;
 const DEVICE: u64 = 4;
+const MOVING: u64 = 5;
+const KIND: u64 = 7;
+/// The upper half: the slot of a swapped page, or of a resident one's copy.
+const SLOT: u64 = 0xffff_ffff << 32;
 
 fn encode(state: PageState) -> u64 {
     match state {
         PageState::Zero => ZERO,
         PageState::Resident(mfn) => RESIDENT | u64::from(mfn.0) << 3,
+        PageState::Swapped(slot) => SWAPPED | slot_bits(slot),
+        PageState::Ballooned => BALLOONED,
         PageState::Device => DEVICE,
+        PageState::Moving => MOVING,
     }
 }
 
+#[inline(always)]
 fn decode(word: u64) -> PageState {
-    match word & 7 {
+    match word & KIND {
         ZERO => PageState::Zero,
-        RESIDENT => PageState::Resident(Mfn((word >> 3) as u32)),
+        RESIDENT => PageState::Resident(Mfn((word as u32) >> 3)),
+        SWAPPED => slot_of(word).map_or(PageState::Zero, PageState::Swapped),
+        BALLOONED => PageState::Ballooned,
+        MOVING => PageState::Moving,
         _ => PageState::Device,
     }
+}
+
+fn slot_bits(slot: SwapSlot) -> u64 {
+    (u64::from(slot.0) + 1) << 32
+}
+
+fn slot_of(word: u64) -> Option<SwapSlot> {
+    ((word >> 32) as u32).checked_sub(1).map(SwapSlot)
 }
 
 type Table = [Entry; TABLE_ENTRIES];
@@ -96,13 +148,7 @@ impl P2m {
     /// Where the page is now.
     #[inline(always)]
     pub fn lookup(&self, gfn: Gfn) -> PageState {
-        if gfn.0 >= self.pages {
-            return PageState::Device;
-        }
-        match self.upper[gfn.0 as usize / TABLE_ENTRIES].get() {
-            None => PageState::Zero,
-            Some(table) => decode(table[gfn.0 as usize % TABLE_ENTRIES].state.load(Ordering::Acquire)),
-        }
+        decode(self.word(gfn))
     }
 
     /// The entry's generations. Read them in the critical section that makes a mapping.
@@ -118,7 +164,7 @@ impl P2m {
     pub(crate) fn holder(&self, gfn: Gfn) -> Option<(Mfn, u32)> {
         let entry = self.upper.get(gfn.0 as usize / TABLE_ENTRIES)?.get()?;
         let entry = &entry[gfn.0 as usize % TABLE_ENTRIES];
-        match decode(entry.state.load(Ordering::Acquire)) {
+        match decode(entry.state.load(Ordering::SeqCst)) {
             PageState::Resident(mfn) => Some((mfn, (entry.generations.load(Ordering::Acquire) >> 32) as u32)),
             _ => None,
         }
@@ -130,17 +176,66 @@ impl P2m {
     ///
     /// In debug builds if the transition is not a legal one (INV-P2M-2).
     pub(crate) fn transition(&self, gfn: Gfn, from: PageState, to: PageState) -> bool {
+        self.transition_with(gfn, from, to, None)
+    }
+
+    /// The same, to a resident page that has a copy in `copy`.
+    pub(crate) fn transition_with(
+        &self,
+        gfn: Gfn,
+        from: PageState,
+        to: PageState,
+        copy: Option<SwapSlot>,
+    ) -> bool {
         debug_assert!(is_legal(from, to), "INV-P2M-2: {gfn} from {from:?} to {to:?}");
         let Some(entry) = self.entry(gfn) else { return false };
-        let moved = entry
-            .state
-            .compare_exchange(encode(from), encode(to), Ordering::AcqRel, Ordering::Acquire)
-            .is_ok();
-        if moved && matches!(from, PageState::Resident(_)) {
+        let next = encode(to) | copy.map_or(0, slot_bits);
+        let change = |word| (decode(word) == from).then_some(next);
+        entry.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
+    }
+
+    /// Moves a page from `from` to `Moving`, for its new owner to settle: the slot of its copy, if it has one; `None` where
+    /// it is not `from` any more. The caller has closed the page's gate.
+    pub(crate) fn claim(&self, gfn: Gfn, from: PageState) -> Option<Option<SwapSlot>> {
+        debug_assert!(is_legal(from, PageState::Moving), "INV-P2M-2: {gfn} from {from:?} to Moving");
+        let entry = self.entry(gfn)?;
+        let change = |word| (decode(word) == from).then_some(MOVING);
+        let word = entry.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).ok()?;
+        Some(if word & KIND == RESIDENT { slot_of(word) } else { None })
+    }
+
+    /// The slot of a resident page's copy in swap.
+    #[inline]
+    pub(crate) fn copy(&self, gfn: Gfn) -> Option<SwapSlot> {
+        let word = self.word(gfn);
+        if word & KIND == RESIDENT { slot_of(word) } else { None }
+    }
+
+    /// Takes the copy of a resident page away from it.
+    pub(crate) fn take_copy(&self, gfn: Gfn) -> Option<SwapSlot> {
+        let entry = self.entry(gfn)?;
+        let change = |word: u64| (word & KIND == RESIDENT && word & SLOT != 0).then_some(word & !SLOT);
+        let taken = entry.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        taken.ok().and_then(slot_of)
+    }
+
+    /// Notes that a page has lost its frame, and that no vCPU can reach it there any more.
+    pub(crate) fn advance_mapping_generation(&self, gfn: Gfn) {
+        if let Some(entry) = self.entry(gfn) {
             entry.generations.fetch_add(1 << 32, Ordering::AcqRel);
             self.advances.fetch_add(1, Ordering::Release);
         }
-        moved
+    }
+
+    #[inline(always)]
+    fn word(&self, gfn: Gfn) -> u64 {
+        if gfn.0 >= self.pages {
+            return DEVICE;
+        }
+        match self.upper[gfn.0 as usize / TABLE_ENTRIES].get() {
+            None => ZERO,
+            Some(table) => table[gfn.0 as usize % TABLE_ENTRIES].state.load(Ordering::SeqCst),
+        }
     }
 
     /// Notes that write permission was withdrawn everywhere. Caller holds bucket(gfn).
@@ -158,15 +253,35 @@ impl P2m {
         self.advances.load(Ordering::Acquire)
     }
 
-    /// Calls `visit` for every resident page, in order of gfn.
-    pub fn for_each_resident(&self, mut visit: impl FnMut(Gfn, Mfn)) {
+    /// How many pages are in each state. Looks at every page that was ever touched.
+    pub fn counts(&self) -> PageCounts {
+        let mut counts = PageCounts::default();
+        self.for_each(|_, state| match state {
+            PageState::Resident(_) => counts.resident += 1,
+            PageState::Swapped(_) => counts.swapped += 1,
+            PageState::Ballooned => counts.ballooned += 1,
+            PageState::Zero | PageState::Device | PageState::Moving => {}
+        });
+        counts
+    }
+
+    /// Calls `visit` for every page that is or was anything but `Zero`, in order of gfn.
+    pub fn for_each(&self, mut visit: impl FnMut(Gfn, PageState)) {
         for (number, table) in self.upper.iter().enumerate().filter_map(|(n, t)| Some((n, t.get()?))) {
             for (index, entry) in table.iter().enumerate() {
-                if let PageState::Resident(mfn) = decode(entry.state.load(Ordering::Acquire)) {
-                    visit(Gfn((number * TABLE_ENTRIES + index) as u32), mfn);
-                }
+                let gfn = Gfn((number * TABLE_ENTRIES + index) as u32);
+                visit(gfn, decode(entry.state.load(Ordering::Acquire)));
             }
         }
+    }
+
+    /// Calls `visit` for every resident page, in order of gfn.
+    pub fn for_each_resident(&self, mut visit: impl FnMut(Gfn, Mfn)) {
+        self.for_each(|gfn, state| {
+            if let PageState::Resident(mfn) = state {
+                visit(gfn, mfn);
+            }
+        });
     }
 
     fn entry(&self, gfn: Gfn) -> Option<&Entry> {
@@ -180,10 +295,13 @@ impl P2m {
 }
 
 fn is_legal(from: PageState, to: PageState) -> bool {
+    use PageState::{Ballooned, Device, Moving, Resident, Swapped, Zero};
     matches!(
         (from, to),
-        (PageState::Zero, PageState::Resident(_) | PageState::Device)
-            | (PageState::Resident(_), PageState::Zero | PageState::Resident(_))
+        (Zero, Resident(_) | Ballooned | Device)
+            | (Resident(_) | Swapped(_), Moving)
+            | (Moving, Resident(_) | Swapped(_) | Zero | Ballooned)
+            | (Ballooned, Zero)
     )
 }
 
@@ -208,13 +326,32 @@ mod tests {
     }
 
     #[test]
-    fn generations_advance_with_the_frame_and_with_write_permission() {
+    fn generations_advance_when_they_are_told_to() {
         let p2m = P2m::new(1);
         p2m.transition(Gfn(0), PageState::Zero, PageState::Resident(Mfn(7)));
         assert_eq!(p2m.generations(Gfn(0)), Generations { mapping: 0, write: 0 });
-        p2m.transition(Gfn(0), PageState::Resident(Mfn(7)), PageState::Resident(Mfn(9)));
+        p2m.advance_mapping_generation(Gfn(0));
         p2m.advance_write_generation(Gfn(0));
         assert_eq!(p2m.generations(Gfn(0)), Generations { mapping: 1, write: 1 });
+    }
+
+    #[test]
+    fn a_copy_stays_with_its_page_until_it_is_taken_or_the_page_moves() {
+        let p2m = P2m::new(1);
+        let (gfn, resident) = (Gfn(0), PageState::Resident(Mfn((1 << 29) - 1)));
+        let last = SwapSlot(u32::MAX - 1);
+        assert!(p2m.transition(gfn, PageState::Zero, resident));
+        assert_eq!((p2m.copy(gfn), p2m.claim(gfn, resident)), (None, Some(None)));
+        assert!(p2m.transition(gfn, PageState::Moving, PageState::Swapped(last)));
+        assert_eq!(p2m.lookup(gfn), PageState::Swapped(last));
+        assert_eq!(p2m.claim(gfn, PageState::Swapped(last)), Some(None));
+        assert!(p2m.transition_with(gfn, PageState::Moving, resident, Some(last)));
+        assert_eq!((p2m.lookup(gfn), p2m.copy(gfn)), (resident, Some(last)));
+        assert_eq!(p2m.claim(gfn, resident), Some(Some(last)));
+        assert_eq!((p2m.lookup(gfn), p2m.claim(gfn, resident)), (PageState::Moving, None));
+        assert!(p2m.transition_with(gfn, PageState::Moving, resident, Some(last)));
+        assert_eq!((p2m.take_copy(gfn), p2m.take_copy(gfn)), (Some(last), None));
+        assert_eq!(p2m.lookup(gfn), resident);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use crate::events::Event;
 use crate::format::{Mode, Pdpte};
 use crate::frames::WATCHED;
 use crate::p2m::PageState;
+use crate::physical::Beyond;
+use crate::reclaim::Shortage;
 use crate::shadow::leaf::Mapped;
 use crate::vcpu::Vcpu;
 use crate::walk::Touch;
@@ -18,6 +20,15 @@ pub struct BadPdpte {
     pub index: u32,
     /// Its value.
     pub value: u64,
+}
+
+/// Why CR3 was not loaded; nothing is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotLoaded {
+    /// A #GP(0).
+    Bad(BadPdpte),
+    /// The PDPTEs are in a page that is not in memory: [`Mmu::bring_in`], and again.
+    Need(Gfn),
 }
 
 /// What a change of control registers asks for beside the change.
@@ -35,8 +46,8 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// [`BadPdpte`] when the new PDPTEs have reserved bits; nothing is changed then.
-    pub fn set_paging(&self, vcpu: &mut Vcpu, mode: Mode, cr3: u32, flush: Flush) -> Result<(), BadPdpte> {
+    /// When the new PDPTEs have reserved bits, or are not in memory; nothing is changed then.
+    pub fn set_paging(&self, vcpu: &mut Vcpu, mode: Mode, cr3: u32, flush: Flush) -> Result<(), NotLoaded> {
         if mode == vcpu.mode && cr3 == vcpu.cr3 && flush == Flush::No {
             return Ok(());
         }
@@ -77,22 +88,40 @@ impl Mmu {
     }
 
     /// Marks a guest frame whose stores the VMM wants to see (descriptor tables in native mode): they come back
-    /// as [`crate::Outcome::Emulate`]. May sleep. False where there is no memory.
-    pub fn watch(&self, vcpu: &Vcpu, gfn: Gfn) -> bool {
-        let PageState::Resident(mfn) = self.resident(gfn) else { return false };
-        let owed = {
-            let bucket = self.buckets.lock(gfn);
-            self.frames.change_flags(mfn, 0, WATCHED);
-            self.write_protect(&bucket, gfn, mfn)
-        };
-        if owed {
-            self.coherence.shoot_down(Some(vcpu.id));
+    /// as [`crate::Outcome::Emulate`]. The page is brought in, and stays where it is. May sleep. False where there is no
+    /// memory.
+    ///
+    /// # Errors
+    ///
+    /// When the page cannot be brought in.
+    pub fn watch(&self, vcpu: &Vcpu, gfn: Gfn) -> Result<bool, Shortage> {
+        loop {
+            let mfn = match self.resident(gfn) {
+                PageState::Resident(mfn) => mfn,
+                PageState::Device => return Ok(false),
+                _ => {
+                    self.bring_in(Some(vcpu.id), gfn)?;
+                    continue;
+                }
+            };
+            let owed = {
+                let bucket = self.buckets.lock(gfn);
+                if self.p2m.lookup(gfn) != PageState::Resident(mfn) {
+                    continue;
+                }
+                self.frames.change_flags(mfn, 0, WATCHED);
+                self.write_protect(&bucket, gfn, mfn)
+            };
+            if owed {
+                self.coherence.shoot_down(Some(vcpu.id));
+            }
+            return Ok(true);
         }
-        true
     }
 
     /// Ends [`Mmu::watch`].
     pub fn unwatch(&self, gfn: Gfn) {
+        // A watched page stays where it is.
         if let PageState::Resident(mfn) = self.p2m.lookup(gfn) {
             let _bucket = self.buckets.lock(gfn);
             self.frames.change_flags(mfn, WATCHED, 0);
@@ -104,14 +133,18 @@ impl Mmu {
         matches!(self.p2m.lookup(gfn), PageState::Resident(mfn) if self.frames.flags(mfn) & WATCHED != 0)
     }
 
-    fn load_pdptes(&self, vcpu: &Vcpu, cr3: u32) -> Result<[Pdpte; 4], BadPdpte> {
+    fn load_pdptes(&self, vcpu: &Vcpu, cr3: u32) -> Result<[Pdpte; 4], NotLoaded> {
         let mut pdptes = [Pdpte::default(); 4];
         for (index, pdpte) in pdptes.iter_mut().enumerate() {
             let gpa = Gpa(u64::from(cr3 & !0x1f) + 8 * index as u64);
-            // Outside memory reads as zeros: not present.
-            *pdpte = Pdpte(self.load(&vcpu.window, gpa, crate::Width::B8).unwrap_or(0));
+            *pdpte = Pdpte(match self.load(&vcpu.window, gpa, crate::Width::B8) {
+                Ok(value) => value,
+                // Outside memory reads as zeros: not present.
+                Err(Beyond::Device(_)) => 0,
+                Err(Beyond::Need(gfn)) => return Err(NotLoaded::Need(gfn)),
+            });
             if pdpte.has_reserved_bits() {
-                return Err(BadPdpte { index: index as u32, value: pdpte.0 });
+                return Err(NotLoaded::Bad(BadPdpte { index: index as u32, value: pdpte.0 }));
             }
         }
         Ok(pdptes)
@@ -146,7 +179,7 @@ impl Mmu {
         if role::leaf_rights(role::effective_mode(vcpu.mode, user), user, t.rights, t.dirty).is_none() {
             return;
         }
-        if let Mapped::Done { changed: true, .. } = self.map(vcpu, &t, seen, user) {
+        if let Mapped::Done { changed: true, .. } = self.map(vcpu, &t, seen, Access::read(user)) {
             vcpu.count(|s| s.prefilled += 1);
         }
     }

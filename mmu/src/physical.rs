@@ -9,7 +9,8 @@
 use crate::Mmu;
 use crate::addr::{Gfn, Gpa, PAGE_SIZE};
 use crate::p2m::PageState;
-use crate::window::{LocalMap, LocalStack, Tag};
+use crate::reclaim::Shortage;
+use crate::window::{Intent, LocalMap, LocalStack, Tag};
 
 /// Width of a scalar access, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,9 +45,20 @@ pub enum Beyond {
     /// No memory there: a device or nothing.
     #[error("guest-physical address {0} is not memory")]
     Device(Gpa),
-    /// No frame could be had for the page.
-    #[error("no machine frame is left for guest frame {0}; give the machine more frames")]
+    /// The page has no frame now: [`Mmu::bring_in`], and again.
+    #[error("guest frame {0} is not in memory")]
     Need(Gfn),
+}
+
+/// Why guest memory could not be reached by a caller that may sleep.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotReached {
+    /// No memory there: a device or nothing.
+    #[error("guest-physical address {0} is not memory")]
+    Device(Gpa),
+    /// The page cannot be brought in.
+    #[error(transparent)]
+    Short(#[from] Shortage),
 }
 
 impl Mmu {
@@ -58,12 +70,13 @@ impl Mmu {
     /// Loads `width` bytes, zero-extended. The access lies within a page.
     #[inline]
     pub fn load(&self, window: &LocalStack, gpa: Gpa, width: Width) -> Result<u64, Beyond> {
-        self.with_memory(window, gpa, Tag::Emulate, |map| map.load(gpa.offset(), width))
+        self.with_memory(window, gpa, (Tag::Emulate, Intent::Read), |map| map.load(gpa.offset(), width))
     }
 
     /// Stores the low `width` bytes of `value`. The access lies within a page.
     pub fn store(&self, window: &LocalStack, gpa: Gpa, width: Width, value: u64) -> Result<(), Beyond> {
-        self.with_memory(window, gpa, Tag::Emulate, |map| map.store(gpa.offset(), width, value))?;
+        let how = (Tag::Emulate, Intent::Write);
+        self.with_memory(window, gpa, how, |map| map.store(gpa.offset(), width, value))?;
         self.table_written(gpa.gfn(), gpa.offset(), width.bytes());
         Ok(())
     }
@@ -78,7 +91,8 @@ impl Mmu {
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, Beyond> {
         let offset = gpa.offset();
-        let old = self.with_memory(window, gpa, Tag::Emulate, |map| map.update(offset, width, change))?;
+        let how = (Tag::Emulate, Intent::Write);
+        let old = self.with_memory(window, gpa, how, |map| map.update(offset, width, change))?;
         self.table_written(gpa.gfn(), offset, width.bytes());
         Ok(old)
     }
@@ -86,7 +100,8 @@ impl Mmu {
     /// Reads a range of guest memory, page by page.
     pub fn read_bytes(&self, window: &LocalStack, gpa: Gpa, buffer: &mut [u8]) -> Result<(), Beyond> {
         for (at, range) in pages_of(gpa, buffer.len()) {
-            self.with_memory(window, at, Tag::Host, |map| map.read(at.offset(), &mut buffer[range]))?;
+            let how = (Tag::Host, Intent::Read);
+            self.with_memory(window, at, how, |map| map.read(at.offset(), &mut buffer[range]))?;
         }
         Ok(())
     }
@@ -95,10 +110,54 @@ impl Mmu {
     pub fn write_bytes(&self, window: &LocalStack, gpa: Gpa, data: &[u8]) -> Result<(), Beyond> {
         for (at, range) in pages_of(gpa, data.len()) {
             let length = range.len() as u32;
-            self.with_memory(window, at, Tag::Host, |map| map.write(at.offset(), &data[range]))?;
+            let how = (Tag::Host, Intent::Write);
+            self.with_memory(window, at, how, |map| map.write(at.offset(), &data[range]))?;
             self.table_written(at.gfn(), at.offset(), length);
         }
         Ok(())
+    }
+
+    /// [`Mmu::read_bytes`], bringing in what is not in memory. Called with no lock held and nothing mapped, by a vCPU
+    /// (`own`) that is outside or by another thread; may sleep.
+    pub fn read_bytes_sleeping(
+        &self,
+        own: Option<u32>,
+        window: &LocalStack,
+        gpa: Gpa,
+        buffer: &mut [u8],
+    ) -> Result<(), NotReached> {
+        for (at, range) in pages_of(gpa, buffer.len()) {
+            self.sleeping(own, || self.read_bytes(window, at, &mut buffer[range.clone()]))?;
+        }
+        Ok(())
+    }
+
+    /// [`Mmu::write_bytes`], in the same way.
+    pub fn write_bytes_sleeping(
+        &self,
+        own: Option<u32>,
+        window: &LocalStack,
+        gpa: Gpa,
+        data: &[u8],
+    ) -> Result<(), NotReached> {
+        for (at, range) in pages_of(gpa, data.len()) {
+            self.sleeping(own, || self.write_bytes(window, at, &data[range.clone()]))?;
+        }
+        Ok(())
+    }
+
+    fn sleeping(
+        &self,
+        own: Option<u32>,
+        mut access: impl FnMut() -> Result<(), Beyond>,
+    ) -> Result<(), NotReached> {
+        loop {
+            match access() {
+                Ok(()) => return Ok(()),
+                Err(Beyond::Device(gpa)) => return Err(NotReached::Device(gpa)),
+                Err(Beyond::Need(gfn)) => self.bring_in(own, gfn)?,
+            }
+        }
     }
 
     /// Calls `touch` with the page of `gpa` mapped.
@@ -107,17 +166,13 @@ impl Mmu {
         &self,
         window: &LocalStack,
         gpa: Gpa,
-        tag: Tag,
+        (tag, intent): (Tag, Intent),
         touch: impl FnOnce(&LocalMap<'_>) -> T,
     ) -> Result<T, Beyond> {
-        let gfn = gpa.gfn();
-        match self.resident(gfn) {
-            PageState::Resident(mfn) => {
-                let map = window.map(&self.machine, &self.frames, gfn, mfn, tag);
-                Ok(touch(&map))
-            }
-            PageState::Device => Err(Beyond::Device(gpa)),
-            PageState::Zero => Err(Beyond::Need(gfn)),
+        match self.map_page(window, gpa.gfn(), tag, intent) {
+            Ok(map) => Ok(touch(&map)),
+            Err(PageState::Device) => Err(Beyond::Device(gpa)),
+            Err(_) => Err(Beyond::Need(gpa.gfn())),
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Holds: every spte for the guest has U set, since all guest code runs at CPL 3; supervisor pages are kept from
 //! guest-user code by being absent from the user root. A and D are preset: the guest's own A and D bits are kept
-//! by the walker, never read back from hardware. The hardware's G is never set; a bit that it ignores says that the
+//! by the walker, never read back from hardware. Reclaim clears A, and hardware sets it again. The hardware's G is never set; a bit that it ignores says that the
 //! guest's entry had G, for TLBs of ours that care.
 //!
 //! See: Intel SDM vol. 3A, 4.5 (4-level paging).
@@ -87,6 +87,15 @@ impl Spte {
     pub fn is_executable(self) -> bool {
         self.0 & NO_EXECUTE == 0
     }
+
+    /// True when it was used since the bit was last cleared.
+    #[inline]
+    pub fn is_accessed(self) -> bool {
+        self.0 & ACCESSED != 0
+    }
+
+    /// The bit that says so, alone.
+    pub const ACCESSED: u64 = ACCESSED;
 
     /// The same without W.
     pub fn write_protected(self) -> Spte {

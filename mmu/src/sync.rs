@@ -60,6 +60,18 @@ pub fn point() {
     shuttle::thread::sleep(std::time::Duration::ZERO);
 }
 
+/// `count` atomics, or groups of them, all zero. They cost no memory before they are touched.
+#[cfg(not(any(loom, shuttle)))]
+pub fn zeroed<T: bytemuck::Zeroable>(count: usize) -> Box<[T]> {
+    bytemuck::zeroed_slice_box(count)
+}
+
+/// `count` atomics, or groups of them, all zero.
+#[cfg(any(loom, shuttle))]
+pub fn zeroed<T: Default>(count: usize) -> Box<[T]> {
+    (0..count).map(|_| T::default()).collect()
+}
+
 /// A mutual-exclusion lock with a place in the lock order.
 #[derive(Debug)]
 pub struct Lock<T> {

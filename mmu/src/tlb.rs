@@ -511,6 +511,9 @@ impl Mmu {
         let _bucket = self.buckets.lock(gfn);
         let checked = self.p2m.advances();
         let still = self.spte(at) == spte;
+        if still && !spte.is_accessed() {
+            self.machine.word64(at).fetch_or(Spte::ACCESSED, crate::sync::Ordering::AcqRel);
+        }
         let tag = tag_of(root.index, gva);
         still.then(|| Entry { tag, spte, generations: self.p2m.generations(gfn), checked, gfn, large })
     }
@@ -521,7 +524,7 @@ impl Mmu {
     pub fn tlb_refill(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> bool {
         let store = access.kind == AccessKind::Write;
         let wanted = |t: &Translation| is_allowed(vcpu.mode, access, t.rights) && (t.dirty || !store);
-        match self.map_linked(vcpu, gva, access.user, wanted) {
+        match self.map_linked(vcpu, gva, access, wanted) {
             Some(Mapped::Done { changed, writable }) if writable || !store => {
                 vcpu.count(|s| s.taken += 1);
                 fixed(vcpu, gva, changed);
@@ -709,6 +712,7 @@ mod tests {
     fn world(kind: TlbKind) -> (Mmu, Vcpu) {
         let config = Config {
             guest_pages: 64,
+            low_pages: 0,
             reserved_frames: 0,
             shadow_pages_max: 64,
             roots_max: 8,
@@ -757,7 +761,10 @@ mod tests {
         assert_eq!(store(&mmu, &vcpu, PAGE, 1), Ok(()));
         let PageState::Resident(mfn) = mmu.p2m().lookup(Gfn(3)) else { panic!("the page has a frame") };
         mmu.zap_frame(Gfn(3));
-        assert!(mmu.p2m.transition(Gfn(3), PageState::Resident(mfn), PageState::Zero));
+        assert!(mmu.p2m.claim(Gfn(3), PageState::Resident(mfn)).is_some());
+        assert_eq!(mmu.tlb_load(&vcpu, PAGE, Width::B4, false), Ok(1), "it may, until the page has moved on");
+        assert!(mmu.p2m.transition(Gfn(3), PageState::Moving, PageState::Zero));
+        mmu.p2m.advance_mapping_generation(Gfn(3));
         let Err(Miss::Incoherent(violation)) = mmu.tlb_load(&vcpu, PAGE, Width::B4, false) else {
             panic!("a stale translation was used")
         };

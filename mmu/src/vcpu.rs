@@ -33,10 +33,14 @@ pub struct FaultStats {
     pub prefilled: u64,
     /// Guest page tables that went unsync.
     pub unsynced: u64,
+    /// Times that it slept at the gate of a page that was changing hands.
+    pub gate_waits: u64,
+    /// The longest of these sleeps, in nanoseconds.
+    pub gate_nanos_max: u64,
 }
 
 impl FaultStats {
-    /// The sum of two.
+    /// The sum of two; the longer of two sleeps.
     pub fn plus(self, other: FaultStats) -> FaultStats {
         FaultStats {
             taken: self.taken + other.taken,
@@ -48,6 +52,8 @@ impl FaultStats {
             retried: self.retried + other.retried,
             prefilled: self.prefilled + other.prefilled,
             unsynced: self.unsynced + other.unsynced,
+            gate_waits: self.gate_waits + other.gate_waits,
+            gate_nanos_max: self.gate_nanos_max.max(other.gate_nanos_max),
         }
     }
 }
@@ -69,6 +75,8 @@ pub struct Vcpu {
     pub(crate) hardware: bool,
     pub(crate) window: LocalStack,
     pub(crate) stats: RefCell<FaultStats>,
+    /// The page whose closed gate it met last, and how often in a row.
+    pub(crate) gate_met: Cell<(Gfn, u32)>,
     pub(crate) events: RefCell<EventRing>,
     /// Scratch for lists of gfns, kept to spare the allocator.
     pub(crate) scratch: RefCell<Vec<Gfn>>,
@@ -87,6 +95,7 @@ impl Vcpu {
             tlb,
             window: LocalStack::new(),
             stats: RefCell::new(FaultStats::default()),
+            gate_met: Cell::new((Gfn(0), 0)),
             events: RefCell::new(EventRing::new()),
             scratch: RefCell::new(Vec::new()),
         }

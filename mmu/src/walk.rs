@@ -27,7 +27,7 @@ use crate::format::{Gpte, Mode, Rights, STATUS_BITS};
 use crate::frames::WIDE;
 use crate::p2m::PageState;
 use crate::vcpu::Vcpu;
-use crate::window::Tag;
+use crate::window::{Intent, Tag};
 
 /// Why there is no translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,20 +199,19 @@ impl Mmu {
     }
 
     fn change_status(&self, vcpu: &Vcpu, step: &mut Step, wanted: u64) -> Result<bool, Refusal> {
-        let PageState::Resident(mfn) = self.resident(step.table) else {
-            return Err(Refusal::Need(step.table));
-        };
         let offset = step.index * vcpu.mode.entry_bytes();
         let old = std::mem::replace(&mut step.gpte, Gpte(wanted)).0;
-        let swapped = {
-            let map = vcpu.window.map(&self.machine, &self.frames, step.table, mfn, Tag::Walk);
-            if vcpu.mode.pae {
+        let (mfn, swapped) = {
+            let map = self.map_page(&vcpu.window, step.table, Tag::Walk, Intent::Write);
+            let map = map.map_err(|_| Refusal::Need(step.table))?;
+            let swapped = if vcpu.mode.pae {
                 let word = map.word64(offset);
                 word.compare_exchange(old, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
             } else {
                 let word = map.word32(offset);
                 word.compare_exchange(old as u32, wanted as u32, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            }
+            };
+            (map.mfn(), swapped)
         };
         // Bits 5 and 6 of the upper half of a PAE entry are address bits.
         if swapped {
@@ -251,13 +250,10 @@ impl Mmu {
     /// Reads one entry of a guest table; zero where the table lies outside memory.
     #[inline(always)]
     pub(crate) fn read_gpte(&self, vcpu: &Vcpu, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
-        match self.resident(table) {
-            PageState::Resident(mfn) => {
-                let _map = vcpu.window.map(&self.machine, &self.frames, table, mfn, Tag::Walk);
-                Ok(self.load_gpte(vcpu.mode, mfn, index))
-            }
-            PageState::Device => Ok(Gpte(0)),
-            PageState::Zero => Err(Refusal::Need(table)),
+        match self.map_page(&vcpu.window, table, Tag::Walk, Intent::Read) {
+            Ok(map) => Ok(self.load_gpte(vcpu.mode, map.mfn(), index)),
+            Err(PageState::Device) => Ok(Gpte(0)),
+            Err(_) => Err(Refusal::Need(table)),
         }
     }
 }

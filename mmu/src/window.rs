@@ -13,9 +13,11 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
-use crate::frames::Frames;
+use crate::frames::{DIRTY, Frames};
 use crate::machine::Machine;
+use crate::p2m::PageState;
 use crate::physical::Width;
 
 /// The most mappings one context may have open. Today's deepest nest is three (an emulated access to two pages
@@ -33,6 +35,15 @@ pub enum Tag {
     Emulate,
     /// Loader, witness, explain: the VMM itself.
     Host,
+}
+
+/// What a mapping is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intent {
+    /// To read.
+    Read,
+    /// To write too: what swap has of the page is no good any more.
+    Write,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +86,8 @@ impl LocalStack {
         self.high_water.get()
     }
 
-    /// Maps `mfn`, which holds `gfn`. The caller has just found it in the p2m.
+    /// Maps `mfn`, which held `gfn` when the caller looked: it looks again once the frame is pinned
+    /// ([`crate::Mmu::map_page`]).
     ///
     /// # Panics
     ///
@@ -129,6 +141,35 @@ impl LocalStack {
     fn out_of_order(&self, index: usize, top: usize) {
         if !std::thread::panicking() {
             panic!("INV-WINDOW-2: slot {index} released before slot {top}: {}", self.stack());
+        }
+    }
+}
+
+impl Mmu {
+    /// Maps a page of guest memory, giving it a frame if it has never had one. `Err`: where the page is instead; what is
+    /// memory ([`Mmu::bring_in`]) can be had after a sleep. Never sleeps.
+    ///
+    /// Pinned, then looked up again; whoever takes a frame away marks the page as moving and looks for pins then. One of
+    /// the two sees the other, and gives way.
+    #[inline]
+    pub(crate) fn map_page<'a>(
+        &'a self,
+        window: &'a LocalStack,
+        gfn: Gfn,
+        tag: Tag,
+        intent: Intent,
+    ) -> Result<LocalMap<'a>, PageState> {
+        loop {
+            let state = self.resident(gfn);
+            let PageState::Resident(mfn) = state else { return Err(state) };
+            let map = window.map(&self.machine, &self.frames, gfn, mfn, tag);
+            if self.p2m.lookup(gfn) != state {
+                continue;
+            }
+            if intent == Intent::Write && self.frames.flags(mfn) & DIRTY == 0 {
+                self.mark_dirty(&self.buckets.lock(gfn), gfn, mfn);
+            }
+            return Ok(map);
         }
     }
 }
@@ -201,12 +242,12 @@ impl Drop for LocalMap<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frames::FrameKind;
+    use crate::frames::{Draw, FrameKind};
 
     fn world() -> (Machine, Frames, LocalStack, Mfn) {
-        let frames = Frames::new(8, 0);
-        let mfn = frames.allocate(FrameKind::Guest(Gfn(99))).unwrap();
-        (Machine::anonymous(8), frames, LocalStack::new(), mfn)
+        let frames = Frames::new(8, 0, 0);
+        let fresh = frames.allocate(FrameKind::Guest(Gfn(99)), Draw::Ordinary).unwrap();
+        (Machine::anonymous(8), frames, LocalStack::new(), fresh.mfn)
     }
 
     #[test]

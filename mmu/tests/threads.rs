@@ -377,6 +377,7 @@ fn run(pae: bool) {
     let machine = Arc::new(MmapRegion::new(400 * 4096).expect("memory"));
     let config = Config {
         guest_pages: 64,
+        low_pages: 0,
         reserved_frames: 2,
         shadow_pages_max: 64,
         roots_max: 8,

@@ -8,6 +8,7 @@ use umbra_mmu::TlbKind;
 
 use crate::boot::notes::Notes;
 use crate::units::{parse_duration, parse_size};
+use crate::vm::budget::{Schedule, parse_schedule};
 
 /// Umbra: a KVM-based VMM whose MMU lives in userspace.
 ///
@@ -125,6 +126,17 @@ pub struct RunArgs {
     /// Guest memory, 2M to 16G, in whole pages.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
     pub mem: u64,
+    /// Machine memory for the guest and its shadow tables, over time: SIZE, or SIZE@TIME,SIZE@TIME,.. from 0s on. Enough for
+    /// all of --mem if left out. With less, pages go to swap.
+    #[arg(long, value_name = "SIZE[@TIME],..", value_parser = parse_schedule)]
+    pub frames: Option<Schedule>,
+    /// Guest memory that never goes to swap: the first SIZE of it. 8M, or a quarter of the smallest --frames.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub low: Option<u64>,
+    /// Where pages go for which --frames has no room: SIZE of memory, or a new file, which is sparse and gone after the run.
+    /// Memory, as much as --mem, if left out.
+    #[arg(long, value_name = "FILE|SIZE", requires = "frames", value_parser = parse_swap)]
+    pub swap: Option<Swap>,
     /// The guest's command line.
     #[arg(long, value_name = "CMDLINE", default_value = "")]
     pub append: String,
@@ -143,6 +155,27 @@ pub struct RunArgs {
     /// Listen on a Unix socket for QMP: query-status, query-version, query-commands, x-explain, quit.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,
+}
+
+/// Where swapped pages are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Swap {
+    /// In memory: at most so many bytes.
+    Memory(u64),
+    /// In a file of that name, which does not exist yet.
+    File(PathBuf),
+}
+
+/// A size, or else a path.
+fn parse_swap(text: &str) -> Result<Swap, String> {
+    match parse_size(text) {
+        Ok(bytes) => Ok(Swap::Memory(bytes)),
+        Err(error) if text.starts_with(|first: char| first.is_ascii_digit()) => {
+            Err(format!("{error}; a file whose name begins with a digit is written ./{text}"))
+        }
+        Err(_) if text.is_empty() => Err("name a file, or a size".into()),
+        Err(_) => Ok(Swap::File(text.into())),
+    }
 }
 
 /// Options of `doctor`.
@@ -181,6 +214,15 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn swap_is_a_size_or_a_path() {
+        assert_eq!(parse_swap("64M"), Ok(Swap::Memory(64 << 20)));
+        assert_eq!(parse_swap("/tmp/swap"), Ok(Swap::File("/tmp/swap".into())));
+        assert_eq!(parse_swap("./64M"), Ok(Swap::File("./64M".into())));
+        assert!(parse_swap("64MB").expect_err("decimal").contains("./64MB"));
+        assert!(parse_swap("").is_err());
     }
 
     #[test]

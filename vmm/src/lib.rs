@@ -13,5 +13,6 @@ pub mod kvm;
 pub mod machine;
 pub mod probe;
 pub mod status;
+pub mod swap;
 pub mod units;
 pub mod vm;

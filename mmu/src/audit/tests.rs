@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::format::Mode;
-use crate::frames::WATCHED;
+use crate::frames::{DIRTY, Draw, WATCHED};
+use crate::swap::{MemorySwap, SwapSlot};
 use crate::{Access, Config, Flush, Gpa, Gva, Machine, NoVcpus, Outcome, Vcpu, Width};
 
 const DIRECTORY: Gfn = Gfn(1);
@@ -21,13 +22,15 @@ impl Guest {
     fn new() -> Guest {
         let config = Config {
             guest_pages: 64,
+            low_pages: 0,
             reserved_frames: 1,
             shadow_pages_max: 0,
             roots_max: 0,
             firmware_entry: 0,
             vcpus: 1,
         };
-        let mmu = Mmu::new(Machine::anonymous(400), config, Box::new(NoVcpus));
+        let mmu = Mmu::new(Machine::anonymous(400), config, Box::new(NoVcpus))
+            .with_swap(Box::new(MemorySwap::new(64)));
         let mut guest = Guest { vcpu: mmu.vcpu(0), mmu };
         guest.store(DIRECTORY.at(0), 0x2063);
         guest.store(DIRECTORY.at(4), 0x00e3);
@@ -46,6 +49,10 @@ impl Guest {
 
     fn store(&self, gpa: Gpa, value: u64) {
         self.mmu.store(self.vcpu.window(), gpa, Width::B4, value).expect("guest memory");
+    }
+
+    fn take(&self, kind: FrameKind) -> Mfn {
+        self.mmu.take_frame(kind, Draw::Ordinary).expect("a frame")
     }
 
     fn mfn(&self, gfn: Gfn) -> Mfn {
@@ -147,11 +154,11 @@ fn inv_p2m_1_an_spte_to_a_frame_that_is_not_the_guests() {
 #[test]
 fn inv_p2m_1_a_frame_whose_page_is_elsewhere() {
     let guest = Guest::new();
-    let other = guest.mmu.frames.allocate(FrameKind::Guest(DATA)).expect("a frame");
+    let other = guest.take(FrameKind::Guest(DATA));
     guest.expect("INV-P2M-1");
-    let moved =
-        guest.mmu.p2m.transition(DATA, PageState::Resident(guest.mfn(DATA)), PageState::Resident(other));
-    assert!(moved);
+    assert!(guest.mmu.p2m.claim(DATA, PageState::Resident(guest.mfn(DATA))).is_some());
+    guest.expect("INV-P2M-3");
+    assert!(guest.mmu.p2m.transition(DATA, PageState::Moving, PageState::Resident(other)));
     guest.expect("INV-P2M-1");
 }
 
@@ -262,7 +269,7 @@ fn inv_rmap_1_linked_twice() {
 #[test]
 fn inv_frame_2_a_free_frame_on_the_list_twice() {
     let guest = Guest::new();
-    let mfn = guest.mmu.frames.allocate(FrameKind::Reserved).expect("a frame");
+    let mfn = guest.take(FrameKind::Reserved);
     guest.mmu.frames.release(mfn);
     assert_eq!(guest.mmu.audit(), Findings::new());
     guest.mmu.frames.release(mfn);
@@ -272,8 +279,47 @@ fn inv_frame_2_a_free_frame_on_the_list_twice() {
 #[test]
 fn inv_frame_2_a_guest_frame_that_no_page_has() {
     let guest = Guest::new();
-    guest.mmu.frames.allocate(FrameKind::Guest(Gfn(40))).expect("a frame");
+    guest.take(FrameKind::Guest(Gfn(40)));
     guest.expect("INV-FRAME-2");
+}
+
+#[test]
+fn inv_lru_1_a_frame_that_reclaim_cannot_find() {
+    let guest = Guest::new();
+    guest.mmu.lru.remove([guest.mfn(DATA)]);
+    guest.expect("INV-LRU-1");
+}
+
+#[test]
+fn inv_lru_1_a_frame_on_a_list_that_is_no_guests() {
+    let guest = Guest::new();
+    let mfn = guest.take(FrameKind::Reserved);
+    guest.mmu.lru.add(mfn);
+    guest.expect("INV-LRU-1");
+}
+
+#[test]
+fn inv_dirty_1_a_clean_frame_that_may_be_written_to() {
+    let guest = Guest::new();
+    guest.mmu.frames.change_flags(guest.mfn(DATA), DIRTY, 0);
+    guest.expect("INV-DIRTY-1");
+}
+
+#[test]
+fn inv_swap_1_a_slot_that_its_page_does_not_know_of() {
+    let guest = Guest::new();
+    guest.mmu.swap.take_run(&[DATA]).expect("a slot");
+    guest.expect("INV-SWAP-1");
+}
+
+#[test]
+fn inv_swap_1_a_page_in_a_slot_that_another_has() {
+    let guest = Guest::new();
+    guest.mmu.swap.take_run(&[Gfn(41)]).expect("a slot");
+    assert!(guest.mmu.p2m.transition(Gfn(40), PageState::Zero, PageState::Resident(Mfn(0))));
+    assert!(guest.mmu.p2m.claim(Gfn(40), PageState::Resident(Mfn(0))).is_some());
+    assert!(guest.mmu.p2m.transition(Gfn(40), PageState::Moving, PageState::Swapped(SwapSlot(0))));
+    guest.expect("INV-SWAP-1");
 }
 
 #[test]

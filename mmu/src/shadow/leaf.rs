@@ -9,11 +9,11 @@
 //! Locks: the first-level page, then bucket(gfn). Replacing a leaf is zap, then map.
 
 use crate::Mmu;
-use crate::access::Access;
+use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, Mpa};
 use crate::bucket::{BucketGuard, Link, Sequence};
 use crate::format::STATUS_BITS;
-use crate::frames::{FrameKind, SHADOWED, UNSYNC, WATCHED};
+use crate::frames::{DIRTY, FrameKind, SHADOWED, UNSYNC, WATCHED};
 use crate::p2m::{Generations, PageState};
 use crate::shadow::RootRef;
 use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, table_key};
@@ -60,9 +60,9 @@ pub(crate) struct Leaf {
 }
 
 impl Mmu {
-    /// Maps what `t` says for code of privilege `user`; `seen` was read before the walk.
-    pub(crate) fn map(&self, vcpu: &Vcpu, t: &Translation, seen: Sequence, user: bool) -> Mapped {
-        let user = user && vcpu.mode.paging;
+    /// Maps what `t` says for `access`; `seen` was read before the walk.
+    pub(crate) fn map(&self, vcpu: &Vcpu, t: &Translation, seen: Sequence, access: Access) -> Mapped {
+        let (user, store) = (access.user && vcpu.mode.paging, access.kind == AccessKind::Write);
         let mode = effective_mode(vcpu.mode, user);
         let (Some(key), Some(rights)) =
             (table_key(vcpu.mode, user, t), leaf_rights(mode, user, t.rights, t.dirty))
@@ -90,22 +90,22 @@ impl Mmu {
             if t.table.is_some_and(|step| !self.is_unchanged(vcpu, step)) {
                 return Mapped::Retry;
             }
-            return self.map_in(vcpu, Place { root, slot: found, key }, t, rights, seen);
+            return self.map_in(vcpu, Place { root, slot: found, key }, t, rights, (seen, store));
         }
         Mapped::Retry
     }
 
-    /// Maps what the guest's tables say of `gva`, if `wanted`, where that asks for nothing but a leaf: the first-level page
+    /// Maps what the guest's tables say of `gva` for `access`, if `wanted`, where that asks for nothing but a leaf: the first-level page
     /// is there, and the guest's entries have A. `None` is for [`Mmu::map`] to see to. Never sleeps; changes no guest entry,
     /// which is why they may be read under the page's lock.
     pub(crate) fn map_linked(
         &self,
         vcpu: &Vcpu,
         gva: Gva,
-        user: bool,
+        access: Access,
         wanted: impl FnOnce(&Translation) -> bool,
     ) -> Option<Mapped> {
-        let user = user && vcpu.mode.paging;
+        let (user, store) = (access.user && vcpu.mode.paging, access.kind == AccessKind::Write);
         let seen = self.buckets.sequence();
         let root = vcpu.roots[usize::from(user)].get()?;
         let slot = self.find_table(root, gva)?;
@@ -117,7 +117,7 @@ impl Mmu {
             return None;
         }
         let rights = leaf_rights(effective_mode(vcpu.mode, user), user, t.rights, t.dirty)?;
-        Some(self.map_in(vcpu, Place { root, slot, key }, &t, rights, seen))
+        Some(self.map_in(vcpu, Place { root, slot, key }, &t, rights, (seen, store)))
     }
 
     /// Sets the leaf of `t` in the page at `place`, which the caller has locked. A software TLB learns it at once.
@@ -127,12 +127,12 @@ impl Mmu {
         place: Place,
         t: &Translation,
         rights: LeafRights,
-        seen: Sequence,
+        (seen, store): (Sequence, bool),
     ) -> Mapped {
         self.pages.touch(place.slot);
         let at = self.pages.mfn(place.slot).at(l1_index(t.gva) * 8);
         let global = t.table.is_some_and(|step| step.gpte.is_global());
-        let leaf = match self.set_leaf(at, t.gpa.gfn(), LeafRights { global, ..rights }, seen) {
+        let leaf = match self.set_leaf(at, t.gpa.gfn(), LeafRights { global, ..rights }, seen, store) {
             Ok(leaf) => leaf,
             Err(end) => return end,
         };
@@ -171,7 +171,17 @@ impl Mmu {
     }
 
     /// Makes the leaf at `at` map `gfn`. Caller holds the page's lock.
-    fn set_leaf(&self, at: Mpa, gfn: Gfn, rights: LeafRights, seen: Sequence) -> Result<Leaf, Mapped> {
+    ///
+    /// A page that has a good copy in swap is mapped to be read until somebody stores to it: as long as nobody does, it
+    /// can go again without a write.
+    fn set_leaf(
+        &self,
+        at: Mpa,
+        gfn: Gfn,
+        rights: LeafRights,
+        seen: Sequence,
+        store: bool,
+    ) -> Result<Leaf, Mapped> {
         let old = self.spte(at);
         if old.is_present() && self.frames.gfn(old.mfn()) != Some(gfn) {
             self.zap_leaf(at);
@@ -179,14 +189,20 @@ impl Mmu {
         match self.resident(gfn) {
             PageState::Resident(_) => {}
             PageState::Device => return Err(Mapped::Device),
-            PageState::Zero => return Err(Mapped::Need(gfn)),
+            _ => return Err(Mapped::Need(gfn)),
         }
         let mut bucket = self.buckets.lock(gfn);
         if !bucket.admits(seen) {
             return Err(Mapped::Gate(gfn));
         }
         let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return Err(Mapped::Retry) };
-        let writable = rights.writable && !self.is_tracked(mfn);
+        let mut writable = rights.writable && !self.is_tracked(mfn);
+        if writable && self.frames.flags(mfn) & DIRTY == 0 {
+            writable = store || self.p2m.copy(gfn).is_none();
+            if writable {
+                self.mark_dirty(&bucket, gfn, mfn);
+            }
+        }
         let new = Spte::leaf(mfn, writable, rights.executable).with_global(rights.global);
         let old = self.spte(at);
         let checked = self.p2m.advances();
@@ -277,6 +293,20 @@ impl Mmu {
         if zapped {
             self.frames.owe(mfn, removal.stamp_leaf(mfn));
         }
+    }
+
+    /// Notes that the page's contents are about to change: what swap has of it is no good any more. Caller holds
+    /// bucket(gfn).
+    pub(crate) fn mark_dirty(&self, _bucket: &BucketGuard<'_>, gfn: Gfn, mfn: Mfn) {
+        self.frames.change_flags(mfn, 0, DIRTY);
+        if let Some(slot) = self.p2m.take_copy(gfn) {
+            self.swap.abandon(slot);
+        }
+    }
+
+    /// Clears the accessed bit of a leaf. Caller holds the bucket of its gfn.
+    pub(crate) fn clear_accessed(&self, at: Mpa) {
+        self.machine.word64(at).fetch_and(!Spte::ACCESSED, Ordering::AcqRel);
     }
 
     /// True when stores to the frame must be seen by the VMM.

@@ -13,7 +13,7 @@
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mpa};
-use crate::frames::{FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
+use crate::frames::{Draw, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::shadow::RootRef;
 use crate::shadow::leaf::Mapped;
@@ -128,7 +128,11 @@ impl Mmu {
         }
         self.pages.count_in(key.role);
         shard.entry(key.gfn).or_default().push((key.role, fresh));
-        let owed = key.role.shadows_table() && self.promote(key);
+        let promoted = if key.role.shadows_table() { self.promote(key) } else { Some(false) };
+        let Some(owed) = promoted else {
+            self.withdraw(&mut shard, key, fresh);
+            return Err(Mapped::Need(key.gfn));
+        };
         drop(shard);
         if owed {
             self.coherence.shoot_down(Some(vcpu.id));
@@ -151,21 +155,36 @@ impl Mmu {
         if page.key == Some(key) { Ok(slot) } else { Err(Mapped::Retry) }
     }
 
+    /// Takes back a page that was entered into the cache and never had its key.
+    fn withdraw(&self, shard: &mut Shard, key: Key, slot: u32) {
+        self.take_out(shard, key, slot);
+        self.pages.put_free(slot, 0);
+    }
+
     /// Marks the guest table of a new page as shadowed and write-protects it; says whether a vCPU may still have
-    /// a writable translation. An unsync table stays so, unless it becomes a directory. Caller holds the shard.
-    fn promote(&self, key: Key) -> bool {
-        let PageState::Resident(mfn) = self.resident(key.gfn) else { return false };
+    /// a writable translation. An unsync table stays so, unless it becomes a directory. `None` where the table has no
+    /// frame, or is losing it. Caller holds the shard.
+    fn promote(&self, key: Key) -> Option<bool> {
+        let mfn = match self.resident(key.gfn) {
+            PageState::Resident(mfn) => mfn,
+            PageState::Device => return Some(false),
+            _ => return None,
+        };
         let bucket = self.buckets.lock(key.gfn);
+        // Who takes frames away looks at the marks in here, and leaves a shadowed table alone.
+        if self.p2m.lookup(key.gfn) != PageState::Resident(mfn) {
+            return None;
+        }
         let upper = key.role.shape == Shape::Directory;
         let wide = if key.role.mode.pae { WIDE } else { 0 };
         if !upper && self.frames.flags(mfn) & UNSYNC != 0 {
             self.frames.change_flags(mfn, 0, wide);
-            return false;
+            return Some(false);
         }
         let (clear, set) = if upper { (UNSYNC, SHADOWED | UPPER) } else { (0, SHADOWED) };
         self.frames.change_flags(mfn, clear, set | wide);
         fence(Ordering::SeqCst);
-        self.write_protect(&bucket, key.gfn, mfn)
+        Some(self.write_protect(&bucket, key.gfn, mfn))
     }
 
     /// Takes the marks of shadowing off a guest table according to the pages it still has. Caller holds the
@@ -196,8 +215,7 @@ impl Mmu {
     /// the machine has no frame and there is nothing to evict. May sleep.
     fn take_slot(&self, vcpu: &Vcpu) -> Option<u32> {
         if let Some(slot) = self.pages.take_fresh() {
-            if let Some(mfn) = self.frames.allocate(FrameKind::Shadow(slot)) {
-                self.machine.clear(mfn);
+            if let Some(mfn) = self.take_frame(FrameKind::Shadow(slot), Draw::Tables) {
                 self.pages.set_mfn(slot, mfn);
                 return Some(slot);
             }
@@ -271,17 +289,53 @@ impl Mmu {
         );
         drop(page);
         let stamp = removal.stamp_table();
-        if let Some(pages) = shard.get_mut(&key.gfn) {
-            pages.retain(|(_, other)| *other != slot);
-            self.pages.count_out(key.role);
-            if pages.is_empty() {
-                shard.remove(&key.gfn);
-            }
-        }
+        self.take_out(shard, key, slot);
         if key.role.shadows_table() {
             self.demote(shard, key.gfn);
         }
         self.pages.put_free(slot, stamp);
+    }
+
+    /// Takes a page out of the cache.
+    fn take_out(&self, shard: &mut Shard, key: Key, slot: u32) {
+        let Some(pages) = shard.get_mut(&key.gfn) else { return };
+        pages.retain(|(_, other)| *other != slot);
+        self.pages.count_out(key.role);
+        if pages.is_empty() {
+            shard.remove(&key.gfn);
+        }
+    }
+
+    /// True when a leaf of the pages of a guest table was used since accessed bits were last cleared.
+    pub(crate) fn is_table_in_use(&self, gfn: Gfn) -> bool {
+        let shard = self.pages.shard(gfn);
+        shard.get(&gfn).into_iter().flatten().filter(|(role, _)| role.shadows_table()).any(|(role, slot)| {
+            let table = self.pages.mfn(*slot);
+            let mut entries = (0..512).map(|index| self.spte(table.at(index * 8))).filter(|e| e.is_present());
+            // A directory is in use as long as it leads anywhere.
+            if role.is_directory() { entries.next().is_some() } else { entries.any(Spte::is_accessed) }
+        })
+    }
+
+    /// Brings shadow pages down to their limit and gives the frames of dead ones back; says how many frames came free.
+    /// May sleep.
+    pub(crate) fn shrink_shadow(&self, own: Option<u32>) -> u32 {
+        let over = self.pages.over_limit();
+        if over == 0 {
+            return 0;
+        }
+        self.evict(over as usize);
+        let mut freed = 0;
+        while freed < over {
+            let Some((slot, stamp)) = self.pages.take_dead() else { break };
+            if !self.coherence.covered(stamp) {
+                self.coherence.shoot_down(own);
+            }
+            self.frames.release(self.pages.take_mfn(slot));
+            self.pages.put_fresh(slot);
+            freed += 1;
+        }
+        freed
     }
 
     /// Kills every page of a guest table: it is one no more, or must change hands.

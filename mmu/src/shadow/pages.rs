@@ -60,6 +60,10 @@ pub(crate) struct Pages {
     shards: Box<[Lock<Shard>]>,
     free: Lock<FreeSlots>,
     tick: AtomicU64,
+    /// Slots that may have a frame; fewer than there are where the machine has few.
+    limit: AtomicU32,
+    /// Slots that have one.
+    framed: AtomicU32,
     /// Pages for user code, being made or live.
     user: AtomicU32,
 }
@@ -85,6 +89,8 @@ impl Pages {
                 FreeSlots { fresh: (0..max).rev().collect(), dead: VecDeque::new() },
             ),
             tick: AtomicU64::new(1),
+            limit: AtomicU32::new(max),
+            framed: AtomicU32::new(0),
             user: AtomicU32::new(0),
         }
     }
@@ -127,9 +133,26 @@ impl Pages {
         Mfn(self.slots[slot as usize].frame.load(Ordering::Acquire))
     }
 
-    /// Gives a fresh slot its frame, for good.
+    /// Gives a fresh slot its frame.
     pub fn set_mfn(&self, slot: u32, mfn: Mfn) {
         self.slots[slot as usize].frame.store(mfn.0, Ordering::Release);
+        self.framed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes the frame of a slot that was taken off the free list: it is a fresh one again.
+    pub fn take_mfn(&self, slot: u32) -> Mfn {
+        self.framed.fetch_sub(1, Ordering::Relaxed);
+        Mfn(self.slots[slot as usize].frame.swap(NO_FRAME, Ordering::AcqRel))
+    }
+
+    /// Sets how many slots may have a frame, at least [`crate::SHADOW_PAGES_MIN`].
+    pub fn set_limit(&self, limit: u32) {
+        self.limit.store(limit.clamp(crate::SHADOW_PAGES_MIN, self.max()), Ordering::Relaxed);
+    }
+
+    /// How many slots have a frame that should not.
+    pub fn over_limit(&self) -> u32 {
+        self.framed.load(Ordering::Relaxed).saturating_sub(self.limit.load(Ordering::Relaxed))
     }
 
     /// Notes that the page was used now.
@@ -152,9 +175,10 @@ impl Pages {
         self.shards[gfn.0 as usize % SHARDS].lock()
     }
 
-    /// Takes a slot that has no frame yet.
+    /// Takes a slot that has no frame yet, if one more may have one.
     pub fn take_fresh(&self) -> Option<u32> {
-        self.free.lock().fresh.pop()
+        let full = self.framed.load(Ordering::Relaxed) >= self.limit.load(Ordering::Relaxed);
+        if full { None } else { self.free.lock().fresh.pop() }
     }
 
     /// Takes back a slot for which no frame could be had.

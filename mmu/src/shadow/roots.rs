@@ -14,7 +14,7 @@ use rustc_hash::FxHashMap;
 use crate::Mmu;
 use crate::addr::{Gfn, Gpa, Mfn};
 use crate::format::{Mode, Pdpte};
-use crate::frames::FrameKind;
+use crate::frames::{Draw, FrameKind};
 use crate::shadow::role::effective_mode;
 use crate::spte::Spte;
 use crate::sync::Ordering;
@@ -104,7 +104,9 @@ impl Mmu {
         loop {
             match self.search_root(key) {
                 Search::Found(root) => return Some(root),
-                Search::Flush => self.coherence.shoot_down(Some(own)),
+                Search::Flush => {
+                    self.coherence.shoot_down(Some(own));
+                }
                 Search::NoFrame => return None,
             }
         }
@@ -150,13 +152,11 @@ impl Mmu {
     }
 
     fn build_root(&self, index: u32) -> Option<RootRef> {
-        let pml4 = self.frames.allocate(FrameKind::Root(index))?;
-        let Some(pdpt) = self.frames.allocate(FrameKind::Root(index)) else {
+        let pml4 = self.take_frame(FrameKind::Root(index), Draw::Tables)?;
+        let Some(pdpt) = self.take_frame(FrameKind::Root(index), Draw::Tables) else {
             self.frames.release(pml4);
             return None;
         };
-        self.machine.clear(pml4);
-        self.machine.clear(pdpt);
         self.machine.word64(pml4.at(0)).store(Spte::link(pdpt).0, Ordering::Release);
         let firmware = self.machine.word64(pml4.at(FIRMWARE_SLOT * 8));
         firmware.store(self.config.firmware_entry, Ordering::Release);

@@ -25,7 +25,7 @@ use crate::shadow::role::{Key, Role, Shape, directory_key};
 use crate::spte::{l1_index, l2_index, l3_index};
 use crate::sync::{Ordering, fence};
 use crate::vcpu::Vcpu;
-use crate::window::{LocalMap, Tag};
+use crate::window::{Intent, LocalMap, Tag};
 
 /// Stores to a shadowed directory, without a use in between, after which it is unshadowed.
 pub const FLOOD_MAX: u32 = 4;
@@ -200,8 +200,8 @@ impl Mmu {
     /// Takes away or narrows every spte of a page that its guest table does not justify. True if there was one.
     pub(crate) fn sync_page(&self, vcpu: &Vcpu, page: &Page, slot: u32) -> bool {
         let Some(key) = page.key else { return false };
-        let PageState::Resident(mfn) = self.p2m.lookup(key.gfn) else { return false };
-        let table = vcpu.window.map(&self.machine, &self.frames, key.gfn, mfn, Tag::Sync);
+        // A frame with a shadowed table stays where it is.
+        let Ok(table) = self.map_page(&vcpu.window, key.gfn, Tag::Sync, Intent::Read) else { return false };
         let mut changed = false;
         for index in 0..512 {
             changed |= self.sync_entry(&table, key.role, slot, index);

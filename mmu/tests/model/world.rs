@@ -140,6 +140,7 @@ impl World {
             Arc::new(MmapRegion::new(sizes.machine_frames as usize * 4096).expect("memory for a test"));
         let config = Config {
             guest_pages: sizes.guest_pages,
+            low_pages: 0,
             reserved_frames: 2,
             shadow_pages_max: sizes.shadow_pages_max,
             roots_max: 8,
@@ -334,7 +335,7 @@ impl World {
         self.leave(cpu);
         let done = self.mmu.watch(&self.cpus[cpu].vcpu, Gfn(gfn));
         self.watched.insert(u64::from(gfn));
-        match done && self.mmu.is_watched(Gfn(gfn)) {
+        match done == Ok(true) && self.mmu.is_watched(Gfn(gfn)) {
             true => Ok(()),
             false => Err(Wrong(format!("frame {gfn:#x} cannot be watched"))),
         }

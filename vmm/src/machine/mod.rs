@@ -6,7 +6,7 @@
 //! Holds: the mapping is shared and lives as long as any [`Pool`] handle; a frame that was never written costs the
 //! host nothing. Every access is bounds-checked, volatile, and atomic where the caller asks for an atomic.
 //!
-//! Not here: which frame is whose (the MMU), giving frames back to the host.
+//! Not here: which frame is whose (the MMU).
 
 #![deny(unsafe_code)]
 
@@ -46,7 +46,7 @@ pub enum PoolError {
         /// Frames in the pool.
         frames: u64,
     },
-    /// The host refuses to drop its translations of a frame.
+    /// The host refuses to drop its translations of a frame, or to take frames back.
     #[error("madvise on machine frame {frame} failed: {source}")]
     Advise {
         /// The frame.
@@ -149,6 +149,18 @@ impl Pool {
         advise::drop_translations(&page).map_err(|source| PoolError::Advise { frame, source })
     }
 
+    /// Gives the memory of `count` frames from `first` on back to the host: they read as zeros from now on. KVM is told by
+    /// its own MMU notifier.
+    ///
+    /// # Errors
+    /// When the frames lie beyond the pool or the host refuses.
+    pub fn give_back(&self, first: Mfn, count: u32) -> Result<(), PoolError> {
+        let (address, length) = (first.at(0), count as usize * PAGE_SIZE as usize);
+        let frames = self.slice().subslice(address.0 as usize, length);
+        let frames = frames.map_err(|_| self.outside(address, length))?;
+        advise::give_back(&frames).map_err(|source| PoolError::Advise { frame: first, source })
+    }
+
     fn quadword(&self, address: Mpa) -> Result<&AtomicU64, PoolError> {
         self.region.get_atomic_ref(address.0 as usize).map_err(|_| self.outside(address, 8))
     }
@@ -185,6 +197,27 @@ mod tests {
         for frames in [0, 1 << 50, u64::MAX] {
             assert!(Pool::new(frames).unwrap_err().to_string().contains("--mem"), "{frames}");
         }
+    }
+
+    #[test]
+    fn frames_given_back_are_zero_and_cost_nothing_and_their_neighbours_stay() {
+        let resident = |pool: &Pool| {
+            let statm = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
+            let start = format!("{:x}-", pool.host_address());
+            let mut lines = statm.lines().skip_while(|line| !line.starts_with(&start));
+            let rss = lines.find(|line| line.starts_with("Rss:")).expect("the pool's mapping");
+            rss.split_whitespace().nth(1).expect("a number").parse::<u64>().expect("a number")
+        };
+        let pool = Pool::new(16).unwrap();
+        (0..16).for_each(|n| pool.store(Mfn(n).at(8), u64::from(n) + 1).unwrap());
+        assert_eq!(resident(&pool), 64);
+        pool.give_back(Mfn(2), 10).unwrap();
+        assert_eq!(resident(&pool), 24);
+        for n in 0..16 {
+            let kept = if (2..12).contains(&n) { 0 } else { u64::from(n) + 1 };
+            assert_eq!(pool.load(Mfn(n).at(8)).unwrap(), kept, "frame {n}");
+        }
+        assert!(pool.give_back(Mfn(10), 7).is_err());
     }
 
     #[test]

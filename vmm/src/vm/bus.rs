@@ -11,6 +11,7 @@
 //!                             |-- the guest's fault: to be delivered
 //!                             |-- a device, or a store that must be seen: by walk and guest-physical address
 //!                             |-- a gate: sleep, again
+//!                             |-- a page that is not in memory: have it brought in, again
 //! ```
 //!
 //! Holds: an access is checked whole, over both of its pages, before any of it is made. Every store that the shadow has
@@ -19,7 +20,8 @@
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
 use umbra_mmu::{
-    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, Outcome, Refusal, Vcpu, Violation,
+    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refusal, Shortage, Vcpu,
+    Violation,
 };
 
 use super::devices::Devices;
@@ -37,8 +39,8 @@ pub struct Aftermath {
     pub descriptors: bool,
     /// INVLPG: the translation of this page is. Of several pages, `descriptors` says so.
     pub invalidated: Option<Gva>,
-    /// [`BusError::Again`] was answered for want of a machine frame for this page.
-    pub need: Option<Gfn>,
+    /// [`BusError::Again`] was answered because a page cannot be had: the run must end.
+    pub shortage: Option<Shortage>,
     /// It was answered because the TLB is incoherent: the run must end.
     pub violation: Option<Box<Violation>>,
     /// Full flushes of the software TLB on the way.
@@ -175,7 +177,10 @@ impl<'a> GuestBus<'a> {
                 self.outside(|mmu, vcpu| mmu.wait_at_gate(vcpu, gfn));
                 Ok(Road::Again)
             }
-            Outcome::Need(gfn) => Err(self.lacks(gfn)),
+            Outcome::Need(gfn) => {
+                self.bring_in(gfn)?;
+                Ok(Road::Again)
+            }
         }
     }
 
@@ -257,15 +262,21 @@ impl<'a> GuestBus<'a> {
     }
 
     fn translate(&mut self, gva: Gva, access: Access) -> Result<Gpa, BusError> {
-        self.mmu.translate(self.vcpu, gva, access).map_err(|refusal| match refusal {
-            Refusal::Fault(fault) => fault.into(),
-            Refusal::Need(gfn) => self.lacks(gfn),
-        })
+        loop {
+            match self.mmu.translate(self.vcpu, gva, access) {
+                Ok(gpa) => return Ok(gpa),
+                Err(Refusal::Fault(fault)) => return Err(fault.into()),
+                Err(Refusal::Need(gfn)) => self.bring_in(gfn)?,
+            }
+        }
     }
 
-    fn lacks(&mut self, gfn: Gfn) -> BusError {
-        self.aftermath.need = Some(gfn);
-        BusError::Again
+    /// Has a page brought in; the instruction goes on where it is.
+    fn bring_in(&mut self, gfn: Gfn) -> Result<(), BusError> {
+        self.outside(|mmu, vcpu| mmu.bring_in(Some(vcpu.id()), gfn)).map_err(|shortage| {
+            self.aftermath.shortage = Some(shortage);
+            BusError::Again
+        })
     }
 
     /// The physical places of an access: one, or two where it crosses a page, with the bytes of the first.
@@ -276,36 +287,31 @@ impl<'a> GuestBus<'a> {
             return Ok(Places::One(first));
         }
         let second = self.translate(gva.wrapping_add(room), access)?;
-        // Nothing may be wanting any more once the first half is made.
-        self.give_frame(first)?;
-        self.give_frame(second)?;
         Ok(Places::Two(first, second, room))
     }
 
-    /// Gives memory that has never been touched its frame, so that an access to it will not want one.
-    fn give_frame(&mut self, gpa: Gpa) -> Result<(), BusError> {
-        match self.mmu.load(self.vcpu.window(), gpa, umbra_mmu::Width::B1) {
-            Ok(_) | Err(Beyond::Device(_)) => Ok(()),
-            Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
-        }
-    }
-
     fn load(&mut self, gpa: Gpa, width: Width) -> Result<u64, BusError> {
-        match self.mmu.load(self.vcpu.window(), gpa, width.into()) {
-            Ok(value) => Ok(value),
-            Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
-            Err(Beyond::Device(gpa)) => Ok(self.board(|board, now, id| board.mmio_read(now, id, gpa, width))),
+        loop {
+            match self.mmu.load(self.vcpu.window(), gpa, width.into()) {
+                Ok(value) => return Ok(value),
+                Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
+                Err(Beyond::Device(gpa)) => {
+                    return Ok(self.board(|board, now, id| board.mmio_read(now, id, gpa, width)));
+                }
+            }
         }
     }
 
     fn store(&mut self, gpa: Gpa, width: Width, value: u64) -> Result<(), BusError> {
         self.aftermath.descriptors |= self.mmu.is_watched(gpa.gfn());
-        match self.mmu.store(self.vcpu.window(), gpa, width.into(), value) {
-            Ok(()) => Ok(()),
-            Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
-            Err(Beyond::Device(gpa)) => {
-                self.board(|board, now, id| board.mmio_write(now, id, gpa, width, value));
-                Ok(())
+        loop {
+            match self.mmu.store(self.vcpu.window(), gpa, width.into(), value) {
+                Ok(()) => return Ok(()),
+                Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
+                Err(Beyond::Device(gpa)) => {
+                    self.board(|board, now, id| board.mmio_write(now, id, gpa, width, value));
+                    return Ok(());
+                }
             }
         }
     }
@@ -379,13 +385,15 @@ impl GuestBus<'_> {
             return Ok(old);
         };
         self.aftermath.descriptors |= self.mmu.is_watched(gpa.gfn());
-        match self.mmu.update(self.vcpu.window(), gpa, width.into(), change) {
-            Ok(old) => Ok(old),
-            Err(Beyond::Need(gfn)) => Err(self.lacks(gfn)),
-            Err(Beyond::Device(_)) => {
-                let old = self.load(gpa, width)?;
-                self.store(gpa, width, change(old))?;
-                Ok(old)
+        loop {
+            match self.mmu.update(self.vcpu.window(), gpa, width.into(), change) {
+                Ok(old) => return Ok(old),
+                Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
+                Err(Beyond::Device(_)) => {
+                    let old = self.load(gpa, width)?;
+                    self.store(gpa, width, change(old))?;
+                    return Ok(old);
+                }
             }
         }
     }
@@ -395,12 +403,16 @@ impl GuestBus<'_> {
         // The next page may not be part of the instruction at all. If it is, the interpreter asks again, and only
         // then does that page get its A bit or its fault.
         let here = buffer.len().min((4096 - gva.offset()) as usize);
-        match self.mmu.read_bytes(self.vcpu.window(), gpa, &mut buffer[..here]) {
-            Ok(()) => {}
-            Err(Beyond::Need(gfn)) => return Err(self.lacks(gfn)),
-            Err(Beyond::Device(_)) => buffer[..here].fill(0xff),
+        loop {
+            match self.mmu.read_bytes(self.vcpu.window(), gpa, &mut buffer[..here]) {
+                Ok(()) => return Ok(here),
+                Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
+                Err(Beyond::Device(_)) => {
+                    buffer[..here].fill(0xff);
+                    return Ok(here);
+                }
+            }
         }
-        Ok(here)
     }
 }
 
@@ -447,8 +459,7 @@ impl Bus for GuestBus<'_> {
             let at = gva.wrapping_add(done);
             let probe = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_translate(vcpu, at, access);
             if self.by_tlb(at, 1, access, probe)?.is_none() {
-                let gpa = self.translate(at, access)?;
-                self.give_frame(gpa)?;
+                self.translate(at, access)?;
             }
             done += 4096 - at.offset();
         }
@@ -492,8 +503,13 @@ impl Bus for GuestBus<'_> {
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError> {
         let wish = if flush { Flush::Yes } else { Flush::No };
         self.aftermath.descriptors |= flush;
-        self.outside(|mmu, vcpu| mmu.set_paging(vcpu, mode_of(new), new.cr3, wish))
-            .map_err(|_| BusError::Exception(Exception::gp(0)))
+        loop {
+            match self.outside(|mmu, vcpu| mmu.set_paging(vcpu, mode_of(new), new.cr3, wish)) {
+                Ok(()) => return Ok(()),
+                Err(NotLoaded::Bad(_)) => return Err(BusError::Exception(Exception::gp(0))),
+                Err(NotLoaded::Need(gfn)) => self.bring_in(gfn)?,
+            }
+        }
     }
 
     fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4] {

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use umbra_mmu::{AccessKind, Config, Machine, TlbKind, coherence::NoVcpus};
+use umbra_mmu::{AccessKind, Config, Machine, TlbKind, coherence::NoVcpus, Shortage};
 
 use super::*;
 use crate::board::{Board, BoardConfig, MemoryMap};
@@ -31,6 +31,7 @@ impl Rig {
         let devices = Devices::new(Board::new(board).expect("a board"), 1).expect("a timer");
         let config = Config {
             guest_pages: PAGES,
+            low_pages: 0,
             reserved_frames: 0,
             shadow_pages_max: 64,
             roots_max: 8,
@@ -114,7 +115,8 @@ fn a_store_whose_second_page_finds_no_frame_changes_nothing_and_says_which() {
         rig.poke(0x0ffc, 0x1234_5678);
         let mut bus = rig.bus();
         assert_eq!(bus.write(Gva(0xffe), Width::B4, 0, WRITE), Err(BusError::Again));
-        assert_eq!(bus.into_aftermath().need, Some(Gfn(1)));
+        let shortage = bus.into_aftermath().shortage;
+        assert!(matches!(shortage, Some(Shortage::Frames { gfn: Gfn(1), .. })), "{shortage:?}");
         assert_eq!(rig.peek(0x0ffc), 0x1234_5678);
     }
 }
@@ -155,7 +157,7 @@ fn device_pages_reach_the_board_also_by_read_modify_write() {
 fn a_store_to_a_watched_page_makes_descriptors_stale() {
     for tlb in TLBS {
         let mut rig = Rig::new(tlb);
-        assert!(rig.mmu.watch(&rig.vcpu, Gfn(4)));
+        assert_eq!(rig.mmu.watch(&rig.vcpu, Gfn(4)), Ok(true));
         let mut bus = rig.bus();
         bus.write(Gva(0x3ff0), Width::B4, 1, WRITE).expect("memory");
         assert!(!bus.aftermath.descriptors);

@@ -68,6 +68,7 @@ impl Rig {
         thread::spawn(move || {
             let config = Config {
                 guest_pages: 16,
+                low_pages: 0,
                 reserved_frames: 0,
                 shadow_pages_max: 64,
                 roots_max: 8,

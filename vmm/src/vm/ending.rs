@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use umbra_mmu::{Gfn, Violation};
+use umbra_mmu::{Shortage, Violation};
 
 use super::devices::Devices;
 use crate::board::BoardExit;
@@ -41,8 +41,8 @@ pub enum End {
         /// The CPU, as far as it is known.
         cpu: Box<CpuState>,
     },
-    /// No machine frame is left for this page.
-    OutOfFrames(Gfn),
+    /// A page cannot be had: no frame is left, or swap has failed.
+    Shortage(Shortage),
     /// A software TLB used a translation that should have been flushed.
     Incoherent(Box<Violation>),
     /// The vCPU waits for an interrupt that can never come.
@@ -87,11 +87,7 @@ impl fmt::Display for End {
                 write!(f, ":\n{cpu}")
             }
             End::Backend { error, cpu } => write!(f, "KVM cannot go on: {error}\nlast known state:\n{cpu}"),
-            End::OutOfFrames(gfn) => write!(
-                f,
-                "no machine frame is left for guest frame {gfn}, though --mem and --shadow-pages had theirs set \
-                 aside; this is a mistake in Umbra, please report it"
-            ),
+            End::Shortage(shortage) => write!(f, "{shortage}"),
             End::Incoherent(violation) => {
                 write!(f, "{violation}. A TLB flush was missed; this is a mistake in Umbra, please report it")
             }

@@ -23,7 +23,7 @@ impl<'a> BootMemory<'a> {
 
 impl GuestMemorySink for BootMemory<'_> {
     fn write(&mut self, gpa: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        Ok(self.mmu.write_bytes(&self.window, gpa, bytes)?)
+        Ok(self.mmu.write_bytes_sleeping(None, &self.window, gpa, bytes)?)
     }
 
     /// Memory that nobody has touched is zero already, and stays without a frame.

@@ -10,6 +10,7 @@
 //! | bus | what the interpreter asks for, answered by MMU and board |
 //! | tables | the guest's descriptor tables, translated for the hardware |
 //! | flush | how this host's TLBs are flushed |
+//! | budget, reclaimer | how many frames there are to be over time; the thread that makes frames free |
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | control, ask, requests | the control socket and its client; questions to a vCPU's thread |
 //! | serial | the guest's output |
@@ -18,6 +19,7 @@
 
 pub mod ask;
 mod backend;
+pub mod budget;
 mod bus;
 pub mod control;
 mod devices;
@@ -29,6 +31,7 @@ mod kick;
 mod memory;
 mod native;
 mod paging;
+mod reclaimer;
 mod requests;
 mod serial;
 mod soft;
@@ -43,7 +46,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use umbra_mmu::{Config, Gfn, LocalStack, Machine, Mmu, PAGE_SIZE};
+use umbra_mmu::frames::Host;
+use umbra_mmu::records::Clock;
+use umbra_mmu::{BudgetTooSmall, Config, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use ending::End;
 pub use serial::process_start;
@@ -58,21 +63,23 @@ use crate::cpu::CpuState;
 use crate::kvm::{HostError, KvmError};
 use crate::machine::{Pool, PoolError};
 use crate::probe::ProbeError;
+use crate::swap::SwapFileError;
+use crate::units::format_duration;
 use backend::{Plan, Runner};
+use budget::{BudgetTimer, Overcommit};
 use control::{ControlSocket, Controls};
 use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
 use memory::BootMemory;
+use reclaimer::Reclaimer;
 use requests::Requests;
 use serial::{Console, FirstByte};
 use vcpu::{Core, Surroundings};
 
 /// The largest file that is read as an image or a module.
 pub const FILE_BYTES_MAX: u64 = 256 << 20;
-/// Roots kept at once: address spaces times two, of which the least recently loaded go.
-const ROOTS_MAX: u32 = 128;
 /// Frames beyond what the guest and its tables can take.
 const SPARE_FRAMES: u64 = 64;
 /// How long a reader of the guest's output that stands still may hold up the end of a run that has a time limit.
@@ -112,6 +119,17 @@ pub enum RunError {
     /// `--mem` makes no sense.
     #[error("--mem: {0}")]
     MemorySize(#[from] MemorySizeError),
+    /// `--frames` makes no sense.
+    #[error("--frames, at {}: {source}", format_duration(*at))]
+    Budget {
+        /// The step.
+        at: Duration,
+        /// Why.
+        source: BudgetTooSmall,
+    },
+    /// The swap file cannot be made.
+    #[error(transparent)]
+    Swap(#[from] SwapFileError),
     /// /dev/kvm cannot be used.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -158,6 +176,7 @@ struct Guest {
     runner: Runner,
     /// Why this backend, in a line.
     why: Option<String>,
+    overcommit: Overcommit,
 }
 
 /// Runs a guest to its end.
@@ -219,11 +238,13 @@ impl Guest {
         let mut plan = Plan::make(args.backend)?;
         let why = plan.take_reason();
         let (guest_pages, hole) = memory::extent(&memory);
+        let overcommit = Overcommit::new(args);
         let config = Config {
             guest_pages,
+            low_pages: overcommit.low_pages,
             reserved_frames: 0,
             shadow_pages_max: args.shadow_pages,
-            roots_max: ROOTS_MAX,
+            roots_max: overcommit.roots_max,
             firmware_entry: 0,
             vcpus: VCPUS,
         };
@@ -252,7 +273,10 @@ impl Guest {
         };
         devices.waker(0).set_kicker(runner.kick());
         let machine = Machine::new(pool.region());
-        let mmu = Arc::new(Mmu::new(machine, config, Box::new(Kicks::new(vec![runner.kick()]))));
+        let mmu = Mmu::new(machine, config, Box::new(Kicks::new(vec![runner.kick()])))
+            .with_clock(Box::new(HostClock))
+            .with_host(Box::new(PoolHost(Arc::clone(&pool))));
+        let mmu = Arc::new(overcommit.apply(mmu, args)?);
         hole.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
         });
@@ -266,7 +290,7 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner, why })
+        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner, why, overcommit })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
@@ -294,6 +318,12 @@ impl Guest {
             let socket = socket.map_err(|source| RunError::Control { path: path.clone(), source })?;
             subscribers.push(Box::new(socket));
         }
+        if let Some(schedule) = &self.overcommit.schedule {
+            let timer = BudgetTimer::new(Arc::clone(&self.mmu), schedule).map_err(RunError::Setup)?;
+            subscribers.push(Box::new(timer));
+        }
+        let reclaimer =
+            Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
             .map_err(RunError::Setup)?;
         let around = Surroundings {
@@ -308,6 +338,7 @@ impl Guest {
         let guest_started = micros();
         core.run(&mut *backend);
         drop(events);
+        drop(reclaimer);
         let end = ending.take().unwrap_or(End::Quit);
         Ok(judge(name, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started))
     }
@@ -340,6 +371,31 @@ fn judge(
         vcpu: core.stats.into(),
         memory: summary::Memory::of(mmu, core.mmu_vcpu.window().high_water()),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
+    }
+}
+
+/// The process's own time.
+#[derive(Debug)]
+struct HostClock;
+
+impl Clock for HostClock {
+    fn now(&self) -> u64 {
+        process_start().elapsed().as_nanos() as u64
+    }
+}
+
+/// The host behind the pool.
+#[derive(Debug)]
+struct PoolHost(Arc<Pool>);
+
+impl Host for PoolHost {
+    fn give_back(&self, frames: &[Mfn]) -> io::Result<()> {
+        let mut frames = frames.to_vec();
+        frames.sort_unstable();
+        for run in frames.chunk_by(|a, b| a.0 + 1 == b.0) {
+            self.0.give_back(run[0], run.len() as u32).map_err(io::Error::other)?;
+        }
+        Ok(())
     }
 }
 

@@ -23,6 +23,7 @@ use super::bus::{Aftermath, FpuUse};
 use super::ending::End;
 use super::flush::Flusher;
 use super::soft::Soft;
+use super::tables::NotRefreshed;
 use super::vcpu::{Backend, Core, lacking};
 use crate::cpu::eflags;
 use crate::interp::engine::Extent;
@@ -93,13 +94,15 @@ impl Native {
     fn enter(&mut self, core: &mut Core) -> Option<End> {
         let user = core.cpu.cpl == 3;
         let Some(root) = core.mmu.root_address(&core.mmu_vcpu, user) else {
-            return Some(core.out_of_frames());
+            return core.make_room();
         };
         if let Err(error) = self.give_fpu(core) {
             return Some(refused(core, error));
         }
-        if let Err(error) = core.tables.refresh(&core.mmu, &core.mmu_vcpu, &core.cpu, &mut self.kvm) {
-            return Some(refused(core, error));
+        match core.tables.refresh(&core.mmu, &core.mmu_vcpu, &core.cpu, &mut self.kvm) {
+            Ok(()) => {}
+            Err(NotRefreshed::Kvm(error)) => return Some(refused(core, error)),
+            Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
         }
         let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
         let owed = coherence.enter_guest(id) || core.hardware_owes_flush;
@@ -173,7 +176,9 @@ impl Native {
                 core.mmu.wait_at_gate(&core.mmu_vcpu, gfn);
                 None
             }
-            Outcome::Need(gfn) => Some(End::OutOfFrames(gfn)),
+            Outcome::Need(gfn) => {
+                core.mmu.bring_in(Some(core.mmu_vcpu.id()), gfn).err().map(End::Shortage)
+            }
         }
     }
 

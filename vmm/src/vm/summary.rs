@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
+use umbra_mmu::records::Cause;
 use umbra_mmu::{FaultStats, Mmu};
 
 use super::ending::End;
@@ -13,7 +14,7 @@ use crate::boot::witness::Witness;
 use crate::status::Status;
 
 /// Memory in use at the end.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Memory {
     /// Pages of guest memory.
     pub guest_pages: u32,
@@ -21,12 +22,68 @@ pub struct Memory {
     pub resident: u32,
     /// Shadow pages in use.
     pub shadow_pages: u32,
+    /// Frames that the guest and its tables may have, at the end.
+    pub budget: u32,
+    /// Guest pages in swap.
+    pub swapped: u32,
+    /// Pages read back from swap because somebody wanted them.
+    pub refaults: u64,
+    /// Pages read back beside those.
+    pub read_ahead: u64,
+    /// Pages written to swap.
+    pub swap_outs: u64,
+    /// Writes to swap, each of adjacent pages.
+    pub swap_writes: u64,
+    /// Pages dropped that were zeros.
+    pub zero_drops: u64,
+    /// Pages dropped that swap had a good copy of.
+    pub clean_drops: u64,
+    /// Times that the vCPU had to reclaim for itself.
+    pub direct_reclaims: u64,
+    /// Frames given back to the host.
+    pub given_back: u64,
+    /// Invalidations, by cause.
+    pub invalidations: Vec<Invalidations>,
     /// Shadow pages evicted.
     pub evictions: u64,
     /// Emulated stores to shadowed tables.
     pub tracked_stores: u64,
     /// The deepest nest of window mappings.
     pub window_high_water: usize,
+}
+
+/// The invalidations of one cause.
+#[derive(Clone, Debug, Serialize)]
+pub struct Invalidations {
+    /// Why.
+    pub cause: &'static str,
+    /// How many.
+    pub count: u64,
+    /// Pages taken.
+    pub pages: u64,
+    /// Pages left alone: pinned, or a table in use.
+    pub skipped: u64,
+    /// vCPUs kicked.
+    pub kicked: u64,
+    /// Nanoseconds, all together.
+    pub nanos: u64,
+    /// The longest.
+    pub nanos_max: u64,
+}
+
+impl Invalidations {
+    fn of(mmu: &Mmu, cause: Cause) -> Invalidations {
+        let t = mmu.records().totals(cause);
+        Invalidations {
+            cause: cause.name(),
+            count: t.count,
+            pages: t.pages,
+            skipped: t.skipped,
+            kicked: t.kicked,
+            nanos: t.nanos,
+            nanos_max: t.nanos_max,
+        }
+    }
 }
 
 /// Times, in microseconds since the process started.
@@ -84,6 +141,8 @@ pub struct Faults {
     pub retried: u64,
     pub prefilled: u64,
     pub unsynced: u64,
+    pub gate_waits: u64,
+    pub gate_nanos_max: u64,
 }
 
 impl From<FaultStats> for Faults {
@@ -98,6 +157,8 @@ impl From<FaultStats> for Faults {
             retried: s.retried,
             prefilled: s.prefilled,
             unsynced: s.unsynced,
+            gate_waits: s.gate_waits,
+            gate_nanos_max: s.gate_nanos_max,
         }
     }
 }
@@ -137,7 +198,19 @@ impl Memory {
     /// What `mmu` holds now.
     pub fn of(mmu: &Mmu, window_high_water: usize) -> Memory {
         let usage = mmu.usage();
+        let reclaim = mmu.reclaim_stats();
         Memory {
+            budget: usage.budget,
+            swapped: usage.swapped,
+            refaults: usage.refaults,
+            read_ahead: reclaim.read_ahead,
+            swap_outs: usage.swap_outs,
+            swap_writes: usage.swap_writes,
+            zero_drops: usage.zero_drops,
+            clean_drops: usage.clean_drops,
+            direct_reclaims: usage.direct_reclaims,
+            given_back: reclaim.given_back,
+            invalidations: Cause::ALL.iter().map(|cause| Invalidations::of(mmu, *cause)).collect(),
             guest_pages: mmu.p2m().pages(),
             resident: usage.resident,
             shadow_pages: usage.shadow_pages,
@@ -156,7 +229,7 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
         End::Quit => Status::Quit,
-        End::Unknown { .. } | End::Backend { .. } | End::OutOfFrames(_) | End::Incoherent(_) => {
+        End::Unknown { .. } | End::Backend { .. } | End::Shortage(_) | End::Incoherent(_) => {
             Status::Failure
         }
     };

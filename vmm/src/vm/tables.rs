@@ -6,7 +6,7 @@
 //!
 //! See: docs/ARCHITECTURE.md, "Segments".
 
-use umbra_mmu::{Access, Beyond, Gfn, Gva, Mmu, Touch, Vcpu};
+use umbra_mmu::{Access, Gfn, Gva, Mmu, NotReached, Refusal, Shortage, Touch, Vcpu};
 
 use crate::cpu::{CpuState, Segment, TableRegister};
 use crate::kvm::{KvmError, KvmVcpu};
@@ -21,6 +21,27 @@ pub struct DescriptorTables {
     ldtr: Segment,
     watched: Vec<Gfn>,
     current: bool,
+}
+
+/// Why the copy could not be made.
+#[derive(Debug)]
+pub enum NotRefreshed {
+    /// A bug in the firmware's layout.
+    Kvm(KvmError),
+    /// A page of the tables cannot be brought in.
+    Short(Shortage),
+}
+
+impl From<KvmError> for NotRefreshed {
+    fn from(error: KvmError) -> NotRefreshed {
+        NotRefreshed::Kvm(error)
+    }
+}
+
+impl From<Shortage> for NotRefreshed {
+    fn from(shortage: Shortage) -> NotRefreshed {
+        NotRefreshed::Short(shortage)
+    }
 }
 
 impl DescriptorTables {
@@ -43,61 +64,78 @@ impl DescriptorTables {
     ///
     /// # Errors
     ///
-    /// Only for a bug in the firmware's layout.
+    /// When a page of the tables cannot be brought in.
     pub fn refresh(
         &mut self,
         mmu: &Mmu,
         vcpu: &Vcpu,
         cpu: &CpuState,
         kvm: &mut KvmVcpu,
-    ) -> Result<(), KvmError> {
+    ) -> Result<(), NotRefreshed> {
         if self.current && self.gdtr == cpu.gdtr && self.ldtr == cpu.ldtr {
             return Ok(());
         }
         let mut frames = Vec::new();
-        let gdt = read_table(mmu, vcpu, Gva(cpu.gdtr.base), u32::from(cpu.gdtr.limit) + 1, &mut frames);
+        let gdt = read_table(mmu, vcpu, Gva(cpu.gdtr.base), u32::from(cpu.gdtr.limit) + 1, &mut frames)?;
         let has_ldt = !cpu.ldtr.unusable && cpu.ldtr.selector & !3 != 0;
-        let ldt = has_ldt.then(|| {
-            let bytes = cpu.ldtr.limit.min(0xffff) + 1;
-            read_table(mmu, vcpu, Gva(cpu.ldtr.base), bytes, &mut frames)
-        });
-        self.watch(mmu, vcpu, frames);
+        let ldt = match has_ldt {
+            true => {
+                let bytes = cpu.ldtr.limit.min(0xffff) + 1;
+                Some(read_table(mmu, vcpu, Gva(cpu.ldtr.base), bytes, &mut frames)?)
+            }
+            false => None,
+        };
+        self.watch(mmu, vcpu, frames)?;
         kvm.set_descriptors(&gdt, ldt.as_deref())?;
         (self.gdtr, self.ldtr, self.current) = (cpu.gdtr, cpu.ldtr, true);
         Ok(())
     }
 
     /// Watches `frames` and no others.
-    fn watch(&mut self, mmu: &Mmu, vcpu: &Vcpu, mut frames: Vec<Gfn>) {
+    fn watch(&mut self, mmu: &Mmu, vcpu: &Vcpu, mut frames: Vec<Gfn>) -> Result<(), Shortage> {
         frames.sort_unstable();
         frames.dedup();
         self.watched.iter().filter(|old| !frames.contains(old)).for_each(|old| mmu.unwatch(*old));
         for new in &frames {
             if !self.watched.contains(new) {
-                mmu.watch(vcpu, *new);
+                mmu.watch(vcpu, *new)?;
             }
         }
         self.watched = frames;
+        Ok(())
     }
 }
 
 /// The bytes of a table as the CPU would read them, zeros (not present) where it cannot; notes the frames.
-fn read_table(mmu: &Mmu, vcpu: &Vcpu, base: Gva, bytes: u32, frames: &mut Vec<Gfn>) -> Vec<u8> {
+fn read_table(
+    mmu: &Mmu,
+    vcpu: &Vcpu,
+    base: Gva,
+    bytes: u32,
+    frames: &mut Vec<Gfn>,
+) -> Result<Vec<u8>, Shortage> {
+    let own = Some(vcpu.id());
     let mut table = vec![0; bytes as usize];
     let mut done = 0;
     while done < bytes {
         let at = base.wrapping_add(done);
         let count = (4096 - at.offset()).min(bytes - done);
         let part = &mut table[done as usize..(done + count) as usize];
-        if let Ok(t) = mmu.walk(vcpu, at, Access::read(false), Touch::Look) {
-            match mmu.read_bytes(vcpu.window(), t.gpa, part) {
+        match mmu.walk(vcpu, at, Access::read(false), Touch::Look) {
+            Ok(t) => match mmu.read_bytes_sleeping(own, vcpu.window(), t.gpa, part) {
                 Ok(()) => frames.push(t.gpa.gfn()),
-                Err(Beyond::Device(_) | Beyond::Need(_)) => part.fill(0),
+                Err(NotReached::Device(_)) => part.fill(0),
+                Err(NotReached::Short(shortage)) => return Err(shortage),
+            },
+            Err(Refusal::Fault(_)) => {}
+            Err(Refusal::Need(gfn)) => {
+                mmu.bring_in(own, gfn)?;
+                continue;
             }
         }
         done += count;
     }
-    table
+    Ok(table)
 }
 
 #[cfg(test)]

@@ -279,9 +279,10 @@ impl Core {
         End::Unknown { instruction, trap, cpu: Box::new(self.cpu.clone()) }
     }
 
-    /// The end for want of a frame for the tables themselves.
-    pub fn out_of_frames(&self) -> End {
-        End::OutOfFrames(Gpa(self.cpu.cr3.into()).gfn())
+    /// Makes room for the shadow's own tables; the end where there is none.
+    pub fn make_room(&self) -> Option<End> {
+        let directory = Gpa(self.cpu.cr3.into()).gfn();
+        self.mmu.bring_in(Some(self.mmu_vcpu.id()), directory).err().map(End::Shortage)
     }
 }
 
@@ -289,6 +290,6 @@ impl Core {
 pub fn lacking(after: Aftermath) -> Option<End> {
     match after.violation {
         Some(violation) => Some(End::Incoherent(violation)),
-        None => after.need.map(End::OutOfFrames),
+        None => after.shortage.map(End::Shortage),
     }
 }

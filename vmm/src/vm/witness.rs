@@ -15,7 +15,7 @@ pub fn hear(mmu: &Mmu, window: &LocalStack, notes: &Notes, end: &End) -> (Vec<Wi
     let (Some(table), Some(_)) = (notes.witness_table, end.guest_value()) else {
         return (Vec::new(), None);
     };
-    let mut read = |gpa: Gpa, buffer: &mut [u8]| Ok(mmu.read_bytes(window, gpa, buffer)?);
+    let mut read = |gpa: Gpa, buffer: &mut [u8]| Ok(mmu.read_bytes_sleeping(None, window, gpa, buffer)?);
     match witness::check(table, &mut read) {
         Ok(regions) => (regions, None),
         Err(error) => (Vec::new(), Some(error.to_string())),

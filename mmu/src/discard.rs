@@ -1,0 +1,149 @@
+//! Discard: pages whose contents are not wanted any more, or that the guest gives up.
+//!
+//! Story: the guest's balloon, and an operator, name pages; each becomes `Zero` or `Ballooned`, from whatever it was. What
+//! cannot be had at once (pinned by a window, being read back) is tried again a number of times, and named then.
+//!
+//! Locks: none held by the caller; no window. May sleep, unless it was told not to.
+
+use std::ops::Range;
+
+use crate::Mmu;
+use crate::addr::Gfn;
+use crate::frames::WATCHED;
+use crate::invalidation::{BATCH_MAX, May, Settled, Settling, WouldBlock};
+use crate::p2m::PageState;
+use crate::records::Cause;
+use crate::sync::thread;
+
+/// Attempts at a batch before the pages that are left are named.
+pub const ROUNDS_MAX: u32 = 1000;
+
+/// What becomes of the pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discard {
+    /// They read as zeros.
+    Zero,
+    /// They are not the guest's any more, until it touches them.
+    Balloon,
+}
+
+/// Why pages were not discarded. Those before them are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotDiscarded {
+    /// The caller may not sleep.
+    #[error(transparent)]
+    WouldBlock(#[from] WouldBlock),
+    /// A page is held in its place.
+    #[error("guest frame {gfn} cannot be taken: it is {why}")]
+    Held {
+        /// The first such page.
+        gfn: Gfn,
+        /// By what.
+        why: &'static str,
+    },
+}
+
+impl Mmu {
+    /// Discards `pages`; what is no memory is passed over. `own` is the caller's vCPU, which is outside.
+    ///
+    /// # Errors
+    ///
+    /// When a page cannot be had, or the caller may not sleep and would have to: pages before it are discarded.
+    pub fn discard(
+        &self,
+        own: Option<u32>,
+        pages: Range<u32>,
+        what: Discard,
+        may: May,
+    ) -> Result<(), NotDiscarded> {
+        let end = pages.end.min(self.p2m.pages());
+        let mut first = pages.start;
+        while first < end {
+            let last = end.min(first + BATCH_MAX as u32);
+            let mut left: Vec<Gfn> = (first..last).map(Gfn).collect();
+            for _ in 0..ROUNDS_MAX {
+                self.discard_batch(own, &left, what, may)?;
+                left.retain(|gfn| !self.is_discarded(*gfn, what));
+                if left.is_empty() || may == May::NotSleep {
+                    break;
+                }
+                thread::yield_now();
+            }
+            if let Some(gfn) = left.first() {
+                return Err(NotDiscarded::Held { gfn: *gfn, why: self.held_by(*gfn) });
+            }
+            first = last;
+        }
+        self.swap.discard_abandoned();
+        Ok(())
+    }
+
+    fn discard_batch(
+        &self,
+        own: Option<u32>,
+        gfns: &[Gfn],
+        what: Discard,
+        may: May,
+    ) -> Result<(), WouldBlock> {
+        let (cause, settled) = match what {
+            Discard::Zero => (Cause::Discard, Settled::Zero),
+            Discard::Balloon => (Cause::Balloon, Settled::Ballooned),
+        };
+        if may == May::Sleep {
+            gfns.iter().for_each(|gfn| self.unshadow(*gfn));
+        }
+        let mut settling = self.begin(cause, gfns).unmap(own, may)?.shoot_down(own, may)?;
+        settling.settle(|page| {
+            page.copy.into_iter().for_each(|slot| self.swap.abandon(slot));
+            Some(settled)
+        });
+        self.discard_absent(&settling, what);
+        settling.end();
+        Ok(())
+    }
+
+    /// Pages of the batch that have no frame.
+    fn discard_absent(&self, settling: &Settling<'_>, what: Discard) {
+        for gfn in settling.gates() {
+            let to = match what {
+                Discard::Zero => PageState::Zero,
+                Discard::Balloon => PageState::Ballooned,
+            };
+            match self.p2m.lookup(*gfn) {
+                PageState::Swapped(slot) => {
+                    if self.p2m.claim(*gfn, PageState::Swapped(slot)).is_some() {
+                        self.p2m.transition(*gfn, PageState::Moving, to);
+                        self.swap.abandon(slot);
+                    }
+                }
+                PageState::Zero if what == Discard::Balloon => {
+                    self.p2m.transition(*gfn, PageState::Zero, to);
+                }
+                PageState::Ballooned if what == Discard::Zero => {
+                    self.p2m.transition(*gfn, PageState::Ballooned, to);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn is_discarded(&self, gfn: Gfn, what: Discard) -> bool {
+        match self.p2m.lookup(gfn) {
+            PageState::Device => true,
+            PageState::Zero => what == Discard::Zero,
+            PageState::Ballooned => what == Discard::Balloon,
+            PageState::Resident(_) | PageState::Swapped(_) | PageState::Moving => false,
+        }
+    }
+
+    fn held_by(&self, gfn: Gfn) -> &'static str {
+        match self.p2m.lookup(gfn) {
+            PageState::Resident(mfn) if self.frames.flags(mfn) & WATCHED != 0 => {
+                "a descriptor table of the guest, watched"
+            }
+            PageState::Resident(mfn) if self.frames.pins(mfn) != 0 => "pinned by a window",
+            PageState::Resident(_) => "in use as a page table, or has been touched again",
+            _ => "on its way to or from swap",
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Invalidation: the one road by which a guest page loses its frame.
+//!
+//! Story: reclaim, balloon, discard and budget cuts all walk it, one batch of pages at a time:
+//!
+//! ```text
+//! begin       close the gates: no spte of these pages can be made from here on
+//! unmap       bucket by bucket: Resident -> Moving, every spte zapped. A pinned page goes back: the caller has less
+//! shootdown   no vCPU can use what was zapped, now or earlier (TLB debt)
+//! (external)  importers give the page up: not here yet, its place is beside the shootdown
+//! finish      the ledger is asked, once more; the page is settled: swapped, zero, ballooned, or put back
+//! end         open the gates, wake who sleeps at them
+//! ```
+//!
+//! The order is the types' business: [`Closed`] becomes [`Unmapped`] becomes [`Settling`]. Dropping any of them puts
+//! back what is not settled and opens the gates.
+//!
+//! Why a gate, and why the check of it stands in bucket(gfn):
+//!
+//! ```text
+//! vCPU (fill)                       reclaim
+//! gate is open: good
+//!                                   begin, unmap: no spte, nothing to zap; vCPU outside: counts as flushed
+//!                                   finish: frame freed
+//! store spte, link                                                         -> an spte to a freed frame
+//! ```
+//!
+//! Holds: INV-COH-1 (coherence). INV-GATE-1 (bucket). INV-P2M-3, a page is `Moving` only while an invalidation or a swap-in
+//! holds its gate closed. INV-WAIT-1, an invalidation for reclaim waits for nobody but vCPUs: pages that are pinned,
+//! gated or wanted by a starving fill are left alone.
+//!
+//! Locks: bucket(gfn), one at a time. The caller holds none, no window, and no other invalidation: it sleeps.
+//!
+//! See: design notes of KVM's mmu_notifier sequence; the 2008 XPmem thread on sleeping notifiers.
+
+use crate::Mmu;
+use crate::addr::{Gfn, Mfn};
+use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
+use crate::lock_order;
+use crate::p2m::PageState;
+use crate::records::{Cause, Record};
+use crate::spte::Spte;
+use crate::swap::SwapSlot;
+use crate::sync::{Ordering, thread};
+
+/// The most pages of one invalidation.
+pub const BATCH_MAX: usize = 512;
+
+/// How often the gate of a starving fill is left open before it is closed all the same: its vCPU may have stopped.
+const YIELDS_MAX: u32 = 10_000;
+
+/// A page in the hands of an invalidation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub gfn: Gfn,
+    pub mfn: Mfn,
+    /// A good copy of it in swap.
+    pub copy: Option<SwapSlot>,
+}
+
+/// What becomes of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// It is in swap.
+    Swapped(SwapSlot),
+    /// It reads as zeros.
+    Zero,
+    /// The guest has given it up.
+    Ballooned,
+}
+
+/// A caller that may not sleep would have had to: nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a vCPU that runs guest code would have to be waited for, and the caller may not sleep")]
+pub struct WouldBlock;
+
+/// Whether a caller may wait for vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum May {
+    /// It may.
+    Sleep,
+    /// It may not, and takes [`WouldBlock`] for an answer.
+    NotSleep,
+}
+
+/// Gates closed, pages held, time measured: what every stage has. Dropped, it undoes what is not done.
+struct Hold<'m> {
+    mmu: &'m Mmu,
+    gates: Vec<Gfn>,
+    held: Vec<Held>,
+    /// Clock of the last removal of an spte to a held page.
+    stamp: u64,
+    record: Record,
+    began: u64,
+    lap: u64,
+}
+
+/// Gates are closed.
+#[must_use]
+pub(crate) struct Closed<'m>(Hold<'m>);
+
+/// Nothing maps the pages any more, but a TLB may.
+#[must_use]
+pub(crate) struct Unmapped<'m>(Hold<'m>);
+
+/// Nobody can reach them.
+#[must_use]
+pub(crate) struct Settling<'m> {
+    hold: Hold<'m>,
+    freed: Vec<Mfn>,
+    /// The host has taken these very frames away from all vCPUs: what the ledger says of other frames is no matter.
+    notified: bool,
+}
+
+impl Mmu {
+    /// Begins the invalidation of `gfns` (at most [`BATCH_MAX`], each once).
+    pub(crate) fn begin(&self, cause: Cause, gfns: &[Gfn]) -> Closed<'_> {
+        lock_order::assert_may_sleep();
+        debug_assert!(gfns.len() <= BATCH_MAX, "{} pages in one invalidation", gfns.len());
+        let began = self.clock.now();
+        let mut gates = Vec::with_capacity(gfns.len());
+        for gfn in gfns {
+            if self.stands_back(cause, *gfn) {
+                gates.push(*gfn);
+            }
+        }
+        self.buckets.close_all(&gates);
+        let mut hold = Hold {
+            mmu: self,
+            held: Vec::with_capacity(gates.len()),
+            record: Record::new(cause, gfns),
+            gates,
+            stamp: 0,
+            began,
+            lap: began,
+        };
+        hold.record.gate = hold.lap();
+        Closed(hold)
+    }
+
+    /// False where the page is to be left to a fill that starves; a cause that must have it waits until the fill is fed,
+    /// which takes one walk and a fill with the gate open.
+    fn stands_back(&self, cause: Cause, gfn: Gfn) -> bool {
+        if cause.may_skip() {
+            return !self.buckets.is_starving(gfn) && !self.buckets.is_closed(gfn);
+        }
+        for _ in 0..YIELDS_MAX {
+            if !self.buckets.is_starving(gfn) {
+                break;
+            }
+            thread::yield_now();
+        }
+        true
+    }
+}
+
+impl<'m> Closed<'m> {
+    /// Takes the pages: those that are resident, not pinned, and neither shadowed nor watched.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`] where the caller may not sleep and `own` is not the only vCPU that runs guest code.
+    pub fn unmap(self, own: Option<u32>, may: May) -> Result<Unmapped<'m>, WouldBlock> {
+        let mut hold = self.0;
+        if may == May::NotSleep && hold.mmu.coherence.is_anyone_inside(own) && hold.has_mappings() {
+            return Err(WouldBlock);
+        }
+        let mmu = hold.mmu;
+        let removal = mmu.coherence.removal();
+        let mut zapped = false;
+        for index in 0..hold.gates.len() {
+            zapped |= hold.take(hold.gates[index]);
+        }
+        let stamp = if zapped { removal.stamp_leaves(hold.held.iter().map(|page| page.mfn)) } else { 0 };
+        hold.stamp = hold.stamp.max(stamp);
+        hold.record.pages = hold.held.len() as u32;
+        hold.record.unmap = hold.lap();
+        Ok(Unmapped(hold))
+    }
+}
+
+impl<'m> Unmapped<'m> {
+    /// Returns when no vCPU can reach the pages. `own` is the caller's vCPU, which is outside.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`] where the caller may not sleep and a vCPU has not flushed: the pages are put back.
+    pub fn shoot_down(self, own: Option<u32>, may: May) -> Result<Settling<'m>, WouldBlock> {
+        let mut hold = self.0;
+        let ledger = &hold.mmu.coherence;
+        let mut notified = false;
+        if !ledger.covered(hold.stamp) {
+            match may {
+                May::Sleep => (hold.record.kicked, notified) = ledger.shoot_down_frames(own, &hold.held),
+                May::NotSleep => {
+                    ledger.request_flush_of_all();
+                    if !ledger.covered(hold.stamp) {
+                        return Err(WouldBlock);
+                    }
+                }
+            }
+        }
+        hold.record.shootdown = hold.lap();
+        Ok(Settling { freed: Vec::with_capacity(hold.held.len()), notified, hold })
+    }
+}
+
+impl Settling<'_> {
+    /// Every page asked for that was not left alone from the beginning: their gates are closed.
+    pub fn gates(&self) -> &[Gfn] {
+        &self.hold.gates
+    }
+
+    /// The pages that are not settled yet.
+    pub fn pages(&self) -> &[Held] {
+        &self.hold.held
+    }
+
+    /// Settles every page for which `what` has an answer: its frame is free. The others are put back at the end.
+    ///
+    /// # Panics
+    ///
+    /// INV-COH-1: when the ledger says that a vCPU may still reach a page.
+    pub fn settle(&mut self, mut what: impl FnMut(&Held) -> Option<Settled>) {
+        let (mmu, stamp) = (self.hold.mmu, self.hold.stamp);
+        let reached = !self.notified && !mmu.coherence.covered(stamp);
+        assert!(!reached, "INV-COH-1: a frame changes hands, removal {stamp} is not covered");
+        let freed = &mut self.freed;
+        self.hold.held.retain(|page| {
+            let Some(settled) = what(page) else { return true };
+            let state = match settled {
+                Settled::Swapped(slot) => PageState::Swapped(slot),
+                Settled::Zero => PageState::Zero,
+                Settled::Ballooned => PageState::Ballooned,
+            };
+            let moved = mmu.p2m.transition(page.gfn, PageState::Moving, state);
+            debug_assert!(moved, "INV-P2M-3: {} was moved by another", page.gfn);
+            mmu.p2m.advance_mapping_generation(page.gfn);
+            freed.push(page.mfn);
+            false
+        });
+    }
+
+    /// Frees the frames of what was settled, puts the rest back, opens the gates; returns how many frames are free.
+    pub fn end(self) -> u32 {
+        let Settling { mut hold, freed, notified } = self;
+        if notified {
+            freed.iter().for_each(|mfn| hold.mmu.frames.forgive(*mfn));
+        }
+        hold.record.freed = freed.len() as u32;
+        hold.mmu.lru.remove(freed.iter().copied());
+        hold.mmu.frames.release_all(&freed);
+        hold.put_back();
+        hold.record.finish = hold.lap();
+        freed.len() as u32
+    }
+}
+
+impl Hold<'_> {
+    /// Nanoseconds since the last one.
+    fn lap(&mut self) -> u64 {
+        let now = self.mmu.clock.now();
+        now - std::mem::replace(&mut self.lap, now)
+    }
+
+    /// Some vCPU may have one of the pages in its TLB.
+    fn has_mappings(&self) -> bool {
+        self.gates.iter().any(|gfn| {
+            let PageState::Resident(mfn) = self.mmu.p2m.lookup(*gfn) else { return false };
+            let owed = !self.mmu.coherence.covered(self.mmu.frames.debt(mfn));
+            owed || self.mmu.buckets.lock(*gfn).links_of(*gfn).next().is_some()
+        })
+    }
+
+    /// Takes one page, if it can be had. True when an spte was zapped.
+    fn take(&mut self, gfn: Gfn) -> bool {
+        let mmu = self.mmu;
+        let mut bucket = mmu.buckets.lock(gfn);
+        let PageState::Resident(mfn) = mmu.p2m.lookup(gfn) else { return false };
+        // Marks and watches change under the bucket alone, and only where the gate is open.
+        if mmu.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC | WATCHED) != 0 {
+            self.record.skipped += 1;
+            return false;
+        }
+        let Some(copy) = mmu.p2m.claim(gfn, PageState::Resident(mfn)) else { return false };
+        // Claimed, then looked for pins; who pins looks at the page's state after: one sees the other.
+        if mmu.frames.pins(mfn) != 0 {
+            mmu.p2m.transition_with(gfn, PageState::Moving, PageState::Resident(mfn), copy);
+            self.record.skipped += 1;
+            return false;
+        }
+        let mut zapped = false;
+        bucket.unlink_all(gfn, |link| {
+            mmu.machine.word64(link.spte()).store(Spte::ABSENT.0, Ordering::Release);
+            zapped = true;
+        });
+        self.stamp = self.stamp.max(mmu.frames.debt(mfn));
+        self.held.push(Held { gfn, mfn, copy });
+        zapped
+    }
+
+    /// Gives back what was not settled: the page stays where it was, with the debt of its zapped sptes.
+    fn put_back(&mut self) {
+        for page in self.held.drain(..) {
+            self.mmu.frames.owe(page.mfn, self.stamp);
+            let resident = PageState::Resident(page.mfn);
+            let back = self.mmu.p2m.transition_with(page.gfn, PageState::Moving, resident, page.copy);
+            debug_assert!(back, "INV-P2M-3: {} was moved by another", page.gfn);
+        }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.put_back();
+        self.mmu.buckets.open_all(&self.gates);
+        self.record.total = self.mmu.clock.now() - self.began;
+        self.record.at = self.began;
+        self.mmu.records.push(self.record);
+    }
+}

@@ -1,0 +1,211 @@
+//! What invalidations leave behind: a record each, and totals by cause.
+//!
+//! Story: every invalidation pushes its [`Record`] as it ends. Whoever measures takes the records away from time to time
+//! ([`Records::take`]); the totals stay.
+//!
+//! Locks: [`lock_order::RECORDS`], a leaf.
+//!
+//! Limits: [`RECORDS_MAX`] records are kept; older ones go, and are counted.
+
+use std::collections::VecDeque;
+
+use crate::addr::Gfn;
+use crate::lock_order;
+use crate::sync::Lock;
+
+/// Records that wait to be taken, at most.
+pub const RECORDS_MAX: usize = 4096;
+
+/// Nanoseconds from some beginning, never going back. The mmu has no clock of its own.
+pub trait Clock: Send + Sync + std::fmt::Debug {
+    /// Now.
+    fn now(&self) -> u64;
+}
+
+/// A clock that stands still.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoClock;
+
+impl Clock for NoClock {
+    fn now(&self) -> u64 {
+        0
+    }
+}
+
+/// Why pages were invalidated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Cause {
+    /// By the background thread, for want of free frames.
+    Reclaim,
+    /// By somebody who wanted a frame.
+    DirectReclaim,
+    /// The contents are not wanted any more.
+    Discard,
+    /// The guest gives the page up.
+    Balloon,
+}
+
+impl Cause {
+    /// All there are.
+    pub const ALL: [Cause; 4] = [Cause::Reclaim, Cause::DirectReclaim, Cause::Discard, Cause::Balloon];
+
+    /// It can do without any one page.
+    pub(crate) fn may_skip(self) -> bool {
+        matches!(self, Cause::Reclaim | Cause::DirectReclaim)
+    }
+
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Reclaim => "reclaim",
+            Cause::DirectReclaim => "direct-reclaim",
+            Cause::Discard => "discard",
+            Cause::Balloon => "balloon",
+        }
+    }
+}
+
+/// One invalidation. Times are in nanoseconds of the [`Clock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Why.
+    pub cause: Cause,
+    /// When it began.
+    pub at: u64,
+    /// The lowest page asked for.
+    pub first: Gfn,
+    /// The highest.
+    pub last: Gfn,
+    /// Pages asked for.
+    pub asked: u32,
+    /// Pages taken.
+    pub pages: u32,
+    /// Pages left alone: pinned, or a table in use.
+    pub skipped: u32,
+    /// Frames made free.
+    pub freed: u32,
+    /// vCPUs kicked.
+    pub kicked: u32,
+    /// To close the gates.
+    pub gate: u64,
+    /// To take every spte away.
+    pub unmap: u64,
+    /// Until every vCPU had flushed.
+    pub shootdown: u64,
+    /// To settle the pages: writing them out among it.
+    pub finish: u64,
+    /// From first to last.
+    pub total: u64,
+}
+
+impl Record {
+    pub(crate) fn new(cause: Cause, gfns: &[Gfn]) -> Record {
+        Record {
+            cause,
+            at: 0,
+            first: gfns.iter().min().copied().unwrap_or_default(),
+            last: gfns.iter().max().copied().unwrap_or_default(),
+            asked: gfns.len() as u32,
+            pages: 0,
+            skipped: 0,
+            freed: 0,
+            kicked: 0,
+            gate: 0,
+            unmap: 0,
+            shootdown: 0,
+            finish: 0,
+            total: 0,
+        }
+    }
+}
+
+/// What the invalidations of one cause came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// How many there were.
+    pub count: u64,
+    /// Pages taken.
+    pub pages: u64,
+    /// Pages left alone.
+    pub skipped: u64,
+    /// Kicks.
+    pub kicked: u64,
+    /// Nanoseconds, all together.
+    pub nanos: u64,
+    /// The longest.
+    pub nanos_max: u64,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    waiting: VecDeque<Record>,
+    lost: u64,
+    totals: [Totals; Cause::ALL.len()],
+}
+
+/// The records of one guest.
+#[derive(Debug)]
+pub struct Records {
+    kept: Lock<Kept>,
+}
+
+impl Records {
+    pub(crate) fn new() -> Records {
+        Records { kept: Lock::new(lock_order::RECORDS, Kept::default()) }
+    }
+
+    pub(crate) fn push(&self, record: Record) {
+        let mut kept = self.kept.lock();
+        let totals = &mut kept.totals[record.cause as usize];
+        totals.count += 1;
+        totals.pages += u64::from(record.pages);
+        totals.skipped += u64::from(record.skipped);
+        totals.kicked += u64::from(record.kicked);
+        totals.nanos += record.total;
+        totals.nanos_max = totals.nanos_max.max(record.total);
+        if kept.waiting.len() == RECORDS_MAX {
+            kept.waiting.pop_front();
+            kept.lost += 1;
+        }
+        kept.waiting.push_back(record);
+    }
+
+    /// Takes the records since the last call, oldest first, and how many were lost between.
+    pub fn take(&self) -> (Vec<Record>, u64) {
+        let mut kept = self.kept.lock();
+        let lost = std::mem::take(&mut kept.lost);
+        (kept.waiting.drain(..).collect(), lost)
+    }
+
+    /// The totals of one cause.
+    pub fn totals(&self, cause: Cause) -> Totals {
+        self.kept.lock().totals[cause as usize]
+    }
+
+    /// Invalidations so far.
+    pub fn count(&self) -> u64 {
+        self.kept.lock().totals.iter().map(|totals| totals.count).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_records_go_and_are_counted_and_totals_stay() {
+        let records = Records::new();
+        for n in 0..RECORDS_MAX as u64 + 3 {
+            let mut record = Record::new(Cause::Discard, &[Gfn(7), Gfn(5)]);
+            (record.pages, record.total) = (2, n);
+            records.push(record);
+        }
+        let (taken, lost) = records.take();
+        assert_eq!((taken.len(), lost, taken[0].total), (RECORDS_MAX, 3, 3));
+        assert_eq!((taken[0].first, taken[0].last), (Gfn(5), Gfn(7)));
+        assert_eq!(records.take(), (Vec::new(), 0));
+        let totals = records.totals(Cause::Discard);
+        assert_eq!((totals.count, totals.nanos_max), (RECORDS_MAX as u64 + 3, RECORDS_MAX as u64 + 2));
+        assert_eq!(records.count(), totals.count);
+    }
+}

@@ -1,0 +1,109 @@
+//! Swap in a file.
+//!
+//! Story: `--swap FILE` makes a sparse file for the run. Its name is taken away as soon as it is open, so that nothing is
+//! left behind however the run ends; what is not wanted any more is punched out of it.
+//!
+//! Holds: every slot is read where it was written; a short read or write is an error, never a guess.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use umbra_mmu::PAGE_SIZE;
+use umbra_mmu::swap::{SwapDevice, SwapSlot};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
+
+/// Why a swap file cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("--swap: {what} {path}: {source}; name a file that does not exist, on a filesystem with room and sparse files")]
+pub struct SwapFileError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// A swap device in a file that has no name any more.
+#[derive(Debug)]
+pub struct SwapFile {
+    file: File,
+    slots: u32,
+}
+
+impl SwapFile {
+    /// Makes the file at `path`, for `slots` pages, and takes its name away.
+    ///
+    /// # Errors
+    ///
+    /// When there is something at `path`, or it cannot be made.
+    pub fn create(path: &Path, slots: u32) -> Result<SwapFile, SwapFileError> {
+        let failed = |what| move |source| SwapFileError { what, path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+        let file = file.map_err(failed("making"))?;
+        std::fs::remove_file(path).map_err(failed("taking the name away from"))?;
+        file.set_len(u64::from(slots) * PAGE_SIZE).map_err(failed("sizing"))?;
+        Ok(SwapFile { file, slots })
+    }
+}
+
+fn offset(slot: u32) -> u64 {
+    u64::from(slot) * PAGE_SIZE
+}
+
+impl SwapDevice for SwapFile {
+    fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    fn write(&self, first: SwapSlot, pages: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(pages, offset(first.0))
+    }
+
+    fn read(&self, first: SwapSlot, pages: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(pages, offset(first.0))
+    }
+
+    fn discard(&self, slots: Range<u32>) {
+        let length = slots.len() as u64 * PAGE_SIZE;
+        // Where a filesystem cannot punch holes, the file keeps what it has: it costs room and nothing else.
+        if let Err(error) = fallocate(&self.file, FallocateMode::PunchHole, true, offset(slots.start), length) {
+            log::debug!("punching {} slots out of the swap file: {error}", slots.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn pages_come_back_the_name_is_gone_and_discarded_slots_cost_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("swap");
+        let swap = SwapFile::create(&path, 100).expect("made");
+        assert!(!path.exists());
+        let pages: Vec<u8> = (0..2 * PAGE_SIZE).map(|n| (n / 5) as u8).collect();
+        swap.write(SwapSlot(98), &pages).expect("written");
+        let mut back = vec![0; pages.len()];
+        swap.read(SwapSlot(98), &mut back).expect("read");
+        assert!(back == pages);
+        let blocks = || swap.file.metadata().expect("metadata").blocks();
+        let before = blocks();
+        swap.discard(98..100);
+        assert!(blocks() < before, "{} blocks after, {before} before", blocks());
+        assert!(swap.read(SwapSlot(99), &mut back).is_err(), "beyond its end");
+    }
+
+    #[test]
+    fn what_is_there_already_is_left_alone() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("precious");
+        std::fs::write(&path, "mine").expect("written");
+        let error = SwapFile::create(&path, 1).expect_err("it exists").to_string();
+        assert!(error.contains("precious") && error.contains("does not exist"), "{error}");
+        assert_eq!(std::fs::read(&path).expect("still there"), b"mine");
+    }
+}
