@@ -290,7 +290,7 @@ fn check_aftermath(after: &Aftermath, waits: bool) {
     if let Some(violation) = &after.violation {
         panic!("{violation}");
     }
-    assert!(!waits || after.need.is_some(), "it waits for nothing");
+    assert!(!waits || after.shortage.is_some(), "it waits for nothing");
 }
 
 struct Pair {
@@ -349,7 +349,7 @@ impl Pair {
             }),
             Operation::Evict(count) => self.each(|twin| twin.guest.mmu.evict_shadow(u32::from(count % 16))),
             Operation::Watch(frame) => self.each(|twin| {
-                twin.guest.mmu.watch(twin.guest.vcpu(), Gfn(u32::from(frame) % GUEST_PAGES));
+                let _ = twin.guest.mmu.watch(twin.guest.vcpu(), Gfn(u32::from(frame) % GUEST_PAGES));
             }),
             Operation::Unwatch(frame) => {
                 self.each(|twin| twin.guest.mmu.unwatch(Gfn(u32::from(frame) % GUEST_PAGES)));
@@ -373,7 +373,7 @@ impl Pair {
         let (two, after_two) = self.engine.run_engine(stretch);
         check_aftermath(&after_one, one.last == Step::Again);
         check_aftermath(&after_two, two.last == Step::Again);
-        if !self.agree(&one, &two, after_one.need.is_some() || after_two.need.is_some()) {
+        if !self.agree(&one, &two, after_one.shortage.is_some() || after_two.shortage.is_some()) {
             return false;
         }
         match one.last {
@@ -388,7 +388,7 @@ impl Pair {
         let (two, after_two) = self.engine.deliver(event);
         check_aftermath(&after_one, one == Delivered::Again);
         check_aftermath(&after_two, two == Delivered::Again);
-        self.agree(&one, &two, after_one.need.is_some() || after_two.need.is_some())
+        self.agree(&one, &two, after_one.shortage.is_some() || after_two.shortage.is_some())
             && one == Delivered::Handler
     }
 

@@ -175,7 +175,7 @@ impl Guest {
                 self.expect_fresh(at.gva());
             }
             Operation::Watch(frame) => {
-                self.mmu.watch(&self.vcpu, Gfn(u32::from(frame % GUEST_PAGES as u8)));
+                let _ = self.mmu.watch(&self.vcpu, Gfn(u32::from(frame % GUEST_PAGES as u8)));
             }
             Operation::Unwatch(frame) => self.mmu.unwatch(Gfn(u32::from(frame % GUEST_PAGES as u8))),
             Operation::Explain(at) => drop(format!("{:?}", self.mmu.explain(&self.vcpu, at.gva()))),

@@ -237,7 +237,8 @@ impl Audit<'_> {
                 FrameKind::Free => free += 1,
                 _ => {}
             }
-            let listed = matches!(mmu.frames.kind(mfn), FrameKind::Guest(gfn) if gfn.0 >= mmu.config.low_pages);
+            let listed =
+                matches!(mmu.frames.kind(mfn), FrameKind::Guest(gfn) if gfn.0 >= mmu.config.low_pages);
             self.require(mmu.lru.has(mfn) == listed, || {
                 format!("INV-LRU-1: {mfn} is {:?}, and on a list: {}", mmu.frames.kind(mfn), !listed)
             });
@@ -297,7 +298,9 @@ impl Audit<'_> {
         mmu.swap.discard_abandoned();
         let mut owned = 0;
         mmu.p2m.for_each(|gfn, state| {
-            self.require(state != PageState::Moving, || format!("INV-P2M-3: {gfn} is on its way, and nobody moves it"));
+            self.require(state != PageState::Moving, || {
+                format!("INV-P2M-3: {gfn} is on its way, and nobody moves it")
+            });
             let slot = match state {
                 PageState::Swapped(slot) => Some(slot),
                 _ => mmu.p2m.copy(gfn),
@@ -305,7 +308,9 @@ impl Audit<'_> {
             let Some(slot) = slot else { return };
             owned += 1;
             let owner = mmu.swap.owner(slot);
-            self.require(owner == Some(gfn), || format!("INV-SWAP-1: {gfn} has slot {}, which is {owner:?}'s", slot.0));
+            self.require(owner == Some(gfn), || {
+                format!("INV-SWAP-1: {gfn} has slot {}, which is {owner:?}'s", slot.0)
+            });
             if let PageState::Resident(mfn) = state {
                 let dirty = mmu.frames.flags(mfn) & DIRTY != 0;
                 self.require(!dirty, || format!("INV-DIRTY-2: {gfn} is dirty and keeps its copy"));

@@ -110,11 +110,9 @@ impl Mmu {
                 Discard::Balloon => PageState::Ballooned,
             };
             match self.p2m.lookup(*gfn) {
-                PageState::Swapped(slot) => {
-                    if self.p2m.claim(*gfn, PageState::Swapped(slot)).is_some() {
-                        self.p2m.transition(*gfn, PageState::Moving, to);
-                        self.swap.abandon(slot);
-                    }
+                PageState::Swapped(slot) if self.p2m.claim(*gfn, PageState::Swapped(slot)).is_some() => {
+                    self.p2m.transition(*gfn, PageState::Moving, to);
+                    self.swap.abandon(slot);
                 }
                 PageState::Zero if what == Discard::Balloon => {
                     self.p2m.transition(*gfn, PageState::Zero, to);

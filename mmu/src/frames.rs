@@ -65,6 +65,8 @@ pub const WIDE: u32 = 1 << 12;
 pub const DIRTY: u32 = 1 << 13;
 
 const KIND_MASK: u32 = 0xff;
+/// Frames given back at once.
+const TRIM_BATCH: u32 = 64;
 
 /// Metadata of one frame: see the constants below for which word is what.
 type Frame = [AtomicU32; 4];
@@ -289,27 +291,35 @@ impl Frames {
     /// When the host refuses: the frames stay free, and backed.
     pub fn trim(&self, host: &dyn Host) -> io::Result<u32> {
         lock_order::assert_may_sleep();
-        let surplus = {
-            let mut free = self.free.lock();
-            let idle = (free.returned.len() as u32).saturating_sub(free.marks.high);
-            let over = free.backed.saturating_sub(free.budget).min(free.returned.len() as u32);
-            let limited = free.budget < self.total() - self.first;
-            let keep = free.returned.len() - if limited { idle.max(over) } else { over } as usize;
-            free.returned.split_off(keep)
-        };
-        if surplus.is_empty() {
-            return Ok(0);
-        }
-        let given = host.give_back(&surplus);
-        let mut free = self.free.lock();
-        match given {
-            Ok(()) => {
-                free.backed -= surplus.len() as u32;
-                free.given_back.extend_from_slice(&surplus);
+        let mut given = 0;
+        loop {
+            let surplus = self.take_surplus();
+            if surplus.is_empty() {
+                return Ok(given);
             }
-            Err(_) => free.returned.extend_from_slice(&surplus),
+            let done = host.give_back(&surplus);
+            let mut free = self.free.lock();
+            if let Err(error) = done {
+                free.backed += surplus.len() as u32;
+                free.returned.extend_from_slice(&surplus);
+                return Err(error);
+            }
+            free.given_back.extend_from_slice(&surplus);
+            given += surplus.len() as u32;
         }
-        given.map(|()| surplus.len() as u32)
+    }
+
+    /// Some of the returned frames that are too many. They count as given back from here on, so that nobody reclaims for
+    /// want of what the host is just being given.
+    fn take_surplus(&self) -> Vec<Mfn> {
+        let mut free = self.free.lock();
+        let returned = free.returned.len() as u32;
+        let limited = free.budget < self.total() - self.first;
+        let idle = if limited { returned.saturating_sub(free.marks.high) } else { 0 };
+        let over = free.backed.saturating_sub(free.budget).min(returned);
+        let count = idle.max(over).min(TRIM_BATCH);
+        free.backed -= count;
+        free.returned.split_off((returned - count) as usize)
     }
 
     /// What is left for anybody; less than nothing while the budget is overdrawn.

@@ -98,7 +98,10 @@ fn low_memory_has_its_frames_whatever_others_take() {
     let got: Vec<_> = (0..20).map_while(low).collect();
     assert_eq!((got.len(), frames.counts().backed), (20, 100));
     frames.release(got[0].mfn);
-    assert!(table(&frames, Draw::Reserve).is_none(), "a frame that low memory gives back stays promised to it");
+    assert!(
+        table(&frames, Draw::Reserve).is_none(),
+        "a frame that low memory gives back stays promised to it"
+    );
     assert!(low(5).is_some());
 }
 

@@ -32,7 +32,7 @@ use crate::lru::List;
 use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::scope::{MemAlloc, NoIo};
-use crate::swap::{CLUSTER, SwapSlot};
+use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Lock, Ordering, thread};
 
 /// Batches of direct reclaim without a frame made free, after which there is none to be had.
@@ -337,6 +337,9 @@ impl Mmu {
                 counted = true;
             }
             let freed = self.reclaim(CLUSTER, Cause::DirectReclaim, own)? + self.shrink_shadow(own);
+            if counts.backed > counts.budget {
+                self.trim();
+            }
             fruitless = if freed > 0 { 0 } else { fruitless + 1 };
             if fruitless == FRUITLESS_MAX {
                 return Err(self.shortage(gfn));
@@ -393,7 +396,7 @@ impl Mmu {
     /// any more, or no frame was left after all: look again.
     fn swap_in(&self, gfn: Gfn, slot: SwapSlot) -> Result<bool, SwapFailed> {
         let counts = self.frames.counts();
-        let plenty = counts.available > counts.marks.low;
+        let plenty = counts.available > counts.marks.reserve + READ_AHEAD;
         let around = if plenty { self.swap.neighbours(slot) } else { vec![(slot, gfn)] };
         let gates: Vec<Gfn> = around.iter().map(|(_, gfn)| *gfn).collect();
         self.buckets.close_all(&gates);
@@ -493,11 +496,17 @@ impl Mmu {
         if over > 0 || short {
             freed = self.reclaim(CLUSTER, Cause::Reclaim, None)? + self.shrink_shadow(None);
         }
+        self.trim();
+        Ok(freed > 0)
+    }
+
+    fn trim(&self) {
         match self.frames.trim(&*self.host) {
-            Ok(given) => drop(self.background.counters.given_back.fetch_add(u64::from(given), Relaxed)),
+            Ok(given) => {
+                self.background.counters.given_back.fetch_add(u64::from(given), Relaxed);
+            }
             Err(error) => log::warn!("the host does not take frames back: {error}"),
         }
-        Ok(freed > 0)
     }
 
     /// Sleeps until background reclaim is wanted; false when it is to stop ([`Mmu::stop_background`]).

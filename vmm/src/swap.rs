@@ -17,7 +17,9 @@ use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 /// Why a swap file cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error("--swap: {what} {path}: {source}; name a file that does not exist, on a filesystem with room and sparse files")]
+#[error(
+    "--swap: {what} {path}: {source}; name a file that does not exist, on a filesystem with room and sparse files"
+)]
 pub struct SwapFileError {
     what: &'static str,
     path: PathBuf,
@@ -67,7 +69,8 @@ impl SwapDevice for SwapFile {
     fn discard(&self, slots: Range<u32>) {
         let length = slots.len() as u64 * PAGE_SIZE;
         // Where a filesystem cannot punch holes, the file keeps what it has: it costs room and nothing else.
-        if let Err(error) = fallocate(&self.file, FallocateMode::PunchHole, true, offset(slots.start), length) {
+        if let Err(error) = fallocate(&self.file, FallocateMode::PunchHole, true, offset(slots.start), length)
+        {
             log::debug!("punching {} slots out of the swap file: {error}", slots.len());
         }
     }

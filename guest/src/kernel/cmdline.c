@@ -105,7 +105,7 @@ static bool parse_word(const char *word, struct options *options)
     if ((value = value_of(word, "seed=")))
         return parse_number(value, 999999999, &options->seed);
     if ((value = value_of(word, "scale=")))
-        return parse_number(value, 1000, &options->scale) && options->scale > 0;
+        return parse_number(value, SCALE_MAX, &options->scale) && options->scale > 0;
     if ((value = value_of(word, "lowmem=")))
         return parse_number(value, LOWMEM_MAX, &options->lowmem) && options->lowmem >= LOWMEM_MIN &&
                options->lowmem % 4 == 0;

@@ -38,6 +38,9 @@
 #define LOWMEM_MIN 4
 #define LOWMEM_MAX 512
 
+/* Percent of the default work: so much that the count of what a timed workload does fits 32 bits. */
+#define SCALE_MAX 4000
+
 #define TASKS_MAX 32
 #define STACK_PAGES 2
 #define REGIONS_MAX 16

@@ -22,7 +22,7 @@
 #include "work.h"
 
 #define FRAMES_DEFAULT 256
-#define FRAMES_MOST 2560
+#define FRAMES_MOST (FRAMES_DEFAULT * SCALE_MAX / 100)
 #define WORDS_CHECKED 16
 #define WORD_STEP (PAGE_SIZE / 4 / WORDS_CHECKED)
 #define WITNESSED 8

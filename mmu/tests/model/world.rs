@@ -17,8 +17,8 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::{
-    Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode, Outcome,
-    PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
+    Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
+    NotLoaded, Outcome, PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -296,7 +296,9 @@ impl World {
                 }
                 Ok(())
             }
-            (Err((index, value)), Err(bad)) if (index, value) == (bad.index, bad.value) => Ok(()),
+            (Err((index, value)), Err(NotLoaded::Bad(bad))) if (index, value) == (bad.index, bad.value) => {
+                Ok(())
+            }
             (want, got) => Err(Wrong(format!("PDPTEs of CR3 {:#x}: {got:x?}, naive {want:x?}", new.cr3))),
         }
     }

@@ -20,8 +20,8 @@
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
 use umbra_mmu::{
-    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refusal, Shortage, Vcpu,
-    Violation,
+    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refusal, Shortage,
+    Vcpu, Violation,
 };
 
 use super::devices::Devices;

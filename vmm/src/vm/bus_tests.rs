@@ -2,7 +2,7 @@
 
 use std::io;
 
-use umbra_mmu::{AccessKind, Config, Machine, TlbKind, coherence::NoVcpus, Shortage};
+use umbra_mmu::{AccessKind, Config, Machine, Shortage, TlbKind, coherence::NoVcpus};
 
 use super::*;
 use crate::board::{Board, BoardConfig, MemoryMap};

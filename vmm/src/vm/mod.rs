@@ -322,8 +322,7 @@ impl Guest {
             let timer = BudgetTimer::new(Arc::clone(&self.mmu), schedule).map_err(RunError::Setup)?;
             subscribers.push(Box::new(timer));
         }
-        let reclaimer =
-            Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
+        let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
             .map_err(RunError::Setup)?;
         let around = Surroundings {

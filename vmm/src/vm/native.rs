@@ -176,9 +176,7 @@ impl Native {
                 core.mmu.wait_at_gate(&core.mmu_vcpu, gfn);
                 None
             }
-            Outcome::Need(gfn) => {
-                core.mmu.bring_in(Some(core.mmu_vcpu.id()), gfn).err().map(End::Shortage)
-            }
+            Outcome::Need(gfn) => core.mmu.bring_in(Some(core.mmu_vcpu.id()), gfn).err().map(End::Shortage),
         }
     }
 
