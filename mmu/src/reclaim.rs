@@ -152,8 +152,32 @@ impl Background {
 
 /// (1) Victims.
 impl Mmu {
-    /// Makes up to `want` frames free; returns how many. `own` is the caller's vCPU, which is outside.
-    pub(crate) fn reclaim(&self, want: u32, cause: Cause, own: Option<u32>) -> Result<u32, SwapFailed> {
+    /// Takes the frames of these very pages, however they are used: those that can be had. Returns how many are free.
+    /// `own` is the caller's vCPU, which is outside; nothing is locked or mapped.
+    ///
+    /// # Errors
+    ///
+    /// When swap fails: nothing is lost, but the guest must not go on.
+    pub fn page_out(&self, own: Option<u32>, pages: &[Gfn]) -> Result<u32, SwapFailed> {
+        let _scope = MemAlloc::enter();
+        let mut freed = 0;
+        for batch in pages.chunks(CLUSTER as usize) {
+            let mut batch: Vec<Gfn> = batch.iter().copied().filter(|gfn| gfn.0 >= self.config.low_pages).collect();
+            batch.sort_unstable();
+            batch.dedup();
+            batch.iter().for_each(|gfn| self.unshadow(*gfn));
+            freed += self.evict_pages(&batch, Cause::PageOut, own)?;
+        }
+        Ok(freed)
+    }
+
+    /// Takes the frames of up to `want` of the least recently used pages, a batch at most; returns how many are free. `own`
+    /// is the caller's vCPU, which is outside; nothing is locked or mapped.
+    ///
+    /// # Errors
+    ///
+    /// When swap fails: nothing is lost, but the guest must not go on.
+    pub fn reclaim(&self, want: u32, cause: Cause, own: Option<u32>) -> Result<u32, SwapFailed> {
         lock_order::assert_may_sleep();
         let _scope = MemAlloc::enter();
         self.age(want);

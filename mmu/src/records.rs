@@ -39,6 +39,8 @@ pub enum Cause {
     Reclaim,
     /// By somebody who wanted a frame.
     DirectReclaim,
+    /// Somebody asked for these very pages to go to swap.
+    PageOut,
     /// The contents are not wanted any more.
     Discard,
     /// The guest gives the page up.
@@ -47,11 +49,12 @@ pub enum Cause {
 
 impl Cause {
     /// All there are.
-    pub const ALL: [Cause; 4] = [Cause::Reclaim, Cause::DirectReclaim, Cause::Discard, Cause::Balloon];
+    pub const ALL: [Cause; 5] =
+        [Cause::Reclaim, Cause::DirectReclaim, Cause::PageOut, Cause::Discard, Cause::Balloon];
 
     /// It can do without any one page.
     pub(crate) fn may_skip(self) -> bool {
-        matches!(self, Cause::Reclaim | Cause::DirectReclaim)
+        matches!(self, Cause::Reclaim | Cause::DirectReclaim | Cause::PageOut)
     }
 
     /// Its name in reports.
@@ -59,6 +62,7 @@ impl Cause {
         match self {
             Cause::Reclaim => "reclaim",
             Cause::DirectReclaim => "direct-reclaim",
+            Cause::PageOut => "page-out",
             Cause::Discard => "discard",
             Cause::Balloon => "balloon",
         }

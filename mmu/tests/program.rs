@@ -1,5 +1,7 @@
 //! Guest programs: what a random (or a remembered) guest does, one [`Op`] after the other.
 
+use umbra_mmu::discard::Discard;
+
 use crate::model::layout::{self, CR3S, GUEST_PAGES, LOW, LOW_PAGES};
 use crate::model::walker::{Control, EntryAt, Kind, Request};
 use crate::model::world::{Caches, Sizes, World, Wrong};
@@ -111,6 +113,25 @@ pub enum Op {
     },
     CloseGate {
         frame: u8,
+    },
+    /// The VMM sends these pages to swap.
+    PageOut {
+        frame: u8,
+        count: u8,
+    },
+    /// The VMM takes the least recently used pages' frames.
+    Reclaim {
+        count: u8,
+    },
+    /// The budget is so much over the least.
+    Budget {
+        over: u8,
+    },
+    /// Pages are discarded, or given up by the guest.
+    Discard {
+        frame: u8,
+        count: u8,
+        balloon: bool,
     },
     /// The CPU leaves the guest and comes back, as for an interrupt.
     Exit,
@@ -259,6 +280,15 @@ impl Runner {
                 self.world.set_control(cpu, before, true)?;
             }
             Op::CloseGate { frame } => self.world.close_gate(u32::from(frame) % LOW_PAGES),
+            Op::PageOut { frame, count } => {
+                self.world.page_out(u32::from(frame) % LOW_PAGES, u32::from(count));
+            }
+            Op::Reclaim { count } => self.world.reclaim(u32::from(count)),
+            Op::Budget { over } => self.world.set_budget(u32::from(over)),
+            Op::Discard { frame, count, balloon } => {
+                let what = if balloon { Discard::Balloon } else { Discard::Zero };
+                self.world.discard(u32::from(frame) % LOW_PAGES, u32::from(count), what);
+            }
             Op::Exit => self.world.leave(cpu),
         }
         Ok(())

@@ -100,6 +100,11 @@ fn op() -> impl Strategy<Value = Op> {
         1 => frame().prop_map(|frame| Op::CloseGate { frame }),
         1 => Just(Op::Exit),
         1 => (1u8..80).prop_map(|count| Op::Churn { count }),
+        3 => (frame(), 1u8..20).prop_map(|(frame, count)| Op::PageOut { frame, count }),
+        1 => (1u8..40).prop_map(|count| Op::Reclaim { count }),
+        1 => (0u8..48).prop_map(|over| Op::Budget { over }),
+        1 => (frame(), 1u8..4, any::<bool>())
+            .prop_map(|(frame, count, balloon)| Op::Discard { frame, count, balloon }),
     ]
 }
 

@@ -123,8 +123,9 @@ impl Tlb {
             self.tables.insert((root, level, prefix(va, level)), at);
             level -= 1;
         }
-        // D goes with the store in a real CPU; here the entries have it from the start, which `step` checks.
-        let page = step(machine, at, va, 1, A | D)?;
+        // D goes with the store in a real CPU; here the entries have it from the start, which `step` checks. A the VMM may
+        // have cleared, to see whether it comes back.
+        let page = step(machine, at, va, 1, D)?;
         self.pages.insert((root, va >> 12), page);
         Some(page)
     }
@@ -147,7 +148,8 @@ fn step(machine: &MmapRegion, at: Cached, va: u32, level: u32, status: u64) -> O
         return None;
     }
     assert!(entry & PS == 0 || level == 1, "no large shadow pages yet: {entry:#x} at level {level}");
-    assert_eq!(entry & status, status, "A (and D in a leaf) are preset: {entry:#x} at level {level}");
+    assert_eq!(entry & status, status, "A of a link and D of a leaf are preset: {entry:#x} at level {level}");
+    word(machine, at.base + 8 * index).fetch_or(A, Ordering::AcqRel);
     assert_eq!(entry & !(ADDRESS | XD) & 0xfff0_0000_0000_0000, 0, "reserved bits in {entry:#x}");
     let rights = Rights {
         write: at.rights.write && entry & RW != 0,

@@ -39,6 +39,11 @@ impl Memory {
         address >> 12 < self.pages.len() as u64
     }
 
+    /// How many pages there are.
+    pub fn page_count(&self) -> u32 {
+        self.pages.len() as u32
+    }
+
     /// The time of a new event.
     pub fn tick(&mut self) -> u64 {
         self.now += 1;

@@ -15,7 +15,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
+use umbra_mmu::discard::Discard;
+use umbra_mmu::invalidation::May;
 use umbra_mmu::p2m::PageState;
+use umbra_mmu::records::Cause;
+use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
     Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
     NotLoaded, Outcome, PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
@@ -150,7 +154,9 @@ impl World {
         let inside: Arc<[AtomicBool]> = (0..sizes.vcpus).map(|_| AtomicBool::new(false)).collect();
         let kick = Kick { mmu: Arc::default(), inside: inside.clone() };
         let back = kick.mmu.clone();
-        let mmu = Arc::new(Mmu::new(Machine::new(machine.clone()), config, Box::new(kick)));
+        let swap = Box::new(MemorySwap::new(sizes.guest_pages));
+        let mmu =
+            Arc::new(Mmu::new(Machine::new(machine.clone()), config, Box::new(kick)).with_swap(swap));
         back.set(Arc::downgrade(&mmu)).expect("set once");
         let cpu = |id| Cpu {
             vcpu: match sizes.tlb {
@@ -224,11 +230,11 @@ impl World {
         self.leave(cpu);
         let mut targets = Vec::new();
         for (part, ..) in parts(va, size) {
-            let got = match self.mmu.translate(&self.cpus[cpu].vcpu, Gva(part), access_of(r)) {
-                Ok(gpa) => Ok(gpa.0),
-                Err(Refusal::Fault(fault)) => Err(fault_of(fault)),
-                Err(Refusal::Need(gfn)) => {
-                    return Err(self.wrong(cpu, part, r, &format!("translate needs {gfn:?}")));
+            let got = loop {
+                match self.mmu.translate(&self.cpus[cpu].vcpu, Gva(part), access_of(r)) {
+                    Ok(gpa) => break Ok(gpa.0),
+                    Err(Refusal::Fault(fault)) => break Err(fault_of(fault)),
+                    Err(Refusal::Need(gfn)) => self.bring_in(cpu, gfn),
                 }
             };
             match self.expect_walk(cpu, part, r, got)? {
@@ -280,7 +286,12 @@ impl World {
         };
         let keeps_global = self.cpus[cpu].tlb.is_none() && new.pge && mode == self.cpus[cpu].vcpu.mode();
         let how = if flush { Flush::Yes } else { Flush::No };
-        let got = self.mmu.set_paging(&mut self.cpus[cpu].vcpu, mode, new.cr3, how);
+        let got = loop {
+            match self.mmu.set_paging(&mut self.cpus[cpu].vcpu, mode, new.cr3, how) {
+                Err(NotLoaded::Need(gfn)) => self.bring_in(cpu, gfn),
+                got => break got,
+            }
+        };
         match (want, got) {
             (Ok(pdpte), Ok(())) => {
                 self.cpus[cpu].control = Control { pdpte, ..new };
@@ -307,7 +318,7 @@ impl World {
 
     /// A device writes guest memory (beyond memory: nothing happens).
     pub fn device_write(&mut self, physical: u64, bytes: &[u8]) {
-        let written = self.mmu.write_bytes(&LocalStack::new(), Gpa(physical), bytes);
+        let written = self.mmu.write_bytes_sleeping(None, &LocalStack::new(), Gpa(physical), bytes);
         for (n, byte) in bytes.iter().enumerate() {
             self.memory.write(physical + n as u64, 1, u64::from(*byte));
         }
@@ -317,9 +328,55 @@ impl World {
     /// A store of `size` bytes (4 or 8, aligned) from outside.
     pub fn poke(&mut self, physical: u64, size: u32, value: u64) {
         let width = width_of(size).expect("4 or 8 bytes");
-        let stored = self.mmu.store(&LocalStack::new(), Gpa(physical), width, value);
-        assert_eq!(stored, Ok(()), "a poke of memory");
+        while let Err(refused) = self.mmu.store(&LocalStack::new(), Gpa(physical), width, value) {
+            let Beyond::Need(gfn) = refused else { panic!("a poke of memory: {refused}") };
+            self.mmu.bring_in(None, gfn).expect("there is room");
+        }
         self.memory.write(physical, size, value);
+    }
+
+    /// A page that is not in memory is brought in, for a CPU that is outside.
+    fn bring_in(&mut self, cpu: usize, gfn: Gfn) {
+        self.leave(cpu);
+        self.mmu.bring_in(Some(cpu as u32), gfn).expect("there is room");
+        self.owners.clear();
+    }
+
+    /// The VMM sends pages to swap.
+    pub fn page_out(&mut self, first: u32, count: u32) {
+        let pages: Vec<Gfn> = (first..first + count).map(Gfn).collect();
+        self.mmu.page_out(None, &pages).expect("swap has room");
+        self.owners.clear();
+    }
+
+    /// The VMM wants some frames back, whichever.
+    pub fn reclaim(&mut self, count: u32) {
+        self.mmu.reclaim(count, Cause::Reclaim, None).expect("swap has room");
+        self.owners.clear();
+    }
+
+    /// The VMM cuts or raises the budget, and has the background bring it about.
+    pub fn set_budget(&mut self, over: u32) {
+        self.mmu.set_budget(self.mmu.budget_min() + over).expect("not under the least");
+        while self.mmu.background_round().expect("swap has room") {}
+        self.owners.clear();
+    }
+
+    /// The contents of pages are thrown away, or the pages themselves are.
+    pub fn discard(&mut self, first: u32, count: u32, what: Discard) {
+        let end = (first + count).min(self.memory.page_count());
+        let watched = |gfn: &u32| self.watched.contains(&u64::from(*gfn));
+        if (first..end).any(|gfn| watched(&gfn)) {
+            return;
+        }
+        self.open_gates();
+        self.mmu.discard(None, first..end, what, May::Sleep).expect("nothing holds them");
+        for at in (first..end).flat_map(|gfn| (0..512).map(move |n| u64::from(gfn) << 12 | n * 8)) {
+            if self.memory.word(at) != 0 {
+                self.memory.write(at, 8, 0);
+            }
+        }
+        self.owners.clear();
     }
 
     /// As if every CPU had flushed: for tests whose hardware has no TLB. One in software does flush.
@@ -395,7 +452,14 @@ impl World {
 
     /// The word of guest memory at `physical`, straight from the machine; zero where there is no frame.
     pub fn guest_word(&self, physical: u64) -> u64 {
-        match self.mmu.p2m().lookup(Gfn((physical >> 12) as u32)) {
+        let gfn = Gfn((physical >> 12) as u32);
+        if matches!(self.mmu.p2m().lookup(gfn), PageState::Swapped(_)) {
+            let mut word = [0; 8];
+            let at = Gpa(physical & !7);
+            self.mmu.read_bytes_sleeping(None, &LocalStack::new(), at, &mut word).expect("memory");
+            return u64::from_le_bytes(word);
+        }
+        match self.mmu.p2m().lookup(gfn) {
             PageState::Resident(mfn) => {
                 let at = u64::from(mfn.0) << 12 | physical & 0xff8;
                 hardware::word(&self.machine, at).load(Ordering::Acquire)
@@ -508,7 +572,12 @@ impl World {
             }
             *trapped = true;
             self.leave(cpu);
-            let outcome = self.mmu.fault(&self.cpus[cpu].vcpu, Gva(va), access_of(r));
+            let outcome = loop {
+                match self.mmu.fault(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
+                    Outcome::Need(gfn) => self.bring_in(cpu, gfn),
+                    outcome => break outcome,
+                }
+            };
             let got = match outcome {
                 Outcome::Guest(fault) => Err(fault_of(fault)),
                 Outcome::Emulate(gpa) | Outcome::Mmio(gpa) => Ok(gpa.0),
@@ -585,8 +654,11 @@ impl World {
         if self.cpus[cpu].running != Some(user) {
             self.leave(cpu);
         }
-        let Some(root) = self.mmu.root_address(&self.cpus[cpu].vcpu, user) else {
-            return Err(Wrong("no root".into()));
+        let root = loop {
+            match self.mmu.root_address(&self.cpus[cpu].vcpu, user) {
+                Some(root) => break root,
+                None => self.bring_in(cpu, Gfn(0)),
+            }
         };
         if !self.inside[cpu].swap(true, Ordering::SeqCst) {
             self.cpus[cpu].running = Some(user);
@@ -615,10 +687,16 @@ impl World {
         let mut bytes = value.to_le_bytes();
         let bytes = &mut bytes[..size as usize];
         let (mmu, window) = (self.mmu.clone(), LocalStack::new());
-        let done = match (r.kind, width_of(size)) {
-            (Kind::Write, Some(width)) => mmu.store(&window, Gpa(physical), width, value),
-            (Kind::Write, None) => mmu.write_bytes(&window, Gpa(physical), bytes),
-            _ => mmu.read_bytes(&window, Gpa(physical), bytes),
+        let done = loop {
+            let done = match (r.kind, width_of(size)) {
+                (Kind::Write, Some(width)) => mmu.store(&window, Gpa(physical), width, value),
+                (Kind::Write, None) => mmu.write_bytes(&window, Gpa(physical), bytes),
+                _ => mmu.read_bytes(&window, Gpa(physical), bytes),
+            };
+            match done {
+                Err(Beyond::Need(gfn)) => self.bring_in(cpu, gfn),
+                done => break done,
+            }
         };
         let is_memory = self.memory.has(physical);
         let as_it_should = match done {
