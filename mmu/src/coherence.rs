@@ -31,7 +31,7 @@
 
 use crate::addr::Mfn;
 use crate::lock_order;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -178,7 +178,7 @@ impl Coherence {
             }
         }
         while !self.covered(stamp) {
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
 

@@ -9,6 +9,7 @@ use crate::addr::{Gfn, Gpa, Gva};
 use crate::events::Event;
 use crate::lock_order;
 use crate::shadow::leaf::Mapped;
+use crate::sync::thread;
 use crate::vcpu::Vcpu;
 use crate::walk::{Refusal, Touch};
 
@@ -85,7 +86,7 @@ impl Mmu {
         lock_order::assert_may_sleep();
         vcpu.window.assert_empty();
         while self.buckets.is_closed(gfn) {
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
 }

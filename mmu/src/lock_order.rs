@@ -46,12 +46,20 @@ mod held {
 
     use super::Level;
 
+    // A model checker runs many threads of its own on one of the system's, and has their locals.
+    #[cfg(loom)]
+    use loom::thread_local;
+    #[cfg(shuttle)]
+    use shuttle::thread_local;
+    #[cfg(not(any(loom, shuttle)))]
+    use std::thread_local;
+
     thread_local! {
-        static HELD: RefCell<Vec<Level>> = const { RefCell::new(Vec::new()) };
+        static HELD: RefCell<Vec<Level>> = RefCell::default();
     }
 
     pub fn taken(level: Level) {
-        HELD.with_borrow_mut(|held| {
+        with(|held| {
             if let Some(top) = held.iter().max() {
                 assert!(*top < level, "INV-LOCK-1: {level:?} taken while holding {held:?}");
             }
@@ -60,14 +68,18 @@ mod held {
     }
 
     pub fn released(level: Level) {
-        HELD.with_borrow_mut(|held| {
+        with(|held| {
             let at = held.iter().rposition(|l| *l == level).expect("a released lock was held");
             held.remove(at);
         });
     }
 
     pub fn assert_none() {
-        HELD.with_borrow(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {held:?}"));
+        with(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {held:?}"));
+    }
+
+    fn with<T>(look: impl FnOnce(&mut Vec<Level>) -> T) -> T {
+        HELD.with(|held| look(&mut held.borrow_mut()))
     }
 }
 

@@ -1,20 +1,64 @@
 //! The one door to locks, atomics and threads.
 //!
 //! Story: every other module takes its primitives from here, so that a model checker's stand-ins can be put in
-//! one place. Holds: no other module of this crate names `std::sync` (guest memory's own atomics excepted: they
-//! live in shared mappings and are reached through `vm-memory`).
+//! one place. Holds: no other module of this crate names `std::sync` or starts, yields or parks a thread by `std` (guest
+//! memory's own atomics excepted: they live in shared mappings and are reached through `vm-memory`).
+//!
+//! | built with | what stands here | who runs it |
+//! |---|---|---|
+//! | nothing | `std` | everybody |
+//! | `RUSTFLAGS="--cfg loom"` | loom's, with sequentially consistent atomics as x86 has them (`sync/weak.rs`) | the small models, `interleave` modules |
+//! | `RUSTFLAGS="--cfg shuttle"` | shuttle's | whole operations, `tests/interleave` |
+//!
+//! `Arc` and [`OnceLock`] are `std`'s always: no protocol of ours hangs on the first, and the second is made at its
+//! first use without a switch of threads in between.
 //!
 //! Locks: [`Lock`] carries its [`Level`] and checks the order in debug builds. A poisoned lock is taken all the
 //! same: a panic is a bug that ends the run, and the guard's owner leaves nothing half done that matters after.
 
-use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+#[cfg(loom)]
+mod weak;
 
+use std::ops::{Deref, DerefMut};
+use std::sync::PoisonError;
+
+#[cfg(loom)]
+use loom::sync::{Condvar as Condition, Mutex, MutexGuard};
+#[cfg(shuttle)]
+use shuttle::sync::{Condvar as Condition, Mutex, MutexGuard};
+#[cfg(not(any(loom, shuttle)))]
+use std::sync::{Condvar as Condition, Mutex, MutexGuard};
+
+#[cfg(shuttle)]
+pub use shuttle::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
 pub use std::sync::Arc;
 pub use std::sync::OnceLock;
-pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+pub use std::sync::atomic::Ordering;
+#[cfg(not(any(loom, shuttle)))]
+pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
+#[cfg(loom)]
+pub use weak::{AtomicBool, AtomicU32, AtomicU64, fence};
 
 use crate::lock_order::{self, Level};
+
+/// Threads.
+pub mod thread {
+    #[cfg(loom)]
+    pub use loom::thread::{JoinHandle, spawn, yield_now};
+    #[cfg(shuttle)]
+    pub use shuttle::thread::{JoinHandle, spawn, yield_now};
+    #[cfg(not(any(loom, shuttle)))]
+    pub use std::thread::{JoinHandle, spawn, yield_now};
+}
+
+/// Where another thread may come in: called before words of machine memory that threads race for, which shuttle does
+/// not see. Compiles to nothing elsewhere.
+#[inline(always)]
+pub fn point() {
+    // It has no time: to sleep is to let the scheduler choose, and no hint that this thread waits for something.
+    #[cfg(shuttle)]
+    shuttle::thread::sleep(std::time::Duration::ZERO);
+}
 
 /// A mutual-exclusion lock with a place in the lock order.
 #[derive(Debug)]
@@ -26,8 +70,28 @@ pub struct Lock<T> {
 /// Proof that the [`Lock`] is held.
 #[derive(Debug)]
 pub struct Guard<'a, T> {
-    level: Level,
+    // The first to go: the place in the order, then the lock.
+    place: Place,
     inner: MutexGuard<'a, T>,
+}
+
+/// The guard's entry on this thread's stack of levels.
+#[derive(Debug)]
+struct Place(Level);
+
+impl Place {
+    #[inline]
+    fn take(level: Level) -> Place {
+        lock_order::taken(level);
+        Place(level)
+    }
+}
+
+impl Drop for Place {
+    #[inline]
+    fn drop(&mut self) {
+        lock_order::released(self.0);
+    }
 }
 
 impl<T> Lock<T> {
@@ -46,8 +110,8 @@ impl<T> Lock<T> {
     /// slot for shadow pages does.
     #[inline]
     pub fn lock_as(&self, level: Level) -> Guard<'_, T> {
-        lock_order::taken(level);
-        Guard { level, inner: self.inner.lock().unwrap_or_else(PoisonError::into_inner) }
+        let place = Place::take(level);
+        Guard { place, inner: self.inner.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 }
 
@@ -67,9 +131,70 @@ impl<T> DerefMut for Guard<'_, T> {
     }
 }
 
-impl<T> Drop for Guard<'_, T> {
-    #[inline]
-    fn drop(&mut self) {
-        lock_order::released(self.level);
+/// Where threads sleep until somebody says that what they wait for may have come.
+#[derive(Debug, Default)]
+pub struct Condvar {
+    inner: Condition,
+}
+
+impl Condvar {
+    /// One that nobody waits at.
+    pub fn new() -> Condvar {
+        Condvar::default()
+    }
+
+    /// Lets go of the lock, sleeps until notified, and takes the lock again. It may return for no reason: look again.
+    ///
+    /// # Panics
+    ///
+    /// In debug builds if the thread holds another lock of this crate (INV-LOCK-2).
+    pub fn wait<'a, T>(&self, guard: Guard<'a, T>) -> Guard<'a, T> {
+        let Guard { place, inner } = guard;
+        let level = place.0;
+        drop(place);
+        lock_order::assert_may_sleep();
+        let inner = self.inner.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        Guard { place: Place::take(level), inner }
+    }
+
+    /// Wakes one of those who sleep here.
+    pub fn notify_one(&self) {
+        self.inner.notify_one();
+    }
+
+    /// Wakes all who sleep here.
+    pub fn notify_all(&self) {
+        self.inner.notify_all();
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sleeper_lets_go_of_its_lock_and_has_it_again_after() {
+        let pair = Arc::new((Lock::new(lock_order::FRAMES, false), Condvar::new()));
+        let other = pair.clone();
+        let waker = thread::spawn(move || {
+            *other.0.lock() = true;
+            other.1.notify_all();
+        });
+        let mut said = pair.0.lock();
+        while !*said {
+            said = pair.1.wait(said);
+        }
+        drop(said);
+        lock_order::assert_may_sleep();
+        waker.join().expect("it panics nowhere");
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "INV-LOCK-2")]
+    fn waiting_with_another_lock_held_is_caught() {
+        let (outer, inner) = (Lock::new(lock_order::BUCKET, ()), Lock::new(lock_order::FRAMES, ()));
+        let _outer = outer.lock();
+        let _ = Condvar::new().wait(inner.lock());
     }
 }
