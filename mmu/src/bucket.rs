@@ -10,7 +10,7 @@
 //!                                       close: in_progress += 1, closed_at := ++sequence
 //! lock bucket(gfn)                      lock bucket(gfn), zap every link, unlock
 //!   gate closed, or closed_at > seen?   shoot down, finish
-//!     yes: retry (sleep after a while)  open: in_progress -= 1
+//!     yes: retry (sleep after a while)  open: closed_at := ++sequence, in_progress -= 1
 //!     no:  store spte, link
 //! unlock
 //! ```
@@ -107,9 +107,13 @@ impl Buckets {
         bucket.closed_at.fetch_max(now, Ordering::SeqCst);
     }
 
-    /// Ends one closing of the gate of `gfn`.
+    /// Ends one closing of the gate of `gfn`. What was found behind it is no good any more than what was found before:
+    /// the gate counts as closed until now.
     pub fn open(&self, gfn: Gfn) {
-        let before = self.bucket(gfn).in_progress.fetch_sub(1, Ordering::SeqCst);
+        let bucket = self.bucket(gfn);
+        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
+        bucket.closed_at.fetch_max(now, Ordering::SeqCst);
+        let before = bucket.in_progress.fetch_sub(1, Ordering::SeqCst);
         debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
     }
 
@@ -189,8 +193,10 @@ mod tests {
         let early = buckets.sequence();
         assert!(buckets.lock(Gfn(5)).admits(early));
         buckets.close(Gfn(5));
-        assert!(!buckets.lock(Gfn(5)).admits(buckets.sequence()), "closed: nobody");
+        let behind = buckets.sequence();
+        assert!(!buckets.lock(Gfn(5)).admits(behind), "closed: nobody");
         buckets.open(Gfn(5));
+        assert!(!buckets.lock(Gfn(5)).admits(behind), "walked while it was closed: what it found may be gone");
         assert!(!buckets.lock(Gfn(5)).admits(early), "walked before the gate closed: not any more");
         assert!(buckets.lock(Gfn(5)).admits(buckets.sequence()));
         assert!(buckets.lock(Gfn(6)).admits(early), "other gates are not concerned");
