@@ -28,6 +28,9 @@ use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Ordering};
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
 
+/// The fewest. Loom looks at every one, and a model needs no more than this.
+const BUCKETS_MIN: u32 = if cfg!(loom) { 1 } else { 64 };
+
 /// A leaf spte that maps `gfn`: where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -77,7 +80,7 @@ pub struct BucketGuard<'a> {
 impl Buckets {
     /// Buckets for a guest of `pages` pages: about one for four pages.
     pub fn new(pages: u32) -> Buckets {
-        let count = (pages / 4).next_power_of_two().clamp(64, BUCKETS_MAX);
+        let count = (pages / 4).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
             in_progress: AtomicU32::new(0),
@@ -142,12 +145,17 @@ impl Buckets {
     }
 }
 
+impl Bucket {
+    fn admits(&self, seen: Sequence) -> bool {
+        self.in_progress.load(Ordering::SeqCst) == 0 && self.closed_at.load(Ordering::SeqCst) <= seen.0
+    }
+}
+
 impl BucketGuard<'_> {
     /// True when a mapping may be made by a fill that read `seen` before its walk.
     #[inline]
     pub fn admits(&self, seen: Sequence) -> bool {
-        self.bucket.in_progress.load(Ordering::SeqCst) == 0
-            && self.bucket.closed_at.load(Ordering::SeqCst) <= seen.0
+        self.bucket.admits(seen)
     }
 
     /// Links an spte. The caller stores it present in this same critical section.
@@ -196,7 +204,10 @@ mod tests {
         let behind = buckets.sequence();
         assert!(!buckets.lock(Gfn(5)).admits(behind), "closed: nobody");
         buckets.open(Gfn(5));
-        assert!(!buckets.lock(Gfn(5)).admits(behind), "walked while it was closed: what it found may be gone");
+        assert!(
+            !buckets.lock(Gfn(5)).admits(behind),
+            "walked while it was closed: what it found may be gone"
+        );
         assert!(!buckets.lock(Gfn(5)).admits(early), "walked before the gate closed: not any more");
         assert!(buckets.lock(Gfn(5)).admits(buckets.sequence()));
         assert!(buckets.lock(Gfn(6)).admits(early), "other gates are not concerned");
@@ -227,3 +238,7 @@ mod tests {
         assert_eq!((zapped, guard.links_of(a).count(), guard.links_of(b).count()), (4, 0, 4));
     }
 }
+
+#[cfg(all(test, loom))]
+#[path = "interleave/bucket.rs"]
+mod interleave;

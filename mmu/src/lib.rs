@@ -32,6 +32,8 @@ pub mod explain;
 mod fault;
 pub mod format;
 pub mod frames;
+#[cfg(all(test, loom))]
+mod interleave;
 pub mod lock_order;
 pub mod machine;
 pub mod p2m;
