@@ -5,9 +5,12 @@
 //! | matrix | every combination of entry bits, control bits and access | all of them always |
 //! | property | random guest programs | `UMBRA_OPS=10000000 cargo test -p umbra-mmu --test model property` |
 //! | regressions | programs that once failed | |
-//! | threads | two vCPUs on two threads | |
+//! | threads | two vCPUs on two threads | `UMBRA_SECONDS=600 cargo test -p umbra-mmu --test model threads` |
+//! | interleave | the same on shuttle's threads | its header |
 #![forbid(unsafe_code)]
 
+#[cfg(shuttle)]
+mod interleave;
 mod matrix;
 mod model;
 mod program;

@@ -96,7 +96,7 @@ impl Mmu {
             }
             child.parents.push(entry);
             let link = Spte::link(self.pages.mfn(slot));
-            self.machine.word64(entry).store(link.0, Ordering::Release);
+            self.store_spte(entry, link);
         }
         Ok(())
     }
@@ -109,7 +109,7 @@ impl Mmu {
             return;
         }
         let removal = self.coherence.removal();
-        self.machine.word64(entry).store(Spte::ABSENT.0, Ordering::Release);
+        self.store_spte(entry, Spte::ABSENT);
         child.parents.retain(|parent| *parent != entry);
         removal.stamp_table();
     }
@@ -251,7 +251,7 @@ impl Mmu {
         }
         let removal = self.coherence.removal();
         for parent in std::mem::take(&mut page.parents) {
-            self.machine.word64(parent).store(Spte::ABSENT.0, Ordering::Release);
+            self.store_spte(parent, Spte::ABSENT);
         }
         let table = self.pages.mfn(slot);
         for index in 0..512 {
