@@ -38,6 +38,10 @@ impl Mmu {
         let directory_gfn = t.directory.map_or(Gfn(0), |step| step.table);
         let directory_key = directory_key(vcpu.mode, user, directory_gfn, t.gva);
         let directory = self.link_directory(vcpu, root, t, directory_key)?;
+        // The table has been evicted meanwhile, and its slot serves the directory now: there is one lock, not two.
+        if directory == table {
+            return Err(Mapped::Retry);
+        }
 
         let mut parent = self.pages.lock(directory, true);
         if parent.key != Some(directory_key) {
