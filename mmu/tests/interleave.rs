@@ -34,6 +34,8 @@ const STEPS: u32 = 6;
 const INVALIDATIONS: u32 = 4;
 /// Pages that each CPU uses of each kind: few, so that all meet at them.
 const SLOTS: u32 = 2;
+/// Frames for shadow pages in half of all lives: so few that dead ones must serve again.
+const FEW: u32 = 8;
 /// Changes of priority in a life under PCT.
 const CHANGES: usize = 4;
 
@@ -53,7 +55,7 @@ fn run_cpu(mut cpu: Cpu, id: u32, done: &AtomicU64) {
 }
 
 fn live(pae: bool, obeys: bool) {
-    let guest = Guest::new(pae);
+    let guest = Guest::new(pae, if thread_rng().r#gen() { 64 } else { FEW });
     let done = Arc::new(AtomicU64::new(0));
     let cpus: Vec<_> = [0, 1]
         .map(|id| {

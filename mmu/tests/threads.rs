@@ -23,7 +23,7 @@ impl Drop for StopAll {
 
 fn run(pae: bool) {
     let seconds = std::env::var("UMBRA_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2.0);
-    let guest = Guest::new(pae);
+    let guest = Guest::new(pae, 64);
     let end = Instant::now() + Duration::from_secs_f64(seconds);
     let is_over = || guest.kernel.stop.load(Ordering::SeqCst);
     let (mut steps, mut rounds) = ([0; 2], 0);

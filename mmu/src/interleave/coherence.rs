@@ -11,6 +11,8 @@
 //! mode := outside                         yes: the frame is somebody else's
 //! ```
 //!
+//! The same with two vCPUs that shoot each other down.
+//!
 //! Twins: the mode is looked at before the request (it may enter in between, on an older request); the request is
 //! looked at before the mode is stored; the mode's store drains no store buffer.
 //!
@@ -170,6 +172,35 @@ fn nothing_is_used_after_the_ledger_said_so() {
 #[should_panic(expected = "the frame is")]
 fn twin_a_mode_looked_at_before_the_request() {
     explore(None, || ask_while_another_shoots(covers_mode_first));
+}
+
+/// Of two vCPUs each takes a page away that the other has in its TLB, from outside the guest, and then enters.
+fn shoot_each_other() {
+    let world = Arc::new((Coherence::new(2, Box::new(NoVcpus)), [Frame::default(), Frame::default()]));
+    let run = |own: u32| {
+        let world = world.clone();
+        move || {
+            let (ledger, frames) = &*world;
+            ledger.removal().stamp_leaf(Mfn(own));
+            ledger.shoot_down(Some(own));
+            frames[own as usize].hand_on();
+            if ledger.enter_guest(own) {
+                let epoch = ledger.begin_flush();
+                ledger.end_flush(own, epoch);
+            } else {
+                frames[1 - own as usize].touch();
+            }
+            ledger.leave_guest(own);
+        }
+    };
+    let other = thread::spawn(run(1));
+    run(0)();
+    other.join().unwrap();
+}
+
+#[test]
+fn two_that_shoot_each_other_down_both_come_through() {
+    explore(4, shoot_each_other);
 }
 
 fn owes(ledger: &Coherence) -> bool {

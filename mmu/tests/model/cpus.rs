@@ -31,8 +31,14 @@ const SHARED: u32 = 0x0040_0000;
 const PRIVATE: u32 = 0x0080_0000;
 const SHARED_TABLE: u32 = 4;
 const LOW_TABLE: u32 = 5;
+/// Each CPU's two.
+const PRIVATE_TABLES: [[u32; 2]; 2] = [[6, 13], [7, 14]];
 const FIRST_DATA: u32 = 16;
 const LOW_PAGES: u32 = FIRST_DATA + 2 * 2 * POOL;
+/// CR3 loads after which an unsync table that nobody wrote to is tracked again.
+const CLEAN_MAX: u32 = 16;
+const RESERVED: u32 = 2;
+const ROOTS: u32 = 8;
 const DEAD: u64 = 0xdead_dead;
 /// P, W, U, A, D.
 const ALL: u64 = 0x67;
@@ -79,6 +85,8 @@ pub struct Cpu {
     pub slots: u32,
     running: Option<bool>,
     rng: TestRng,
+    /// Where the entries of its private pages are.
+    table: u32,
     /// Frame of each page: shared ones of this CPU's, then private ones.
     frames: [u32; 2 * SLOTS as usize],
     versions: [u64; 2 * SLOTS as usize],
@@ -88,14 +96,15 @@ pub struct Cpu {
 }
 
 impl Guest {
-    /// A guest that has not run yet, its tables laid.
-    pub fn new(pae: bool) -> Guest {
-        let machine = Arc::new(MmapRegion::new(400 * 4096).expect("memory"));
+    /// A guest that has not run yet, its tables laid and all its memory touched, with so many frames for shadow pages.
+    pub fn new(pae: bool, shadow_frames: u32) -> Guest {
+        let frames = RESERVED + LOW_PAGES + 2 * ROOTS + shadow_frames;
+        let machine = Arc::new(MmapRegion::new(frames as usize * 4096).expect("memory"));
         let config = Config {
             guest_pages: 64,
-            reserved_frames: 2,
+            reserved_frames: RESERVED,
             shadow_pages_max: 64,
-            roots_max: 8,
+            roots_max: ROOTS,
             firmware_entry: 0,
             vcpus: 2,
         };
@@ -103,6 +112,7 @@ impl Guest {
         let shootdown = Box::new(Kick { flags: kicks.clone() });
         let mmu = Arc::new(Mmu::new(Machine::new(machine.clone()), config, shootdown));
         lay_tables(&mmu, pae);
+        build_roots(&mmu, pae);
         Guest { pae, mmu, machine, kernel: Arc::default(), kicks }
     }
 
@@ -117,6 +127,7 @@ impl Guest {
             slots: SLOTS,
             running: None,
             rng,
+            table: PRIVATE_TABLES[id as usize][0],
             frames: std::array::from_fn(|n| pool(id, n as u32 >= SLOTS) + n as u32 % SLOTS),
             versions: [0; 2 * SLOTS as usize],
             floor: [0; 2 * SLOTS as usize],
@@ -156,17 +167,9 @@ fn pool(cpu: u32, private: bool) -> u32 {
 }
 
 impl Cpu {
-    fn mode(&self) -> Mode {
-        Mode { paging: true, pae: self.guest.pae, write_protect: true, ..Mode::default() }
-    }
-
-    fn cr3_of(&self, cpu: u32) -> u32 {
-        if self.guest.pae { 0x8000 + 0x20 * cpu } else { 0x1000 * (cpu + 1) }
-    }
-
     pub fn load_cr3(&mut self, cpu: u32) {
         self.leave();
-        let (mode, cr3) = (self.mode(), self.cr3_of(cpu));
+        let (mode, cr3) = (mode(self.guest.pae, true), cr3_of(self.guest.pae, cpu));
         self.guest.mmu.set_paging(&mut self.vcpu, mode, cr3, Flush::Yes).expect("good PDPTEs");
     }
 
@@ -218,6 +221,8 @@ impl Cpu {
                     self.guest.mmu.store(&LocalStack::new(), gpa, Width::B8, value).expect("memory");
                     return 0;
                 }
+                // The other has them, and will be done.
+                Outcome::Need(_) => thread::yield_now(),
                 outcome => panic!("cpu {} at {va:#x}, store {store:x?}: {outcome:?}", self.id),
             }
         }
@@ -235,7 +240,7 @@ impl Cpu {
             (SHARED + (index << 12), SHARED_TABLE, index)
         } else {
             let index = slot - SLOTS;
-            (PRIVATE + (index << 12), 6 + self.id, index)
+            (PRIVATE + (index << 12), self.table, index)
         }
     }
 
@@ -350,8 +355,10 @@ impl Cpu {
             10..25 => self.remap(SLOTS + slot),
             25..45 => self.check_own(SLOTS + slot, user),
             45..55 => self.check_own(slot, user),
-            55..80 => self.check_other(slot, user),
-            80..82 => self.load_cr3(self.id),
+            55..75 => self.check_other(slot, user),
+            75..78 => self.move_table(),
+            78..79 => self.settle(),
+            79..82 => self.load_cr3(self.id),
             82..84 => {
                 // The other's address space; the shared pages are there too.
                 self.load_cr3(1 - self.id);
@@ -364,11 +371,47 @@ impl Cpu {
                 self.leave();
                 self.guest.mmu.evict_shadow(self.rng.random_range(1..8));
             }
-            96..98 => {
+            96..97 => {
                 self.leave();
                 self.guest.mmu.explain(&self.vcpu, Gva(self.place(slot).0));
             }
+            97..99 => {
+                // Any frame's sptes may go at any time.
+                let gfn = Gfn(self.rng.random_range(0..LOW_PAGES));
+                self.guest.mmu.zap_frame(gfn);
+            }
             _ => self.leave(),
+        }
+    }
+
+    /// Moves this CPU's private pages below another table, and forgets the old one.
+    fn move_table(&mut self) {
+        let (old, new) = (self.table, PRIVATE_TABLES[self.id as usize][usize::from(!self.moved())]);
+        let words = if self.guest.pae { SLOTS } else { SLOTS / 2 };
+        for word in 0..words {
+            let entries = self.low(old, 8 * word, None);
+            self.low(new, 8 * word, Some(entries));
+        }
+        let (directory, index) =
+            if self.guest.pae { (10 + self.id, PRIVATE >> 21) } else { (1 + self.id, PRIVATE >> 22) };
+        self.write_entry(directory, index, new);
+        self.table = new;
+        for slot in 0..SLOTS {
+            self.invalidate(PRIVATE + (slot << 12));
+        }
+        for word in 0..words {
+            self.low(old, 8 * word, Some(0));
+        }
+    }
+
+    fn moved(&self) -> bool {
+        self.table != PRIVATE_TABLES[self.id as usize][0]
+    }
+
+    /// Loads CR3 until every unsync table that nobody writes to is tracked again.
+    fn settle(&mut self) {
+        for _ in 0..=CLEAN_MAX {
+            self.load_cr3(self.id);
         }
     }
 
@@ -385,6 +428,27 @@ fn put(mmu: &Mmu, pae: bool, table: u32, index: u32, value: u64) {
     let width = if pae { Width::B8 } else { Width::B4 };
     let at = Gpa((u64::from(table) << 12) + u64::from(index * size));
     mmu.store(&LocalStack::new(), at, width, value).expect("memory");
+}
+
+fn mode(pae: bool, write_protect: bool) -> Mode {
+    Mode { paging: true, pae, write_protect, ..Mode::default() }
+}
+
+fn cr3_of(pae: bool, cpu: u32) -> u32 {
+    if pae { 0x8000 + 0x20 * cpu } else { 0x1000 * (cpu + 1) }
+}
+
+/// Makes all the roots there will be, while there are frames.
+fn build_roots(mmu: &Mmu, pae: bool) {
+    let mut vcpu = mmu.vcpu(0);
+    for (cpu, write_protect) in [(0, false), (0, true), (1, false), (1, true)] {
+        let mode = mode(pae, write_protect);
+        mmu.set_paging(&mut vcpu, mode, cr3_of(pae, cpu), Flush::Yes).expect("good PDPTEs");
+        for user in [false, true] {
+            mmu.root_address(&vcpu, user).expect("frames for all roots");
+        }
+    }
+    mmu.set_paging(&mut vcpu, Mode::default(), 0, Flush::Yes).expect("no PDPTEs are loaded");
 }
 
 fn lay_tables(mmu: &Mmu, pae: bool) {
@@ -414,5 +478,6 @@ fn lay_tables(mmu: &Mmu, pae: bool) {
     }
     for frame in 0..LOW_PAGES {
         put(mmu, pae, LOW_TABLE, frame, to(frame));
+        mmu.load(&LocalStack::new(), Gpa(u64::from(frame) << 12), Width::B8).expect("memory");
     }
 }
