@@ -30,8 +30,8 @@ use umbra_mmu::sync::{AtomicU64, Ordering, thread};
 use crate::model::cpus::{Cpu, Guest, rng};
 
 /// Steps of each CPU, and invalidations.
-const STEPS: u32 = 6;
-const INVALIDATIONS: u32 = 4;
+const STEPS: u32 = 16;
+const INVALIDATIONS: u32 = 8;
 /// Pages that each CPU uses of each kind: few, so that all meet at them.
 const SLOTS: u32 = 2;
 /// Frames for shadow pages in half of all lives: so few that dead ones must serve again.

@@ -91,12 +91,12 @@ fn a_waiter_hears_the_opening() {
 
 #[test]
 fn two_waiters_hear_it() {
-    explore(None, || wait_and_open(RIGHT, 2, 1));
+    explore(5, || wait_and_open(RIGHT, 2, 1));
 }
 
 #[test]
 fn a_waiter_hears_the_last_of_two_openings() {
-    explore(None, || wait_and_open(RIGHT, 1, 2));
+    explore(5, || wait_and_open(RIGHT, 1, 2));
 }
 
 #[test]

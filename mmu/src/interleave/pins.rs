@@ -102,7 +102,7 @@ fn a_mapped_frame_is_not_moved() {
 
 #[test]
 fn a_mapped_frame_is_not_moved_by_either_of_two() {
-    explore(None, || map_against_movers(RIGHT, 2));
+    explore(5, || map_against_movers(RIGHT, 2));
 }
 
 #[test]

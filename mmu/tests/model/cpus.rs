@@ -3,7 +3,7 @@
 //!
 //! Each CPU has pages that both address spaces show, and private ones. It remaps them among frames of its own, poisons
 //! the frame that a page has left, and checks:
-//! - alone with its page it sees its own remapping after INVLPG, whatever the others do;
+//! - alone with its page it sees its own remapping after INVLPG, or a CR3 load, whatever the others do;
 //! - after a TLB shootdown between the guest's CPUs nobody reads or writes the old page any more;
 //! - while a gate is closed and the vCPUs have been shot down, the frame does not change ([`Guest::invalidate`]).
 
@@ -39,6 +39,8 @@ const LOW_PAGES: u32 = FIRST_DATA + 2 * 2 * POOL;
 const CLEAN_MAX: u32 = 16;
 const RESERVED: u32 = 2;
 const ROOTS: u32 = 8;
+/// Where in every frame its name is.
+const NAME: u32 = 0xff8;
 const DEAD: u64 = 0xdead_dead;
 /// P, W, U, A, D.
 const ALL: u64 = 0x67;
@@ -292,9 +294,14 @@ impl Cpu {
         u64::from(self.place(slot).0) << 32 | self.versions[slot as usize]
     }
 
+    /// Forgets the translation of `va`, in one way or the other.
     fn invalidate(&mut self, va: u32) {
         self.leave();
-        self.guest.mmu.invalidate_page(&self.vcpu, Gva(va));
+        if self.rng.random() {
+            self.guest.mmu.invalidate_page(&self.vcpu, Gva(va));
+        } else {
+            self.load_cr3(self.id);
+        }
     }
 
     /// The guest's IPI: waits, halted, until the other CPU has done its INVLPG.
@@ -353,9 +360,10 @@ impl Cpu {
         match self.rng.random_range(0..100) {
             0..10 => self.remap(slot),
             10..25 => self.remap(SLOTS + slot),
-            25..45 => self.check_own(SLOTS + slot, user),
-            45..55 => self.check_own(slot, user),
-            55..75 => self.check_other(slot, user),
+            25..35 => self.check_own(SLOTS + slot, user),
+            35..45 => self.check_own(slot, user),
+            45..60 => self.check_other(slot, user),
+            60..75 => self.look_around(),
             75..78 => self.move_table(),
             78..79 => self.settle(),
             79..82 => self.load_cr3(self.id),
@@ -381,6 +389,15 @@ impl Cpu {
                 self.guest.mmu.zap_frame(gfn);
             }
             _ => self.leave(),
+        }
+    }
+
+    /// Stays in the guest for some pages of memory, which are where they were, whatever shadow pages come and go.
+    fn look_around(&mut self) {
+        for _ in 0..4 {
+            let frame = self.rng.random_range(0..LOW_PAGES);
+            let got = self.low(frame, NAME, None);
+            assert_eq!(got, name(frame), "cpu {} reads frame {frame:#x}, and it is another", self.id);
         }
     }
 
@@ -428,6 +445,11 @@ fn put(mmu: &Mmu, pae: bool, table: u32, index: u32, value: u64) {
     let width = if pae { Width::B8 } else { Width::B4 };
     let at = Gpa((u64::from(table) << 12) + u64::from(index * size));
     mmu.store(&LocalStack::new(), at, width, value).expect("memory");
+}
+
+/// A frame's name for itself: no entry that is present, in either format.
+fn name(frame: u32) -> u64 {
+    u64::from(frame) << 33
 }
 
 fn mode(pae: bool, write_protect: bool) -> Mode {
@@ -478,6 +500,7 @@ fn lay_tables(mmu: &Mmu, pae: bool) {
     }
     for frame in 0..LOW_PAGES {
         put(mmu, pae, LOW_TABLE, frame, to(frame));
-        mmu.load(&LocalStack::new(), Gpa(u64::from(frame) << 12), Width::B8).expect("memory");
+        let at = Gpa((u64::from(frame) << 12) + u64::from(NAME));
+        mmu.store(&LocalStack::new(), at, Width::B8, name(frame)).expect("memory");
     }
 }
