@@ -99,7 +99,7 @@ fn explore(pae: bool) {
     if let Some(replay) = replay() {
         return run(replay, pae, true);
     }
-    let lives = number("UMBRA_LIVES").unwrap_or(2000);
+    let lives = number("UMBRA_LIVES").unwrap_or(1000);
     run(RandomScheduler::new(lives), pae, true);
     run(PctScheduler::new(CHANGES, lives), pae, true);
 }
