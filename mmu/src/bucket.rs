@@ -7,10 +7,10 @@
 //! vCPU (fill)                           invalidation of gfn
 //! seen := sequence
 //! walk the guest's tables
-//!                                       close: in_progress += 1, closed_at := ++sequence
+//!                                       close: in_progress += 1
 //! lock bucket(gfn)                      lock bucket(gfn), zap every link, unlock
 //!   gate closed, or closed_at > seen?   shoot down, finish
-//!     yes: retry (sleep after a while)  open: in_progress -= 1
+//!     yes: retry (sleep after a while)  open: closed_at := ++sequence, in_progress -= 1
 //!     no:  store spte, link
 //! unlock
 //! ```
@@ -30,6 +30,9 @@ use crate::sync::{AtomicU32, AtomicU64, Condvar, Guard, Lock, Ordering};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
+
+/// The fewest. Loom looks at every one, and a model needs no more than this.
+const BUCKETS_MIN: u32 = if cfg!(loom) { 1 } else { 64 };
 
 /// A leaf spte that maps `gfn`: where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +89,7 @@ pub struct BucketGuard<'a> {
 impl Buckets {
     /// Buckets for a guest of `pages` pages: about one for four pages.
     pub fn new(pages: u32) -> Buckets {
-        let count = (pages / 4).next_power_of_two().clamp(64, BUCKETS_MAX);
+        let count = (pages / 4).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
             in_progress: AtomicU32::new(0),
@@ -123,25 +126,24 @@ impl Buckets {
 
     /// Closes the gates of `gfns`, each as often as it comes.
     pub fn close_all(&self, gfns: &[Gfn]) {
-        // Closed first, numbered after: a fill that reads the number has its gate closed, or ran before.
         for gfn in gfns {
             self.bucket(*gfn).in_progress.fetch_add(1, Ordering::SeqCst);
         }
-        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
-        for gfn in gfns {
-            self.bucket(*gfn).closed_at.fetch_max(now, Ordering::SeqCst);
-        }
     }
 
-    /// Ends one closing of the gate of `gfn`.
+    /// Ends one closing of the gate of `gfn`. What was found behind it is no good any more than what was found before:
+    /// the gate counts as closed until now.
     pub fn open(&self, gfn: Gfn) {
         self.open_all(&[gfn]);
     }
 
     /// Ends one closing of each, and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
+        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
         for gfn in gfns {
-            let before = self.bucket(*gfn).in_progress.fetch_sub(1, Ordering::SeqCst);
+            let bucket = self.bucket(*gfn);
+            bucket.closed_at.fetch_max(now, Ordering::SeqCst);
+            let before = bucket.in_progress.fetch_sub(1, Ordering::SeqCst);
             debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
         }
         // Opened, then looked for sleepers; they are counted, then look at the gate.
@@ -204,12 +206,17 @@ impl Buckets {
     }
 }
 
+impl Bucket {
+    fn admits(&self, seen: Sequence) -> bool {
+        self.in_progress.load(Ordering::SeqCst) == 0 && self.closed_at.load(Ordering::SeqCst) <= seen.0
+    }
+}
+
 impl BucketGuard<'_> {
     /// True when a mapping may be made by a fill that read `seen` before its walk.
     #[inline]
     pub fn admits(&self, seen: Sequence) -> bool {
-        self.bucket.in_progress.load(Ordering::SeqCst) == 0
-            && self.bucket.closed_at.load(Ordering::SeqCst) <= seen.0
+        self.bucket.admits(seen)
     }
 
     /// True while an invalidation is under way.
@@ -260,8 +267,13 @@ mod tests {
         let early = buckets.sequence();
         assert!(buckets.lock(Gfn(5)).admits(early));
         buckets.close(Gfn(5));
-        assert!(!buckets.lock(Gfn(5)).admits(buckets.sequence()), "closed: nobody");
+        let behind = buckets.sequence();
+        assert!(!buckets.lock(Gfn(5)).admits(behind), "closed: nobody");
         buckets.open(Gfn(5));
+        assert!(
+            !buckets.lock(Gfn(5)).admits(behind),
+            "walked while it was closed: what it found may be gone"
+        );
         assert!(!buckets.lock(Gfn(5)).admits(early), "walked before the gate closed: not any more");
         assert!(buckets.lock(Gfn(5)).admits(buckets.sequence()));
         assert!(buckets.lock(Gfn(6)).admits(early), "other gates are not concerned");
@@ -292,3 +304,7 @@ mod tests {
         assert_eq!((zapped, guard.links_of(a).count(), guard.links_of(b).count()), (4, 0, 4));
     }
 }
+
+#[cfg(all(test, loom))]
+#[path = "interleave/bucket.rs"]
+mod interleave;

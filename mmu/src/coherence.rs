@@ -393,3 +393,7 @@ mod tests {
         assert_eq!(ledger.take_removals(), Removals::default());
     }
 }
+
+#[cfg(all(test, loom))]
+#[path = "interleave/coherence.rs"]
+mod interleave;

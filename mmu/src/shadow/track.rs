@@ -107,7 +107,7 @@ impl Mmu {
         }
         if flags & (SHADOWED | UNSYNC) == SHADOWED {
             self.frames.change_flags(mfn, 0, UNSYNC);
-            self.unsync.lock().push(Unsync { gfn, clean: 0 });
+            self.list_unsync(gfn);
             vcpu.count(|s| s.unsynced += 1);
             vcpu.events.borrow_mut().record(gva, Event::Unsynced);
         }
@@ -295,6 +295,16 @@ impl Mmu {
         let _bucket = self.buckets.lock(gfn);
         if !self.is_unsync(gfn) {
             self.forget_unsync(gfn);
+        }
+    }
+
+    /// Puts a table on the list. It may still be there: another vCPU has begun to track it again, and will find it unsync.
+    /// Caller holds bucket(gfn) and has set its flag.
+    fn list_unsync(&self, gfn: Gfn) {
+        let mut list = self.unsync.lock();
+        match list.iter_mut().find(|u| u.gfn == gfn) {
+            Some(listed) => listed.clean = 0,
+            None => list.push(Unsync { gfn, clean: 0 }),
         }
     }
 
