@@ -48,7 +48,7 @@ static enum fault_result fix_absent(struct leaf *leaf, const struct region *regi
     bool anonymous = page - region->start >= region->image_bytes;
     if (anonymous && !write && !(region->flags & REGION_EXEC)) {
         frame_get(zero_frame);
-        upt_set(leaf, pte_make(zero_frame, region_bits(region)));
+        upt_enter(leaf, pte_make(zero_frame, region_bits(region)));
         return FAULT_FIXED;
     }
     u32 frame = frame_alloc(ZONE_HIGH);
@@ -56,7 +56,7 @@ static enum fault_result fix_absent(struct leaf *leaf, const struct region *regi
         return FAULT_OUT_OF_MEMORY;
     fill_page(frame, region, page);
     pte_t entry = pte_make(frame, region_bits(region));
-    upt_set(leaf, write ? writable(entry) : entry);
+    upt_enter(leaf, write ? writable(entry) : entry);
     return FAULT_FIXED;
 }
 
@@ -67,7 +67,7 @@ static enum fault_result fix_write(struct leaf *leaf, u32 page)
     pte_t entry = upt_get(leaf);
     u32 shared = pte_frame(entry);
     if ((entry & PTE_W) || (shared != zero_frame && frame_of(shared)->refs == 1)) {
-        upt_set(leaf, writable(entry));
+        upt_change(leaf, writable(entry));
         return FAULT_FIXED;
     }
     u32 own = frame_alloc(ZONE_HIGH);
@@ -82,7 +82,7 @@ static enum fault_result fix_write(struct leaf *leaf, u32 page)
         kunmap_local(from);
     }
     kunmap_local(to);
-    upt_set(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
+    upt_change(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
     invlpg(page);
     frame_put(shared);
     return FAULT_FIXED;

@@ -33,11 +33,12 @@ bool space_create(struct space *space)
 
 /* Job 1: regions. */
 
+/* From the newest on: its pages are those that are still to come. */
 struct region *space_find(struct space *space, u32 va)
 {
-    for (u32 i = 0; i < space->region_count; i++)
-        if (va >= space->regions[i].start && va < space->regions[i].end)
-            return &space->regions[i];
+    for (struct region *region = space->regions + space->region_count; region-- > space->regions;)
+        if (va >= region->start && va < region->end)
+            return region;
     return NULL;
 }
 
@@ -150,7 +151,7 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
         pte_t entry = upt_get(&leaf);
         if (!entry)
             continue;
-        upt_set(&leaf, 0);
+        upt_clear(&leaf);
         zap_add(zap, va, pte_frame(entry));
     }
     bool empty = upt_count(&leaf) == 0;
@@ -163,31 +164,31 @@ static u32 table_end(u32 va, u32 end) { return min_u32(ALIGN_DOWN(va, table_reac
 
 static void zap_range(struct space *space, u32 start, u32 end)
 {
-    struct zap zap = {.space = space};
+    /* The arrays hold nothing until zap_add fills them. */
+    struct zap zap;
+    zap.space = space;
+    zap.count = 0;
     for (u32 va = start; va < end; va = table_end(va, end))
         zap_table(&zap, va, table_end(va, end));
     zap_finish(&zap);
 }
 
-/* Whether cutting [start, end) out leaves more regions than there is room for: only a cut from the middle adds one. */
-static bool cut_fits(const struct space *space, u32 start, u32 end)
-{
-    for (u32 i = 0; i < space->region_count; i++)
-        if (space->regions[i].start < start && space->regions[i].end > end)
-            return space->region_count < REGIONS_MAX;
-    return true;
-}
-
+/* Only a cut from the middle adds a region; the range then meets no other, so a refusal comes before any change. */
 bool space_unmap(struct space *space, u32 start, u32 end)
 {
-    if (start >= end || end > USER_END || !cut_fits(space, start, end))
+    if (start >= end || end > USER_END)
         return false;
     for (u32 i = space->region_count; i-- > 0;) {
         struct region *region = &space->regions[i];
-        if (start >= region->end || end <= region->start)
+        u32 region_start = region->start, region_end = region->end;
+        if (start >= region_end || end <= region_start)
             continue;
-        zap_range(space, max_u32(start, region->start), min_u32(end, region->end));
+        if (region_start < start && region_end > end && space->region_count == REGIONS_MAX)
+            return false;
+        zap_range(space, max_u32(start, region_start), min_u32(end, region_end));
         region_cut(space, i, start, end);
+        if (region_start <= start && region_end >= end)
+            break;
     }
     return true;
 }
@@ -243,9 +244,9 @@ static bool fork_table(struct space *parent, struct space *child, u32 start, u32
                 continue;
             left--;
             if (entry & PTE_W)
-                upt_set(&from, entry &= ~(pte_t)PTE_W);
+                upt_change(&from, entry &= ~(pte_t)PTE_W);
             frame_get(pte_frame(entry));
-            upt_set(&to, entry);
+            upt_enter(&to, entry);
         }
         upt_close(&to);
     }

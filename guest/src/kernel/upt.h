@@ -4,6 +4,7 @@
 #ifndef UPT_H
 #define UPT_H
 
+#include "frames.h"
 #include "paging.h"
 
 /* The tables of one address space. CR3 points at `pdpt` in PAE and at frame `root` in the legacy format. */
@@ -11,6 +12,8 @@ struct upt {
     u64 pdpt[4] __attribute__((aligned(32)));
     u32 root;
     u32 cr3;
+    /* The table that was found last, and an address that it covers; FRAME_NONE for none. */
+    u32 recent, recent_va;
 };
 
 /* An open page table: entry `index` is that of the address it was opened for. */
@@ -29,11 +32,26 @@ void upt_destroy(struct upt *upt);
 bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf);
 void upt_close(struct leaf *leaf);
 
-pte_t upt_get(const struct leaf *leaf);
-/* Keeps count of the entries in use. Flushes nothing. */
-void upt_set(struct leaf *leaf, pte_t entry);
+static inline pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->table, leaf->index); }
+
 /* Entries in use in this table. */
-u32 upt_count(const struct leaf *leaf);
+static inline u32 upt_count(const struct leaf *leaf) { return frame_of(leaf->frame)->link; }
+
+/* For an entry that is not in use, for one that is and stays so, and for one that is no longer to be. They keep count, and
+ * flush nothing. */
+static inline void upt_enter(struct leaf *leaf, pte_t entry)
+{
+    frame_of(leaf->frame)->link++;
+    table_enter(paging.pae, leaf->table, leaf->index, entry);
+}
+
+static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->table, leaf->index, entry); }
+
+static inline void upt_clear(struct leaf *leaf)
+{
+    frame_of(leaf->frame)->link--;
+    table_clear(paging.pae, leaf->table, leaf->index);
+}
 
 /* Takes an empty table out of its directory. Returns its frame, to be put after the flush; FRAME_NONE if there was none. */
 u32 upt_unlink(struct upt *upt, u32 va);
