@@ -10,6 +10,7 @@ use umbra_mmu::Gva;
 use super::CodeBus;
 use super::run::{FULL, Next, QUICK, Run, width};
 use super::translate::Op;
+use crate::cpu::eflags::DF;
 use crate::interp::Width;
 use crate::interp::alu::{self, Outcome};
 use crate::interp::arith::{product, product_flags};
@@ -386,6 +387,110 @@ pub fn cdq<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
 #[inline(always)]
 pub fn cwde<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     run.core.cpu.gpr[EAX] = Width::B2.extend(run.core.cpu.gpr[EAX] & 0xffff);
+    Next::On
+}
+
+/// PUSHAD.
+#[inline(always)]
+pub fn push_all<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    if M == FULL {
+        get!(run, run.core.push_all(Width::B4).map_err(Some));
+        return run.stored::<M>();
+    }
+    let values = run.core.cpu.gpr;
+    get!(run, run.push_all::<M>(&values));
+    Next::On
+}
+
+/// POPAD; ESP's slot is skipped.
+#[inline(always)]
+pub fn pop_all<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    if M == FULL {
+        get!(run, run.core.pop_all(Width::B4).map_err(Some));
+        return Next::On;
+    }
+    let values = get!(run, run.pop_all::<M>());
+    let pointer = run.core.cpu.gpr[ESP];
+    run.core.cpu.gpr = values;
+    run.core.cpu.gpr[ESP] = pointer;
+    Next::On
+}
+
+/// PUSH of a segment register; zero-extended.
+#[inline(always)]
+pub fn push_segment<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let selector = run.core.cpu.segment(ALL_SEGMENTS[usize::from(op.dst)]).selector;
+    get!(run, run.push::<M>(selector.into()));
+    run.stored::<M>()
+}
+
+/// POP to a segment register, any but CS and SS. It reads a descriptor, and may set its A bit.
+#[inline(always)]
+pub fn pop_segment<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.tell(op);
+    get!(run, run.core.pop_segment(ALL_SEGMENTS[usize::from(op.dst)], Width::B4).map_err(Some));
+    run.look_at_segments();
+    run.stored::<FULL>()
+}
+
+/// MOV from a register to a segment register, likewise.
+#[inline(always)]
+pub fn load_segment<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.tell(op);
+    let (seg, selector) = (ALL_SEGMENTS[usize::from(op.dst)], run.get::<2>(op.src) as u16);
+    get!(run, run.core.load_segment_register(seg, selector).map_err(Some));
+    run.look_at_segments();
+    run.stored::<FULL>()
+}
+
+/// MOV from CR2.
+#[inline(always)]
+pub fn fault_address<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.core.require_supervisor().map_err(Some));
+    let value = run.core.cpu.cr2;
+    run.set::<4>(op.dst, value);
+    Next::On
+}
+
+/// CLD and STD.
+#[inline(always)]
+pub fn set_direction<const D: u32, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.eflags = run.core.cpu.eflags & !DF | D;
+    Next::On
+}
+
+/// SHLD and SHRD of registers, by an immediate.
+#[inline(always)]
+pub fn shift_double<const L: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let (a, b, flags) = (run.get::<4>(op.dst), run.get::<4>(op.src), run.flags());
+    let shift = if L { alu::shld } else { alu::shrd };
+    let outcome = shift(a, b, op.imm & 0xff, flags, Width::B4);
+    run.set::<4>(op.dst, outcome.value);
+    run.core.cpu.eflags = outcome.flags;
+    Next::On
+}
+
+/// MUL and IMUL of EAX, into EDX:EAX.
+#[inline(always)]
+pub fn multiply_wide<const S: bool, const R: bool, const M: u8, B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+) -> Next {
+    let source = if R { run.get::<4>(op.dst) } else { get!(run, run.load::<4, M>(op)) };
+    let (product, fits) = product(run.core.cpu.gpr[EAX], source, Width::B4, S);
+    run.core.cpu.gpr[EAX] = product as u32;
+    run.core.cpu.gpr[EDX] = (product >> 32) as u32;
+    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    Next::On
+}
+
+/// IMUL by an immediate.
+#[inline(always)]
+pub fn multiply_by<const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
+    let (product, fits) = product(source, op.imm, Width::B4, true);
+    run.set::<4>(op.dst, product as u32);
+    run.core.cpu.eflags = product_flags(run.flags(), fits);
     Next::On
 }
 

@@ -4,8 +4,8 @@
 //! hand, where segments are flat: such a handler calls nothing, and where it cannot have its way it has done nothing
 //! ([`Next::Full`]). [`FULL`] is as [`super::step`] does it.
 //!
-//! Holds: whether segments are flat is found out once ([`Run::new`]): nothing in a stretch changes them. An access that
-//! fails has changed nothing.
+//! Holds: whether segments are flat is found out at the start and when one has been loaded ([`Run::look_at_segments`]): nothing
+//! else in a stretch changes them. An access that fails has changed nothing.
 
 use umbra_mmu::{Access, Gva, Mfn};
 
@@ -84,23 +84,31 @@ impl<'a, B: CodeBus> Run<'a, B> {
     /// The stretch begins in the state of `core`.
     pub fn new(core: Core<'a, B>) -> Run<'a, B> {
         let cpu = &*core.cpu;
-        // Real mode checks limits alone, and has none like these.
-        let flat = cpu.protected()
-            && QUICK_SEGMENTS.iter().all(|seg| is_flat(cpu.segment(*seg)))
-            && cpu.segment(Seg::Ss).big();
-        Run {
+        let mut run = Run {
             start: cpu.eip,
             user: cpu.cpl == 3,
             wide: cpu.segment(Seg::Cs).big(),
             last: 0,
             steps: 0,
-            flat,
+            flat: false,
             tag: 0,
             frame: Mfn(0),
             generation: 0,
             left: None,
             core,
-        }
+        };
+        run.look_at_segments();
+        run
+    }
+
+    /// DS, ES or SS may have changed.
+    #[inline]
+    pub fn look_at_segments(&mut self) {
+        let cpu = &*self.core.cpu;
+        // Real mode checks limits alone, and has none like these.
+        self.flat = cpu.protected()
+            && QUICK_SEGMENTS.iter().all(|seg| is_flat(cpu.segment(*seg)))
+            && cpu.segment(Seg::Ss).big();
     }
 
     /// A block begins, after `steps` of the run.
@@ -221,6 +229,35 @@ impl<'a, B: CodeBus> Run<'a, B> {
         let value = self.quick_read::<4>(Gva(pointer), Access::read(self.user))?;
         self.core.cpu.gpr[ESP] = pointer.wrapping_add(4);
         Ok(value)
+    }
+
+    /// Pushes `values`, the first one first. The quick way is for those that lie in one page: all can be written, or none.
+    #[inline(always)]
+    pub fn push_all<const M: u8>(&mut self, values: &[u32; 8]) -> Reach {
+        let pointer = self.core.cpu.gpr[ESP].wrapping_sub(32);
+        if M == FULL || Gva(pointer).offset() > 4096 - 32 {
+            return Err(None);
+        }
+        for (value, n) in values.iter().rev().zip(0..) {
+            self.quick_write::<4>(Gva(pointer + n * 4), *value)?;
+        }
+        self.core.cpu.gpr[ESP] = pointer;
+        Ok(())
+    }
+
+    /// Pops as many, the top of the stack last.
+    #[inline(always)]
+    pub fn pop_all<const M: u8>(&mut self) -> Reach<[u32; 8]> {
+        let pointer = self.core.cpu.gpr[ESP];
+        if M == FULL || Gva(pointer).offset() > 4096 - 32 {
+            return Err(None);
+        }
+        let mut values = [0; 8];
+        for (value, n) in values.iter_mut().rev().zip(0..) {
+            *value = self.quick_read::<4>(Gva(pointer + n * 4), Access::read(self.user))?;
+        }
+        self.core.cpu.gpr[ESP] = pointer.wrapping_add(32);
+        Ok(values)
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@ use super::CodeBus;
 use super::ops::*;
 use super::run::{FULL, NEAR, Next, QUICK, Run};
 use super::translate::Op;
+use crate::cpu::eflags::DF;
 
 /// Which operands an instruction has, destination first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +126,19 @@ const CMOV: u16 = SET + 32;
 const ALU: u16 = CMOV + 32;
 const UNARY: u16 = ALU + 9 * 15;
 const SHIFT: u16 = UNARY + 4 * 6;
+const MORE: u16 = SHIFT + 5 * 6;
+pub const PUSH_ALL: u16 = MORE;
+pub const POP_ALL: u16 = MORE + 1;
+pub const PUSH_SEGMENT: u16 = MORE + 2;
+pub const POP_SEGMENT: u16 = MORE + 3;
+pub const LOAD_SEGMENT: u16 = MORE + 4;
+pub const FAULT_ADDRESS: u16 = MORE + 5;
+pub const CLD: u16 = MORE + 6;
+pub const STD: u16 = MORE + 7;
+pub const SHLD: u16 = MORE + 8;
+pub const SHRD: u16 = MORE + 9;
+const MUL: u16 = MORE + 10;
+const IMUL_BY: u16 = MORE + 14;
 /// Handlers of each way, beyond the last number; a power of two.
 const HANDLERS: usize = 512;
 /// And of all ways, likewise.
@@ -221,6 +235,19 @@ pub fn bswap(form: Form, width: u8) -> Option<u16> {
 
 pub fn imul(form: Form, width: u8) -> Option<u16> {
     register_or_memory(form, width, IMUL)
+}
+
+pub fn mul(signed: bool, form: Form, width: u8) -> Option<u16> {
+    let first = MUL + 2 * u16::from(signed);
+    match form {
+        Form::Reg if width == 4 => Some(first),
+        Form::Mem if width == 4 => Some(first + 1),
+        _ => None,
+    }
+}
+
+pub fn imul_by(form: Form, width: u8) -> Option<u16> {
+    register_or_memory(form, width, IMUL_BY)
 }
 
 pub fn jcc(code: u32) -> u16 {
@@ -322,7 +349,29 @@ impl<B: CodeBus> Handlers<B> {
         put(&mut table, SHIFT + 12, &Self::shifts::<2, M>());
         put(&mut table, SHIFT + 18, &Self::shifts::<3, M>());
         put(&mut table, SHIFT + 24, &Self::shifts::<4, M>());
+        put(&mut table, MORE, &Self::more::<M>());
         table
+    }
+
+    const fn more<const M: u8>() -> [Handler<B>; 16] {
+        [
+            memory!(push_all),
+            memory!(pop_all),
+            memory!(push_segment),
+            plain!(pop_segment),
+            plain!(load_segment),
+            plain!(fault_address),
+            plain!(set_direction, 0),
+            plain!(set_direction, DF),
+            plain!(shift_double, true),
+            plain!(shift_double, false),
+            memory!(multiply_wide, false, true),
+            memory!(multiply_wide, false, false),
+            memory!(multiply_wide, true, true),
+            memory!(multiply_wide, true, false),
+            memory!(multiply_by, true),
+            memory!(multiply_by, false),
+        ]
     }
 
     const fn moves<const M: u8>() -> [Handler<B>; 15] {

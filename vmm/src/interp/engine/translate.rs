@@ -104,7 +104,7 @@ pub fn translate(i: &Instruction, number: u8, end: u32, instruction: u32) -> Op 
 
 /// Fills in the operands of an instruction that has a handler of its own, and says which.
 fn specialised(i: &Instruction, op: &mut Op) -> Option<u16> {
-    if let Some(handler) = branch(i, op) {
+    if let Some(handler) = branch(i, op).or_else(|| special(i, op)) {
         return Some(handler);
     }
     let form = operands(i, op)?;
@@ -134,6 +134,8 @@ fn specialised(i: &Instruction, op: &mut Op) -> Option<u16> {
         M::Lea => table::lea(form, width),
         M::Movzx => table::extend(false, form, width, source_width(i)),
         M::Movsx => table::extend(true, form, width, source_width(i)),
+        M::Mul => table::mul(false, form, width),
+        M::Imul if i.op_count() == 1 => table::mul(true, form, width),
         M::Imul if i.op_count() == 2 => table::imul(form, width),
         M::Xchg => table::xchg(form, width),
         M::Push => table::push(form, width),
@@ -177,6 +179,60 @@ fn branch(i: &Instruction, op: &mut Op) -> Option<u16> {
         C::Call_rm32 => Some(if operands(i, op)? == Form::Reg { table::CALL_REG } else { table::CALL_MEM }),
         _ => None,
     }
+}
+
+/// What has operands of its own kind: three of them, segment and control registers, all registers.
+fn special(i: &Instruction, op: &mut Op) -> Option<u16> {
+    use iced_x86::Code as C;
+    match i.code() {
+        C::Pushad => Some(table::PUSH_ALL),
+        C::Popad => Some(table::POP_ALL),
+        C::Cld => Some(table::CLD),
+        C::Std => Some(table::STD),
+        C::Pushd_ES | C::Pushd_CS | C::Pushd_SS | C::Pushd_DS | C::Pushd_FS | C::Pushd_GS => {
+            op.dst = segment_of(i.op0_register()) as u8;
+            op.after = After::Next;
+            Some(table::PUSH_SEGMENT)
+        }
+        C::Popd_ES | C::Popd_DS | C::Popd_FS | C::Popd_GS => {
+            op.dst = segment_of(i.op0_register()) as u8;
+            op.after = After::Next;
+            Some(table::POP_SEGMENT)
+        }
+        C::Mov_Sreg_r32m16 if is_loadable(i.op0_register()) => {
+            op.dst = segment_of(i.op0_register()) as u8;
+            op.src = general(i.op1_register())?;
+            op.after = After::Next;
+            Some(table::LOAD_SEGMENT)
+        }
+        C::Mov_r32_cr if i.op1_register() == Register::CR2 => {
+            op.dst = general(i.op0_register())?;
+            op.after = After::Next;
+            Some(table::FAULT_ADDRESS)
+        }
+        C::Shld_rm32_r32_imm8 | C::Shrd_rm32_r32_imm8 => {
+            op.dst = general(i.op0_register())?;
+            op.src = general(i.op1_register())?;
+            op.imm = i.immediate8().into();
+            Some(if i.mnemonic() == Mnemonic::Shld { table::SHLD } else { table::SHRD })
+        }
+        C::Imul_r32_rm32_imm32 | C::Imul_r32_rm32_imm8 => {
+            op.dst = general(i.op0_register())?;
+            op.imm = i.try_immediate(2).ok()? as u32;
+            let form = if i.op1_kind() == OpKind::Memory { Form::RegMem } else { Form::RegReg };
+            match form {
+                Form::RegMem => memory(i, op)?,
+                _ => op.src = general(i.op1_register())?,
+            }
+            table::imul_by(form, 4)
+        }
+        _ => None,
+    }
+}
+
+/// A segment register whose load changes nothing that a block relies on, nor holds interrupts off.
+fn is_loadable(register: Register) -> bool {
+    matches!(register, Register::ES | Register::DS | Register::FS | Register::GS)
 }
 
 /// Takes the operands apart; `None` for a combination that no handler takes.
