@@ -4,11 +4,14 @@
 //! one place. Holds: no other module of this crate names `std::sync` (guest memory's own atomics excepted: they
 //! live in shared mappings and are reached through `vm-memory`).
 //!
-//! Locks: [`Lock`] carries its [`Level`] and checks the order in debug builds. A poisoned lock is taken all the
-//! same: a panic is a bug that ends the run, and the guard's owner leaves nothing half done that matters after.
+//! Locks: [`Lock`] carries its [`Level`] and checks the order in debug builds. It spins, and yields the CPU as it does: its
+//! holders never sleep, and letting go of it is a plain store, which makes it half as dear as one that can wake a sleeper. It
+//! knows no poison: a panic is a bug that ends the run, and the guard's owner leaves nothing half done that matters after.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use spin::mutex::{SpinMutex, SpinMutexGuard};
+use spin::relax::Yield;
 
 pub use std::sync::Arc;
 pub use std::sync::OnceLock;
@@ -20,20 +23,20 @@ use crate::lock_order::{self, Level};
 #[derive(Debug)]
 pub struct Lock<T> {
     level: Level,
-    inner: Mutex<T>,
+    inner: SpinMutex<T, Yield>,
 }
 
 /// Proof that the [`Lock`] is held.
 #[derive(Debug)]
 pub struct Guard<'a, T> {
     level: Level,
-    inner: MutexGuard<'a, T>,
+    inner: SpinMutexGuard<'a, T>,
 }
 
 impl<T> Lock<T> {
     /// A new lock around `value`, at `level` of the order.
     pub fn new(level: Level, value: T) -> Lock<T> {
-        Lock { level, inner: Mutex::new(value) }
+        Lock { level, inner: SpinMutex::new(value) }
     }
 
     /// Takes the lock, waiting for its holder. Holders never sleep, so the wait is short.
@@ -47,7 +50,7 @@ impl<T> Lock<T> {
     #[inline]
     pub fn lock_as(&self, level: Level) -> Guard<'_, T> {
         lock_order::taken(level);
-        Guard { level, inner: self.inner.lock().unwrap_or_else(PoisonError::into_inner) }
+        Guard { level, inner: self.inner.lock() }
     }
 }
 

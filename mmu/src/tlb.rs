@@ -369,7 +369,7 @@ impl SoftTlb {
         self.insert(Entry { tag: tag_of(root.index, gva), spte, generations, checked, gfn, large }, gva);
     }
 
-    /// Puts it in front; the last of the set goes.
+    /// Puts it in front, in the place of the one that is the same, or of none; else the last of the set goes.
     fn put_in_set(&self, mut entry: Entry, gva: Gva) {
         if matches!(self.kind, TlbKind::Lossy(_)) {
             entry.checked = NEVER;
@@ -378,7 +378,8 @@ impl SoftTlb {
         let word = &self.used[number / 64];
         word.set(word.get() | 1 << (number % 64));
         let set = &self.sets[number];
-        let last = set.iter().position(|e| e.get().tag == entry.tag).unwrap_or(WAYS - 1);
+        let place = |tag| set.iter().position(|e| e.get().tag == tag);
+        let last = place(entry.tag).or_else(|| place(NO_TAG)).unwrap_or(WAYS - 1);
         for way in (1..=last).rev() {
             set[way].set(set[way - 1].get());
         }

@@ -126,7 +126,7 @@ impl Mmu {
             self.pages.put_free(fresh, 0);
             return self.ready(slot, key);
         }
-        self.pages.count_in(key.role);
+        self.pages.count_in(key);
         shard.entry(key.gfn).or_default().push((key.role, fresh));
         let owed = key.role.shadows_table() && self.promote(key);
         drop(shard);
@@ -273,7 +273,7 @@ impl Mmu {
         let stamp = removal.stamp_table();
         if let Some(pages) = shard.get_mut(&key.gfn) {
             pages.retain(|(_, other)| *other != slot);
-            self.pages.count_out(key.role);
+            self.pages.count_out(key);
             if pages.is_empty() {
                 shard.remove(&key.gfn);
             }
