@@ -347,6 +347,7 @@ impl SoftTlb {
         x.is_multiple_of(LOSS)
     }
 
+    #[inline]
     fn insert(&self, entry: Entry, gva: Gva) {
         self.count(|s| s.fills += 1);
         if entry.large {
@@ -364,12 +365,14 @@ impl SoftTlb {
     }
 
     /// Remembers a leaf that has just been made under `root`; `large`: for a part of a large page.
+    #[inline]
     pub(crate) fn learn(&self, root: RootRef, gva: Gva, leaf: &Leaf, large: bool) {
         let Leaf { spte, gfn, generations, checked, .. } = *leaf;
         self.insert(Entry { tag: tag_of(root.index, gva), spte, generations, checked, gfn, large }, gva);
     }
 
     /// Puts it in front, in the place of the one that is the same, or of none; else the last of the set goes.
+    #[inline]
     fn put_in_set(&self, mut entry: Entry, gva: Gva) {
         if matches!(self.kind, TlbKind::Lossy(_)) {
             entry.checked = NEVER;
@@ -394,6 +397,7 @@ impl SoftTlb {
         }
     }
 
+    #[inline]
     fn count(&self, change: impl FnOnce(&mut TlbStats)) {
         let mut stats = self.stats.get();
         change(&mut stats);
