@@ -61,7 +61,8 @@ pub trait CodeBus: Bus {
     /// the run.
     fn begin(&mut self, step: u64);
 
-    /// What accesses of privilege `user` are known by for [`CodeBus::quick_read`]; asked once a block.
+    /// What accesses of privilege `user` are known by for [`CodeBus::quick_read`], [`NO_TAG`] where there is nothing; asked
+    /// once a block.
     fn quick_tag(&self, user: bool) -> u64;
 
     /// [`Bus::read`] of an aligned operand, where that takes nothing but a look at what is known already; `None` asks for
@@ -71,6 +72,9 @@ pub trait CodeBus: Bus {
     /// [`Bus::write`] likewise; false where it has not been made, as where code has been decoded from that frame.
     fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool;
 }
+
+/// A tag that no access goes by.
+pub const NO_TAG: u64 = 0;
 
 /// Which code is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,6 +201,7 @@ impl Engine {
         let (eip, wide) = (run.core.cpu.eip, run.wide);
         let gva = run.core.code_address(eip);
         let version = run.core.bus.translation_version();
+        run.version = version;
         if let Some(block) = self.cache.jump(gva, run.user, wide, version)
             && run.core.bus.code_generation(block.frame) == block.generation
             && (block.tail == NO_TAIL

@@ -494,13 +494,16 @@ pub fn multiply_by<const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>,
     Next::On
 }
 
-/// INVLPG. What was found by linear address may not be there any more: the block is over.
+/// INVLPG. Where what was found by linear address may not be there any more, the block is over.
 #[inline(always)]
 pub fn invalidate_page<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     get!(run, run.core.require_supervisor().map_err(Some));
     let base = run.core.cpu.segment(ALL_SEGMENTS[usize::from(op.seg)]).base;
     let gva = Gva(base.wrapping_add(run.offset::<QUICK>(op)));
     run.core.bus.invalidate_page(gva);
+    if run.core.bus.translation_version() == run.version {
+        return Next::On;
+    }
     run.core.cpu.eip = run.start.wrapping_add(op.end.into());
     Next::Jumped
 }

@@ -9,7 +9,7 @@
 
 use umbra_mmu::{Access, Gva, Mfn};
 
-use super::CodeBus;
+use super::{CodeBus, NO_TAG};
 use super::cache::Block;
 use super::translate::{NO_REGISTER, Op, SCALE_SHIFT};
 use crate::cpu::{Seg, Segment};
@@ -45,13 +45,15 @@ pub struct Run<'a, B: CodeBus> {
     pub user: bool,
     /// CS has 32-bit operands.
     pub wide: bool,
+    /// [`CodeBus::translation_version`] when the block was looked for.
+    pub version: u64,
     /// Number of the op that ended a block, unless it is through.
     pub last: u8,
     /// Steps of the run before this block.
     steps: u64,
     /// DS, ES and SS are all of the linear address space, to read and write, and the stack is 32 bits wide.
     flat: bool,
-    /// What the bus knows this code's accesses by.
+    /// What the bus knows this code's accesses by, for the quick way; [`NO_TAG`] where segments are not flat.
     tag: u64,
     frame: Mfn,
     generation: u32,
@@ -88,10 +90,11 @@ impl<'a, B: CodeBus> Run<'a, B> {
             start: cpu.eip,
             user: cpu.cpl == 3,
             wide: cpu.segment(Seg::Cs).big(),
+            version: 0,
             last: 0,
             steps: 0,
             flat: false,
-            tag: 0,
+            tag: NO_TAG,
             frame: Mfn(0),
             generation: 0,
             left: None,
@@ -109,6 +112,12 @@ impl<'a, B: CodeBus> Run<'a, B> {
         self.flat = cpu.protected()
             && QUICK_SEGMENTS.iter().all(|seg| is_flat(cpu.segment(*seg)))
             && cpu.segment(Seg::Ss).big();
+        self.look_at_tag();
+    }
+
+    #[inline]
+    fn look_at_tag(&mut self) {
+        self.tag = if self.flat { self.core.bus.quick_tag(self.user) } else { NO_TAG };
     }
 
     /// A block begins, after `steps` of the run.
@@ -116,7 +125,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
     pub fn enter(&mut self, block: &Block, steps: u64) {
         (self.start, self.steps) = (self.core.cpu.eip, steps);
         (self.frame, self.generation) = (block.frame, block.generation);
-        self.tag = self.core.bus.quick_tag(self.user);
+        self.look_at_tag();
     }
 
     /// Tells the bus which step it is, before anything that may ask it for the time.
@@ -262,7 +271,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     #[inline(always)]
     fn quick_read<const W: u8>(&self, gva: Gva, access: Access) -> Reach<u32> {
-        if !self.flat || gva.0 & (u32::from(W) - 1) != 0 {
+        if gva.0 & (u32::from(W) - 1) != 0 {
             return Err(None);
         }
         self.core.bus.quick_read(self.tag, gva, width::<W>(), access).map(|value| value as u32).ok_or(None)
@@ -270,7 +279,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     #[inline(always)]
     fn quick_write<const W: u8>(&mut self, gva: Gva, value: u32) -> Reach {
-        if !self.flat || gva.0 & (u32::from(W) - 1) != 0 {
+        if gva.0 & (u32::from(W) - 1) != 0 {
             return Err(None);
         }
         let value = u64::from(value & width::<W>().mask());

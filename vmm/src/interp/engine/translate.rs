@@ -173,6 +173,8 @@ fn branch(i: &Instruction, op: &mut Op) -> Option<u16> {
         C::Leaved => Some(table::LEAVE),
         C::Invlpg_m => {
             memory(i, op)?;
+            // Most pages have no code.
+            op.after = After::Next;
             Some(table::INVLPG)
         }
         C::Jmp_rm32 => Some(if operands(i, op)? == Form::Reg { table::JMP_REG } else { table::JMP_MEM }),
