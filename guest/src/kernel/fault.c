@@ -37,9 +37,12 @@ static void fill_page(u32 frame, const struct region *region, u32 page)
     u8 *to = kmap_local(frame, "first touch");
     u32 offset = page - region->start;
     u32 bytes = region->image_bytes > offset ? min_u32(region->image_bytes - offset, PAGE_SIZE) : 0;
-    if (bytes)
+    if (bytes) {
         memcpy(to, region->image + offset, bytes);
-    memset(to + bytes, 0, PAGE_SIZE - bytes);
+        memset(to + bytes, 0, PAGE_SIZE - bytes);
+    } else {
+        clear_page(to);
+    }
     kunmap_local(to);
 }
 

@@ -147,16 +147,17 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
     struct leaf leaf;
     if (!upt_open(&zap->space->upt, start, false, &leaf))
         return;
-    for (u32 va = start; va < end && upt_count(&leaf); va += PAGE_SIZE, leaf.index++) {
+    u32 left = upt_count(&leaf);
+    for (u32 va = start; va < end && left; va += PAGE_SIZE, leaf.index++) {
         pte_t entry = upt_get(&leaf);
         if (!entry)
             continue;
         upt_clear(&leaf);
         zap_add(zap, va, pte_frame(entry));
+        left--;
     }
-    bool empty = upt_count(&leaf) == 0;
     upt_close(&leaf);
-    if (empty)
+    if (left == 0)
         zap_add(zap, start, upt_unlink(&zap->space->upt, start));
 }
 

@@ -107,28 +107,12 @@ static u32 find_table(struct upt *upt, u32 va, bool create)
     return frame;
 }
 
-/* What is touched next is near: most of the time the directory need not be looked at again. */
-static u32 table_of(struct upt *upt, u32 va, bool create)
-{
-    if (upt->recent != FRAME_NONE && (upt->recent_va ^ va) >> paging.directory_shift == 0)
-        return upt->recent;
-    upt->recent = find_table(upt, va, create);
-    upt->recent_va = va;
-    return upt->recent;
-}
-
-bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+void upt_find_recent(struct upt *upt, u32 va, bool create)
 {
     ASSERT(va < USER_END);
-    leaf->frame = table_of(upt, va, create);
-    if (leaf->frame == FRAME_NONE)
-        return false;
-    leaf->table = kmap_local(leaf->frame, "user page table");
-    leaf->index = table_index(va);
-    return true;
+    upt->recent = find_table(upt, va, create);
+    upt->recent_va = va;
 }
-
-void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
 
 u32 upt_unlink(struct upt *upt, u32 va)
 {

@@ -6,6 +6,7 @@
 
 #include "frames.h"
 #include "paging.h"
+#include "window.h"
 
 /* The tables of one address space. CR3 points at `pdpt` in PAE and at frame `root` in the legacy format. */
 struct upt {
@@ -28,9 +29,24 @@ bool upt_create(struct upt *upt);
 /* Frees the directories; the tables below must be gone (upt_unlink). The tables must not be loaded. */
 void upt_destroy(struct upt *upt);
 
-/* False if there is no table for `va` and `create` is not set, or memory has run out. */
-bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf);
-void upt_close(struct leaf *leaf);
+/* Makes the table for `va` the recent one; none, where there is none and `create` is not set, or memory has run out. */
+void upt_find_recent(struct upt *upt, u32 va, bool create);
+
+/* False if there is no table for `va` and `create` is not set, or memory has run out. What is touched next is near: most of
+ * the time the directory need not be looked at again. */
+static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+{
+    if (upt->recent == FRAME_NONE || (upt->recent_va ^ va) >> paging.directory_shift)
+        upt_find_recent(upt, va, create);
+    leaf->frame = upt->recent;
+    if (leaf->frame == FRAME_NONE)
+        return false;
+    leaf->table = kmap_local(leaf->frame, "user page table");
+    leaf->index = table_index(va);
+    return true;
+}
+
+static inline void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
 
 static inline pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->table, leaf->index); }
 

@@ -5,7 +5,8 @@
  * one INVLPG. Low frames claim a slot too, so that order and depth are checked alike, but are reached where they are.
  *
  * Holds: slot i is mapped only while i < depth. A slot is claimed before its entry is written and given back after it was
- * cleared, so an interrupt in between takes the next one and no interrupt needs to be held off.
+ * cleared, so an interrupt in between takes the next one and no interrupt needs to be held off. No task has gone deeper than
+ * the high-water mark, which is no deeper than it may go.
  * Locks: none; never sleeps. */
 #include "window.h"
 
@@ -21,10 +22,22 @@ static u32 high_water;
 
 static u32 slot_address(u32 slot) { return WINDOW_BASE + slot * PAGE_SIZE; }
 
+static u32 slot_index(u32 slot) { return top_index(WINDOW_BASE) + slot; }
+static void slot_clear(u32 slot) { table_clear(paging.pae, top_tables, slot_index(slot)); }
+
 static inline __attribute__((always_inline)) void slot_map(u32 slot, u32 frame)
 {
-    kpt_enter(slot_address(slot), pte_make(frame, kpt_data_bits()));
+    table_enter(paging.pae, top_tables, slot_index(slot), pte_make(frame, kpt_data_bits()));
     invlpg(slot_address(slot));
+}
+
+/* A slot deeper than any before; in an interrupt, any beyond the deepest of a task. */
+static __attribute__((noinline)) void go_deeper(u32 slot, u32 frame, const char *why)
+{
+    if (slot >= depth_max)
+        panic("window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
+    if (depth_max == WINDOW_TASK_DEPTH_MAX)
+        high_water = slot + 1;
 }
 
 void *kmap_local(u32 frame, const char *why)
@@ -32,10 +45,8 @@ void *kmap_local(u32 frame, const char *why)
     struct window_stack *stack = current_windows;
     u32 slot = stack->depth++;
     barrier();
-    if (slot >= depth_max)
-        panic("window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
-    if (depth_max == WINDOW_TASK_DEPTH_MAX)
-        high_water = max_u32(high_water, slot + 1);
+    if (slot >= high_water)
+        go_deeper(slot, frame, why);
     bool low = frame_is_low(frame);
     void *address = low ? low_address(frame) : (void *)slot_address(slot);
     stack->entries[slot] = (struct window_entry){frame, address, why};
@@ -53,7 +64,7 @@ enum window_error window_release(const void *address)
     if (stack->entries[slot].address != address)
         return WINDOW_OUT_OF_ORDER;
     if ((u32)address == slot_address(slot))
-        kpt_clear(slot_address(slot));
+        slot_clear(slot);
     barrier();
     stack->depth = slot;
     return WINDOW_OK;
@@ -86,7 +97,7 @@ void window_init(struct window_stack *stack) { current_windows = stack; }
 void window_switch(const struct window_stack *from, struct window_stack *to)
 {
     for (u32 slot = 0; slot < from->depth; slot++)
-        kpt_clear(slot_address(slot));
+        slot_clear(slot);
     current_windows = to;
     for (u32 slot = 0; slot < to->depth; slot++)
         if ((u32)to->entries[slot].address == slot_address(slot))
@@ -95,7 +106,7 @@ void window_switch(const struct window_stack *from, struct window_stack *to)
 
 void *window_map_for_dump(u32 frame)
 {
-    kpt_clear(slot_address(WINDOW_DUMP_SLOT));
+    slot_clear(WINDOW_DUMP_SLOT);
     slot_map(WINDOW_DUMP_SLOT, frame);
     return (void *)slot_address(WINDOW_DUMP_SLOT);
 }

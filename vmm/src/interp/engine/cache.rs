@@ -45,6 +45,13 @@ pub struct Block {
     place: u32,
 }
 
+impl Block {
+    /// The same up to its first op, `op`.
+    pub fn cut_behind(self, op: &Op) -> Block {
+        Block { count: 1, bytes: op.end, ..self }
+    }
+}
+
 /// A block that lies in one page.
 pub const NO_TAIL: CodeFrame = CodeFrame { mfn: Mfn(0), generation: 0 };
 

@@ -187,13 +187,30 @@ impl Engine {
                 }
             };
             run.enter(&block, *steps);
-            match self.run_block(&mut run, block, steps) {
+            let end = if run.flags() & eflags::RF == 0 {
+                self.run_block(&mut run, block, steps)
+            } else {
+                self.resume(&mut run, block, steps)
+            };
+            match end {
                 End::Over => {}
                 End::Changed => return Step::Done,
                 End::Stop(step) => return step,
             }
         }
         Step::Done
+    }
+
+    /// The first instruction of `block`, behind an IRET from a fault: RF, which no breakpoint asks for, goes when it has
+    /// retired.
+    fn resume<B: CodeBus>(&self, run: &mut Run<'_, B>, block: Block, steps: &mut u64) -> End {
+        let Some(op) = self.cache.ops(&block).first() else { return End::Over };
+        let end = self.run_block(run, block.cut_behind(op), steps);
+        // A generic op has seen to it.
+        if !op.is_generic() && !matches!(end, End::Stop(_)) {
+            run.core.cpu.eflags &= !eflags::RF;
+        }
+        end
     }
 
     /// The block at CS:EIP; `None` where one instruction must be stepped.
@@ -285,7 +302,7 @@ fn single<B: CodeBus>(cpu: &mut CpuState, bus: &mut B, steps: &mut u64) -> Step 
 /// True where blocks do what steps do: nothing has to be looked at between two instructions.
 fn is_plain(cpu: &CpuState) -> bool {
     let aligned = cpu.cpl == 3 && cpu.eflags & eflags::AC != 0 && cpu.cr0 & cr0::AM != 0;
-    cpu.eflags & (eflags::TF | eflags::RF | eflags::VM) == 0
+    cpu.eflags & (eflags::TF | eflags::VM) == 0
         && cpu.dr[7] & 0xff == 0
         && !cpu.interrupt_shadow
         && !cpu.halted

@@ -9,9 +9,9 @@
 
 use umbra_mmu::{Access, Gva, Mfn};
 
-use super::{CodeBus, NO_TAG};
 use super::cache::Block;
 use super::translate::{NO_REGISTER, Op, SCALE_SHIFT};
+use super::{CodeBus, NO_TAG};
 use crate::cpu::{Seg, Segment};
 use crate::interp::operand::ESP;
 use crate::interp::segment::ALL_SEGMENTS;
