@@ -248,7 +248,7 @@ impl Engine {
             let next = go_on(run, rest);
             if next == Next::Through {
                 *steps += u64::from(block.count);
-                run.core.cpu.eip = run.start.wrapping_add(block.bytes.into());
+                run.core.cpu.eip = run.at(block.next);
                 return End::Over;
             }
             let op = &ops[usize::from(run.last)];
@@ -261,8 +261,8 @@ impl Engine {
                     rest = &ops[usize::from(op.number) + 1..];
                     continue;
                 }
-                Next::Stale => run.core.cpu.eip = run.start.wrapping_add(op.end.into()),
-                Next::Left => run.core.cpu.eip = run.start.wrapping_add(op.begin()),
+                Next::Stale => run.core.cpu.eip = run.at(op.end),
+                Next::Left => run.core.cpu.eip = run.at(op.begin()),
                 _ => {}
             }
             *steps += u64::from(op.number) + 1;
@@ -273,9 +273,9 @@ impl Engine {
     /// An op without a handler; `None` where the block goes on behind it.
     fn run_generic<B: CodeBus>(&self, run: &mut Run<'_, B>, op: &Op) -> Option<End> {
         run.tell(op);
-        run.core.cpu.eip = run.start.wrapping_add(op.begin());
+        run.core.cpu.eip = run.at(op.begin());
         let step = run.core.run(self.cache.instruction(op));
-        let through = run.core.cpu.eip == run.start.wrapping_add(op.end.into());
+        let through = run.core.cpu.eip == run.at(op.end);
         match step {
             Step::Done if op.after == After::Next && through && run.is_current() => None,
             Step::Done if op.after == After::Block => Some(End::Over),

@@ -306,14 +306,25 @@ pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 
 #[inline(always)]
 pub fn call<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let back = run.start.wrapping_add(op.end.into());
+    let back = run.at(op.end);
     get!(run, run.push::<M>(back));
     run.jump_by(op)
 }
 
+/// CALL to what is the next op.
+#[inline(always)]
+pub fn call_on<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let back = run.at(op.end);
+    get!(run, run.push::<M>(back));
+    match run.stored::<M>() {
+        Next::On => Next::On,
+        _ => run.jump_by(op),
+    }
+}
+
 #[inline(always)]
 pub fn call_reg<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let (target, back) = (run.get::<4>(op.dst), run.start.wrapping_add(op.end.into()));
+    let (target, back) = (run.get::<4>(op.dst), run.at(op.end));
     get!(run, run.push::<M>(back));
     run.core.cpu.eip = target;
     Next::Jumped
@@ -322,7 +333,7 @@ pub fn call_reg<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next 
 #[inline(always)]
 pub fn call_mem<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let target = get!(run, run.load::<4, M>(op));
-    let back = run.start.wrapping_add(op.end.into());
+    let back = run.at(op.end);
     get!(run, run.push::<M>(back));
     run.core.cpu.eip = target;
     Next::Jumped
@@ -504,6 +515,6 @@ pub fn invalidate_page<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     if run.core.bus.translation_version() == run.version {
         return Next::On;
     }
-    run.core.cpu.eip = run.start.wrapping_add(op.end.into());
+    run.core.cpu.eip = run.at(op.end);
     Next::Jumped
 }

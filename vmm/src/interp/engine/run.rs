@@ -128,6 +128,12 @@ impl<'a, B: CodeBus> Run<'a, B> {
         self.look_at_tag();
     }
 
+    /// EIP `offset` behind the start of the block.
+    #[inline(always)]
+    pub fn at(&self, offset: i16) -> u32 {
+        self.start.wrapping_add(i32::from(offset) as u32)
+    }
+
     /// Tells the bus which step it is, before anything that may ask it for the time.
     pub fn tell(&mut self, op: &Op) {
         self.core.bus.begin(self.steps + u64::from(op.number) + 1);
@@ -294,7 +300,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     #[inline(always)]
     pub fn jump_by(&mut self, op: &Op) -> Next {
-        self.core.cpu.eip = self.start.wrapping_add(op.end.into()).wrapping_add(op.imm);
+        self.core.cpu.eip = self.at(op.end).wrapping_add(op.imm);
         Next::Jumped
     }
 

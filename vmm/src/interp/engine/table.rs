@@ -137,6 +137,7 @@ pub const CLD: u16 = MORE + 6;
 pub const STD: u16 = MORE + 7;
 pub const SHLD: u16 = MORE + 8;
 pub const SHRD: u16 = MORE + 9;
+pub const CALL_ON: u16 = MORE + 16;
 const MUL: u16 = MORE + 10;
 const IMUL_BY: u16 = MORE + 14;
 /// Handlers of each way, beyond the last number; a power of two.
@@ -353,7 +354,7 @@ impl<B: CodeBus> Handlers<B> {
         table
     }
 
-    const fn more<const M: u8>() -> [Handler<B>; 16] {
+    const fn more<const M: u8>() -> [Handler<B>; 17] {
         [
             memory!(push_all),
             memory!(pop_all),
@@ -371,6 +372,7 @@ impl<B: CodeBus> Handlers<B> {
             memory!(multiply_wide, true, false),
             memory!(multiply_by, true),
             memory!(multiply_by, false),
+            memory!(call_on),
         ]
     }
 

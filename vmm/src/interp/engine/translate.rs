@@ -16,6 +16,8 @@ use crate::interp::operand::segment_of;
 pub enum After {
     /// The one behind it.
     Next,
+    /// The one where its branch leads, which is the next op of the block.
+    There,
     /// Another block: a branch, or one whose translation must be looked for again.
     Block,
     /// Another block, and perhaps other segments, privilege, modes or control flags.
@@ -32,8 +34,8 @@ pub const SCALE_SHIFT: u8 = 4;
 pub struct Op {
     /// Index in the table of handlers.
     pub handler: u16,
-    /// Offset of what follows, from the start of the block.
-    pub end: u16,
+    /// Offset of what stands behind it, from the start of the block: less than nothing, where the block has gone back.
+    pub end: i16,
     /// Bytes of the instruction.
     pub length: u8,
     /// Ops before it in its block.
@@ -70,17 +72,32 @@ impl Op {
     }
 
     /// Offset of the instruction from the start of the block.
-    pub fn begin(&self) -> u32 {
-        u32::from(self.end) - u32::from(self.length)
+    pub fn begin(&self) -> i16 {
+        self.end - i16::from(self.length)
+    }
+
+    /// Offset of the op that comes next.
+    pub fn next(&self) -> i16 {
+        if self.after == After::There { self.end.wrapping_add(self.imm as i16) } else { self.end }
+    }
+
+    /// Makes a branch that is always taken, to a place for which `fits` holds, one that the block goes on behind.
+    pub fn follow(&mut self, fits: impl FnOnce(i32) -> bool) {
+        let jump = self.handler == table::by_way(table::JMP, self.way());
+        let call = self.handler == table::by_way(table::CALL, self.way());
+        if (jump || call) && fits(i32::from(self.end).wrapping_add(self.imm as i32)) {
+            self.handler = table::by_way(if jump { table::NOP } else { table::CALL_ON }, self.way());
+            self.after = After::There;
+        }
     }
 }
 
 /// The op of `i`, number `number` of its block, which ends `end` bytes behind its start. `instruction` is where `i` will be
 /// kept if it is generic.
-pub fn translate(i: &Instruction, number: u8, end: u32, instruction: u32) -> Op {
+pub fn translate(i: &Instruction, number: u8, end: i16, instruction: u32) -> Op {
     let mut op = Op {
         handler: GENERIC,
-        end: end as u16,
+        end,
         length: i.len() as u8,
         number,
         after: after(i),
