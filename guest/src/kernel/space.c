@@ -148,7 +148,7 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
     if (!upt_open(&zap->space->upt, start, false, &leaf))
         return;
     u32 left = upt_count(&leaf);
-    for (u32 va = start; va < end && left; va += PAGE_SIZE, leaf.index++) {
+    for (u32 va = start; va < end && left; va += PAGE_SIZE, upt_next(&leaf)) {
         pte_t entry = upt_get(&leaf);
         if (!entry)
             continue;
@@ -239,7 +239,7 @@ static bool fork_table(struct space *parent, struct space *child, u32 start, u32
         return true;
     bool ok = upt_open(&child->upt, start, true, &to);
     if (ok) {
-        for (u32 va = start, left = upt_count(&from); va < end && left; va += PAGE_SIZE, from.index++, to.index++) {
+        for (u32 va = start, left = upt_count(&from); va < end && left; va += PAGE_SIZE, upt_next(&from), upt_next(&to)) {
             pte_t entry = upt_get(&from);
             if (!entry)
                 continue;

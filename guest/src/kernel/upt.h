@@ -17,11 +17,10 @@ struct upt {
     u32 recent, recent_va;
 };
 
-/* An open page table: entry `index` is that of the address it was opened for. */
+/* An open page table, and the entry in it of the address that it was opened for. */
 struct leaf {
-    void *table;
-    u32 frame;
-    u32 index;
+    void *table, *entry;
+    u32 frame; /* of the table */
 };
 
 /* False when out of memory. */
@@ -42,13 +41,16 @@ static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *l
     if (leaf->frame == FRAME_NONE)
         return false;
     leaf->table = kmap_local(leaf->frame, "user page table");
-    leaf->index = table_index(va);
+    leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes;
     return true;
 }
 
+/* On to the entry of the next page. */
+static inline void upt_next(struct leaf *leaf) { leaf->entry = (u8 *)leaf->entry + paging.entry_bytes; }
+
 static inline void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
 
-static inline pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->table, leaf->index); }
+static inline pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->entry, 0); }
 
 /* Entries in use in this table. */
 static inline u32 upt_count(const struct leaf *leaf) { return frame_of(leaf->frame)->link; }
@@ -58,15 +60,15 @@ static inline u32 upt_count(const struct leaf *leaf) { return frame_of(leaf->fra
 static inline void upt_enter(struct leaf *leaf, pte_t entry)
 {
     frame_of(leaf->frame)->link++;
-    table_enter(paging.pae, leaf->table, leaf->index, entry);
+    table_enter(paging.pae, leaf->entry, 0, entry);
 }
 
-static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->table, leaf->index, entry); }
+static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->entry, 0, entry); }
 
 static inline void upt_clear(struct leaf *leaf)
 {
     frame_of(leaf->frame)->link--;
-    table_clear(paging.pae, leaf->table, leaf->index);
+    table_clear(paging.pae, leaf->entry, 0);
 }
 
 /* Takes an empty table out of its directory. Returns its frame, to be put after the flush; FRAME_NONE if there was none. */
