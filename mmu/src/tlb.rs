@@ -147,6 +147,9 @@ struct Entry {
 /// Entries of a `lossy` TLB are never current: each hit takes the long way, where it may be forgotten.
 const NEVER: u64 = u64::MAX;
 
+/// What kernels fill most pages with.
+static ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+
 /// What no access asks for, with a root or without.
 const NO_TAG: u64 = u64::MAX >> 1;
 
@@ -658,11 +661,15 @@ impl Mmu {
         user: bool,
     ) -> Result<(), Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
+        let (at, length) = (mfn.at(gva.offset()), count as usize * width.bytes() as usize);
         // A word of copies, and a page of words: the bytes begin anew with each copy.
-        let repeated = (value & width.mask()).wrapping_mul(u64::MAX / width.mask());
-        let page = [repeated.to_le_bytes(); PAGE_SIZE as usize / 8];
-        let filled = &page.as_flattened()[..count as usize * width.bytes() as usize];
-        self.machine.write(mfn.at(gva.offset()), filled);
+        match (value & width.mask()).wrapping_mul(u64::MAX / width.mask()) {
+            0 => self.machine.write(at, &ZEROS[..length]),
+            word => {
+                let page = [word.to_le_bytes(); PAGE_SIZE as usize / 8];
+                self.machine.write(at, &page.as_flattened()[..length]);
+            }
+        }
         self.frames.code_written(mfn);
         Ok(())
     }

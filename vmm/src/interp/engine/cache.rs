@@ -82,7 +82,7 @@ pub struct Cache {
     instructions: Vec<Instruction>,
     blocks: Vec<Block>,
     table: Box<[u32]>,
-    jumps: Box<[Jump]>,
+    jumps: Box<[Jump; JUMPS]>,
 }
 
 fn mode_of(user: bool, wide: bool) -> u32 {
@@ -101,6 +101,12 @@ fn jump_of(gva: Gva) -> usize {
     (gva.0 ^ gva.0 >> 12) as usize & (JUMPS - 1)
 }
 
+/// An empty jump cache. Its length is part of its type, so that looking into it is not checked each time.
+fn jumps() -> Box<[Jump; JUMPS]> {
+    let all: Box<[Jump]> = vec![NOWHERE; JUMPS].into();
+    all.try_into().unwrap_or_else(|_| Box::new([NOWHERE; JUMPS]))
+}
+
 impl Cache {
     pub fn new() -> Cache {
         Cache {
@@ -108,7 +114,7 @@ impl Cache {
             instructions: Vec::with_capacity(INSTRUCTIONS),
             blocks: Vec::with_capacity(BLOCKS),
             table: vec![NO_BLOCK; TABLE].into(),
-            jumps: vec![NOWHERE; JUMPS].into(),
+            jumps: jumps(),
         }
     }
 
