@@ -85,7 +85,8 @@ pub struct Cache {
     jumps: Box<[Jump; JUMPS]>,
 }
 
-fn mode_of(user: bool, wide: bool) -> u32 {
+/// The mode of code by which blocks are found beside its address.
+pub fn mode_of(user: bool, wide: bool) -> u32 {
     u32::from(user) | u32::from(wide) << 1
 }
 
@@ -119,16 +120,16 @@ impl Cache {
     }
 
     /// The block that code at `gva` was in when last looked for under `version`.
-    #[inline]
-    pub fn jump(&self, gva: Gva, user: bool, wide: bool, version: u64) -> Option<Block> {
+    #[inline(always)]
+    pub fn jump(&self, gva: Gva, mode: u32, version: u64) -> Option<&Block> {
         let jump = &self.jumps[jump_of(gva)];
-        let same = jump.gva == gva && jump.version == version && jump.mode == mode_of(user, wide);
-        if same { Some(jump.block) } else { None }
+        let same = jump.gva == gva && jump.version == version && jump.mode == mode;
+        if same { Some(&jump.block) } else { None }
     }
 
     /// Notes what [`Cache::jump`] is to find.
-    pub fn remember(&mut self, gva: Gva, user: bool, wide: bool, version: u64, block: Block) {
-        self.jumps[jump_of(gva)] = Jump { gva, mode: mode_of(user, wide), block, version };
+    pub fn remember(&mut self, gva: Gva, mode: u32, version: u64, block: Block) {
+        self.jumps[jump_of(gva)] = Jump { gva, mode, block, version };
     }
 
     /// The block whose code is in `frame` where `gva` is mapped, as it is now.

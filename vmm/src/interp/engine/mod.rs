@@ -37,7 +37,7 @@ use umbra_mmu::{Access, CodeFrame, Gva, Mfn};
 
 use super::{Bus, BusError, Core, Leave, Step, Width, step};
 use crate::cpu::{CpuState, Seg, cr0, eflags};
-use cache::{Block, Cache, NO_TAIL};
+use cache::{Block, Cache, NO_TAIL, mode_of};
 use run::{Next, Run};
 use table::go_on;
 use translate::{After, Op};
@@ -176,17 +176,26 @@ impl Engine {
         steps: &mut u64,
     ) -> Step {
         let mut run = Run::new(Core::new(cpu, bus));
+        let mode = mode_of(run.user, run.wide);
         while *steps < budget && !run.core.bus.is_wanted() {
-            let block = match self.find(&mut run) {
-                Ok(Some(block)) if u64::from(block.count) <= budget - *steps => block,
-                Ok(_) => return single(run.core.cpu, run.core.bus, steps),
-                Err(leave) => {
-                    *steps += 1;
-                    run.core.bus.begin(*steps);
-                    return run.core.stopped(leave);
-                }
+            let gva = run.core.code_address(run.core.cpu.eip);
+            run.version = run.core.bus.translation_version();
+            let found;
+            let block = match self.cache.jump(gva, mode, run.version) {
+                Some(block) if is_current(block, run.core.bus) => block,
+                _ => match self.find(&mut run, gva) {
+                    Ok(Some(block)) => {
+                        found = block;
+                        &found
+                    }
+                    Ok(None) => return single(run.core.cpu, run.core.bus, steps),
+                    Err(leave) => return left(&mut run, leave, steps),
+                },
             };
-            run.enter(&block, *steps);
+            if u64::from(block.count) > budget - *steps {
+                return single(run.core.cpu, run.core.bus, steps);
+            }
+            run.enter(block, *steps);
             let end = if run.flags() & eflags::RF == 0 {
                 self.run_block(&mut run, block, steps)
             } else {
@@ -203,9 +212,11 @@ impl Engine {
 
     /// The first instruction of `block`, behind an IRET from a fault: RF, which no breakpoint asks for, goes when it has
     /// retired.
-    fn resume<B: CodeBus>(&self, run: &mut Run<'_, B>, block: Block, steps: &mut u64) -> End {
-        let Some(op) = self.cache.ops(&block).first() else { return End::Over };
-        let end = self.run_block(run, block.cut_behind(op), steps);
+    #[cold]
+    #[inline(never)]
+    fn resume<B: CodeBus>(&self, run: &mut Run<'_, B>, block: &Block, steps: &mut u64) -> End {
+        let Some(op) = self.cache.ops(block).first() else { return End::Over };
+        let end = self.run_block(run, &block.cut_behind(op), steps);
         // A generic op has seen to it.
         if !op.is_generic() && !matches!(end, End::Stop(_)) {
             run.core.cpu.eflags &= !eflags::RF;
@@ -213,19 +224,11 @@ impl Engine {
         end
     }
 
-    /// The block at CS:EIP; `None` where one instruction must be stepped.
-    fn find<B: CodeBus>(&mut self, run: &mut Run<'_, B>) -> Result<Option<Block>, Leave> {
-        let (eip, wide) = (run.core.cpu.eip, run.wide);
-        let gva = run.core.code_address(eip);
-        let version = run.core.bus.translation_version();
-        run.version = version;
-        if let Some(block) = self.cache.jump(gva, run.user, wide, version)
-            && run.core.bus.code_generation(block.frame) == block.generation
-            && (block.tail == NO_TAIL
-                || run.core.bus.code_generation(block.tail.mfn) == block.tail.generation)
-        {
-            return Ok(Some(block));
-        }
+    /// The block at CS:EIP, linear address `gva`, where the jump cache has it not; `None` where one instruction must be stepped.
+    #[cold]
+    #[inline(never)]
+    fn find<B: CodeBus>(&mut self, run: &mut Run<'_, B>, gva: Gva) -> Result<Option<Block>, Leave> {
+        let (wide, version) = (run.wide, run.version);
         let Some(frame) = run.core.bus.code_frame(gva, run.user)? else { return Ok(None) };
         let number = match self.cache.find(frame, gva, wide) {
             Some(number) if ends_there(run, &self.cache.block(number), gva) => number,
@@ -236,13 +239,14 @@ impl Engine {
         };
         // Finding it may have forgotten translations itself, which makes this one older, not wrong.
         let block = self.cache.block(number);
-        self.cache.remember(gva, run.user, wide, version, block);
+        self.cache.remember(gva, mode_of(run.user, wide), version, block);
         Ok(Some(block))
     }
 
     /// Runs the block that `run` has entered.
-    fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: Block, steps: &mut u64) -> End {
-        let ops = self.cache.ops(&block);
+    #[inline(always)]
+    fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: &Block, steps: &mut u64) -> End {
+        let ops = self.cache.ops(block);
         let mut rest = ops;
         loop {
             let next = go_on(run, rest);
@@ -283,6 +287,21 @@ impl Engine {
             step => Some(End::Stop(step)),
         }
     }
+}
+
+/// True while nobody has stored to where `block` was read from.
+#[inline(always)]
+fn is_current<B: CodeBus>(block: &Block, bus: &B) -> bool {
+    bus.code_generation(block.frame) == block.generation
+        && (block.tail == NO_TAIL || bus.code_generation(block.tail.mfn) == block.tail.generation)
+}
+
+/// The next instruction could not be fetched.
+#[cold]
+fn left<B: CodeBus>(run: &mut Run<'_, B>, leave: Leave, steps: &mut u64) -> Step {
+    *steps += 1;
+    run.core.bus.begin(*steps);
+    run.core.stopped(leave)
 }
 
 /// True where the last bytes of `block`, which begins at `gva`, still are in the frame where they were read.
