@@ -185,6 +185,9 @@ impl Cache {
                 op.follow(|to| (0..PAGE as i32).contains(&(gva.offset() as i32 + to)));
             }
             at = op.next().into();
+            if let Some(before) = self.ops[first..].last_mut() {
+                before.join(&op);
+            }
             if op.is_generic() {
                 self.instructions.push(instruction);
             }

@@ -61,6 +61,15 @@ fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
     Next::On
 }
 
+/// CMP (`K` is 7) and TEST (8) of a register with another or an immediate, for a branch that comes next.
+#[inline(always)]
+pub fn compared<const K: u8, const I: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> u32 {
+    let source = if I { op.imm } else { run.get::<4>(op.src) };
+    let flags = compute::<K>(run.get::<4>(op.dst), source, run.flags(), Width::B4).flags;
+    run.core.cpu.eflags = flags;
+    flags
+}
+
 #[inline(always)]
 fn to_memory<const K: u8, const W: u8, const M: u8, B: CodeBus>(
     run: &mut Run<'_, B>,

@@ -81,6 +81,13 @@ impl Op {
         if self.after == After::There { self.end.wrapping_add(self.imm as i16) } else { self.end }
     }
 
+    /// Has it do `next`, which comes behind it, too, where there is a handler for both.
+    pub fn join(&mut self, next: &Op) {
+        if let Some(handler) = table::joined(self.handler, next.handler) {
+            self.handler = handler;
+        }
+    }
+
     /// Makes a branch that is always taken, to a place for which `fits` holds, one that the block goes on behind.
     pub fn follow(&mut self, fits: impl FnOnce(i32) -> bool) {
         let jump = self.handler == table::by_way(table::JMP, self.way());
