@@ -1,7 +1,7 @@
 //! The engine: the interpreter at speed, by blocks of decoded instructions.
 //!
 //! Story: [`Engine::run`] does what as many calls of [`super::step`] would do, and is checked against that. It decodes
-//! straight-line code once into blocks, kept by the *frame* that the code stands in; what is hot has handlers of its own
+//! code that has no choice of ways once into blocks, kept by the *frame* that the code stands in; what is hot has handlers of its own
 //! (`ops`), everything else is executed as [`super::step`] would.
 //!
 //! ```text
