@@ -26,7 +26,7 @@
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Condvar, Guard, Lock, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
@@ -72,8 +72,7 @@ pub struct Buckets {
     sequence: AtomicU64,
     /// Threads that sleep at a gate, or are about to.
     waiting: AtomicU32,
-    sleepers: Lock<()>,
-    opened: Condvar,
+    sleepers: Monitor<()>,
 }
 
 /// What a fill read before its walk; the gate compares it in the critical section.
@@ -101,8 +100,7 @@ impl Buckets {
             mask: count - 1,
             sequence: AtomicU64::new(1),
             waiting: AtomicU32::new(0),
-            sleepers: Lock::new(lock_order::SLEEPERS, ()),
-            opened: Condvar::new(),
+            sleepers: Monitor::new(lock_order::SLEEPERS, ()),
         }
     }
 
@@ -149,7 +147,7 @@ impl Buckets {
         // Opened, then looked for sleepers; they are counted, then look at the gate.
         if self.waiting.load(Ordering::SeqCst) > 0 {
             drop(self.sleepers.lock());
-            self.opened.notify_all();
+            self.sleepers.notify_all();
         }
     }
 
@@ -159,7 +157,7 @@ impl Buckets {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while self.is_closed(gfn) {
-            sleepers = self.opened.wait(sleepers);
+            sleepers = sleepers.wait();
         }
         drop(sleepers);
         self.waiting.fetch_sub(1, Ordering::SeqCst);

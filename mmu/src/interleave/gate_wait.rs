@@ -17,7 +17,7 @@
 
 use super::explore;
 use crate::lock_order;
-use crate::sync::{Arc, AtomicU32, Condvar, Lock, Ordering, thread};
+use crate::sync::{Arc, AtomicU32, Monitor, Ordering, thread};
 
 #[derive(Clone, Copy)]
 struct Way {
@@ -31,8 +31,7 @@ const RIGHT: Way = Way { counts_first: true, locks: true, order: Ordering::SeqCs
 struct Gate {
     in_progress: AtomicU32,
     waiters: AtomicU32,
-    lock: Lock<()>,
-    opened: Condvar,
+    sleepers: Monitor<()>,
 }
 
 impl Gate {
@@ -40,12 +39,12 @@ impl Gate {
         if way.counts_first {
             self.waiters.fetch_add(1, way.order);
         }
-        let mut guard = self.lock.lock();
+        let mut guard = self.sleepers.lock();
         while self.in_progress.load(Ordering::SeqCst) > 0 {
             if !way.counts_first {
                 self.waiters.fetch_add(1, way.order);
             }
-            guard = self.opened.wait(guard);
+            guard = guard.wait();
             if !way.counts_first {
                 self.waiters.fetch_sub(1, way.order);
             }
@@ -60,9 +59,9 @@ impl Gate {
         self.in_progress.fetch_sub(1, way.order);
         if self.waiters.load(Ordering::SeqCst) > 0 {
             if way.locks {
-                drop(self.lock.lock());
+                drop(self.sleepers.lock());
             }
-            self.opened.notify_all();
+            self.sleepers.notify_all();
         }
     }
 }
@@ -71,8 +70,7 @@ fn wait_and_open(way: Way, waiters: u32, closings: u32) {
     let gate = Arc::new(Gate {
         in_progress: AtomicU32::new(closings),
         waiters: AtomicU32::new(0),
-        lock: Lock::new(lock_order::BUCKET, ()),
-        opened: Condvar::new(),
+        sleepers: Monitor::new(lock_order::SLEEPERS, ()),
     });
     let start = |act: fn(&Gate, Way)| {
         let gate = gate.clone();

@@ -130,7 +130,7 @@ impl Mmu {
             self.pages.put_free(fresh, 0);
             return self.ready(slot, key);
         }
-        self.pages.count_in(key.role);
+        self.pages.count_in(key);
         shard.entry(key.gfn).or_default().push((key.role, fresh));
         let promoted = if key.role.shadows_table() { self.promote(key) } else { Some(false) };
         let Some(owed) = promoted else {
@@ -304,7 +304,7 @@ impl Mmu {
     fn take_out(&self, shard: &mut Shard, key: Key, slot: u32) {
         let Some(pages) = shard.get_mut(&key.gfn) else { return };
         pages.retain(|(_, other)| *other != slot);
-        self.pages.count_out(key.role);
+        self.pages.count_out(key);
         if pages.is_empty() {
             shard.remove(&key.gfn);
         }

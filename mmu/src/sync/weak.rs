@@ -72,6 +72,23 @@ macro_rules! atomic {
             }
 
             #[track_caller]
+            pub fn fetch_update(
+                &self,
+                set: Ordering,
+                fetch: Ordering,
+                mut change: impl FnMut($value) -> Option<$value>,
+            ) -> Result<$value, $value> {
+                let mut old = self.load(fetch);
+                while let Some(new) = change(old) {
+                    match self.compare_exchange(old, new, set, fetch) {
+                        Ok(_) => return Ok(old),
+                        Err(now) => old = now,
+                    }
+                }
+                Err(old)
+            }
+
+            #[track_caller]
             pub fn compare_exchange_weak(
                 &self,
                 current: $value,
