@@ -15,6 +15,8 @@ mod cli;
 mod images;
 #[path = "e2e/peer.rs"]
 mod peer;
+#[path = "e2e/pressure.rs"]
+mod pressure;
 #[path = "e2e/rig.rs"]
 mod rig;
 #[path = "e2e/soak.rs"]
@@ -43,6 +45,7 @@ fn test() -> ExitCode {
         cli::cases(),
         images::cases(),
         peer::cases(),
+        pressure::cases(),
         rig::cases(),
         soak::cases(),
         workloads::cases(),

@@ -20,6 +20,7 @@ use crate::events::Event;
 use crate::format::Gpte;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
+use crate::records::Cause;
 use crate::shadow::pages::{Page, Shard, find};
 use crate::shadow::role::{Key, Role, Shape, directory_key};
 use crate::spte::{l1_index, l2_index, l3_index};
@@ -284,7 +285,7 @@ impl Mmu {
             self.write_protect(&bucket, gfn, mfn)
         };
         if owed {
-            self.coherence.shoot_down(Some(vcpu.id));
+            self.shoot_down_protected(Cause::Track, gfn, vcpu.id);
         }
         self.sync_table(vcpu, gfn);
     }
