@@ -17,8 +17,8 @@
 //! | marks | a store to a frame that becomes a page table |
 //!
 //! Holds: what a model asserts, in every order of its threads' steps and for every store that a load may still see. The
-//! five largest are bounded to four or five preemptions; with `LOOM_MAX_PREEMPTIONS=100` they too are explored to the end,
-//! in a minute or two.
+//! five largest are bounded to four or five preemptions. With `LOOM_MAX_PREEMPTIONS=100` they too are explored to the end,
+//! in about a minute, but for that of two vCPUs that shoot each other down, which is too large.
 //!
 //! Limits: loom runs one store after another, so that all threads agree on their order, as x86 does. It has no more than
 //! four threads, and a model is a handful of steps of one operation each: what only three operations in a row, or a
