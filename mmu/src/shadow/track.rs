@@ -333,3 +333,30 @@ impl Mmu {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Config, Machine, NoVcpus};
+
+    #[test]
+    fn a_table_that_becomes_unsync_while_it_is_tracked_again_is_listed_once() {
+        let config = Config {
+            guest_pages: 4,
+            reserved_frames: 0,
+            shadow_pages_max: 64,
+            roots_max: 4,
+            firmware_entry: 0,
+            vcpus: 1,
+        };
+        let mmu = Mmu::new(Machine::anonymous(16), config, Box::new(NoVcpus));
+        let (vcpu, gfn) = (mmu.vcpu(0), Gfn(1));
+        let PageState::Resident(mfn) = mmu.resident(gfn) else { panic!("there are frames") };
+        mmu.frames.change_flags(mfn, 0, SHADOWED);
+        assert!(mmu.try_unsync(&vcpu, gfn, Gva(0)));
+        // The first half of `track_again`, by another vCPU.
+        mmu.frames.change_flags(mfn, UNSYNC, 0);
+        assert!(mmu.try_unsync(&vcpu, gfn, Gva(0)));
+        assert_eq!(mmu.usage().unsync, 1);
+    }
+}
