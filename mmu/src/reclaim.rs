@@ -162,7 +162,8 @@ impl Mmu {
         let _scope = MemAlloc::enter();
         let mut freed = 0;
         for batch in pages.chunks(CLUSTER as usize) {
-            let mut batch: Vec<Gfn> = batch.iter().copied().filter(|gfn| gfn.0 >= self.config.low_pages).collect();
+            let mut batch: Vec<Gfn> =
+                batch.iter().copied().filter(|gfn| gfn.0 >= self.config.low_pages).collect();
             batch.sort_unstable();
             batch.dedup();
             batch.iter().for_each(|gfn| self.unshadow(*gfn));

@@ -155,8 +155,7 @@ impl World {
         let kick = Kick { mmu: Arc::default(), inside: inside.clone() };
         let back = kick.mmu.clone();
         let swap = Box::new(MemorySwap::new(sizes.guest_pages));
-        let mmu =
-            Arc::new(Mmu::new(Machine::new(machine.clone()), config, Box::new(kick)).with_swap(swap));
+        let mmu = Arc::new(Mmu::new(Machine::new(machine.clone()), config, Box::new(kick)).with_swap(swap));
         back.set(Arc::downgrade(&mmu)).expect("set once");
         let cpu = |id| Cpu {
             vcpu: match sizes.tlb {
