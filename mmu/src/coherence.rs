@@ -15,7 +15,7 @@
 //! last removal max= stamp + 1
 //! removing--
 //!
-//! covered(stamp)  <=>  every vCPU: flushed > stamp, or it has a request > stamp and is outside
+//! covered(stamp)  <=>  every vCPU: flushed > stamp, or it has a request > stamp and is, or was once seen, outside
 //! owes(vCPU)      <=>  removing > 0, or last removal > flushed
 //! ```
 //!
@@ -74,6 +74,9 @@ struct VcpuFlush {
     requested: AtomicU64,
     /// Epoch of the last completed flush.
     flushed: AtomicU64,
+    /// The highest stamp that somebody has seen it cover. It will for ever: seen outside, with a request, it flushes before
+    /// it runs guest code, though for a moment it is inside and has not flushed yet.
+    seen: AtomicU64,
 }
 
 /// What a notifier shootdown still has to drop: sptes that were present and have been removed or narrowed.
@@ -336,9 +339,15 @@ impl VcpuFlush {
     /// The request is read before the mode: a vCPU seen outside after that has the request before it as it enters.
     /// The other way round, it could enter in between, on an older request.
     fn covers(&self, stamp: u64) -> bool {
-        self.flushed.load(Ordering::SeqCst) > stamp
-            || (self.requested.load(Ordering::SeqCst) > stamp
-                && self.mode.load(Ordering::SeqCst) == VcpuMode::Outside as u32)
+        if self.flushed.load(Ordering::SeqCst) > stamp || self.seen.load(Ordering::SeqCst) >= stamp {
+            return true;
+        }
+        let outside = self.requested.load(Ordering::SeqCst) > stamp
+            && self.mode.load(Ordering::SeqCst) == VcpuMode::Outside as u32;
+        if outside {
+            self.seen.fetch_max(stamp, Ordering::SeqCst);
+        }
+        outside
     }
 }
 
@@ -387,7 +396,11 @@ mod tests {
         ledger.shoot_down(None);
         assert!(ledger.covered(stamp));
         assert!(ledger.enter_guest(0), "and it must flush before it enters");
-        assert!(!ledger.covered(stamp), "inside, unflushed: not covered");
+        assert!(ledger.covered(stamp), "for good");
+        let epoch = ledger.begin_flush();
+        ledger.end_flush(0, epoch);
+        let later = ledger.removal().stamp_table();
+        assert!(!ledger.covered(later), "inside, and unflushed since: not covered");
     }
 
     /// A host that can always notify, and says how often it was asked.

@@ -33,7 +33,7 @@ pub mod coherence;
 pub mod discard;
 pub mod events;
 pub mod explain;
-mod fault;
+pub mod fault;
 pub mod format;
 pub mod frames;
 pub mod invalidation;

@@ -156,17 +156,15 @@ impl SwapMap {
         Some(run)
     }
 
-    /// Gives slots back.
+    /// Gives slots back. The device forgets them first: once they are free, another may be writing to them.
     pub fn free(&self, slots: Range<u32>) {
-        {
-            let mut map = self.map.lock();
-            for slot in slots.clone() {
-                debug_assert_ne!(map.owners[slot as usize], 0, "INV-SWAP-1: slot {slot} freed twice");
-                map.owners[slot as usize] = 0;
-            }
-            map.used -= slots.len() as u32;
+        self.device.discard(slots.clone());
+        let mut map = self.map.lock();
+        map.used -= slots.len() as u32;
+        for slot in slots {
+            debug_assert_ne!(map.owners[slot as usize], 0, "INV-SWAP-1: slot {slot} freed twice");
+            map.owners[slot as usize] = 0;
         }
-        self.device.discard(slots);
     }
 
     /// Gives up the slot of a copy that is no good any more. The device is told later: locks may be held here.

@@ -5,11 +5,13 @@
 //! | matrix | every combination of entry bits, control bits and access | all of them always |
 //! | property | random guest programs | `UMBRA_OPS=10000000 cargo test -p umbra-mmu --test model property` |
 //! | regressions | programs that once failed | |
+//! | pressure | more guest memory than frames: by threads, by failing swap, rule by rule | `UMBRA_SECONDS=60` |
 //! | threads | two vCPUs on two threads | |
 #![forbid(unsafe_code)]
 
 mod matrix;
 mod model;
+mod pressure;
 mod program;
 mod property;
 mod regressions;

@@ -1,0 +1,471 @@
+//! Guest memory over fewer frames: what one program cannot show alone, by threads, by faults of the swap device, and rule
+//! by rule.
+//!
+//! The guest has paging off, so that a page's address is its frame's; its vCPUs have software TLBs that forget nothing.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::RngExt;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use umbra_mmu::discard::{Discard, NotDiscarded};
+use umbra_mmu::fault::GATE_PATIENCE;
+use umbra_mmu::invalidation::May;
+use umbra_mmu::p2m::PageState;
+use umbra_mmu::records::Cause;
+use umbra_mmu::scope::NoIo;
+use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
+use umbra_mmu::{
+    Access, Config, Gfn, Gva, LocalStack, Machine, Miss, Mmu, NoVcpus, NotReached, Outcome, Shootdown,
+    Shortage, TlbKind, Vcpu, Width,
+};
+
+/// Pages of the guest; its budget is a fraction of it.
+const PAGES: u32 = 1000;
+const LOW_PAGES: u32 = 16;
+
+#[derive(Debug, Default)]
+struct Kick(Arc<AtomicBool>);
+
+impl Shootdown for Kick {
+    fn kick(&self, _vcpu: u32) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A swap device that fails once, at the operation with that number.
+#[derive(Debug)]
+struct Failing {
+    inner: MemorySwap,
+    fail_at: u64,
+    done: Arc<AtomicU64>,
+}
+
+impl Failing {
+    fn count(&self) -> io::Result<()> {
+        match self.done.fetch_add(1, Ordering::SeqCst) {
+            n if n == self.fail_at => Err(io::Error::from_raw_os_error(5)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SwapDevice for Failing {
+    fn slots(&self) -> u32 {
+        self.inner.slots()
+    }
+
+    fn write(&self, first: SwapSlot, pages: &[u8]) -> io::Result<()> {
+        self.count()?;
+        self.inner.write(first, pages)
+    }
+
+    fn read(&self, first: SwapSlot, pages: &mut [u8]) -> io::Result<()> {
+        self.count()?;
+        self.inner.read(first, pages)
+    }
+
+    fn discard(&self, slots: Range<u32>) {
+        self.inner.discard(slots);
+    }
+}
+
+fn mmu(swap: Box<dyn SwapDevice>, shootdown: Box<dyn Shootdown>) -> Mmu {
+    let config = Config {
+        guest_pages: PAGES,
+        low_pages: LOW_PAGES,
+        reserved_frames: 0,
+        shadow_pages_max: 64,
+        roots_max: 4,
+        firmware_entry: 0,
+        vcpus: 1,
+    };
+    Mmu::new(Machine::anonymous(2000), config, shootdown).with_swap(swap)
+}
+
+/// One with frames for `high` pages or so beyond the least.
+fn pressed(over: u32) -> Mmu {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    mmu.set_budget(mmu.budget_min() + over).expect("enough");
+    mmu
+}
+
+/// A vCPU as the soft backend runs it.
+struct Guest<'m> {
+    mmu: &'m Mmu,
+    vcpu: Vcpu,
+    kicked: Arc<AtomicBool>,
+    /// Closed gates met by one access, at most.
+    gates_max: u32,
+}
+
+impl<'m> Guest<'m> {
+    fn new(mmu: &'m Mmu, kicked: Arc<AtomicBool>) -> Guest<'m> {
+        Guest { mmu, vcpu: mmu.soft_vcpu(0, TlbKind::Sticky), kicked, gates_max: 0 }
+    }
+
+    fn access<T>(
+        &mut self,
+        at: Gva,
+        access: Access,
+        make: impl Fn(&Mmu, &Vcpu) -> Result<T, Miss>,
+    ) -> Result<T, Shortage> {
+        let mut gates = 0;
+        loop {
+            if self.kicked.swap(false, Ordering::SeqCst) {
+                self.mmu.coherence().leave_guest(0);
+            }
+            self.mmu.tlb_enter(&self.vcpu);
+            match make(self.mmu, &self.vcpu) {
+                Ok(done) => return Ok(done),
+                Err(Miss::Incoherent(violation)) => panic!("{violation}"),
+                Err(Miss::Fault) => {}
+            }
+            self.mmu.coherence().leave_guest(0);
+            match self.mmu.fault(&self.vcpu, at, access) {
+                Outcome::Need(gfn) => self.mmu.bring_in(Some(0), gfn)?,
+                Outcome::Gate(gfn) => {
+                    gates += 1;
+                    self.gates_max = self.gates_max.max(gates);
+                    self.mmu.wait_at_gate(&self.vcpu, gfn);
+                }
+                Outcome::Fixed | Outcome::Spurious | Outcome::Again => {}
+                outcome => panic!("{at:?}: {outcome:?}"),
+            }
+        }
+    }
+
+    fn store(&mut self, page: u32, word: u32, value: u64) -> Result<(), Shortage> {
+        let at = Gva(page << 12 | word * 8);
+        self.access(at, Access::write(false), |mmu, vcpu| mmu.tlb_store(vcpu, at, Width::B8, value, false))
+    }
+
+    fn load(&mut self, page: u32, word: u32) -> Result<u64, Shortage> {
+        let at = Gva(page << 12 | word * 8);
+        self.access(at, Access::read(false), |mmu, vcpu| mmu.tlb_load(vcpu, at, Width::B8, false))
+    }
+
+    fn leave(&self) {
+        self.mmu.coherence().leave_guest(0);
+    }
+}
+
+/// Lets the others end when a thread does, by a panic too.
+struct Leave<'m>(&'m Mmu, &'m AtomicBool);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.coherence().leave_guest(0);
+        self.0.stop_background();
+        self.1.store(true, Ordering::SeqCst);
+    }
+}
+
+fn rng(seed: u8) -> TestRng {
+    TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32])
+}
+
+/// Stores to pages and loads them back, each many times; what is read must be what was written last.
+fn workload(guest: &mut Guest<'_>, steps: u32, rng: &mut TestRng) -> Result<(), Shortage> {
+    let mut kept = vec![0u64; PAGES as usize];
+    for step in 0..steps {
+        let page = rng.random_range(0..PAGES);
+        if rng.random_range(0..3) == 0 {
+            kept[page as usize] = u64::from(step) << 32 | u64::from(page);
+            guest.store(page, 7, kept[page as usize])?;
+        } else {
+            assert_eq!(guest.load(page, 7)?, kept[page as usize], "page {page:#x} at step {step}");
+        }
+    }
+    for page in 0..PAGES {
+        assert_eq!(guest.load(page, 7)?, kept[page as usize], "page {page:#x} at the end");
+    }
+    guest.leave();
+    Ok(())
+}
+
+fn audit(mmu: &Mmu) {
+    let findings = mmu.audit();
+    assert!(findings.is_empty(), "{findings:#?}");
+}
+
+#[test]
+fn a_guest_larger_than_its_frames_keeps_every_word() {
+    let mmu = pressed(100);
+    workload(&mut Guest::new(&mmu, Arc::default()), 20_000, &mut rng(1)).expect("swap has room");
+    audit(&mmu);
+    let usage = mmu.usage();
+    assert!(usage.refaults > 1000 && usage.swap_outs > 500 && usage.clean_drops > 100, "{usage:?}");
+    assert!(usage.frames_used <= usage.budget, "{usage:?}");
+}
+
+#[test]
+fn every_swap_operation_fails_once_and_none_gives_wrong_data() {
+    let run = |fail_at| {
+        let done = Arc::new(AtomicU64::new(0));
+        let swap = Failing { inner: MemorySwap::new(PAGES), fail_at, done: Arc::clone(&done) };
+        let mmu = mmu(Box::new(swap), Box::new(NoVcpus));
+        mmu.set_budget(mmu.budget_min() + 100).expect("enough");
+        let mut guest = Guest::new(&mmu, Arc::default());
+        let result = workload(&mut guest, 1500, &mut rng(2));
+        guest.leave();
+        audit(&mmu);
+        (result, mmu.background_round(), done.load(Ordering::SeqCst))
+    };
+    let (result, background, operations) = run(u64::MAX);
+    assert!(result.is_ok() && background.is_ok() && operations > 50, "{result:?}, {operations} operations");
+    for fail_at in 0..operations {
+        let (result, background, _) = run(fail_at);
+        let Err(Shortage::Swap(failed)) = result else { panic!("operation {fail_at}: {result:?}") };
+        assert!(failed.to_string().contains("stopped before"), "{failed}");
+        assert_eq!(background, Err(failed), "the background knows of it too");
+    }
+}
+
+#[test]
+fn a_full_swap_is_a_shortage_with_its_numbers_and_loses_nothing() {
+    let mmu = mmu(Box::new(MemorySwap::new(100)), Box::new(NoVcpus));
+    mmu.set_budget(mmu.budget_min() + 100).expect("enough");
+    let mut guest = Guest::new(&mmu, Arc::default());
+    let stored =
+        (0..PAGES).find_map(|page| guest.store(page, 0, u64::from(page) + 1).err().map(|e| (page, e)));
+    let Some((last, shortage)) = stored else { panic!("1000 pages in 100 slots and 300 frames") };
+    assert!(shortage.to_string().contains("swap has 0 of 100 slots free"), "{shortage}");
+    guest.leave();
+    audit(&mmu);
+    // What is there is right: resident pages at once, swapped ones while clean pages can make room.
+    let resident = (0..last).filter(|page| matches!(mmu.p2m().lookup(Gfn(*page)), PageState::Resident(_)));
+    for page in resident {
+        let mut word = [0; 8];
+        mmu.read_bytes(&LocalStack::new(), Gfn(page).at(0), &mut word).expect("resident");
+        assert_eq!(u64::from_le_bytes(word), u64::from(page) + 1);
+    }
+}
+
+#[test]
+fn low_memory_stays() {
+    let mmu = pressed(50);
+    let mut guest = Guest::new(&mmu, Arc::default());
+    for page in 0..PAGES {
+        guest.store(page, 0, 1).expect("swap has room");
+    }
+    let low: Vec<Gfn> = (0..LOW_PAGES).map(Gfn).collect();
+    assert_eq!(mmu.page_out(None, &low), Ok(0));
+    assert!(low.iter().all(|gfn| matches!(mmu.p2m().lookup(*gfn), PageState::Resident(_))));
+    guest.leave();
+    audit(&mmu);
+}
+
+#[test]
+fn a_scope_without_io_drops_what_is_clean_and_writes_nothing() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = Guest::new(&mmu, Arc::default());
+    for page in 100..140 {
+        guest.store(page, 0, 1).expect("enough frames");
+    }
+    let pages: Vec<Gfn> = (100..140).map(Gfn).collect();
+    guest.leave();
+    assert_eq!(mmu.page_out(None, &pages[..20]), Ok(20));
+    let writes = mmu.usage().swap_writes;
+    for page in 100..110 {
+        assert_eq!(guest.load(page, 0), Ok(1));
+    }
+    guest.leave();
+    let scope = NoIo::enter();
+    assert_eq!(mmu.page_out(None, &pages), Ok(16), "clean pages, those read ahead among them; no dirty one");
+    drop(scope);
+    assert_eq!(mmu.usage().swap_writes, writes);
+    assert_eq!(mmu.page_out(None, &pages), Ok(20), "and the dirty ones now");
+    audit(&mmu);
+}
+
+#[test]
+fn a_page_that_is_only_read_goes_again_without_a_write() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = Guest::new(&mmu, Arc::default());
+    guest.store(200, 0, 5).expect("a frame");
+    guest.leave();
+    for round in 0..3 {
+        mmu.page_out(None, &[Gfn(200)]).expect("swap has room");
+        assert_eq!(guest.load(200, 0), Ok(5));
+        guest.leave();
+        assert_eq!(mmu.usage().swap_outs, 1, "round {round}");
+    }
+    guest.store(200, 0, 6).expect("a frame");
+    guest.leave();
+    mmu.page_out(None, &[Gfn(200)]).expect("swap has room");
+    assert_eq!((mmu.usage().swap_outs, guest.load(200, 0)), (2, Ok(6)));
+    guest.leave();
+    // By the VMM's own hand as well.
+    mmu.write_bytes(&LocalStack::new(), Gfn(200).at(0), &[7]).expect("resident");
+    let before = mmu.p2m().generations(Gfn(200));
+    mmu.page_out(None, &[Gfn(200)]).expect("swap has room");
+    assert_eq!(mmu.p2m().generations(Gfn(200)).mapping, before.mapping + 1);
+    assert_eq!((mmu.usage().swap_outs, guest.load(200, 0)), (3, Ok(7)));
+    guest.leave();
+    audit(&mmu);
+}
+
+#[test]
+fn pages_of_zeros_cost_no_slot() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = Guest::new(&mmu, Arc::default());
+    guest.store(300, 0, 1).expect("a frame");
+    guest.store(300, 0, 0).expect("a frame");
+    assert_eq!(guest.load(301, 0), Ok(0));
+    guest.leave();
+    assert_eq!(mmu.page_out(None, &[Gfn(300), Gfn(301)]), Ok(2));
+    assert_eq!((mmu.usage().swap_outs, mmu.usage().zero_drops), (0, 2));
+    assert_eq!(mmu.p2m().lookup(Gfn(300)), PageState::Zero);
+    audit(&mmu);
+}
+
+#[test]
+fn a_caller_that_may_not_sleep_is_told_so_and_nothing_has_changed() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = Guest::new(&mmu, Arc::default());
+    guest.store(400, 0, 9).expect("a frame");
+    let refused = mmu.discard(None, 400..401, Discard::Zero, May::NotSleep);
+    assert!(matches!(refused, Err(NotDiscarded::WouldBlock(_))), "{refused:?}: the vCPU is in the guest");
+    assert_eq!(guest.load(400, 0), Ok(9));
+    guest.leave();
+    assert_eq!(
+        mmu.discard(None, 400..401, Discard::Zero, May::NotSleep),
+        Ok(()),
+        "nobody is there to wait for"
+    );
+    assert_eq!(guest.load(400, 0), Ok(0));
+    guest.leave();
+    audit(&mmu);
+}
+
+#[test]
+fn a_discarded_page_reads_as_zeros_wherever_it_was() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = Guest::new(&mmu, Arc::default());
+    for page in 500..520 {
+        guest.store(page, 3, 1).expect("a frame");
+    }
+    guest.leave();
+    mmu.page_out(None, &[Gfn(505), Gfn(506)]).expect("swap has room");
+    mmu.discard(None, 495..510, Discard::Zero, May::Sleep).expect("nothing holds them");
+    mmu.discard(None, 510..515, Discard::Balloon, May::Sleep).expect("nothing holds them");
+    assert_eq!(mmu.usage().ballooned, 5);
+    for page in 495..520 {
+        assert_eq!(guest.load(page, 3), Ok(u64::from(page >= 515)), "page {page}");
+    }
+    assert_eq!(mmu.usage().ballooned, 0, "a touch takes a page back");
+    guest.leave();
+    audit(&mmu);
+}
+
+/// A fault in a range that is invalidated all the time meets at most so many closed gates.
+#[test]
+fn a_fault_under_continuous_invalidation_gets_through() {
+    let kicked = Arc::new(AtomicBool::new(false));
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(Kick(Arc::clone(&kicked))));
+    let stop = AtomicBool::new(false);
+    let (mut faults, mut rounds) = (0u32, 0u32);
+    std::thread::scope(|scope| {
+        let invalidator = scope.spawn(|| {
+            let mut rounds = 0;
+            while !stop.load(Ordering::SeqCst) {
+                mmu.discard(None, 600..632, Discard::Zero, May::Sleep).expect("nothing holds them for long");
+                rounds += 1;
+            }
+            rounds
+        });
+        let _leave = Leave(&mmu, &stop);
+        let mut guest = Guest::new(&mmu, kicked);
+        let end = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < end {
+            guest.store(600 + faults % 32, 0, 1).expect("enough frames");
+            faults += 1;
+        }
+        guest.leave();
+        stop.store(true, Ordering::SeqCst);
+        rounds = invalidator.join().expect("no panic");
+        assert!(guest.gates_max <= GATE_PATIENCE + 2, "{} closed gates in a row", guest.gates_max);
+    });
+    println!("pressure: {faults} faults through {rounds} invalidations");
+    assert!(faults > 100 && rounds > 10, "{faults} faults, {rounds} rounds");
+    audit(&mmu);
+}
+
+/// A vCPU, a device, the background thread and an operator who changes the budget, all at once.
+#[test]
+fn guest_device_background_and_operator_lose_no_word_between_them() {
+    let seconds = std::env::var("UMBRA_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2.0);
+    let kicked = Arc::new(AtomicBool::new(false));
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(Kick(Arc::clone(&kicked))));
+    let (least, end) = (mmu.budget_min(), Instant::now() + Duration::from_secs_f64(seconds));
+    let (device_rounds, stop) = (AtomicU32::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let _leave = Leave(&mmu, &stop);
+        scope.spawn(|| {
+            while mmu.wait_for_background_work() {
+                while mmu.background_round().expect("swap has room") {}
+            }
+        });
+        scope.spawn(|| {
+            let mut rng = rng(5);
+            while Instant::now() < end {
+                mmu.set_budget(least + rng.random_range(0..400)).expect("not under the least");
+                std::thread::sleep(Duration::from_millis(3));
+            }
+        });
+        let device = scope.spawn(|| device(&mmu, end, &device_rounds));
+        let mut guest = Guest::new(&mmu, kicked);
+        let mut rng = rng(4);
+        let mut kept = vec![0u64; PAGES as usize];
+        let mut steps = 0u64;
+        while Instant::now() < end {
+            let page = rng.random_range(0..PAGES);
+            steps += 1;
+            if rng.random_range(0..3) == 0 {
+                kept[page as usize] = steps;
+                guest.store(page, 1, steps).expect("swap has room");
+            } else {
+                assert_eq!(
+                    guest.load(page, 1),
+                    Ok(kept[page as usize]),
+                    "page {page:#x} after {steps} steps"
+                );
+            }
+        }
+        guest.leave();
+        device.join().expect("the device saw no wrong word");
+        println!(
+            "pressure: {steps} steps, {} device rounds, {:?}",
+            device_rounds.load(Ordering::SeqCst),
+            mmu.usage()
+        );
+        assert!(steps > 1000);
+    });
+    audit(&mmu);
+    assert!(mmu.records().totals(Cause::Reclaim).pages > 100, "{:?}", mmu.usage());
+}
+
+/// Writes and reads words of its own in the pages of the guest, by the window.
+fn device(mmu: &Mmu, end: Instant, rounds: &AtomicU32) {
+    let (window, mut rng) = (LocalStack::new(), rng(6));
+    let mut kept = vec![0u64; PAGES as usize];
+    while Instant::now() < end {
+        let page = rng.random_range(0..PAGES);
+        let at = Gfn(page).at(8 * 40);
+        let done: Result<(), NotReached> = if rng.random_range(0..2) == 0 {
+            kept[page as usize] += 1;
+            mmu.write_bytes_sleeping(None, &window, at, &kept[page as usize].to_le_bytes())
+        } else {
+            let mut word = [0; 8];
+            let read = mmu.read_bytes_sleeping(None, &window, at, &mut word);
+            assert_eq!(u64::from_le_bytes(word), kept[page as usize], "the device's word in page {page:#x}");
+            read
+        };
+        done.expect("swap has room");
+        rounds.fetch_add(1, Ordering::SeqCst);
+    }
+}
