@@ -7,10 +7,10 @@
 //! vCPU (fill)                           invalidation of gfn
 //! seen := sequence
 //! walk the guest's tables
-//!                                       close: in_progress += 1, closed_at := ++sequence
+//!                                       close: in_progress += 1, ++sequence
 //! lock bucket(gfn)                      lock bucket(gfn), zap every link, unlock
 //!   gate closed, or closed_at > seen?   shoot down, finish
-//!     yes: retry (sleep after a while)  open: in_progress -= 1
+//!     yes: retry (sleep after a while)  open: in_progress -= 1, closed_at := sequence
 //!     no:  store spte, link
 //! unlock
 //! ```
@@ -55,11 +55,16 @@ impl Link {
 #[derive(Debug)]
 struct Bucket {
     links: Lock<Vec<Link>>,
-    in_progress: AtomicU32,
+    /// Closings that were not opened yet, in the low bits; above them the sequence when it was last opened. While it is
+    /// closed, the latter is no matter.
+    gate: AtomicU64,
     /// Fills that have met the gate closed too often.
     starving: AtomicU32,
-    closed_at: AtomicU64,
 }
+
+/// The part of a gate that counts closings: each thread has a few batches' worth at most.
+const CLOSINGS: u64 = (1 << CLOSINGS_BITS) - 1;
+const CLOSINGS_BITS: u32 = 16;
 
 /// All buckets of a guest.
 #[derive(Debug)]
@@ -89,9 +94,8 @@ impl Buckets {
         let count = (pages / 4).next_power_of_two().clamp(64, BUCKETS_MAX);
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
-            in_progress: AtomicU32::new(0),
+            gate: AtomicU64::new(0),
             starving: AtomicU32::new(0),
-            closed_at: AtomicU64::new(0),
         };
         Buckets {
             buckets: (0..count).map(bucket).collect(),
@@ -125,12 +129,9 @@ impl Buckets {
     pub fn close_all(&self, gfns: &[Gfn]) {
         // Closed first, numbered after: a fill that reads the number has its gate closed, or ran before.
         for gfn in gfns {
-            self.bucket(*gfn).in_progress.fetch_add(1, Ordering::SeqCst);
+            self.bucket(*gfn).gate.fetch_add(1, Ordering::SeqCst);
         }
-        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
-        for gfn in gfns {
-            self.bucket(*gfn).closed_at.fetch_max(now, Ordering::SeqCst);
-        }
+        self.sequence.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Ends one closing of the gate of `gfn`.
@@ -140,9 +141,9 @@ impl Buckets {
 
     /// Ends one closing of each, and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
+        let now = self.sequence.load(Ordering::SeqCst);
         for gfn in gfns {
-            let before = self.bucket(*gfn).in_progress.fetch_sub(1, Ordering::SeqCst);
-            debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+            self.bucket(*gfn).open(now, *gfn);
         }
         // Opened, then looked for sleepers; they are counted, then look at the gate.
         if self.waiting.load(Ordering::SeqCst) > 0 {
@@ -181,7 +182,7 @@ impl Buckets {
 
     /// True while an invalidation of `gfn` (or of a gfn that shares its bucket) is under way.
     pub fn is_closed(&self, gfn: Gfn) -> bool {
-        self.bucket(gfn).in_progress.load(Ordering::SeqCst) > 0
+        self.bucket(gfn).is_closed()
     }
 
     /// Calls `visit` for every link there is; for audits, with nothing else running.
@@ -204,17 +205,38 @@ impl Buckets {
     }
 }
 
+impl Bucket {
+    #[inline]
+    fn is_closed(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) & CLOSINGS != 0
+    }
+
+    /// Ends one closing. Walks that began before `now` have begun before that closing, or while it lasted.
+    #[inline]
+    fn open(&self, now: u64, gfn: Gfn) {
+        let mut old = self.gate.load(Ordering::Relaxed);
+        loop {
+            debug_assert!(old & CLOSINGS > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+            let new = (old >> CLOSINGS_BITS).max(now) << CLOSINGS_BITS | (old & CLOSINGS).saturating_sub(1);
+            match self.gate.compare_exchange_weak(old, new, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => old = now,
+            }
+        }
+    }
+}
+
 impl BucketGuard<'_> {
     /// True when a mapping may be made by a fill that read `seen` before its walk.
     #[inline]
     pub fn admits(&self, seen: Sequence) -> bool {
-        self.bucket.in_progress.load(Ordering::SeqCst) == 0
-            && self.bucket.closed_at.load(Ordering::SeqCst) <= seen.0
+        let gate = self.bucket.gate.load(Ordering::SeqCst);
+        gate & CLOSINGS == 0 && gate >> CLOSINGS_BITS <= seen.0
     }
 
     /// True while an invalidation is under way.
     pub fn is_closed(&self) -> bool {
-        self.bucket.in_progress.load(Ordering::SeqCst) > 0
+        self.bucket.is_closed()
     }
 
     /// Links an spte. The caller stores it present in this same critical section.

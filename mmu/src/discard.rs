@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::Mmu;
 use crate::addr::Gfn;
-use crate::frames::WATCHED;
+use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::invalidation::{BATCH_MAX, May, Settled, Settling, WouldBlock};
 use crate::p2m::PageState;
 use crate::records::Cause;
@@ -90,7 +90,7 @@ impl Mmu {
             Discard::Balloon => (Cause::Balloon, Settled::Ballooned),
         };
         if may == May::Sleep {
-            gfns.iter().for_each(|gfn| self.unshadow(*gfn));
+            gfns.iter().filter(|gfn| self.is_table(**gfn)).for_each(|gfn| self.unshadow(*gfn));
         }
         let mut settling = self.begin(cause, gfns).unmap(own, may)?.shoot_down(own, may)?;
         settling.settle(|page| {
@@ -100,6 +100,14 @@ impl Mmu {
         self.discard_absent(&settling, what);
         settling.end();
         Ok(())
+    }
+
+    /// The page is shadowed as a table now.
+    fn is_table(&self, gfn: Gfn) -> bool {
+        match self.p2m.lookup(gfn) {
+            PageState::Resident(mfn) => self.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC) != 0,
+            _ => false,
+        }
     }
 
     /// Pages of the batch that have no frame.
