@@ -26,7 +26,7 @@
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Condvar, Guard, Lock, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Condvar, Guard, Lock, Ordering, spin_until};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
@@ -89,9 +89,9 @@ pub struct BucketGuard<'a> {
 }
 
 impl Buckets {
-    /// Buckets for a guest of `pages` pages: about one for four pages.
+    /// Buckets for a guest of `pages` pages: one for sixteen, whose links take two lines of a cache.
     pub fn new(pages: u32) -> Buckets {
-        let count = (pages / 4).next_power_of_two().clamp(64, BUCKETS_MAX);
+        let count = (pages / 16).next_power_of_two().clamp(64, BUCKETS_MAX);
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
             gate: AtomicU64::new(0),
@@ -155,6 +155,10 @@ impl Buckets {
     /// Sleeps until the gate of `gfn` has been seen open.
     pub fn wait(&self, gfn: Gfn) {
         lock_order::assert_may_sleep();
+        // Without a sleeper, nobody pays for waking one; a page that is not written out is soon done with.
+        if spin_until(|| !self.is_closed(gfn)) {
+            return;
+        }
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while self.is_closed(gfn) {

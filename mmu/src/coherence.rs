@@ -32,7 +32,7 @@
 use crate::addr::Mfn;
 use crate::invalidation::Held;
 use crate::lock_order;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence, spin_until, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -193,8 +193,10 @@ impl Coherence {
                 kicked += 1;
             }
         }
-        while !self.covered(stamp) {
-            thread::yield_now();
+        if !spin_until(|| self.covered(stamp)) {
+            while !self.covered(stamp) {
+                thread::yield_now();
+            }
         }
         kicked
     }
@@ -266,9 +268,15 @@ impl Coherence {
         state.requested.load(Ordering::SeqCst) > state.flushed.load(Ordering::SeqCst)
     }
 
-    /// After guest code ran, or when it will not after all.
+    /// After guest code ran, or when it will not after all. Whoever waits for it may look too late to see it outside: what
+    /// it was asked for it answers itself.
     pub fn leave_guest(&self, vcpu: u32) {
-        self.vcpus[vcpu as usize].mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
+        let state = &self.vcpus[vcpu as usize];
+        state.mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
+        let requested = state.requested.load(Ordering::SeqCst);
+        if requested > state.flushed.load(Ordering::SeqCst) {
+            state.seen.fetch_max(requested - 1, Ordering::SeqCst);
+        }
     }
 
     /// Takes the epoch of a flush that is about to be made.
@@ -368,6 +376,18 @@ mod tests {
         let epoch = ledger.begin_flush();
         ledger.end_flush(0, epoch);
         assert!(!ledger.owes_flush(0) && ledger.covered(stamp));
+    }
+
+    #[test]
+    fn a_vcpu_that_was_outside_for_a_moment_has_answered() {
+        let ledger = one();
+        ledger.enter_guest(0);
+        let stamp = ledger.removal().stamp_table();
+        ledger.request_flush_of_all();
+        ledger.leave_guest(0);
+        assert!(ledger.enter_guest(0), "it flushes before it runs guest code");
+        assert!(ledger.covered(stamp), "though nobody has seen it outside");
+        assert!(!ledger.covered(ledger.removal().stamp_table()));
     }
 
     #[test]
