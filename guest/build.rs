@@ -72,6 +72,7 @@ const PROGRAMS: &[Program] = &[
 const FLAGS: &[&str] = &[
     "-m32",
     "-march=i686",
+    "-mtune=generic",
     "-mgeneral-regs-only",
     "-std=gnu11",
     "-O2",

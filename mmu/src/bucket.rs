@@ -7,10 +7,10 @@
 //! vCPU (fill)                           invalidation of gfn
 //! seen := sequence
 //! walk the guest's tables
-//!                                       close: in_progress += 1, ++sequence
+//!                                       close: in_progress += 1
 //! lock bucket(gfn)                      lock bucket(gfn), zap every link, unlock
 //!   gate closed, or closed_at > seen?   shoot down, finish
-//!     yes: retry (sleep after a while)  open: in_progress -= 1, closed_at := sequence
+//!     yes: retry (sleep after a while)  open: closed_at := ++sequence, in_progress -= 1
 //!     no:  store spte, link
 //! unlock
 //! ```
@@ -26,10 +26,13 @@
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Condvar, Guard, Lock, Ordering, spin_until};
+use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering, spin_until};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
+
+/// The fewest. Loom looks at every one, and a model needs no more than this.
+const BUCKETS_MIN: u32 = if cfg!(loom) { 1 } else { 64 };
 
 /// A leaf spte that maps `gfn`: where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +77,7 @@ pub struct Buckets {
     sequence: AtomicU64,
     /// Threads that sleep at a gate, or are about to.
     waiting: AtomicU32,
-    sleepers: Lock<()>,
-    opened: Condvar,
+    sleepers: Monitor<()>,
 }
 
 /// What a fill read before its walk; the gate compares it in the critical section.
@@ -91,7 +93,7 @@ pub struct BucketGuard<'a> {
 impl Buckets {
     /// Buckets for a guest of `pages` pages: one for sixteen, whose links take two lines of a cache.
     pub fn new(pages: u32) -> Buckets {
-        let count = (pages / 16).next_power_of_two().clamp(64, BUCKETS_MAX);
+        let count = (pages / 16).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
             gate: AtomicU64::new(0),
@@ -102,8 +104,7 @@ impl Buckets {
             mask: count - 1,
             sequence: AtomicU64::new(1),
             waiting: AtomicU32::new(0),
-            sleepers: Lock::new(lock_order::SLEEPERS, ()),
-            opened: Condvar::new(),
+            sleepers: Monitor::new(lock_order::SLEEPERS, ()),
         }
     }
 
@@ -127,28 +128,27 @@ impl Buckets {
 
     /// Closes the gates of `gfns`, each as often as it comes.
     pub fn close_all(&self, gfns: &[Gfn]) {
-        // Closed first, numbered after: a fill that reads the number has its gate closed, or ran before.
         for gfn in gfns {
             self.bucket(*gfn).gate.fetch_add(1, Ordering::SeqCst);
         }
-        self.sequence.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Ends one closing of the gate of `gfn`.
+    /// Ends one closing of the gate of `gfn`. What was found behind it is no good any more than what was found before:
+    /// the gate counts as closed until now.
     pub fn open(&self, gfn: Gfn) {
         self.open_all(&[gfn]);
     }
 
     /// Ends one closing of each, and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
-        let now = self.sequence.load(Ordering::SeqCst);
+        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
         for gfn in gfns {
             self.bucket(*gfn).open(now, *gfn);
         }
         // Opened, then looked for sleepers; they are counted, then look at the gate.
         if self.waiting.load(Ordering::SeqCst) > 0 {
             drop(self.sleepers.lock());
-            self.opened.notify_all();
+            self.sleepers.notify_all();
         }
     }
 
@@ -162,7 +162,7 @@ impl Buckets {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while self.is_closed(gfn) {
-            sleepers = self.opened.wait(sleepers);
+            sleepers = sleepers.wait();
         }
         drop(sleepers);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -215,7 +215,13 @@ impl Bucket {
         self.gate.load(Ordering::SeqCst) & CLOSINGS != 0
     }
 
-    /// Ends one closing. Walks that began before `now` have begun before that closing, or while it lasted.
+    #[inline]
+    fn admits(&self, seen: Sequence) -> bool {
+        let gate = self.gate.load(Ordering::SeqCst);
+        gate & CLOSINGS == 0 && gate >> CLOSINGS_BITS <= seen.0
+    }
+
+    /// Ends one closing: walks that began before `now` are too old.
     #[inline]
     fn open(&self, now: u64, gfn: Gfn) {
         let mut old = self.gate.load(Ordering::Relaxed);
@@ -234,8 +240,7 @@ impl BucketGuard<'_> {
     /// True when a mapping may be made by a fill that read `seen` before its walk.
     #[inline]
     pub fn admits(&self, seen: Sequence) -> bool {
-        let gate = self.bucket.gate.load(Ordering::SeqCst);
-        gate & CLOSINGS == 0 && gate >> CLOSINGS_BITS <= seen.0
+        self.bucket.admits(seen)
     }
 
     /// True while an invalidation is under way.
@@ -286,8 +291,13 @@ mod tests {
         let early = buckets.sequence();
         assert!(buckets.lock(Gfn(5)).admits(early));
         buckets.close(Gfn(5));
-        assert!(!buckets.lock(Gfn(5)).admits(buckets.sequence()), "closed: nobody");
+        let behind = buckets.sequence();
+        assert!(!buckets.lock(Gfn(5)).admits(behind), "closed: nobody");
         buckets.open(Gfn(5));
+        assert!(
+            !buckets.lock(Gfn(5)).admits(behind),
+            "walked while it was closed: what it found may be gone"
+        );
         assert!(!buckets.lock(Gfn(5)).admits(early), "walked before the gate closed: not any more");
         assert!(buckets.lock(Gfn(5)).admits(buckets.sequence()));
         assert!(buckets.lock(Gfn(6)).admits(early), "other gates are not concerned");
@@ -318,3 +328,7 @@ mod tests {
         assert_eq!((zapped, guard.links_of(a).count(), guard.links_of(b).count()), (4, 0, 4));
     }
 }
+
+#[cfg(all(test, loom))]
+#[path = "interleave/bucket.rs"]
+mod interleave;

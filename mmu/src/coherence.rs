@@ -7,20 +7,20 @@
 //!
 //! ```text
 //! remover                              vCPU
-//! removing++                           epoch := clock++          (begin_flush)
+//! removing++                           epoch := ++clock          (begin_flush)
 //! spte := 0                            the hardware flush
-//! -- fence --                          flushed := epoch          (end_flush)
-//! stamp := clock
+//! last removal max= clock + 1          flushed := epoch          (end_flush)
+//! stamp := clock, removing--
 //! debt(frame) max= stamp
-//! last removal max= stamp + 1
-//! removing--
 //!
 //! covered(stamp)  <=>  every vCPU: flushed > stamp, or it has a request > stamp and is, or was once seen, outside
 //! owes(vCPU)      <=>  removing > 0, or last removal > flushed
 //! ```
 //!
-//! A removal stamped `s` read the clock before any flush that took an epoch above `s`, and the fence put its store
-//! before that: the flush covers it. One stamped later is not covered, whatever the true order was.
+//! The clock and `removing` are one word ([`Clock`]), and each line with either of them is one atomic change of it: a removal
+//! stamped `s` was stamped, and its spte stored, before any flush took an epoch above `s`: the flush covers it. One stamped
+//! later is not covered, whatever the true order was. Should the clock move on between the last two lines of a remover, it
+//! begins the first of them again.
 //!
 //! A guest's INVLPG that finds its spte gone, by a removal of Umbra's own that is not stamped yet, owes the flush
 //! all the same: hence `removing`.
@@ -32,7 +32,7 @@
 use crate::addr::Mfn;
 use crate::invalidation::Held;
 use crate::lock_order;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, fence, spin_until, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, spin_until, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -88,11 +88,30 @@ pub struct Removals {
     pub all: bool,
 }
 
+/// The flush clock in the upper bits, and in the lower ones how many removals are not stamped yet.
+struct Clock(AtomicU64);
+
+/// Bits of the lower part: no more threads than that can remove at once.
+const REMOVING_BITS: u32 = 16;
+
+impl Clock {
+    fn now(&self) -> u64 {
+        self.0.load(Ordering::SeqCst) >> REMOVING_BITS
+    }
+
+    fn is_removing(&self) -> bool {
+        self.0.load(Ordering::SeqCst) & ((1 << REMOVING_BITS) - 1) != 0
+    }
+
+    /// Moves on by one, and says to what.
+    fn advance(&self) -> u64 {
+        (self.0.fetch_add(1 << REMOVING_BITS, Ordering::SeqCst) >> REMOVING_BITS) + 1
+    }
+}
+
 /// The flush clock, and each vCPU's place on it.
 pub struct Coherence {
-    clock: AtomicU64,
-    /// Removals that are not stamped yet.
-    removing: AtomicU32,
+    clock: Clock,
     /// One past the stamp of the last removal.
     last_removal: AtomicU64,
     vcpus: Box<[VcpuFlush]>,
@@ -108,8 +127,8 @@ pub struct Coherence {
 impl std::fmt::Debug for Coherence {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Coherence")
-            .field("clock", &self.clock)
-            .field("removing", &self.removing)
+            .field("clock", &self.clock.now())
+            .field("removing", &self.clock.is_removing())
             .field("last_removal", &self.last_removal)
             .field("vcpus", &self.vcpus)
             .finish_non_exhaustive()
@@ -120,8 +139,7 @@ impl Coherence {
     /// A ledger for `vcpus` vCPUs, all outside and nothing owed.
     pub fn new(vcpus: u32, shootdown: Box<dyn Shootdown>) -> Coherence {
         Coherence {
-            clock: AtomicU64::new(1),
-            removing: AtomicU32::new(0),
+            clock: Clock(AtomicU64::new(1 << REMOVING_BITS)),
             last_removal: AtomicU64::new(0),
             vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
             log_removals: AtomicBool::new(false),
@@ -146,8 +164,8 @@ impl Coherence {
     /// Begins a removal: called before the first spte is stored to.
     #[inline]
     pub(crate) fn removal(&self) -> Removal<'_> {
-        self.removing.fetch_add(1, Ordering::SeqCst);
-        Removal { ledger: self }
+        let word = self.clock.0.fetch_add(1, Ordering::SeqCst) + 1;
+        Removal { ledger: self, word }
     }
 
     fn log(&self, mfn: Option<Mfn>) {
@@ -165,7 +183,7 @@ impl Coherence {
 
     /// True when something was removed, or is being, that a flush of `epoch` does not cover.
     pub(crate) fn removed_since(&self, epoch: u64) -> bool {
-        self.removing.load(Ordering::SeqCst) > 0 || self.last_removal.load(Ordering::SeqCst) > epoch
+        self.clock.is_removing() || self.last_removal.load(Ordering::SeqCst) > epoch
     }
 
     /// Epoch of the last completed flush of everything on `vcpu`.
@@ -176,7 +194,7 @@ impl Coherence {
     /// Asks `vcpu` to flush before it next runs guest code. For a vCPU's own thread; others use
     /// [`Coherence::shoot_down`].
     pub fn request_flush(&self, vcpu: u32) {
-        let stamp = self.clock.load(Ordering::SeqCst);
+        let stamp = self.clock.now();
         self.vcpus[vcpu as usize].requested.fetch_max(stamp + 1, Ordering::SeqCst);
     }
 
@@ -240,7 +258,7 @@ impl Coherence {
     /// Asks every vCPU to flush before it next runs guest code; those that run now go on. Returns the clock of the
     /// request: what was removed up to it is covered once they have.
     pub(crate) fn request_flush_of_all(&self) -> u64 {
-        let stamp = self.clock.load(Ordering::SeqCst);
+        let stamp = self.clock.now();
         for vcpu in self.vcpus.iter() {
             vcpu.requested.fetch_max(stamp + 1, Ordering::SeqCst);
         }
@@ -282,7 +300,7 @@ impl Coherence {
     /// Takes the epoch of a flush that is about to be made.
     #[must_use]
     pub fn begin_flush(&self) -> u64 {
-        self.clock.fetch_add(1, Ordering::SeqCst) + 1
+        self.clock.advance()
     }
 
     /// Notes that the flush begun with `epoch` is complete on `vcpu`.
@@ -296,6 +314,8 @@ impl Coherence {
 #[must_use]
 pub(crate) struct Removal<'a> {
     ledger: &'a Coherence,
+    /// The clock's word as it was seen last.
+    word: u64,
 }
 
 impl Removal<'_> {
@@ -326,20 +346,29 @@ impl Removal<'_> {
 
     #[inline]
     fn stamp(self) -> u64 {
-        // The sptes' stores become visible before the clock is read: a CPU may otherwise read it first.
-        fence(Ordering::SeqCst);
-        let stamp = self.ledger.clock.load(Ordering::SeqCst);
-        if self.ledger.last_removal.load(Ordering::SeqCst) <= stamp {
-            self.ledger.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
+        let (clock, last) = (&self.ledger.clock.0, &self.ledger.last_removal);
+        let mut word = self.word;
+        loop {
+            let stamp = word >> REMOVING_BITS;
+            if last.load(Ordering::SeqCst) <= stamp {
+                last.fetch_max(stamp + 1, Ordering::SeqCst);
+            }
+            // The clock still stands there, and whoever moves it on sees the sptes' stores.
+            match clock.compare_exchange(word, word - 1, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => {
+                    std::mem::forget(self);
+                    return stamp;
+                }
+                Err(now) => word = now,
+            }
         }
-        stamp
     }
 }
 
 impl Drop for Removal<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.ledger.removing.fetch_sub(1, Ordering::SeqCst);
+        self.ledger.clock.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -469,3 +498,7 @@ mod tests {
         assert_eq!(ledger.take_removals(), Removals::default());
     }
 }
+
+#[cfg(all(test, loom))]
+#[path = "interleave/coherence.rs"]
+mod interleave;

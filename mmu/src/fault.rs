@@ -133,6 +133,7 @@ fn emulate(vcpu: &Vcpu, gva: Gva, gpa: Gpa) -> Outcome {
     Outcome::Emulate(gpa)
 }
 
+#[inline]
 pub(crate) fn fixed(vcpu: &Vcpu, gva: Gva, changed: bool) -> Outcome {
     vcpu.events.borrow_mut().record(gva, Event::Filled);
     if changed {

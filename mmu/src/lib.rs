@@ -36,6 +36,8 @@ pub mod explain;
 pub mod fault;
 pub mod format;
 pub mod frames;
+#[cfg(all(test, loom))]
+mod interleave;
 pub mod invalidation;
 pub mod lock_order;
 pub mod lru;

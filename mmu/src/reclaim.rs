@@ -33,7 +33,7 @@ use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::scope::{MemAlloc, NoIo};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
-use crate::sync::{AtomicBool, AtomicU64, Condvar, Lock, Ordering, thread};
+use crate::sync::{AtomicBool, AtomicU64, Lock, Monitor, Ordering, thread};
 
 /// Batches of direct reclaim without a frame made free, after which there is none to be had.
 const FRUITLESS_MAX: u32 = 64;
@@ -124,8 +124,7 @@ pub(crate) struct Counters {
 pub(crate) struct Background {
     /// Somebody wants it. Looked at without the lock, so that who takes a frame does not pay for it.
     wanted: AtomicBool,
-    stop: Lock<bool>,
-    wake: Condvar,
+    stop: Monitor<bool>,
     failed: Lock<Option<SwapFailed>>,
     pub counters: Counters,
 }
@@ -134,8 +133,7 @@ impl Background {
     pub fn new() -> Background {
         Background {
             wanted: AtomicBool::new(false),
-            stop: Lock::new(lock_order::SLEEPERS, false),
-            wake: Condvar::new(),
+            stop: Monitor::new(lock_order::SLEEPERS, false),
             failed: Lock::new(lock_order::FAILED, None),
             counters: Counters::default(),
         }
@@ -145,7 +143,7 @@ impl Background {
     pub fn want(&self) {
         if !self.wanted.swap(true, Ordering::SeqCst) {
             drop(self.stop.lock());
-            self.wake.notify_all();
+            self.stop.notify_all();
         }
     }
 }
@@ -544,14 +542,14 @@ impl Mmu {
             if self.background.wanted.swap(false, Ordering::SeqCst) {
                 return true;
             }
-            stop = self.background.wake.wait(stop);
+            stop = stop.wait();
         }
     }
 
     /// Ends [`Mmu::wait_for_background_work`], now and from now on.
     pub fn stop_background(&self) {
         *self.background.stop.lock() = true;
-        self.background.wake.notify_all();
+        self.background.stop.notify_all();
     }
 
     /// What reclaim has done so far.

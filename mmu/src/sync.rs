@@ -13,8 +13,9 @@
 //! `Arc` and [`OnceLock`] are `std`'s always: no protocol of ours hangs on the first, and the second is made at its
 //! first use without a switch of threads in between.
 //!
-//! Locks: [`Lock`] carries its [`Level`] and checks the order in debug builds. A poisoned lock is taken all the
-//! same: a panic is a bug that ends the run, and the guard's owner leaves nothing half done that matters after.
+//! Locks: [`Lock`] carries its [`Level`] and checks the order in debug builds. It spins, and yields the CPU as it does: its
+//! holders never sleep, and letting go of it is a plain store, which makes it half as dear as one that can wake a sleeper. It
+//! knows no poison: a panic is a bug that ends the run, and the guard's owner leaves nothing half done that matters after.
 
 #[cfg(loom)]
 mod weak;
@@ -23,11 +24,11 @@ use std::ops::{Deref, DerefMut};
 use std::sync::PoisonError;
 
 #[cfg(loom)]
-use loom::sync::{Condvar as Condition, Mutex, MutexGuard};
+use loom::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(shuttle)]
-use shuttle::sync::{Condvar as Condition, Mutex, MutexGuard};
+use shuttle::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(not(any(loom, shuttle)))]
-use std::sync::{Condvar as Condition, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard};
 
 #[cfg(shuttle)]
 pub use shuttle::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
@@ -86,19 +87,38 @@ pub fn zeroed<T: Default>(count: usize) -> Box<[T]> {
     (0..count).map(|_| T::default()).collect()
 }
 
+/// A spinning lock; a model checker's is its own.
+mod brief {
+    #[cfg(any(loom, shuttle))]
+    pub use super::{Mutex, MutexGuard as Guard};
+    #[cfg(not(any(loom, shuttle)))]
+    pub type Mutex<T> = spin::mutex::SpinMutex<T, spin::relax::Yield>;
+    #[cfg(not(any(loom, shuttle)))]
+    pub use spin::mutex::SpinMutexGuard as Guard;
+
+    /// Takes it.
+    #[inline]
+    pub fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
+        #[cfg(any(loom, shuttle))]
+        return mutex.lock().unwrap_or_else(super::PoisonError::into_inner);
+        #[cfg(not(any(loom, shuttle)))]
+        mutex.lock()
+    }
+}
+
 /// A mutual-exclusion lock with a place in the lock order.
 #[derive(Debug)]
 pub struct Lock<T> {
     level: Level,
-    inner: Mutex<T>,
+    inner: brief::Mutex<T>,
 }
 
 /// Proof that the [`Lock`] is held.
 #[derive(Debug)]
 pub struct Guard<'a, T> {
     // The first to go: the place in the order, then the lock.
-    place: Place,
-    inner: MutexGuard<'a, T>,
+    _place: Place,
+    inner: brief::Guard<'a, T>,
 }
 
 /// The guard's entry on this thread's stack of levels.
@@ -123,7 +143,7 @@ impl Drop for Place {
 impl<T> Lock<T> {
     /// A new lock around `value`, at `level` of the order.
     pub fn new(level: Level, value: T) -> Lock<T> {
-        Lock { level, inner: Mutex::new(value) }
+        Lock { level, inner: brief::Mutex::new(value) }
     }
 
     /// Takes the lock, waiting for its holder. Holders never sleep, so the wait is short.
@@ -137,7 +157,7 @@ impl<T> Lock<T> {
     #[inline]
     pub fn lock_as(&self, level: Level) -> Guard<'_, T> {
         let place = Place::take(level);
-        Guard { place, inner: self.inner.lock().unwrap_or_else(PoisonError::into_inner) }
+        Guard { _place: place, inner: brief::lock(&self.inner) }
     }
 }
 
@@ -157,40 +177,67 @@ impl<T> DerefMut for Guard<'_, T> {
     }
 }
 
-/// Where threads sleep until somebody says that what they wait for may have come.
-#[derive(Debug, Default)]
-pub struct Condvar {
-    inner: Condition,
+/// Something that threads sleep on until it has changed: a lock whose takers may sleep with it, and the way to wake them.
+#[derive(Debug)]
+pub struct Monitor<T> {
+    level: Level,
+    inner: Mutex<T>,
+    changed: Condvar,
 }
 
-impl Condvar {
-    /// One that nobody waits at.
-    pub fn new() -> Condvar {
-        Condvar::default()
+/// Proof that the [`Monitor`] is held.
+#[derive(Debug)]
+pub struct MonitorGuard<'a, T> {
+    monitor: &'a Monitor<T>,
+    place: Place,
+    inner: MutexGuard<'a, T>,
+}
+
+impl<T> Monitor<T> {
+    /// A new monitor of `value`, at `level` of the order.
+    pub fn new(level: Level, value: T) -> Monitor<T> {
+        Monitor { level, inner: Mutex::new(value), changed: Condvar::new() }
     }
 
+    /// Takes the lock, waiting for its holder.
+    pub fn lock(&self) -> MonitorGuard<'_, T> {
+        let place = Place::take(self.level);
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        MonitorGuard { monitor: self, place, inner }
+    }
+
+    /// Wakes all who sleep here. Whoever changed what they sleep for without the lock takes it once before.
+    pub fn notify_all(&self) {
+        self.changed.notify_all();
+    }
+}
+
+impl<'a, T> MonitorGuard<'a, T> {
     /// Lets go of the lock, sleeps until notified, and takes the lock again. It may return for no reason: look again.
     ///
     /// # Panics
     ///
-    /// In debug builds if the thread holds another lock of this crate (INV-LOCK-2).
-    pub fn wait<'a, T>(&self, guard: Guard<'a, T>) -> Guard<'a, T> {
-        let Guard { place, inner } = guard;
-        let level = place.0;
+    /// In debug builds if the thread holds a lock of this crate (INV-LOCK-2).
+    pub fn wait(self) -> MonitorGuard<'a, T> {
+        let MonitorGuard { monitor, place, inner } = self;
         drop(place);
         lock_order::assert_may_sleep();
-        let inner = self.inner.wait(inner).unwrap_or_else(PoisonError::into_inner);
-        Guard { place: Place::take(level), inner }
+        let inner = monitor.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        MonitorGuard { monitor, place: Place::take(monitor.level), inner }
     }
+}
 
-    /// Wakes one of those who sleep here.
-    pub fn notify_one(&self) {
-        self.inner.notify_one();
+impl<T> Deref for MonitorGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
     }
+}
 
-    /// Wakes all who sleep here.
-    pub fn notify_all(&self) {
-        self.inner.notify_all();
+impl<T> DerefMut for MonitorGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
     }
 }
 
@@ -200,15 +247,15 @@ mod tests {
 
     #[test]
     fn a_sleeper_lets_go_of_its_lock_and_has_it_again_after() {
-        let pair = Arc::new((Lock::new(lock_order::FRAMES, false), Condvar::new()));
-        let other = pair.clone();
+        let bed = Arc::new(Monitor::new(lock_order::SLEEPERS, false));
+        let other = bed.clone();
         let waker = thread::spawn(move || {
-            *other.0.lock() = true;
-            other.1.notify_all();
+            *other.lock() = true;
+            other.notify_all();
         });
-        let mut said = pair.0.lock();
+        let mut said = bed.lock();
         while !*said {
-            said = pair.1.wait(said);
+            said = said.wait();
         }
         drop(said);
         lock_order::assert_may_sleep();
@@ -219,8 +266,8 @@ mod tests {
     #[cfg(debug_assertions)]
     #[should_panic(expected = "INV-LOCK-2")]
     fn waiting_with_another_lock_held_is_caught() {
-        let (outer, inner) = (Lock::new(lock_order::BUCKET, ()), Lock::new(lock_order::FRAMES, ()));
+        let (outer, bed) = (Lock::new(lock_order::BUCKET, ()), Monitor::new(lock_order::SLEEPERS, ()));
         let _outer = outer.lock();
-        let _ = Condvar::new().wait(inner.lock());
+        let _ = bed.lock().wait();
     }
 }

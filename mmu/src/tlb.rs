@@ -147,6 +147,9 @@ struct Entry {
 /// Entries of a `lossy` TLB are never current: each hit takes the long way, where it may be forgotten.
 const NEVER: u64 = u64::MAX;
 
+/// What kernels fill most pages with.
+static ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+
 /// What no access asks for, with a root or without.
 const NO_TAG: u64 = u64::MAX >> 1;
 
@@ -347,6 +350,7 @@ impl SoftTlb {
         x.is_multiple_of(LOSS)
     }
 
+    #[inline]
     fn insert(&self, entry: Entry, gva: Gva) {
         self.count(|s| s.fills += 1);
         if entry.large {
@@ -364,12 +368,14 @@ impl SoftTlb {
     }
 
     /// Remembers a leaf that has just been made under `root`; `large`: for a part of a large page.
+    #[inline]
     pub(crate) fn learn(&self, root: RootRef, gva: Gva, leaf: &Leaf, large: bool) {
         let Leaf { spte, gfn, generations, checked, .. } = *leaf;
         self.insert(Entry { tag: tag_of(root.index, gva), spte, generations, checked, gfn, large }, gva);
     }
 
-    /// Puts it in front; the last of the set goes.
+    /// Puts it in front, in the place of the one that is the same, or of none; else the last of the set goes.
+    #[inline]
     fn put_in_set(&self, mut entry: Entry, gva: Gva) {
         if matches!(self.kind, TlbKind::Lossy(_)) {
             entry.checked = NEVER;
@@ -378,7 +384,8 @@ impl SoftTlb {
         let word = &self.used[number / 64];
         word.set(word.get() | 1 << (number % 64));
         let set = &self.sets[number];
-        let last = set.iter().position(|e| e.get().tag == entry.tag).unwrap_or(WAYS - 1);
+        let place = |tag| set.iter().position(|e| e.get().tag == tag);
+        let last = place(entry.tag).or_else(|| place(NO_TAG)).unwrap_or(WAYS - 1);
         for way in (1..=last).rev() {
             set[way].set(set[way - 1].get());
         }
@@ -393,6 +400,7 @@ impl SoftTlb {
         }
     }
 
+    #[inline]
     fn count(&self, change: impl FnOnce(&mut TlbStats)) {
         let mut stats = self.stats.get();
         change(&mut stats);
@@ -656,11 +664,15 @@ impl Mmu {
         user: bool,
     ) -> Result<(), Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
+        let (at, length) = (mfn.at(gva.offset()), count as usize * width.bytes() as usize);
         // A word of copies, and a page of words: the bytes begin anew with each copy.
-        let repeated = (value & width.mask()).wrapping_mul(u64::MAX / width.mask());
-        let page = [repeated.to_le_bytes(); PAGE_SIZE as usize / 8];
-        let filled = &page.as_flattened()[..count as usize * width.bytes() as usize];
-        self.machine.write(mfn.at(gva.offset()), filled);
+        match (value & width.mask()).wrapping_mul(u64::MAX / width.mask()) {
+            0 => self.machine.write(at, &ZEROS[..length]),
+            word => {
+                let page = [word.to_le_bytes(); PAGE_SIZE as usize / 8];
+                self.machine.write(at, &page.as_flattened()[..length]);
+            }
+        }
         self.frames.code_written(mfn);
         Ok(())
     }

@@ -106,6 +106,8 @@ impl Mmu {
         }
     }
 
+    /// Compiled anew for each caller, who knows what it may touch and what of the translation it looks at.
+    #[inline(always)]
     fn try_walk(
         &self,
         vcpu: &Vcpu,
@@ -172,6 +174,7 @@ impl Mmu {
     }
 
     /// (3) and (4): may the access be made, and if so A and D. False when the entry changed under us.
+    #[inline]
     fn judge(
         &self,
         vcpu: &Vcpu,
@@ -258,6 +261,7 @@ impl Mmu {
     }
 }
 
+#[inline]
 fn untranslated(gva: Gva) -> Translation {
     Translation {
         gva,
@@ -272,6 +276,7 @@ fn untranslated(gva: Gva) -> Translation {
 }
 
 /// The bits of an error code that the access alone decides.
+#[inline]
 fn fault_code(mode: Mode, access: Access) -> FaultCode {
     let mut code = FaultCode::empty();
     code.set(FaultCode::WRITE, access.kind == AccessKind::Write);
@@ -281,6 +286,7 @@ fn fault_code(mode: Mode, access: Access) -> FaultCode {
 }
 
 /// The access rights of SDM 4.6.1.
+#[inline]
 pub(crate) fn is_allowed(mode: Mode, access: Access, rights: Rights) -> bool {
     if access.user && !rights.user() {
         return false;

@@ -5,10 +5,13 @@
 //! | matrix | every combination of entry bits, control bits and access | all of them always |
 //! | property | random guest programs | `UMBRA_OPS=10000000 cargo test -p umbra-mmu --test model property` |
 //! | regressions | programs that once failed | |
-//! | pressure | more guest memory than frames: by threads, by failing swap, rule by rule | `UMBRA_SECONDS=60` |
-//! | threads | two vCPUs on two threads | |
+//! | pressure | more guest memory than frames: by threads, by failing swap, rule by rule | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model pressure` |
+//! | threads | two vCPUs on two threads | `UMBRA_SECONDS=600 cargo test -p umbra-mmu --test model threads` |
+//! | interleave | the same on shuttle's threads | its header |
 #![forbid(unsafe_code)]
 
+#[cfg(shuttle)]
+mod interleave;
 mod matrix;
 mod model;
 mod pressure;

@@ -139,12 +139,12 @@ impl<'m> Guest<'m> {
     }
 
     fn store(&mut self, page: u32, word: u32, value: u64) -> Result<(), Shortage> {
-        let at = Gva(page << 12 | word * 8);
+        let at = Gva((page << 12) + word * 8);
         self.access(at, Access::write(false), |mmu, vcpu| mmu.tlb_store(vcpu, at, Width::B8, value, false))
     }
 
     fn load(&mut self, page: u32, word: u32) -> Result<u64, Shortage> {
-        let at = Gva(page << 12 | word * 8);
+        let at = Gva((page << 12) + word * 8);
         self.access(at, Access::read(false), |mmu, vcpu| mmu.tlb_load(vcpu, at, Width::B8, false))
     }
 

@@ -6,7 +6,9 @@ use crate::model::walker::Kind::{Fetch, Read, Write};
 use crate::model::world::Caches;
 use crate::program::Op::*;
 use crate::program::{Bit, Op, Program, Then};
-use umbra_mmu::TlbKind;
+use umbra_mmu::{
+    Access, Config, Flush, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, TlbKind, Width,
+};
 
 const ALL: u16 = P | W | U | A | D;
 
@@ -151,4 +153,30 @@ fn a_page_that_is_global_no_more_goes_with_a_cr3_load() {
             (0, touch(Read, false, 0)),
         ],
     );
+}
+
+/// With a frame for one shadow page alone, the directory's is the one that the table has just been evicted from. Found by
+/// shuttle, where another vCPU had evicted it: whoever linked the two waited for itself.
+#[test]
+fn a_table_whose_slot_becomes_its_directory_is_not_linked_to_itself() {
+    let (reserved, guest_pages, root, shadow) = (8, 4, 2, 1);
+    let config = Config {
+        low_pages: 0,
+        guest_pages,
+        reserved_frames: reserved,
+        shadow_pages_max: 64,
+        roots_max: 8,
+        firmware_entry: 0,
+        vcpus: 1,
+    };
+    let frames = reserved + guest_pages + root + shadow;
+    let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
+    for (at, entry) in [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0), (0, 0)] {
+        let entry = entry | u64::from(ALL);
+        mmu.store(&LocalStack::new(), Gpa(at), Width::B4, entry).expect("memory");
+    }
+    let mut vcpu = mmu.vcpu(0);
+    let mode = Mode { paging: true, ..Mode::default() };
+    mmu.set_paging(&mut vcpu, mode, 0x1000, Flush::Yes).expect("no PDPTEs are loaded");
+    assert_eq!(mmu.fault(&vcpu, Gva(0), Access::read(false)), Outcome::Again);
 }

@@ -283,7 +283,6 @@ static void slot_restore(void)
 /* Job 3: running. */
 
 struct run {
-    bool armed; /* a case is in flight */
     struct sequence sequence;
     struct access_setup setup;
     u32 address; /* of the access */
@@ -293,6 +292,7 @@ struct run {
 };
 
 static struct run run;
+bool access_armed;
 
 static u32 run_axes(void) { return run.sequence.entry | run.sequence.control; }
 
@@ -321,13 +321,13 @@ static void begin_case(void)
     run.strayed = false;
     set_control(&run.setup);
     slot_write(&run.setup);
-    run.armed = true;
+    access_armed = true;
 }
 
 /* `value`: what a read that passed has given. */
 static void end_case(u32 value)
 {
-    run.armed = false;
+    access_armed = false;
     slot_read(&run.got);
     bool wrote = !run.got.fault && (run.setup.kind == PROBE_WRITE || run.setup.kind == PROBE_MODIFY);
     run.strayed |= *data_word() != run.token + wrote;
@@ -369,7 +369,7 @@ static u32 resume_eip;
 void access_probe(struct trap_frame *frame)
 {
     resume_eip = frame->eip;
-    if (run.armed)
+    if (access_armed)
         end_case(frame->edx);
     else if (!slot_open(&current->space.upt))
         panic("no memory for the access workload");
@@ -393,7 +393,7 @@ static u32 resume_in_kernel(u32 eip)
 
 bool access_fault(struct trap_frame *frame, u32 cr2)
 {
-    if (!run.armed || trap_from_user(frame) != run.setup.user || (cr2 & PAGE_MASK) != slot.va)
+    if (trap_from_user(frame) != run.setup.user || (cr2 & PAGE_MASK) != slot.va)
         return false;
     if (!run.setup.user) {
         u32 eip = resume_in_kernel(frame->eip);

@@ -74,7 +74,10 @@ void access_report_print(void);
 
 /* The program's call for its next order. */
 void access_probe(struct trap_frame *frame);
-/* Whether the fault was provoked by a case; it is noted then, and the frame goes on elsewhere. */
+
+/* A case is under way. */
+extern bool access_armed;
+/* While one is: whether the fault was provoked by it; it is noted then, and the frame goes on elsewhere. */
 bool access_fault(struct trap_frame *frame, u32 cr2);
 
 #endif

@@ -31,43 +31,57 @@ static bool region_allows(const struct region *region, u32 error)
     return true;
 }
 
-/* The page's initial contents: from the image as far as it reaches, then zeros. */
+/* Fresh anonymous pages are what is common; the rest of this file is kept out of their way. */
+#define SELDOM __attribute__((noinline))
+
+/* From the image as far as it reaches, then zeros. */
+static SELDOM void fill_from_image(u8 *to, const struct region *region, u32 offset)
+{
+    u32 bytes = min_u32(region->image_bytes - offset, PAGE_SIZE);
+    memcpy(to, region->image + offset, bytes);
+    memset(to + bytes, 0, PAGE_SIZE - bytes);
+}
+
+/* The page's initial contents. */
 static void fill_page(u32 frame, const struct region *region, u32 page)
 {
-    u8 *to = kmap_local(frame, "first touch");
-    u32 offset = page - region->start;
-    u32 bytes = region->image_bytes > offset ? min_u32(region->image_bytes - offset, PAGE_SIZE) : 0;
-    if (bytes)
-        memcpy(to, region->image + offset, bytes);
-    memset(to + bytes, 0, PAGE_SIZE - bytes);
+    void *to = kmap_local(frame, "first touch");
+    if (page - region->start >= region->image_bytes)
+        clear_page(to);
+    else
+        fill_from_image(to, region, page - region->start);
     kunmap_local(to);
+}
+
+static SELDOM enum fault_result fix_by_zero_page(struct leaf *leaf, const struct region *region)
+{
+    frame_get(zero_frame);
+    upt_enter(leaf, pte_make(zero_frame, region_bits(region)));
+    return FAULT_FIXED;
 }
 
 static enum fault_result fix_absent(struct leaf *leaf, const struct region *region, u32 page, bool write)
 {
     bool anonymous = page - region->start >= region->image_bytes;
-    if (anonymous && !write && !(region->flags & REGION_EXEC)) {
-        frame_get(zero_frame);
-        upt_set(leaf, pte_make(zero_frame, region_bits(region)));
-        return FAULT_FIXED;
-    }
+    if (anonymous && !write && !(region->flags & REGION_EXEC))
+        return fix_by_zero_page(leaf, region);
     u32 frame = frame_alloc(ZONE_HIGH);
     if (frame == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
     fill_page(frame, region, page);
     pte_t entry = pte_make(frame, region_bits(region));
-    upt_set(leaf, write ? writable(entry) : entry);
+    upt_enter(leaf, write ? writable(entry) : entry);
     return FAULT_FIXED;
 }
 
 /* Making an entry more permissive needs no flush: a stale read-only translation only brings the CPU back here, and the fault
  * itself has dropped it. A new frame behind a present entry does need one. */
-static enum fault_result fix_write(struct leaf *leaf, u32 page)
+static SELDOM enum fault_result fix_write(struct leaf *leaf, u32 page)
 {
     pte_t entry = upt_get(leaf);
     u32 shared = pte_frame(entry);
     if ((entry & PTE_W) || (shared != zero_frame && frame_of(shared)->refs == 1)) {
-        upt_set(leaf, writable(entry));
+        upt_change(leaf, writable(entry));
         return FAULT_FIXED;
     }
     u32 own = frame_alloc(ZONE_HIGH);
@@ -82,7 +96,7 @@ static enum fault_result fix_write(struct leaf *leaf, u32 page)
         kunmap_local(from);
     }
     kunmap_local(to);
-    upt_set(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
+    upt_change(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
     invlpg(page);
     frame_put(shared);
     return FAULT_FIXED;

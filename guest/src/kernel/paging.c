@@ -24,6 +24,7 @@ void paging_init(void)
 {
     paging.pae = !boot.options.legacy;
     paging.entries = paging.pae ? 512 : 1024;
+    paging.entry_bytes = PAGE_SIZE / paging.entries;
     paging.directory_shift = paging.pae ? 21 : 22;
     if (paging.pae)
         enable_nx();

@@ -39,6 +39,7 @@ typedef u64 pte_t;
 struct paging {
     bool pae;
     u32 entries;         /* of a directory or table */
+    u32 entry_bytes;
     u32 directory_shift; /* log2 of the bytes that a directory entry covers */
     pte_t nx;            /* PTE_NX, or 0 where there is none */
     pte_t global;        /* PTE_G, or 0 */

@@ -33,11 +33,12 @@ bool space_create(struct space *space)
 
 /* Job 1: regions. */
 
+/* From the newest on: its pages are those that are still to come. */
 struct region *space_find(struct space *space, u32 va)
 {
-    for (u32 i = 0; i < space->region_count; i++)
-        if (va >= space->regions[i].start && va < space->regions[i].end)
-            return &space->regions[i];
+    for (struct region *region = space->regions + space->region_count; region-- > space->regions;)
+        if (va >= region->start && va < region->end)
+            return region;
     return NULL;
 }
 
@@ -146,16 +147,17 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
     struct leaf leaf;
     if (!upt_open(&zap->space->upt, start, false, &leaf))
         return;
-    for (u32 va = start; va < end && upt_count(&leaf); va += PAGE_SIZE, leaf.index++) {
+    u32 left = upt_count(&leaf);
+    for (u32 va = start; va < end && left; va += PAGE_SIZE, upt_next(&leaf)) {
         pte_t entry = upt_get(&leaf);
         if (!entry)
             continue;
-        upt_set(&leaf, 0);
+        upt_clear(&leaf);
         zap_add(zap, va, pte_frame(entry));
+        left--;
     }
-    bool empty = upt_count(&leaf) == 0;
     upt_close(&leaf);
-    if (empty)
+    if (left == 0)
         zap_add(zap, start, upt_unlink(&zap->space->upt, start));
 }
 
@@ -163,31 +165,31 @@ static u32 table_end(u32 va, u32 end) { return min_u32(ALIGN_DOWN(va, table_reac
 
 static void zap_range(struct space *space, u32 start, u32 end)
 {
-    struct zap zap = {.space = space};
+    /* The arrays hold nothing until zap_add fills them. */
+    struct zap zap;
+    zap.space = space;
+    zap.count = 0;
     for (u32 va = start; va < end; va = table_end(va, end))
         zap_table(&zap, va, table_end(va, end));
     zap_finish(&zap);
 }
 
-/* Whether cutting [start, end) out leaves more regions than there is room for: only a cut from the middle adds one. */
-static bool cut_fits(const struct space *space, u32 start, u32 end)
-{
-    for (u32 i = 0; i < space->region_count; i++)
-        if (space->regions[i].start < start && space->regions[i].end > end)
-            return space->region_count < REGIONS_MAX;
-    return true;
-}
-
+/* Only a cut from the middle adds a region; the range then meets no other, so a refusal comes before any change. */
 bool space_unmap(struct space *space, u32 start, u32 end)
 {
-    if (start >= end || end > USER_END || !cut_fits(space, start, end))
+    if (start >= end || end > USER_END)
         return false;
     for (u32 i = space->region_count; i-- > 0;) {
         struct region *region = &space->regions[i];
-        if (start >= region->end || end <= region->start)
+        u32 region_start = region->start, region_end = region->end;
+        if (start >= region_end || end <= region_start)
             continue;
-        zap_range(space, max_u32(start, region->start), min_u32(end, region->end));
+        if (region_start < start && region_end > end && space->region_count == REGIONS_MAX)
+            return false;
+        zap_range(space, max_u32(start, region_start), min_u32(end, region_end));
         region_cut(space, i, start, end);
+        if (region_start <= start && region_end >= end)
+            break;
     }
     return true;
 }
@@ -237,15 +239,15 @@ static bool fork_table(struct space *parent, struct space *child, u32 start, u32
         return true;
     bool ok = upt_open(&child->upt, start, true, &to);
     if (ok) {
-        for (u32 va = start, left = upt_count(&from); va < end && left; va += PAGE_SIZE, from.index++, to.index++) {
+        for (u32 va = start, left = upt_count(&from); va < end && left; va += PAGE_SIZE, upt_next(&from), upt_next(&to)) {
             pte_t entry = upt_get(&from);
             if (!entry)
                 continue;
             left--;
             if (entry & PTE_W)
-                upt_set(&from, entry &= ~(pte_t)PTE_W);
+                upt_change(&from, entry &= ~(pte_t)PTE_W);
             frame_get(pte_frame(entry));
-            upt_set(&to, entry);
+            upt_enter(&to, entry);
         }
         upt_close(&to);
     }

@@ -46,6 +46,4 @@ size_t strlen(const char *s)
     return n;
 }
 
-void clear_page(void *page) { memset(page, 0, PAGE_SIZE); }
-
 void copy_page(void *to, const void *from) { memcpy(to, from, PAGE_SIZE); }

@@ -10,7 +10,12 @@ int memcmp(const void *a, const void *b, size_t bytes);
 size_t strlen(const char *s);
 
 /* Whole pages, dword by dword. */
-void clear_page(void *page);
+static inline void clear_page(void *page)
+{
+    u32 dwords = PAGE_SIZE / 4;
+    __asm__ volatile("rep stosl" : "+D"(page), "+c"(dwords) : "a"(0) : "memory");
+}
+
 void copy_page(void *to, const void *from);
 
 #endif

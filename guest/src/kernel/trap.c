@@ -54,7 +54,7 @@ static void kill(const struct trap_frame *frame, u32 cr2, u32 status)
 static void page_fault(struct trap_frame *frame)
 {
     u32 cr2 = read_cr2();
-    if (access_fault(frame, cr2))
+    if (access_armed && access_fault(frame, cr2))
         return;
     bool user = trap_from_user(frame), copying = frame->eip == (u32)user_copy_access;
     if (!(user || copying) || !current->is_process)

@@ -5,7 +5,7 @@
  *                 CR3 -> root (directory) -> table               legacy: root is high, its top quarter a copy of the kernel's
  *
  * Holds: a table's frame counts its entries in use (frame.link), and a directory those it has below USER_END; an entry is in
- * use if it is not 0. A table or directory that is not linked has no entries in use. */
+ * use if it is not 0. A table or directory that is not linked has no entries in use. `recent` is linked. */
 #include "upt.h"
 
 #include "boot.h"
@@ -89,7 +89,7 @@ static u32 directory_of(struct upt *upt, u32 va, bool create)
     return frame;
 }
 
-static u32 table_of(struct upt *upt, u32 va, bool create)
+static u32 find_table(struct upt *upt, u32 va, bool create)
 {
     u32 directory_frame = directory_of(upt, va, create);
     if (directory_frame == FRAME_NONE)
@@ -107,35 +107,19 @@ static u32 table_of(struct upt *upt, u32 va, bool create)
     return frame;
 }
 
-bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+void upt_find_recent(struct upt *upt, u32 va, bool create)
 {
     ASSERT(va < USER_END);
-    leaf->frame = table_of(upt, va, create);
-    if (leaf->frame == FRAME_NONE)
-        return false;
-    leaf->table = kmap_local(leaf->frame, "user page table");
-    leaf->index = table_index(va);
-    return true;
+    upt->recent = find_table(upt, va, create);
+    upt->recent_va = va;
 }
-
-void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
-
-pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->table, leaf->index); }
-
-void upt_set(struct leaf *leaf, pte_t entry)
-{
-    u32 *count = &frame_of(leaf->frame)->link;
-    *count += (entry != 0) - (upt_get(leaf) != 0);
-    table_set(leaf->table, leaf->index, entry);
-}
-
-u32 upt_count(const struct leaf *leaf) { return frame_of(leaf->frame)->link; }
 
 u32 upt_unlink(struct upt *upt, u32 va)
 {
     u32 directory_frame = directory_of(upt, va, false);
     if (directory_frame == FRAME_NONE)
         return FRAME_NONE;
+    upt->recent = FRAME_NONE;
     void *directory = kmap_local(directory_frame, "user directory");
     u32 frame = pte_frame(table_get(directory, directory_index(va)));
     if (frame != FRAME_NONE) {

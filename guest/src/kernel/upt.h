@@ -4,20 +4,23 @@
 #ifndef UPT_H
 #define UPT_H
 
+#include "frames.h"
 #include "paging.h"
+#include "window.h"
 
 /* The tables of one address space. CR3 points at `pdpt` in PAE and at frame `root` in the legacy format. */
 struct upt {
     u64 pdpt[4] __attribute__((aligned(32)));
     u32 root;
     u32 cr3;
+    /* The table that was found last, and an address that it covers; FRAME_NONE for none. */
+    u32 recent, recent_va;
 };
 
-/* An open page table: entry `index` is that of the address it was opened for. */
+/* An open page table, and the entry in it of the address that it was opened for. */
 struct leaf {
-    void *table;
-    u32 frame;
-    u32 index;
+    void *table, *entry;
+    u32 frame; /* of the table */
 };
 
 /* False when out of memory. */
@@ -25,15 +28,48 @@ bool upt_create(struct upt *upt);
 /* Frees the directories; the tables below must be gone (upt_unlink). The tables must not be loaded. */
 void upt_destroy(struct upt *upt);
 
-/* False if there is no table for `va` and `create` is not set, or memory has run out. */
-bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf);
-void upt_close(struct leaf *leaf);
+/* Makes the table for `va` the recent one; none, where there is none and `create` is not set, or memory has run out. */
+void upt_find_recent(struct upt *upt, u32 va, bool create);
 
-pte_t upt_get(const struct leaf *leaf);
-/* Keeps count of the entries in use. Flushes nothing. */
-void upt_set(struct leaf *leaf, pte_t entry);
+/* False if there is no table for `va` and `create` is not set, or memory has run out. What is touched next is near: most of
+ * the time the directory need not be looked at again. */
+static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+{
+    if (upt->recent == FRAME_NONE || (upt->recent_va ^ va) >> paging.directory_shift)
+        upt_find_recent(upt, va, create);
+    leaf->frame = upt->recent;
+    if (leaf->frame == FRAME_NONE)
+        return false;
+    leaf->table = kmap_local(leaf->frame, "user page table");
+    leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes;
+    return true;
+}
+
+/* On to the entry of the next page. */
+static inline void upt_next(struct leaf *leaf) { leaf->entry = (u8 *)leaf->entry + paging.entry_bytes; }
+
+static inline void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
+
+static inline pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->entry, 0); }
+
 /* Entries in use in this table. */
-u32 upt_count(const struct leaf *leaf);
+static inline u32 upt_count(const struct leaf *leaf) { return frame_of(leaf->frame)->link; }
+
+/* For an entry that is not in use, for one that is and stays so, and for one that is no longer to be. They keep count, and
+ * flush nothing. */
+static inline void upt_enter(struct leaf *leaf, pte_t entry)
+{
+    frame_of(leaf->frame)->link++;
+    table_enter(paging.pae, leaf->entry, 0, entry);
+}
+
+static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->entry, 0, entry); }
+
+static inline void upt_clear(struct leaf *leaf)
+{
+    frame_of(leaf->frame)->link--;
+    table_clear(paging.pae, leaf->entry, 0);
+}
 
 /* Takes an empty table out of its directory. Returns its frame, to be put after the flush; FRAME_NONE if there was none. */
 u32 upt_unlink(struct upt *upt, u32 va);

@@ -28,7 +28,9 @@ void kunmap_local(const void *address);
 /* The same, but a wrong release changes nothing and is reported: for whoever tests the rule. */
 enum window_error window_release(const void *address);
 
-u32 window_depth(void);
+/* Those of the context that runs now. */
+extern struct window_stack *current_windows;
+static inline u32 window_depth(void) { return current_windows->depth; }
 /* The deepest any task has been since boot, or since the last call of window_reset_high_water. */
 u32 window_high_water(void);
 void window_reset_high_water(void);

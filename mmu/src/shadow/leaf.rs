@@ -18,7 +18,7 @@ use crate::p2m::{Generations, PageState};
 use crate::shadow::RootRef;
 use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, table_key};
 use crate::spte::{Spte, l1_index, l2_index, l3_index};
-use crate::sync::Ordering;
+use crate::sync::{Ordering, point};
 use crate::vcpu::Vcpu;
 use crate::walk::{Step, Touch, Translation};
 
@@ -150,6 +150,7 @@ impl Mmu {
         if !directory.is_present() {
             return None;
         }
+        point();
         let table = self.spte(directory.mfn().at(l2_index(gva) * 8));
         match table.is_present().then(|| self.frames.kind(table.mfn())) {
             Some(FrameKind::Shadow(slot)) => Some(slot),
@@ -161,6 +162,13 @@ impl Mmu {
     #[inline]
     pub(crate) fn spte(&self, at: Mpa) -> Spte {
         Spte(self.machine.word64(at).load(Ordering::Acquire))
+    }
+
+    /// Stores one. Every change of a shadow entry that somebody may walk is made here.
+    #[inline]
+    pub(crate) fn store_spte(&self, at: Mpa, spte: Spte) {
+        point();
+        self.machine.word64(at).store(spte.0, Ordering::Release);
     }
 
     /// True when the guest's entry still is what the walk saw: A or D may have come, but not gone.
@@ -212,7 +220,7 @@ impl Mmu {
             return Ok(leaf);
         }
         let narrowing = is_narrowed(old, new).then(|| self.coherence.removal());
-        self.machine.word64(at).store(new.0, Ordering::Release);
+        self.store_spte(at, new);
         if !old.is_present() {
             bucket.link(Link::new(gfn, at));
         }
@@ -227,7 +235,7 @@ impl Mmu {
     pub(crate) fn zap_leaf(&self, at: Mpa) {
         let Some((gfn, mut bucket, old)) = self.lock_leaf(at) else { return };
         let removal = self.coherence.removal();
-        self.machine.word64(at).store(Spte::ABSENT.0, Ordering::Release);
+        self.store_spte(at, Spte::ABSENT);
         bucket.unlink(Link::new(gfn, at));
         self.frames.owe(old.mfn(), removal.stamp_leaf(old.mfn()));
     }
@@ -241,7 +249,7 @@ impl Mmu {
         let new = Spte::leaf(old.mfn(), writable, executable).with_global(global);
         if new != old {
             let removal = self.coherence.removal();
-            self.machine.word64(at).store(new.0, Ordering::Release);
+            self.store_spte(at, new);
             self.frames.owe(old.mfn(), removal.stamp_leaf(old.mfn()));
         }
     }
@@ -265,7 +273,7 @@ impl Mmu {
         for link in bucket.links_of(gfn) {
             let old = self.spte(link.spte());
             if old.is_writable() {
-                self.machine.word64(link.spte()).store(old.write_protected().0, Ordering::Release);
+                self.store_spte(link.spte(), old.write_protected());
                 narrowed = true;
             }
         }
@@ -286,7 +294,7 @@ impl Mmu {
         let removal = self.coherence.removal();
         let mut zapped = false;
         bucket.unlink_all(gfn, |link| {
-            self.machine.word64(link.spte()).store(Spte::ABSENT.0, Ordering::Release);
+            self.store_spte(link.spte(), Spte::ABSENT);
             zapped = true;
         });
         // Within the bucket: whoever write-protects next must see the debt.

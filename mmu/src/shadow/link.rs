@@ -38,6 +38,10 @@ impl Mmu {
         let directory_gfn = t.directory.map_or(Gfn(0), |step| step.table);
         let directory_key = directory_key(vcpu.mode, user, directory_gfn, t.gva);
         let directory = self.link_directory(vcpu, root, t, directory_key)?;
+        // The table has been evicted meanwhile, and its slot serves the directory now: there is one lock, not two.
+        if directory == table {
+            return Err(Mapped::Retry);
+        }
 
         let mut parent = self.pages.lock(directory, true);
         if parent.key != Some(directory_key) {
@@ -96,7 +100,7 @@ impl Mmu {
             }
             child.parents.push(entry);
             let link = Spte::link(self.pages.mfn(slot));
-            self.machine.word64(entry).store(link.0, Ordering::Release);
+            self.store_spte(entry, link);
         }
         Ok(())
     }
@@ -109,7 +113,7 @@ impl Mmu {
             return;
         }
         let removal = self.coherence.removal();
-        self.machine.word64(entry).store(Spte::ABSENT.0, Ordering::Release);
+        self.store_spte(entry, Spte::ABSENT);
         child.parents.retain(|parent| *parent != entry);
         removal.stamp_table();
     }
@@ -126,7 +130,7 @@ impl Mmu {
             self.pages.put_free(fresh, 0);
             return self.ready(slot, key);
         }
-        self.pages.count_in(key.role);
+        self.pages.count_in(key);
         shard.entry(key.gfn).or_default().push((key.role, fresh));
         let promoted = if key.role.shadows_table() { self.promote(key) } else { Some(false) };
         let Some(owed) = promoted else {
@@ -269,7 +273,7 @@ impl Mmu {
         }
         let removal = self.coherence.removal();
         for parent in std::mem::take(&mut page.parents) {
-            self.machine.word64(parent).store(Spte::ABSENT.0, Ordering::Release);
+            self.store_spte(parent, Spte::ABSENT);
         }
         let table = self.pages.mfn(slot);
         for index in 0..512 {
@@ -300,7 +304,7 @@ impl Mmu {
     fn take_out(&self, shard: &mut Shard, key: Key, slot: u32) {
         let Some(pages) = shard.get_mut(&key.gfn) else { return };
         pages.retain(|(_, other)| *other != slot);
-        self.pages.count_out(key.role);
+        self.pages.count_out(key);
         if pages.is_empty() {
             shard.remove(&key.gfn);
         }

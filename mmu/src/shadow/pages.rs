@@ -64,8 +64,8 @@ pub(crate) struct Pages {
     limit: AtomicU32,
     /// Slots that have one.
     framed: AtomicU32,
-    /// Pages for user code, being made or live.
-    user: AtomicU32,
+    /// Pages for user code, being made or live, by [`user_place`].
+    user: [AtomicU32; SHARDS],
 }
 
 /// The place in the lock order of a page, by whether it is a directory.
@@ -91,7 +91,7 @@ impl Pages {
             tick: AtomicU64::new(1),
             limit: AtomicU32::new(max),
             framed: AtomicU32::new(0),
-            user: AtomicU32::new(0),
+            user: std::array::from_fn(|_| AtomicU32::new(0)),
         }
     }
 
@@ -106,19 +106,19 @@ impl Pages {
         self.max() - free.fresh.len() as u32 - free.dead.len() as u32
     }
 
-    /// True while there is no page for user code.
-    pub fn has_no_user(&self) -> bool {
-        self.user.load(Ordering::SeqCst) == 0
+    /// True while there is no page of `key`, which is for user code. False may also be for another's sake.
+    pub fn has_no_user(&self, key: Key) -> bool {
+        self.user[user_place(key)].load(Ordering::SeqCst) == 0
     }
 
-    /// A page of `role` is about to be entered into the cache.
-    pub fn count_in(&self, role: Role) {
-        self.user.fetch_add(u32::from(role.user), Ordering::SeqCst);
+    /// A page of `key` is about to be entered into the cache.
+    pub fn count_in(&self, key: Key) {
+        self.user[user_place(key)].fetch_add(u32::from(key.role.user), Ordering::SeqCst);
     }
 
     /// And has left it.
-    pub fn count_out(&self, role: Role) {
-        self.user.fetch_sub(u32::from(role.user), Ordering::SeqCst);
+    pub fn count_out(&self, key: Key) {
+        self.user[user_place(key)].fetch_sub(u32::from(key.role.user), Ordering::SeqCst);
     }
 
     /// Locks the page in `slot`, at the level of a directory or of a table.
@@ -222,6 +222,11 @@ impl Pages {
         }
         all
     }
+}
+
+/// Which count of pages for user code a key is part of: parts of one directory have their own.
+fn user_place(key: Key) -> usize {
+    (key.gfn.0 as usize + usize::from(key.role.quadrant) * (SHARDS / 4 + 1)) % SHARDS
 }
 
 /// The slot of `key` in its shard.

@@ -62,6 +62,7 @@ pub struct LeafRights {
 }
 
 /// Mode bits that matter to code of one privilege: WP and SMEP bind supervisor code alone.
+#[inline]
 pub(crate) fn effective_mode(mode: Mode, user: bool) -> Mode {
     if !mode.paging {
         return Mode::default();
@@ -137,6 +138,7 @@ impl Role {
 }
 
 /// The key of the second-level page for `gva`: `directory` is the guest's page directory.
+#[inline]
 pub(crate) fn directory_key(mode: Mode, user: bool, directory: Gfn, gva: Gva) -> Key {
     let quarter = (gva.0 >> 30) as u8;
     let mode = effective_mode(mode, user);
@@ -150,6 +152,7 @@ pub(crate) fn directory_key(mode: Mode, user: bool, directory: Gfn, gva: Gva) ->
 }
 
 /// The key of the first-level page for a translation; `None` when code of this privilege may not touch it.
+#[inline]
 pub(crate) fn table_key(mode: Mode, user: bool, t: &Translation) -> Option<Key> {
     let mode = effective_mode(mode, user);
     if let (PageSize::Small, Some(step)) = (t.size, t.table) {

@@ -107,7 +107,7 @@ impl Mmu {
         }
         if flags & (SHADOWED | UNSYNC) == SHADOWED {
             self.frames.change_flags(mfn, 0, UNSYNC);
-            self.unsync.lock().push(Unsync { gfn, clean: 0 });
+            self.list_unsync(gfn);
             vcpu.count(|s| s.unsynced += 1);
             vcpu.events.borrow_mut().record(gva, Event::Unsynced);
         }
@@ -245,7 +245,7 @@ impl Mmu {
         let mut fenced = false;
         for user in [false, true] {
             // The guest's store to its entry is visible by now: a page that comes to be reads the new one.
-            if user && fenced && self.pages.has_no_user() {
+            if user && fenced && self.has_no_user_page(vcpu, gva) {
                 break;
             }
             let Some(directory) = self.find_directory(vcpu, user, gva) else { continue };
@@ -257,6 +257,12 @@ impl Mmu {
                 self.zap_leaf(self.pages.mfn(slot).at(l1_index(gva) * 8));
             }
         }
+    }
+
+    /// True where user code reaches no first-level page by `gva`: most addresses that a kernel flushes are its own.
+    fn has_no_user_page(&self, vcpu: &Vcpu, gva: Gva) -> bool {
+        let directory = vcpu.directory(gva).filter(|_| vcpu.mode.paging);
+        directory.is_none_or(|gfn| self.pages.has_no_user(directory_key(vcpu.mode, true, gfn, gva)))
     }
 
     /// Counts a resynchronisation. True when the table has been clean for long enough to be tracked again.
@@ -295,6 +301,16 @@ impl Mmu {
         let _bucket = self.buckets.lock(gfn);
         if !self.is_unsync(gfn) {
             self.forget_unsync(gfn);
+        }
+    }
+
+    /// Puts a table on the list. It may still be there: another vCPU has begun to track it again, and will find it unsync.
+    /// Caller holds bucket(gfn) and has set its flag.
+    fn list_unsync(&self, gfn: Gfn) {
+        let mut list = self.unsync.lock();
+        match list.iter_mut().find(|u| u.gfn == gfn) {
+            Some(listed) => listed.clean = 0,
+            None => list.push(Unsync { gfn, clean: 0 }),
         }
     }
 

@@ -2,22 +2,22 @@
 //!
 //! Story: loom lets loads see any store that the memory model allows, but takes a sequentially consistent access for
 //! no more than an acquiring or releasing one. Protocols here in which each side stores and then looks would all fail.
-//! Loom does know what a sequentially consistent *fence* is; so what x86 does is written out: a `SeqCst` store, and every
-//! `SeqCst` read-modify-write, is followed by a fence (XCHG and LOCK drain the store buffer); a `SeqCst` load is a load.
+//! Loom does know what a sequentially consistent *fence* is; so one follows each `SeqCst` access. After stores and
+//! read-modify-writes that is what x86 does (XCHG and LOCK drain the store buffer). After loads it makes that two readers
+//! agree on the order of two writers' stores, which x86's have by themselves.
 //!
-//! Holds: nothing is ordered here that x86 does not order. In particular a plain (`Release`) store, then a `SeqCst` load
-//! of another word, may pass each other: where that matters the code needs a fence of its own, and a model without it fails.
+//! Holds: nothing passes here what x86 does not let pass, and a plain (`Release`) store, then a `SeqCst` load of another
+//! word, do: where that matters the code needs a fence of its own, and a model without it fails.
 //!
-//! Limits: weaker than `SeqCst` where two readers must agree on the order of two writers' stores (a false alarm is
-//! possible, a missed bug is not); stronger where a relaxed load follows a `SeqCst` store, which the language would let
-//! pass and x86 does not.
+//! Limits: a plain store is seen by all once a `SeqCst` load after it is done, where x86 would let a *second* load pass the
+//! store too. A relaxed load does not pass a `SeqCst` store before it, which the language would allow and x86 does not.
 
 use loom::sync::atomic as weak;
 pub use loom::sync::atomic::fence;
 
 use super::Ordering;
 
-/// What follows a store of that order.
+/// What follows an access of that order.
 #[inline]
 fn drain(order: Ordering) {
     if order == Ordering::SeqCst {
@@ -40,7 +40,9 @@ macro_rules! atomic {
 
             #[track_caller]
             pub fn load(&self, order: Ordering) -> $value {
-                self.0.load(order)
+                let value = self.0.load(order);
+                drain(order);
+                value
             }
 
             #[track_caller]
@@ -67,6 +69,23 @@ macro_rules! atomic {
                 let end = self.0.compare_exchange(current, new, success, failure);
                 drain(if end.is_ok() { success } else { failure });
                 end
+            }
+
+            #[track_caller]
+            pub fn fetch_update(
+                &self,
+                set: Ordering,
+                fetch: Ordering,
+                mut change: impl FnMut($value) -> Option<$value>,
+            ) -> Result<$value, $value> {
+                let mut old = self.load(fetch);
+                while let Some(new) = change(old) {
+                    match self.compare_exchange(old, new, set, fetch) {
+                        Ok(_) => return Ok(old),
+                        Err(now) => old = now,
+                    }
+                }
+                Err(old)
             }
 
             #[track_caller]

@@ -142,6 +142,9 @@ fn prefix(va: u32, level: u32) -> u32 {
 
 /// Goes through one entry; `None` where it is not present. `status`: the bits Umbra presets.
 fn step(machine: &MmapRegion, at: Cached, va: u32, level: u32, status: u64) -> Option<Cached> {
+    // Others may do anything between two steps of a walk; shuttle must be told.
+    #[cfg(shuttle)]
+    shuttle::thread::sleep(std::time::Duration::ZERO);
     let index = u64::from(va) >> (12 + 9 * (level - 1)) & 511;
     let entry = word(machine, at.base + 8 * index).load(Ordering::Acquire);
     if entry & P == 0 {

@@ -370,7 +370,7 @@ impl World {
         }
         self.open_gates();
         self.mmu.discard(None, first..end, what, May::Sleep).expect("nothing holds them");
-        for at in (first..end).flat_map(|gfn| (0..512).map(move |n| u64::from(gfn) << 12 | n * 8)) {
+        for at in (first..end).flat_map(|gfn| (0..512).map(move |n| (u64::from(gfn) << 12) + n * 8)) {
             if self.memory.word(at) != 0 {
                 self.memory.write(at, 8, 0);
             }

@@ -194,7 +194,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     /// POP SS moves SP or ESP as the *old* SS has it.
-    fn pop_segment(&mut self, seg: Seg, width: Width) -> Exec<Flow> {
+    pub(super) fn pop_segment(&mut self, seg: Seg, width: Width) -> Exec<Flow> {
         let selector = self.top(width)? as u16;
         let pointer = self.stack().above(width.bytes());
         let flow = self.load_segment_register(seg, selector)?;

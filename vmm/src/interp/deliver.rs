@@ -15,6 +15,7 @@ use umbra_mmu::Gva;
 
 use super::debug::DR7_GD;
 use super::descriptor::{Descriptor, Kind, error_code};
+use super::far::Transfer;
 use super::operand::ESP;
 use super::stack::Stack;
 use super::{Bus, Core, Exception, Exec, Flow, Leave, UnknownInstruction, Width, ensure, vector};
@@ -193,15 +194,15 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.mark_accessed(&descriptor)?;
         let pointer = self.push_handler_frame(&stack, entry, inward, width)?;
 
-        let mut after = self.cpu.clone();
+        let mut after = Transfer::of(self.cpu);
         after.cpl = if inward { code.dpl() } else { self.cpu.cpl };
         code.selector = error_code(code.selector) | u16::from(after.cpl);
         after.seg[Seg::Cs as usize] = code;
         after.seg[Seg::Ss as usize] = stack.segment;
-        after.gpr[ESP] = pointer;
+        after.esp = pointer;
         after.eip = eip;
         after.eflags &= !(TF | NT | RF | VM | if masks { IF } else { 0 });
-        self.commit(after)
+        self.commit(&after)
     }
 
     /// The gate of the entry's vector: of a kind that can be entered, open to the caller, present.

@@ -4,7 +4,7 @@
 //!
 //! See: Intel SDM vol. 3A, 3.4.5 (segment descriptors), 3.5 (system descriptors), 5.8.3 (call gates), 6.11 (IDT).
 
-use umbra_mmu::Gva;
+use umbra_mmu::{Access, Gva};
 
 use super::{Bus, Core, Exception, Exec, Width, ensure};
 use crate::cpu::Segment;
@@ -132,6 +132,10 @@ impl Descriptor {
 impl<B: Bus + ?Sized> Core<'_, B> {
     /// The eight bytes at `at`, read as a supervisor.
     pub(super) fn descriptor_at(&mut self, at: Gva) -> Exec<Descriptor> {
+        if at.0 & 7 == 0 {
+            let both = self.bus.read(at, Width::B8, Access::read(false))?;
+            return Ok(Descriptor { low: both as u32, high: (both >> 32) as u32, at });
+        }
         let low = self.load_implicit(at, Width::B4)?;
         let high = self.load_implicit(at.wrapping_add(4), Width::B4)?;
         Ok(Descriptor { low, high, at })

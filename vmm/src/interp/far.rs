@@ -1,7 +1,7 @@
 //! Transfers between segments: far JMP and CALL, RETF, IRET.
 //!
 //! Story: the parent functions are `far_jump`, `far_call`, `far_return` and `interrupt_return`; each ends in `commit`,
-//! which tells the bus about a new privilege and then changes the CPU, both at once or neither.
+//! which changes the CPU and tells the bus about a new privilege, both at once or neither.
 //!
 //! Limits: task switches (through a TSS, a task gate or NT) and returns to virtual-8086 mode are not known.
 //!
@@ -31,14 +31,37 @@ struct Return {
     parameters: u32,
 }
 
+/// What a transfer changes of the CPU.
+#[derive(Clone, Copy)]
+pub(super) struct Transfer {
+    pub(super) seg: [Segment; 6],
+    pub(super) esp: u32,
+    pub(super) eip: u32,
+    pub(super) eflags: u32,
+    pub(super) cpl: u8,
+}
+
+impl Transfer {
+    /// None: all as it is.
+    pub(super) fn of(cpu: &CpuState) -> Transfer {
+        Transfer { seg: cpu.seg, esp: cpu.gpr[ESP], eip: cpu.eip, eflags: cpu.eflags, cpl: cpu.cpl }
+    }
+
+    fn put(&self, cpu: &mut CpuState) {
+        (cpu.seg, cpu.gpr[ESP], cpu.eip) = (self.seg, self.esp, self.eip);
+        (cpu.eflags, cpu.cpl) = (self.eflags, self.cpl);
+    }
+}
+
 impl<B: Bus + ?Sized> Core<'_, B> {
-    /// Makes `after` the state, the bus first where paging looks different from there.
-    pub(super) fn commit(&mut self, after: CpuState) -> Exec {
-        let ac = (after.eflags ^ self.cpu.eflags) & AC != 0 && after.cr4 & cr4::SMAP != 0;
-        if after.cpl != self.cpu.cpl || ac {
-            self.bus.set_paging(&after, false)?;
+    /// Makes `after` the state; where paging looks different from there and the bus refuses, nothing has changed.
+    pub(super) fn commit(&mut self, after: &Transfer) -> Exec {
+        let before = Transfer::of(self.cpu);
+        after.put(self.cpu);
+        let ac = (after.eflags ^ before.eflags) & AC != 0 && self.cpu.cr4 & cr4::SMAP != 0;
+        if after.cpl != before.cpl || ac {
+            self.bus.set_paging(self.cpu, false).inspect_err(|_| before.put(self.cpu))?;
         }
-        *self.cpu = after;
         Ok(())
     }
 
@@ -210,10 +233,10 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let level = if code.conforming() { code.dpl() <= cpl } else { code.dpl() == cpl };
         ensure(descriptor.kind() == Kind::Code && cpl >= self.cpu.cpl && level, bad)?;
         ensure(descriptor.present(), Exception::np(error_code(r.selector)))?;
-        let mut after = self.cpu.clone();
+        let mut after = Transfer::of(self.cpu);
         match outer {
             Some(pointer) => self.return_outward(&r, pointer, cpl, &mut after)?,
-            None => after.gpr[ESP] = self.stack().above(r.popped),
+            None => after.esp = self.stack().above(r.popped),
         }
         ensure(r.eip <= code.limit, Exception::gp(0))?;
         self.mark_accessed(&descriptor)?;
@@ -221,7 +244,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         after.seg[Seg::Cs as usize] = code;
         after.eip = r.eip;
         after.cpl = cpl;
-        self.commit(after)
+        self.commit(&after)
     }
 
     /// ESP and SS of the outer ring, behind the frame.
@@ -231,12 +254,12 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     /// The outer stack, and the data segments that the outer ring may keep.
-    fn return_outward(&mut self, r: &Return, outer: [u32; 2], cpl: u8, after: &mut CpuState) -> Exec {
+    fn return_outward(&mut self, r: &Return, outer: [u32; 2], cpl: u8, after: &mut Transfer) -> Exec {
         let [pointer, selector] = outer;
         let segment = self.stack_segment_for(selector as u16, cpl, Exception::gp, 0)?;
         // A 16-bit stack keeps the inner ESP's upper half, which the outer ring then sees.
         let pointer = pointer.wrapping_add(r.parameters);
-        after.gpr[ESP] = merge(self.cpu.gpr[ESP], pointer, if segment.big() { u32::MAX } else { 0xffff });
+        after.esp = merge(self.cpu.gpr[ESP], pointer, if segment.big() { u32::MAX } else { 0xffff });
         after.seg[Seg::Ss as usize] = segment;
         for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
             let held = &mut after.seg[seg as usize];

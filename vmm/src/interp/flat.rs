@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use umbra_mmu::{Access, AccessKind, CodeFrame, FaultCode, Gva, Mfn, PageFault};
 
 use super::bus::{Bus, BusError, Width};
-use super::engine::CodeBus;
+use super::engine::{CodeBus, NO_TAG};
 use crate::cpu::CpuState;
 
 /// What a page of a [`FlatBus`] admits.
@@ -321,17 +321,18 @@ impl CodeBus for FlatBus {
     }
 
     fn quick_tag(&self, user: bool) -> u64 {
-        user.into()
+        1 + u64::from(user)
     }
 
-    fn quick_read(&self, _: u64, gva: Gva, width: Width, access: Access) -> Option<u64> {
-        (self.is_quick(gva) && self.check(gva, width.bytes(), access).is_ok())
+    fn quick_read(&self, tag: u64, gva: Gva, width: Width, access: Access) -> Option<u64> {
+        (tag != NO_TAG && self.is_quick(gva) && self.check(gva, width.bytes(), access).is_ok())
             .then(|| self.scalar(gva, width))
     }
 
     fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool {
         let code = self.code.contains_key(&(self.index(gva.0) as u32 >> 12));
-        if code || !self.is_quick(gva) || self.check(gva, width.bytes(), Access::write(tag == 1)).is_err() {
+        let quick = tag != NO_TAG && !code && self.is_quick(gva);
+        if !quick || self.check(gva, width.bytes(), Access::write(tag == 2)).is_err() {
             return false;
         }
         self.put(gva, width, value);

@@ -5,6 +5,7 @@
 use umbra_mmu::Gva;
 
 use super::descriptor::{Descriptor, Kind, error_code, is_null, rpl};
+use super::far::Transfer;
 use super::operand::ESP;
 use super::stack::Stack;
 use super::{Bus, Core, Exception, Exec, Flow, Leave, Width, ensure};
@@ -96,13 +97,13 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.mark_accessed(descriptor)?;
         let pointer = self.push_frame(&stack, &frame[..4 + count], width)?;
         code.selector = error_code(code.selector) | u16::from(cpl);
-        let mut after = self.cpu.clone();
+        let mut after = Transfer::of(self.cpu);
         after.seg[Seg::Cs as usize] = code;
         after.seg[Seg::Ss as usize] = stack.segment;
-        after.gpr[ESP] = pointer;
+        after.esp = pointer;
         after.eip = eip;
         after.cpl = cpl;
-        self.commit(after)?;
+        self.commit(&after)?;
         Ok(Flow::Jumped)
     }
 }

@@ -501,10 +501,15 @@ impl Bus for GuestBus<'_> {
     }
 
     fn set_paging(&mut self, new: &CpuState, flush: bool) -> Result<(), BusError> {
+        let mode = mode_of(new);
+        // Most often it is the privilege alone, which goes with each access.
+        if !flush && mode == self.vcpu.mode() && new.cr3 == self.vcpu.cr3() {
+            return Ok(());
+        }
         let wish = if flush { Flush::Yes } else { Flush::No };
         self.aftermath.descriptors |= flush;
         loop {
-            match self.outside(|mmu, vcpu| mmu.set_paging(vcpu, mode_of(new), new.cr3, wish)) {
+            match self.outside(|mmu, vcpu| mmu.set_paging(vcpu, mode, new.cr3, wish)) {
                 Ok(()) => return Ok(()),
                 Err(NotLoaded::Bad(_)) => return Err(BusError::Exception(Exception::gp(0))),
                 Err(NotLoaded::Need(gfn)) => self.bring_in(gfn)?,

@@ -1,5 +1,7 @@
 //! Blocks, and how they are found: by linear address while nothing has been flushed, else by frame.
 //!
+//! Story: a block is a way through code: straight on, and along the jumps and calls that are always taken and stay in the page.
+//!
 //! Holds: arenas are made once and filled from the front; when one is full everything is forgotten. A block lies in one
 //! page, or is one instruction that begins in a page and ends in the next. Its key is where its bytes are, not where they
 //! are mapped: displacements are relative, so it is the same wherever that is.
@@ -27,7 +29,7 @@ const JUMPS: usize = 1 << 12;
 const PAGE: u32 = 4096;
 const NO_BLOCK: u32 = u32::MAX;
 
-/// Straight-line code, decoded.
+/// Code without a choice of ways but to leave it, decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block {
     /// Where its bytes are.
@@ -38,11 +40,18 @@ pub struct Block {
     pub tail: CodeFrame,
     /// Ops.
     pub count: u16,
-    /// Bytes of code.
-    pub bytes: u16,
+    /// Offset, from its start, of what comes when all its ops are through.
+    pub next: i16,
     first: u32,
     /// Offset in the page, and CS's D bit above.
     place: u32,
+}
+
+impl Block {
+    /// The same up to its first op, `op`.
+    pub fn cut_behind(self, op: &Op) -> Block {
+        Block { count: 1, next: op.next(), ..self }
+    }
 }
 
 /// A block that lies in one page.
@@ -63,7 +72,7 @@ const NOWHERE: Jump = Jump {
     gva: Gva(0),
     mode: NO_MODE,
     version: 0,
-    block: Block { frame: Mfn(0), generation: 0, tail: NO_TAIL, count: 0, bytes: 0, first: 0, place: 0 },
+    block: Block { frame: Mfn(0), generation: 0, tail: NO_TAIL, count: 0, next: 0, first: 0, place: 0 },
 };
 
 /// All blocks of one vCPU.
@@ -73,10 +82,11 @@ pub struct Cache {
     instructions: Vec<Instruction>,
     blocks: Vec<Block>,
     table: Box<[u32]>,
-    jumps: Box<[Jump]>,
+    jumps: Box<[Jump; JUMPS]>,
 }
 
-fn mode_of(user: bool, wide: bool) -> u32 {
+/// The mode of code by which blocks are found beside its address.
+pub fn mode_of(user: bool, wide: bool) -> u32 {
     u32::from(user) | u32::from(wide) << 1
 }
 
@@ -92,6 +102,12 @@ fn jump_of(gva: Gva) -> usize {
     (gva.0 ^ gva.0 >> 12) as usize & (JUMPS - 1)
 }
 
+/// An empty jump cache. Its length is part of its type, so that looking into it is not checked each time.
+fn jumps() -> Box<[Jump; JUMPS]> {
+    let all: Box<[Jump]> = vec![NOWHERE; JUMPS].into();
+    all.try_into().unwrap_or_else(|_| Box::new([NOWHERE; JUMPS]))
+}
+
 impl Cache {
     pub fn new() -> Cache {
         Cache {
@@ -99,21 +115,21 @@ impl Cache {
             instructions: Vec::with_capacity(INSTRUCTIONS),
             blocks: Vec::with_capacity(BLOCKS),
             table: vec![NO_BLOCK; TABLE].into(),
-            jumps: vec![NOWHERE; JUMPS].into(),
+            jumps: jumps(),
         }
     }
 
     /// The block that code at `gva` was in when last looked for under `version`.
-    #[inline]
-    pub fn jump(&self, gva: Gva, user: bool, wide: bool, version: u64) -> Option<Block> {
+    #[inline(always)]
+    pub fn jump(&self, gva: Gva, mode: u32, version: u64) -> Option<&Block> {
         let jump = &self.jumps[jump_of(gva)];
-        let same = jump.gva == gva && jump.version == version && jump.mode == mode_of(user, wide);
-        if same { Some(jump.block) } else { None }
+        let same = jump.gva == gva && jump.version == version && jump.mode == mode;
+        if same { Some(&jump.block) } else { None }
     }
 
     /// Notes what [`Cache::jump`] is to find.
-    pub fn remember(&mut self, gva: Gva, user: bool, wide: bool, version: u64, block: Block) {
-        self.jumps[jump_of(gva)] = Jump { gva, mode: mode_of(user, wide), block, version };
+    pub fn remember(&mut self, gva: Gva, mode: u32, version: u64, block: Block) {
+        self.jumps[jump_of(gva)] = Jump { gva, mode, block, version };
     }
 
     /// The block whose code is in `frame` where `gva` is mapped, as it is now.
@@ -163,14 +179,21 @@ impl Cache {
                 Err(leave) => return Err(leave),
                 Ok(Fetched::Cut | Fetched::Nothing) => break,
             };
-            at += instruction.len() as u32;
-            let op = translate(&instruction, count as u8, at, self.instructions.len() as u32);
+            at += instruction.len() as i32;
+            let mut op = translate(&instruction, count as u8, at as i16, self.instructions.len() as u32);
+            if count + 1 < OPS_MAX && tail == NO_TAIL {
+                op.follow(|to| (0..PAGE as i32).contains(&(gva.offset() as i32 + to)));
+            }
+            at = op.next().into();
+            if let Some(before) = self.ops[first..].last_mut() {
+                before.join(&op);
+            }
             if op.is_generic() {
                 self.instructions.push(instruction);
             }
             self.ops.push(op);
             count += 1;
-            if op.after != After::Next {
+            if !matches!(op.after, After::Next | After::There) {
                 break;
             }
         }
@@ -184,7 +207,7 @@ impl Cache {
             generation: frame.generation,
             tail,
             count: count as u16,
-            bytes: at as u16,
+            next: at as i16,
             first: first as u32,
             place,
         });
@@ -217,8 +240,9 @@ enum Fetched {
 }
 
 /// The instruction `at` bytes behind `gva`, in the page of `gva`.
-fn fetch<B: CodeBus>(run: &mut Run<'_, B>, gva: Gva, at: u32) -> Result<Fetched, Leave> {
-    let room = PAGE - gva.offset() - at;
+fn fetch<B: CodeBus>(run: &mut Run<'_, B>, gva: Gva, at: i32) -> Result<Fetched, Leave> {
+    let room = PAGE - gva.offset().wrapping_add(at as u32);
+    let at = at as u32;
     let mut bytes = [0; INSTRUCTION_BYTES_MAX];
     let wanted = bytes.len().min(room as usize);
     if wanted == 0 {

@@ -1,7 +1,7 @@
 //! The engine: the interpreter at speed, by blocks of decoded instructions.
 //!
 //! Story: [`Engine::run`] does what as many calls of [`super::step`] would do, and is checked against that. It decodes
-//! straight-line code once into blocks, kept by the *frame* that the code stands in; what is hot has handlers of its own
+//! code that has no choice of ways once into blocks, kept by the *frame* that the code stands in; what is hot has handlers of its own
 //! (`ops`), everything else is executed as [`super::step`] would.
 //!
 //! ```text
@@ -37,7 +37,7 @@ use umbra_mmu::{Access, CodeFrame, Gva, Mfn};
 
 use super::{Bus, BusError, Core, Leave, Step, Width, step};
 use crate::cpu::{CpuState, Seg, cr0, eflags};
-use cache::{Block, Cache, NO_TAIL};
+use cache::{Block, Cache, NO_TAIL, mode_of};
 use run::{Next, Run};
 use table::go_on;
 use translate::{After, Op};
@@ -61,7 +61,8 @@ pub trait CodeBus: Bus {
     /// the run.
     fn begin(&mut self, step: u64);
 
-    /// What accesses of privilege `user` are known by for [`CodeBus::quick_read`]; asked once a block.
+    /// What accesses of privilege `user` are known by for [`CodeBus::quick_read`], [`NO_TAG`] where there is nothing; asked
+    /// once a block.
     fn quick_tag(&self, user: bool) -> u64;
 
     /// [`Bus::read`] of an aligned operand, where that takes nothing but a look at what is known already; `None` asks for
@@ -71,6 +72,9 @@ pub trait CodeBus: Bus {
     /// [`Bus::write`] likewise; false where it has not been made, as where code has been decoded from that frame.
     fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool;
 }
+
+/// A tag that no access goes by.
+pub const NO_TAG: u64 = 0;
 
 /// Which code is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,18 +176,32 @@ impl Engine {
         steps: &mut u64,
     ) -> Step {
         let mut run = Run::new(Core::new(cpu, bus));
+        let mode = mode_of(run.user, run.wide);
         while *steps < budget && !run.core.bus.is_wanted() {
-            let block = match self.find(&mut run) {
-                Ok(Some(block)) if u64::from(block.count) <= budget - *steps => block,
-                Ok(_) => return single(run.core.cpu, run.core.bus, steps),
-                Err(leave) => {
-                    *steps += 1;
-                    run.core.bus.begin(*steps);
-                    return run.core.stopped(leave);
-                }
+            let gva = run.core.code_address(run.core.cpu.eip);
+            run.version = run.core.bus.translation_version();
+            let found;
+            let block = match self.cache.jump(gva, mode, run.version) {
+                Some(block) if is_current(block, run.core.bus) => block,
+                _ => match self.find(&mut run, gva) {
+                    Ok(Some(block)) => {
+                        found = block;
+                        &found
+                    }
+                    Ok(None) => return single(run.core.cpu, run.core.bus, steps),
+                    Err(leave) => return left(&mut run, leave, steps),
+                },
             };
-            run.enter(&block, *steps);
-            match self.run_block(&mut run, block, steps) {
+            if u64::from(block.count) > budget - *steps {
+                return single(run.core.cpu, run.core.bus, steps);
+            }
+            run.enter(block, *steps);
+            let end = if run.flags() & eflags::RF == 0 {
+                self.run_block(&mut run, block, steps)
+            } else {
+                self.resume(&mut run, block, steps)
+            };
+            match end {
                 End::Over => {}
                 End::Changed => return Step::Done,
                 End::Stop(step) => return step,
@@ -192,18 +210,25 @@ impl Engine {
         Step::Done
     }
 
-    /// The block at CS:EIP; `None` where one instruction must be stepped.
-    fn find<B: CodeBus>(&mut self, run: &mut Run<'_, B>) -> Result<Option<Block>, Leave> {
-        let (eip, wide) = (run.core.cpu.eip, run.wide);
-        let gva = run.core.code_address(eip);
-        let version = run.core.bus.translation_version();
-        if let Some(block) = self.cache.jump(gva, run.user, wide, version)
-            && run.core.bus.code_generation(block.frame) == block.generation
-            && (block.tail == NO_TAIL
-                || run.core.bus.code_generation(block.tail.mfn) == block.tail.generation)
-        {
-            return Ok(Some(block));
+    /// The first instruction of `block`, behind an IRET from a fault: RF, which no breakpoint asks for, goes when it has
+    /// retired.
+    #[cold]
+    #[inline(never)]
+    fn resume<B: CodeBus>(&self, run: &mut Run<'_, B>, block: &Block, steps: &mut u64) -> End {
+        let Some(op) = self.cache.ops(block).first() else { return End::Over };
+        let end = self.run_block(run, &block.cut_behind(op), steps);
+        // A generic op has seen to it.
+        if !op.is_generic() && !matches!(end, End::Stop(_)) {
+            run.core.cpu.eflags &= !eflags::RF;
         }
+        end
+    }
+
+    /// The block at CS:EIP, linear address `gva`, where the jump cache has it not; `None` where one instruction must be stepped.
+    #[cold]
+    #[inline(never)]
+    fn find<B: CodeBus>(&mut self, run: &mut Run<'_, B>, gva: Gva) -> Result<Option<Block>, Leave> {
+        let (wide, version) = (run.wide, run.version);
         let Some(frame) = run.core.bus.code_frame(gva, run.user)? else { return Ok(None) };
         let number = match self.cache.find(frame, gva, wide) {
             Some(number) if ends_there(run, &self.cache.block(number), gva) => number,
@@ -214,19 +239,20 @@ impl Engine {
         };
         // Finding it may have forgotten translations itself, which makes this one older, not wrong.
         let block = self.cache.block(number);
-        self.cache.remember(gva, run.user, wide, version, block);
+        self.cache.remember(gva, mode_of(run.user, wide), version, block);
         Ok(Some(block))
     }
 
     /// Runs the block that `run` has entered.
-    fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: Block, steps: &mut u64) -> End {
-        let ops = self.cache.ops(&block);
+    #[inline(always)]
+    fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: &Block, steps: &mut u64) -> End {
+        let ops = self.cache.ops(block);
         let mut rest = ops;
         loop {
             let next = go_on(run, rest);
             if next == Next::Through {
                 *steps += u64::from(block.count);
-                run.core.cpu.eip = run.start.wrapping_add(block.bytes.into());
+                run.core.cpu.eip = run.at(block.next);
                 return End::Over;
             }
             let op = &ops[usize::from(run.last)];
@@ -239,8 +265,8 @@ impl Engine {
                     rest = &ops[usize::from(op.number) + 1..];
                     continue;
                 }
-                Next::Stale => run.core.cpu.eip = run.start.wrapping_add(op.end.into()),
-                Next::Left => run.core.cpu.eip = run.start.wrapping_add(op.begin()),
+                Next::Stale => run.core.cpu.eip = run.at(op.end),
+                Next::Left => run.core.cpu.eip = run.at(op.begin()),
                 _ => {}
             }
             *steps += u64::from(op.number) + 1;
@@ -251,9 +277,9 @@ impl Engine {
     /// An op without a handler; `None` where the block goes on behind it.
     fn run_generic<B: CodeBus>(&self, run: &mut Run<'_, B>, op: &Op) -> Option<End> {
         run.tell(op);
-        run.core.cpu.eip = run.start.wrapping_add(op.begin());
+        run.core.cpu.eip = run.at(op.begin());
         let step = run.core.run(self.cache.instruction(op));
-        let through = run.core.cpu.eip == run.start.wrapping_add(op.end.into());
+        let through = run.core.cpu.eip == run.at(op.end);
         match step {
             Step::Done if op.after == After::Next && through && run.is_current() => None,
             Step::Done if op.after == After::Block => Some(End::Over),
@@ -261,6 +287,21 @@ impl Engine {
             step => Some(End::Stop(step)),
         }
     }
+}
+
+/// True while nobody has stored to where `block` was read from.
+#[inline(always)]
+fn is_current<B: CodeBus>(block: &Block, bus: &B) -> bool {
+    bus.code_generation(block.frame) == block.generation
+        && (block.tail == NO_TAIL || bus.code_generation(block.tail.mfn) == block.tail.generation)
+}
+
+/// The next instruction could not be fetched.
+#[cold]
+fn left<B: CodeBus>(run: &mut Run<'_, B>, leave: Leave, steps: &mut u64) -> Step {
+    *steps += 1;
+    run.core.bus.begin(*steps);
+    run.core.stopped(leave)
 }
 
 /// True where the last bytes of `block`, which begins at `gva`, still are in the frame where they were read.
@@ -280,7 +321,7 @@ fn single<B: CodeBus>(cpu: &mut CpuState, bus: &mut B, steps: &mut u64) -> Step 
 /// True where blocks do what steps do: nothing has to be looked at between two instructions.
 fn is_plain(cpu: &CpuState) -> bool {
     let aligned = cpu.cpl == 3 && cpu.eflags & eflags::AC != 0 && cpu.cr0 & cr0::AM != 0;
-    cpu.eflags & (eflags::TF | eflags::RF | eflags::VM) == 0
+    cpu.eflags & (eflags::TF | eflags::VM) == 0
         && cpu.dr[7] & 0xff == 0
         && !cpu.interrupt_shadow
         && !cpu.halted

@@ -10,6 +10,7 @@ use umbra_mmu::Gva;
 use super::CodeBus;
 use super::run::{FULL, Next, QUICK, Run, width};
 use super::translate::Op;
+use crate::cpu::eflags::DF;
 use crate::interp::Width;
 use crate::interp::alu::{self, Outcome};
 use crate::interp::arith::{product, product_flags};
@@ -58,6 +59,15 @@ fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &
     }
     run.core.cpu.eflags = outcome.flags;
     Next::On
+}
+
+/// CMP (`K` is 7) and TEST (8) of a register with another or an immediate, for a branch that comes next.
+#[inline(always)]
+pub fn compared<const K: u8, const I: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> u32 {
+    let source = if I { op.imm } else { run.get::<4>(op.src) };
+    let flags = compute::<K>(run.get::<4>(op.dst), source, run.flags(), Width::B4).flags;
+    run.core.cpu.eflags = flags;
+    flags
 }
 
 #[inline(always)]
@@ -305,14 +315,25 @@ pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 
 #[inline(always)]
 pub fn call<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let back = run.start.wrapping_add(op.end.into());
+    let back = run.at(op.end);
     get!(run, run.push::<M>(back));
     run.jump_by(op)
 }
 
+/// CALL to what is the next op.
+#[inline(always)]
+pub fn call_on<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let back = run.at(op.end);
+    get!(run, run.push::<M>(back));
+    match run.stored::<M>() {
+        Next::On => Next::On,
+        _ => run.jump_by(op),
+    }
+}
+
 #[inline(always)]
 pub fn call_reg<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let (target, back) = (run.get::<4>(op.dst), run.start.wrapping_add(op.end.into()));
+    let (target, back) = (run.get::<4>(op.dst), run.at(op.end));
     get!(run, run.push::<M>(back));
     run.core.cpu.eip = target;
     Next::Jumped
@@ -321,7 +342,7 @@ pub fn call_reg<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next 
 #[inline(always)]
 pub fn call_mem<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let target = get!(run, run.load::<4, M>(op));
-    let back = run.start.wrapping_add(op.end.into());
+    let back = run.at(op.end);
     get!(run, run.push::<M>(back));
     run.core.cpu.eip = target;
     Next::Jumped
@@ -389,13 +410,120 @@ pub fn cwde<B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
     Next::On
 }
 
-/// INVLPG. What was found by linear address may not be there any more: the block is over.
+/// PUSHAD.
+#[inline(always)]
+pub fn push_all<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    if M == FULL {
+        get!(run, run.core.push_all(Width::B4).map_err(Some));
+        return run.stored::<M>();
+    }
+    let values = run.core.cpu.gpr;
+    get!(run, run.push_all::<M>(&values));
+    Next::On
+}
+
+/// POPAD; ESP's slot is skipped.
+#[inline(always)]
+pub fn pop_all<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    if M == FULL {
+        get!(run, run.core.pop_all(Width::B4).map_err(Some));
+        return Next::On;
+    }
+    let values = get!(run, run.pop_all::<M>());
+    let pointer = run.core.cpu.gpr[ESP];
+    run.core.cpu.gpr = values;
+    run.core.cpu.gpr[ESP] = pointer;
+    Next::On
+}
+
+/// PUSH of a segment register; zero-extended.
+#[inline(always)]
+pub fn push_segment<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let selector = run.core.cpu.segment(ALL_SEGMENTS[usize::from(op.dst)]).selector;
+    get!(run, run.push::<M>(selector.into()));
+    run.stored::<M>()
+}
+
+/// POP to a segment register, any but CS and SS. It reads a descriptor, and may set its A bit.
+#[inline(always)]
+pub fn pop_segment<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.tell(op);
+    get!(run, run.core.pop_segment(ALL_SEGMENTS[usize::from(op.dst)], Width::B4).map_err(Some));
+    run.look_at_segments();
+    run.stored::<FULL>()
+}
+
+/// MOV from a register to a segment register, likewise.
+#[inline(always)]
+pub fn load_segment<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    run.tell(op);
+    let (seg, selector) = (ALL_SEGMENTS[usize::from(op.dst)], run.get::<2>(op.src) as u16);
+    get!(run, run.core.load_segment_register(seg, selector).map_err(Some));
+    run.look_at_segments();
+    run.stored::<FULL>()
+}
+
+/// MOV from CR2.
+#[inline(always)]
+pub fn fault_address<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    get!(run, run.core.require_supervisor().map_err(Some));
+    let value = run.core.cpu.cr2;
+    run.set::<4>(op.dst, value);
+    Next::On
+}
+
+/// CLD and STD.
+#[inline(always)]
+pub fn set_direction<const D: u32, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
+    run.core.cpu.eflags = run.core.cpu.eflags & !DF | D;
+    Next::On
+}
+
+/// SHLD and SHRD of registers, by an immediate.
+#[inline(always)]
+pub fn shift_double<const L: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let (a, b, flags) = (run.get::<4>(op.dst), run.get::<4>(op.src), run.flags());
+    let shift = if L { alu::shld } else { alu::shrd };
+    let outcome = shift(a, b, op.imm & 0xff, flags, Width::B4);
+    run.set::<4>(op.dst, outcome.value);
+    run.core.cpu.eflags = outcome.flags;
+    Next::On
+}
+
+/// MUL and IMUL of EAX, into EDX:EAX.
+#[inline(always)]
+pub fn multiply_wide<const S: bool, const R: bool, const M: u8, B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+) -> Next {
+    let source = if R { run.get::<4>(op.dst) } else { get!(run, run.load::<4, M>(op)) };
+    let (product, fits) = product(run.core.cpu.gpr[EAX], source, Width::B4, S);
+    run.core.cpu.gpr[EAX] = product as u32;
+    run.core.cpu.gpr[EDX] = (product >> 32) as u32;
+    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    Next::On
+}
+
+/// IMUL by an immediate.
+#[inline(always)]
+pub fn multiply_by<const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
+    let (product, fits) = product(source, op.imm, Width::B4, true);
+    run.set::<4>(op.dst, product as u32);
+    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    Next::On
+}
+
+/// INVLPG. Where what was found by linear address may not be there any more, the block is over.
 #[inline(always)]
 pub fn invalidate_page<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     get!(run, run.core.require_supervisor().map_err(Some));
     let base = run.core.cpu.segment(ALL_SEGMENTS[usize::from(op.seg)]).base;
     let gva = Gva(base.wrapping_add(run.offset::<QUICK>(op)));
     run.core.bus.invalidate_page(gva);
-    run.core.cpu.eip = run.start.wrapping_add(op.end.into());
+    if run.core.bus.translation_version() == run.version {
+        return Next::On;
+    }
+    run.core.cpu.eip = run.at(op.end);
     Next::Jumped
 }

@@ -4,14 +4,14 @@
 //! hand, where segments are flat: such a handler calls nothing, and where it cannot have its way it has done nothing
 //! ([`Next::Full`]). [`FULL`] is as [`super::step`] does it.
 //!
-//! Holds: whether segments are flat is found out once ([`Run::new`]): nothing in a stretch changes them. An access that
-//! fails has changed nothing.
+//! Holds: whether segments are flat is found out at the start and when one has been loaded ([`Run::look_at_segments`]): nothing
+//! else in a stretch changes them. An access that fails has changed nothing.
 
 use umbra_mmu::{Access, Gva, Mfn};
 
-use super::CodeBus;
 use super::cache::Block;
 use super::translate::{NO_REGISTER, Op, SCALE_SHIFT};
+use super::{CodeBus, NO_TAG};
 use crate::cpu::{Seg, Segment};
 use crate::interp::operand::ESP;
 use crate::interp::segment::ALL_SEGMENTS;
@@ -45,13 +45,15 @@ pub struct Run<'a, B: CodeBus> {
     pub user: bool,
     /// CS has 32-bit operands.
     pub wide: bool,
+    /// [`CodeBus::translation_version`] when the block was looked for.
+    pub version: u64,
     /// Number of the op that ended a block, unless it is through.
     pub last: u8,
     /// Steps of the run before this block.
     steps: u64,
     /// DS, ES and SS are all of the linear address space, to read and write, and the stack is 32 bits wide.
     flat: bool,
-    /// What the bus knows this code's accesses by.
+    /// What the bus knows this code's accesses by, for the quick way; [`NO_TAG`] where segments are not flat.
     tag: u64,
     frame: Mfn,
     generation: u32,
@@ -84,23 +86,38 @@ impl<'a, B: CodeBus> Run<'a, B> {
     /// The stretch begins in the state of `core`.
     pub fn new(core: Core<'a, B>) -> Run<'a, B> {
         let cpu = &*core.cpu;
-        // Real mode checks limits alone, and has none like these.
-        let flat = cpu.protected()
-            && QUICK_SEGMENTS.iter().all(|seg| is_flat(cpu.segment(*seg)))
-            && cpu.segment(Seg::Ss).big();
-        Run {
+        let mut run = Run {
             start: cpu.eip,
             user: cpu.cpl == 3,
             wide: cpu.segment(Seg::Cs).big(),
+            version: 0,
             last: 0,
             steps: 0,
-            flat,
-            tag: 0,
+            flat: false,
+            tag: NO_TAG,
             frame: Mfn(0),
             generation: 0,
             left: None,
             core,
-        }
+        };
+        run.look_at_segments();
+        run
+    }
+
+    /// DS, ES or SS may have changed.
+    #[inline]
+    pub fn look_at_segments(&mut self) {
+        let cpu = &*self.core.cpu;
+        // Real mode checks limits alone, and has none like these.
+        self.flat = cpu.protected()
+            && QUICK_SEGMENTS.iter().all(|seg| is_flat(cpu.segment(*seg)))
+            && cpu.segment(Seg::Ss).big();
+        self.look_at_tag();
+    }
+
+    #[inline]
+    fn look_at_tag(&mut self) {
+        self.tag = if self.flat { self.core.bus.quick_tag(self.user) } else { NO_TAG };
     }
 
     /// A block begins, after `steps` of the run.
@@ -108,7 +125,13 @@ impl<'a, B: CodeBus> Run<'a, B> {
     pub fn enter(&mut self, block: &Block, steps: u64) {
         (self.start, self.steps) = (self.core.cpu.eip, steps);
         (self.frame, self.generation) = (block.frame, block.generation);
-        self.tag = self.core.bus.quick_tag(self.user);
+        self.look_at_tag();
+    }
+
+    /// EIP `offset` behind the start of the block.
+    #[inline(always)]
+    pub fn at(&self, offset: i16) -> u32 {
+        self.start.wrapping_add(i32::from(offset) as u32)
     }
 
     /// Tells the bus which step it is, before anything that may ask it for the time.
@@ -223,9 +246,38 @@ impl<'a, B: CodeBus> Run<'a, B> {
         Ok(value)
     }
 
+    /// Pushes `values`, the first one first. The quick way is for those that lie in one page: all can be written, or none.
+    #[inline(always)]
+    pub fn push_all<const M: u8>(&mut self, values: &[u32; 8]) -> Reach {
+        let pointer = self.core.cpu.gpr[ESP].wrapping_sub(32);
+        if M == FULL || Gva(pointer).offset() > 4096 - 32 {
+            return Err(None);
+        }
+        for (value, n) in values.iter().rev().zip(0..) {
+            self.quick_write::<4>(Gva(pointer + n * 4), *value)?;
+        }
+        self.core.cpu.gpr[ESP] = pointer;
+        Ok(())
+    }
+
+    /// Pops as many, the top of the stack last.
+    #[inline(always)]
+    pub fn pop_all<const M: u8>(&mut self) -> Reach<[u32; 8]> {
+        let pointer = self.core.cpu.gpr[ESP];
+        if M == FULL || Gva(pointer).offset() > 4096 - 32 {
+            return Err(None);
+        }
+        let mut values = [0; 8];
+        for (value, n) in values.iter_mut().rev().zip(0..) {
+            *value = self.quick_read::<4>(Gva(pointer + n * 4), Access::read(self.user))?;
+        }
+        self.core.cpu.gpr[ESP] = pointer.wrapping_add(32);
+        Ok(values)
+    }
+
     #[inline(always)]
     fn quick_read<const W: u8>(&self, gva: Gva, access: Access) -> Reach<u32> {
-        if !self.flat || gva.0 & (u32::from(W) - 1) != 0 {
+        if gva.0 & (u32::from(W) - 1) != 0 {
             return Err(None);
         }
         self.core.bus.quick_read(self.tag, gva, width::<W>(), access).map(|value| value as u32).ok_or(None)
@@ -233,7 +285,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     #[inline(always)]
     fn quick_write<const W: u8>(&mut self, gva: Gva, value: u32) -> Reach {
-        if !self.flat || gva.0 & (u32::from(W) - 1) != 0 {
+        if gva.0 & (u32::from(W) - 1) != 0 {
             return Err(None);
         }
         let value = u64::from(value & width::<W>().mask());
@@ -248,7 +300,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     #[inline(always)]
     pub fn jump_by(&mut self, op: &Op) -> Next {
-        self.core.cpu.eip = self.start.wrapping_add(op.end.into()).wrapping_add(op.imm);
+        self.core.cpu.eip = self.at(op.end).wrapping_add(op.imm);
         Next::Jumped
     }
 

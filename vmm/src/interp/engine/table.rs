@@ -7,6 +7,8 @@ use super::CodeBus;
 use super::ops::*;
 use super::run::{FULL, NEAR, Next, QUICK, Run};
 use super::translate::Op;
+use crate::cpu::eflags::DF;
+use crate::interp::alu;
 
 /// Which operands an instruction has, destination first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +87,25 @@ fn in_full<B: CodeBus>(
     plain(run, op, rest, full)
 }
 
+/// CMP or TEST, and the branch behind it: two ops, one after the other, with nothing to find in between.
+#[inline(always)]
+fn branching<const C: u8, const K: u8, const I: bool, B: CodeBus>(
+    run: &mut Run<'_, B>,
+    op: &Op,
+    rest: &[Op],
+) -> Next {
+    let flags = compared::<K, I, B>(run, op);
+    match rest {
+        [branch, ..] if alu::condition(C.into(), flags) => {
+            run.last = branch.number;
+            run.jump_by(branch)
+        }
+        [_, rest @ ..] => go_on(run, rest),
+        // The block was cut between the two.
+        [] => Next::Through,
+    }
+}
+
 /// The handler of an op that touches no memory.
 macro_rules! plain {
     ($handler:ident $(, $rest:expr)*) => { |run, op, rest| plain(run, op, rest, $handler::<$({ $rest },)* B>) };
@@ -95,6 +116,11 @@ macro_rules! memory {
     ($handler:ident $(, $rest:expr)*) => {
         |run, op, rest| quick::<M, B>(run, op, rest, $handler::<$({ $rest },)* M, B>, $handler::<$({ $rest },)* FULL, B>)
     };
+}
+
+/// The handler of an op and the one behind it.
+macro_rules! both {
+    ($handler:ident $(, $rest:expr)*) => { |run, op, rest| $handler::<$({ $rest },)* B>(run, op, rest) };
 }
 
 /// An instruction without a handler of its own.
@@ -125,6 +151,22 @@ const CMOV: u16 = SET + 32;
 const ALU: u16 = CMOV + 32;
 const UNARY: u16 = ALU + 9 * 15;
 const SHIFT: u16 = UNARY + 4 * 6;
+const MORE: u16 = SHIFT + 5 * 6;
+pub const PUSH_ALL: u16 = MORE;
+pub const POP_ALL: u16 = MORE + 1;
+pub const PUSH_SEGMENT: u16 = MORE + 2;
+pub const POP_SEGMENT: u16 = MORE + 3;
+pub const LOAD_SEGMENT: u16 = MORE + 4;
+pub const FAULT_ADDRESS: u16 = MORE + 5;
+pub const CLD: u16 = MORE + 6;
+pub const STD: u16 = MORE + 7;
+pub const SHLD: u16 = MORE + 8;
+pub const SHRD: u16 = MORE + 9;
+pub const CALL_ON: u16 = MORE + 16;
+/// CMP of two registers, CMP with an immediate, TEST likewise; sixteen conditions each.
+const BRANCHING: u16 = MORE + 17;
+const MUL: u16 = MORE + 10;
+const IMUL_BY: u16 = MORE + 14;
 /// Handlers of each way, beyond the last number; a power of two.
 const HANDLERS: usize = 512;
 /// And of all ways, likewise.
@@ -223,8 +265,30 @@ pub fn imul(form: Form, width: u8) -> Option<u16> {
     register_or_memory(form, width, IMUL)
 }
 
+pub fn mul(signed: bool, form: Form, width: u8) -> Option<u16> {
+    let first = MUL + 2 * u16::from(signed);
+    match form {
+        Form::Reg if width == 4 => Some(first),
+        Form::Mem if width == 4 => Some(first + 1),
+        _ => None,
+    }
+}
+
+pub fn imul_by(form: Form, width: u8) -> Option<u16> {
+    register_or_memory(form, width, IMUL_BY)
+}
+
 pub fn jcc(code: u32) -> u16 {
     JCC + code as u16
+}
+
+/// What does the op of handler `first` and then the branch of handler `second`, where there is such a thing.
+pub fn joined(first: u16, second: u16) -> Option<u16> {
+    let code = (second % HANDLERS as u16).checked_sub(JCC).filter(|code| *code < 16)?;
+    let pair = |kind: u16, form: u16| ALU + kind * 15 + form * 3 + 2;
+    let pairs = [pair(7, 0), pair(7, 1), pair(8, 0), pair(8, 1)];
+    let number = pairs.iter().position(|one| *one == first % HANDLERS as u16)?;
+    Some(BRANCHING + 16 * number as u16 + code)
 }
 
 pub fn set(code: u32, form: Form) -> Option<u16> {
@@ -322,7 +386,34 @@ impl<B: CodeBus> Handlers<B> {
         put(&mut table, SHIFT + 12, &Self::shifts::<2, M>());
         put(&mut table, SHIFT + 18, &Self::shifts::<3, M>());
         put(&mut table, SHIFT + 24, &Self::shifts::<4, M>());
+        put(&mut table, MORE, &Self::more::<M>());
+        put(&mut table, BRANCHING, &conditions!(both, branching, 7, false));
+        put(&mut table, BRANCHING + 16, &conditions!(both, branching, 7, true));
+        put(&mut table, BRANCHING + 32, &conditions!(both, branching, 8, false));
+        put(&mut table, BRANCHING + 48, &conditions!(both, branching, 8, true));
         table
+    }
+
+    const fn more<const M: u8>() -> [Handler<B>; 17] {
+        [
+            memory!(push_all),
+            memory!(pop_all),
+            memory!(push_segment),
+            plain!(pop_segment),
+            plain!(load_segment),
+            plain!(fault_address),
+            plain!(set_direction, 0),
+            plain!(set_direction, DF),
+            plain!(shift_double, true),
+            plain!(shift_double, false),
+            memory!(multiply_wide, false, true),
+            memory!(multiply_wide, false, false),
+            memory!(multiply_wide, true, true),
+            memory!(multiply_wide, true, false),
+            memory!(multiply_by, true),
+            memory!(multiply_by, false),
+            memory!(call_on),
+        ]
     }
 
     const fn moves<const M: u8>() -> [Handler<B>; 15] {

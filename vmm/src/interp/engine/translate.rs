@@ -16,6 +16,8 @@ use crate::interp::operand::segment_of;
 pub enum After {
     /// The one behind it.
     Next,
+    /// The one where its branch leads, which is the next op of the block.
+    There,
     /// Another block: a branch, or one whose translation must be looked for again.
     Block,
     /// Another block, and perhaps other segments, privilege, modes or control flags.
@@ -32,8 +34,8 @@ pub const SCALE_SHIFT: u8 = 4;
 pub struct Op {
     /// Index in the table of handlers.
     pub handler: u16,
-    /// Offset of what follows, from the start of the block.
-    pub end: u16,
+    /// Offset of what stands behind it, from the start of the block: less than nothing, where the block has gone back.
+    pub end: i16,
     /// Bytes of the instruction.
     pub length: u8,
     /// Ops before it in its block.
@@ -70,17 +72,39 @@ impl Op {
     }
 
     /// Offset of the instruction from the start of the block.
-    pub fn begin(&self) -> u32 {
-        u32::from(self.end) - u32::from(self.length)
+    pub fn begin(&self) -> i16 {
+        self.end - i16::from(self.length)
+    }
+
+    /// Offset of the op that comes next.
+    pub fn next(&self) -> i16 {
+        if self.after == After::There { self.end.wrapping_add(self.imm as i16) } else { self.end }
+    }
+
+    /// Has it do `next`, which comes behind it, too, where there is a handler for both.
+    pub fn join(&mut self, next: &Op) {
+        if let Some(handler) = table::joined(self.handler, next.handler) {
+            self.handler = handler;
+        }
+    }
+
+    /// Makes a branch that is always taken, to a place for which `fits` holds, one that the block goes on behind.
+    pub fn follow(&mut self, fits: impl FnOnce(i32) -> bool) {
+        let jump = self.handler == table::by_way(table::JMP, self.way());
+        let call = self.handler == table::by_way(table::CALL, self.way());
+        if (jump || call) && fits(i32::from(self.end).wrapping_add(self.imm as i32)) {
+            self.handler = table::by_way(if jump { table::NOP } else { table::CALL_ON }, self.way());
+            self.after = After::There;
+        }
     }
 }
 
 /// The op of `i`, number `number` of its block, which ends `end` bytes behind its start. `instruction` is where `i` will be
 /// kept if it is generic.
-pub fn translate(i: &Instruction, number: u8, end: u32, instruction: u32) -> Op {
+pub fn translate(i: &Instruction, number: u8, end: i16, instruction: u32) -> Op {
     let mut op = Op {
         handler: GENERIC,
-        end: end as u16,
+        end,
         length: i.len() as u8,
         number,
         after: after(i),
@@ -104,7 +128,7 @@ pub fn translate(i: &Instruction, number: u8, end: u32, instruction: u32) -> Op 
 
 /// Fills in the operands of an instruction that has a handler of its own, and says which.
 fn specialised(i: &Instruction, op: &mut Op) -> Option<u16> {
-    if let Some(handler) = branch(i, op) {
+    if let Some(handler) = branch(i, op).or_else(|| special(i, op)) {
         return Some(handler);
     }
     let form = operands(i, op)?;
@@ -134,6 +158,8 @@ fn specialised(i: &Instruction, op: &mut Op) -> Option<u16> {
         M::Lea => table::lea(form, width),
         M::Movzx => table::extend(false, form, width, source_width(i)),
         M::Movsx => table::extend(true, form, width, source_width(i)),
+        M::Mul => table::mul(false, form, width),
+        M::Imul if i.op_count() == 1 => table::mul(true, form, width),
         M::Imul if i.op_count() == 2 => table::imul(form, width),
         M::Xchg => table::xchg(form, width),
         M::Push => table::push(form, width),
@@ -171,12 +197,68 @@ fn branch(i: &Instruction, op: &mut Op) -> Option<u16> {
         C::Leaved => Some(table::LEAVE),
         C::Invlpg_m => {
             memory(i, op)?;
+            // Most pages have no code.
+            op.after = After::Next;
             Some(table::INVLPG)
         }
         C::Jmp_rm32 => Some(if operands(i, op)? == Form::Reg { table::JMP_REG } else { table::JMP_MEM }),
         C::Call_rm32 => Some(if operands(i, op)? == Form::Reg { table::CALL_REG } else { table::CALL_MEM }),
         _ => None,
     }
+}
+
+/// What has operands of its own kind: three of them, segment and control registers, all registers.
+fn special(i: &Instruction, op: &mut Op) -> Option<u16> {
+    use iced_x86::Code as C;
+    match i.code() {
+        C::Pushad => Some(table::PUSH_ALL),
+        C::Popad => Some(table::POP_ALL),
+        C::Cld => Some(table::CLD),
+        C::Std => Some(table::STD),
+        C::Pushd_ES | C::Pushd_CS | C::Pushd_SS | C::Pushd_DS | C::Pushd_FS | C::Pushd_GS => {
+            op.dst = segment_of(i.op0_register()) as u8;
+            op.after = After::Next;
+            Some(table::PUSH_SEGMENT)
+        }
+        C::Popd_ES | C::Popd_DS | C::Popd_FS | C::Popd_GS => {
+            op.dst = segment_of(i.op0_register()) as u8;
+            op.after = After::Next;
+            Some(table::POP_SEGMENT)
+        }
+        C::Mov_Sreg_r32m16 if is_loadable(i.op0_register()) => {
+            op.dst = segment_of(i.op0_register()) as u8;
+            op.src = general(i.op1_register())?;
+            op.after = After::Next;
+            Some(table::LOAD_SEGMENT)
+        }
+        C::Mov_r32_cr if i.op1_register() == Register::CR2 => {
+            op.dst = general(i.op0_register())?;
+            op.after = After::Next;
+            Some(table::FAULT_ADDRESS)
+        }
+        C::Shld_rm32_r32_imm8 | C::Shrd_rm32_r32_imm8 => {
+            op.dst = general(i.op0_register())?;
+            op.src = general(i.op1_register())?;
+            op.imm = i.immediate8().into();
+            Some(if i.mnemonic() == Mnemonic::Shld { table::SHLD } else { table::SHRD })
+        }
+        C::Imul_r32_rm32_imm32 | C::Imul_r32_rm32_imm8 => {
+            op.dst = general(i.op0_register())?;
+            op.imm = i.try_immediate(2).ok()? as u32;
+            let form = if i.op1_kind() == OpKind::Memory { Form::RegMem } else { Form::RegReg };
+            match form {
+                Form::RegMem => memory(i, op)?,
+                _ => op.src = general(i.op1_register())?,
+            }
+            table::imul_by(form, 4)
+        }
+        _ => None,
+    }
+}
+
+/// A segment register whose load changes nothing that a block relies on, nor holds interrupts off.
+fn is_loadable(register: Register) -> bool {
+    matches!(register, Register::ES | Register::DS | Register::FS | Register::GS)
 }
 
 /// Takes the operands apart; `None` for a combination that no handler takes.

@@ -1,0 +1,121 @@
+//! Whole operations of an [`umbra_mmu::Mmu`], in orders that shuttle chooses.
+//!
+//! ```text
+//! RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test -p umbra-mmu --test model interleave
+//! ```
+//!
+//! Story: a short life of the guest of `model::cpus`, each CPU on a thread of its own and a third that invalidates: page
+//! faults, edits of tables and INVLPG, CR3 loads, changes of CR0, unsync tables and their resynchronisation, eviction of
+//! shadow pages, explain. They switch at every lock and atomic of the MMU, before every spte that is stored, within
+//! hardware's walks and between translation and access. At the end of each life the audit must find nothing. What the
+//! CPUs do is drawn from the schedule's own random numbers, so that a schedule is all there is to a failure.
+//!
+//! Half of the lives are run by chance alone, half by PCT, which orders the threads by priority and changes it at a few
+//! points: orders in which one thread stands still for long. A twin, whose CPU does not flush when the ledger asks,
+//! must fail.
+//!
+//! `UMBRA_LIVES=100000` runs so many of each. A failure prints its schedule; with `UMBRA_SCHEDULE` that string, or the name
+//! of a file that has it, and the name of the test, that life is lived again.
+//!
+//! Limits: every store is seen by all at once here; what store buffers do is loom's (`src/interleave`). Words of machine
+//! memory are `std`'s atomics, which shuttle does not see: see `umbra_mmu::sync::point`.
+
+use std::sync::Arc;
+
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Scheduler};
+use shuttle::{Config, Runner};
+use umbra_mmu::sync::{AtomicU64, Ordering, thread};
+
+use crate::model::cpus::{Cpu, Guest, rng};
+
+/// Steps of each CPU, and invalidations.
+const STEPS: u32 = 16;
+const INVALIDATIONS: u32 = 8;
+/// Pages that each CPU uses of each kind: few, so that all meet at them.
+const SLOTS: u32 = 2;
+/// Frames for shadow pages in half of all lives: so few that dead ones must serve again.
+const FEW: u32 = 8;
+/// Changes of priority in a life under PCT.
+const CHANGES: usize = 4;
+
+/// `done` counts the CPUs that have done all their steps.
+fn run_cpu(mut cpu: Cpu, id: u32, done: &AtomicU64) {
+    cpu.load_cr3(id);
+    for _ in 0..STEPS {
+        cpu.step();
+    }
+    // The other may still wait for an answer.
+    cpu.leave();
+    done.fetch_add(1, Ordering::SeqCst);
+    while done.load(Ordering::SeqCst) < 2 {
+        cpu.answer_mail();
+        thread::yield_now();
+    }
+}
+
+fn live(pae: bool, obeys: bool) {
+    let guest = Guest::new(pae, if thread_rng().r#gen() { 64 } else { FEW });
+    let done = Arc::new(AtomicU64::new(0));
+    let cpus: Vec<_> = [0, 1]
+        .map(|id| {
+            let mut cpu = guest.cpu(id, rng(thread_rng().r#gen()));
+            (cpu.slots, cpu.obeys) = (SLOTS, obeys);
+            let done = done.clone();
+            thread::spawn(move || run_cpu(cpu, id, &done))
+        })
+        .into();
+    let mut rng = rng(thread_rng().r#gen());
+    for _ in 0..INVALIDATIONS {
+        guest.invalidate(&mut rng, 4);
+    }
+    for cpu in cpus {
+        cpu.join().expect("a CPU that panics ends the run");
+    }
+    let findings = guest.mmu.audit();
+    assert!(findings.is_empty(), "{findings:#?}");
+}
+
+fn number(name: &str) -> Option<usize> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+fn run(scheduler: impl Scheduler + 'static, pae: bool, obeys: bool) {
+    let mut config = Config::new();
+    config.stack_size = 1 << 18;
+    config.silence_warnings = true;
+    let lives = Runner::new(scheduler, config).run(move || live(pae, obeys));
+    println!("interleave: pae {pae}, {lives} lives");
+}
+
+/// The schedule that is to be lived again.
+fn replay() -> Option<ReplayScheduler> {
+    let schedule = std::env::var("UMBRA_SCHEDULE").ok()?;
+    let text = std::fs::read_to_string(&schedule).unwrap_or(schedule);
+    Some(ReplayScheduler::new_from_encoded(&text))
+}
+
+fn explore(pae: bool) {
+    if let Some(replay) = replay() {
+        return run(replay, pae, true);
+    }
+    let lives = number("UMBRA_LIVES").unwrap_or(1000);
+    run(RandomScheduler::new(lives), pae, true);
+    run(PctScheduler::new(CHANGES, lives), pae, true);
+}
+
+#[test]
+fn lives_with_two_level_tables_keep_every_promise() {
+    explore(false);
+}
+
+#[test]
+fn lives_with_pae_tables_keep_every_promise() {
+    explore(true);
+}
+
+#[test]
+#[should_panic]
+fn twin_a_cpu_that_does_not_flush() {
+    run(RandomScheduler::new(1000), false, false);
+}
