@@ -75,6 +75,8 @@ pub struct Buckets {
     buckets: Box<[Bucket]>,
     mask: u32,
     sequence: AtomicU64,
+    /// Calls of [`Buckets::close_all`] that were not followed by their [`Buckets::open_all`] yet.
+    closings: AtomicU32,
     /// Threads that sleep at a gate, or are about to.
     waiting: AtomicU32,
     sleepers: Monitor<()>,
@@ -103,6 +105,7 @@ impl Buckets {
             buckets: (0..count).map(bucket).collect(),
             mask: count - 1,
             sequence: AtomicU64::new(1),
+            closings: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             sleepers: Monitor::new(lock_order::SLEEPERS, ()),
         }
@@ -128,6 +131,7 @@ impl Buckets {
 
     /// Closes the gates of `gfns`, each as often as it comes.
     pub fn close_all(&self, gfns: &[Gfn]) {
+        self.closings.fetch_add(1, Ordering::Relaxed);
         for gfn in gfns {
             self.bucket(*gfn).gate.fetch_add(1, Ordering::SeqCst);
         }
@@ -139,12 +143,18 @@ impl Buckets {
         self.open_all(&[gfn]);
     }
 
-    /// Ends one closing of each, and wakes who sleeps at them.
+    /// True while any gate is closed: somebody has pages in hand, and will have done with them.
+    pub(crate) fn is_any_closed(&self) -> bool {
+        self.closings.load(Ordering::Relaxed) > 0
+    }
+
+    /// Ends one closing of each of the `gfns` of a [`Buckets::close_all`], and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
         let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
         for gfn in gfns {
             self.bucket(*gfn).open(now, *gfn);
         }
+        self.closings.fetch_sub(1, Ordering::Relaxed);
         // Opened, then looked for sleepers; they are counted, then look at the gate.
         if self.waiting.load(Ordering::SeqCst) > 0 {
             drop(self.sleepers.lock());
