@@ -33,8 +33,8 @@ const SCALE_MAX: u32 = 4000;
 /// Frames over working set.
 const POINTS: [f64; 8] = [2.0, 1.25, 1.0, 0.875, 0.75, 0.5, 0.25, 0.125];
 const MIB: u64 = 1 << 20;
-/// What 24 MiB of frames are when the background keeps some of them free.
-const FULL: u64 = 22 * MIB;
+/// What 24 MiB of frames are when the background keeps some of them free, and low memory what it may want.
+const FULL: u64 = 21 * MIB;
 
 fn main() {
     let smoke = Effort::from_args().batches < 100;
@@ -257,7 +257,8 @@ fn cut(umbra: &Path) {
     let file = swap.path().join("swap");
     let file = file.to_str().expect("a name in UTF-8");
     let run = |frames: &str| {
-        let arguments = ["--frames", frames, "--swap", file, "--append", "workload=kmap scale=4000"];
+        let work = "workload=kmap scale=4000";
+        let arguments = ["--frames", frames, "--low", "1M", "--swap", file, "--append", work];
         let mut child = command(umbra, &arguments).spawn().expect("umbra runs");
         watch(&mut child, "RssShmem")
     };
