@@ -13,6 +13,8 @@ mod bars;
 mod cli;
 #[path = "e2e/images.rs"]
 mod images;
+#[path = "e2e/memory.rs"]
+mod memory;
 #[path = "e2e/peer.rs"]
 mod peer;
 #[path = "e2e/pressure.rs"]
@@ -44,6 +46,7 @@ fn test() -> ExitCode {
         bars::cases(),
         cli::cases(),
         images::cases(),
+        memory::cases(),
         peer::cases(),
         pressure::cases(),
         rig::cases(),

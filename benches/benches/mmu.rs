@@ -13,6 +13,10 @@
 //! | guest_fault | a fault that is the guest's | |
 //! | cr3_load | MOV CR3 between two address spaces, with the look for the root | |
 //! | tracked_store | an emulated store to a page table that takes an spte away | |
+//! | invalidate_batch | 512 pages of one spte each discarded in one batch, no vCPU in the guest: a page | 60 ns |
+//! | invalidate_one | one such page | 1 us |
+//! | evict_refault | a dirty page to swap in memory and back, until it may be stored to: copied twice | 6 us |
+//! | evict_refault_over_uffd | the same over userfaultfd and madvise, turn by turn (`peers/refault.c`) | 1 |
 //! | fill_threads_2_over_1 | refills a second on two threads, in address spaces of their own, over one's | 1.8 |
 
 use std::hint::black_box;
@@ -20,7 +24,13 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
+use umbra_benches::c_peer::CPeer;
+use umbra_benches::peer::quantile;
 use umbra_benches::{Effort, Samples, measure};
+use umbra_mmu::discard::Discard;
+use umbra_mmu::invalidation::May;
+use umbra_mmu::records::Clock;
+use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
     Access, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, NoVcpus, Outcome, Vcpu, Width,
 };
@@ -122,7 +132,7 @@ type Group = (&'static str, fn(Effort));
 /// `cargo bench --bench mmu -- fills window` runs those groups alone.
 fn main() {
     let effort = Effort::from_args();
-    let groups: [Group; 8] = [
+    let groups: [Group; 10] = [
         ("fills", fills),
         ("first_touches", first_touches),
         ("new_tables", new_tables),
@@ -130,6 +140,8 @@ fn main() {
         ("invlpg", invlpg),
         ("guest_faults", guest_faults),
         ("control_registers", control_registers),
+        ("invalidations", invalidations),
+        ("evictions", evictions),
         ("threads", threads),
     ];
     let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
@@ -249,6 +261,77 @@ fn control_registers(effort: Effort) {
     };
     space.zap_all();
     measure(effort, PAGES, || space.fill(), stores).print("tracked_store", PAGES);
+}
+
+/// A clock that costs what a real one does.
+#[derive(Debug)]
+struct HostClock(Instant);
+
+impl Clock for HostClock {
+    fn now(&self) -> u64 {
+        self.0.elapsed().as_nanos() as u64
+    }
+}
+
+fn invalidations(effort: Effort) {
+    let mmu = world(1).with_clock(Box::new(HostClock(Instant::now())));
+    let space = Space::new(&mmu, 0);
+    let first = space.frame(0);
+    let discard = |pages| mmu.discard(None, pages, Discard::Zero, May::Sleep).expect("no vCPU, no window");
+    let all = || discard(first..first + PAGES);
+    measure(effort, PAGES, || space.fill(), all).print("invalidate_batch", PAGES);
+    let each = || (first..first + PAGES).for_each(|gfn| discard(gfn..gfn + 1));
+    measure(effort, PAGES, || space.fill(), each).print("invalidate_one", PAGES);
+    assert!(mmu.audit().is_empty());
+}
+
+fn evictions(effort: Effort) {
+    let mmu = world(1)
+        .with_clock(Box::new(HostClock(Instant::now())))
+        .with_swap(Box::new(MemorySwap::new(GUEST_PAGES)));
+    let space = Space::new(&mmu, 0);
+    for page in 0..PAGES {
+        space.write_entry(space.frame(page), 2, page + 1);
+        assert_eq!(mmu.fault(&space.vcpu, gva(page), Access::write(false)), Outcome::Fixed);
+    }
+    let mut peer = CPeer::start("refault", &[]);
+    let (mut ours, mut theirs, mut ratios) = (Samples::new(), Samples::new(), Vec::new());
+    for _ in 0..effort.batches.min(500) {
+        let begun = Instant::now();
+        (0..PAGES).for_each(|page| evict_and_touch(&space, page));
+        let nanos = begun.elapsed().as_nanos() as f64 / f64::from(PAGES);
+        ours.add_nanos(nanos);
+        match peer.as_mut().map_err(|why| why.clone()).and_then(|peer| peer.ask(PAGES)) {
+            Ok(other) => {
+                theirs.add_nanos(other);
+                ratios.push(nanos / other);
+            }
+            Err(why) => peer = Err(why),
+        }
+    }
+    assert!(mmu.audit().is_empty());
+    ours.print("evict_refault", PAGES);
+    match peer {
+        Ok(_) => {
+            theirs.print("evict_refault_uffd", PAGES);
+            println!(
+                "bench evict_refault_over_uffd={:.3} x batches={}",
+                quantile(&ratios, 0.5),
+                ratios.len()
+            );
+        }
+        Err(why) => println!("bench evict_refault_over_uffd skipped: {why}"),
+    }
+}
+
+/// A dirty page goes to swap, and comes back by a store to it.
+fn evict_and_touch(space: &Space<'_>, page: u32) {
+    let gfn = Gfn(space.frame(page));
+    assert_eq!(space.mmu.page_out(None, &[gfn]), Ok(1));
+    let touch = || space.mmu.fault(&space.vcpu, gva(page), Access::write(false));
+    assert_eq!(touch(), Outcome::Need(gfn));
+    assert_eq!(space.mmu.bring_in(None, gfn), Ok(()));
+    assert_eq!(touch(), Outcome::Fixed);
 }
 
 /// Refills on two threads, each in an address space of its own, against one. Only what was measured while the other

@@ -5,6 +5,7 @@
 //! `--smoke` (or the environment's `UMBRA_BENCH_SMOKE`) runs a few batches, to see that a bench still works.
 #![forbid(unsafe_code)]
 
+pub mod c_peer;
 pub mod peer;
 
 use std::time::{Duration, Instant};
@@ -47,6 +48,11 @@ impl Samples {
             histogram: Histogram::new_with_bounds(1, 100_000_000_000, 3)
                 .expect("bounds that a histogram takes"),
         }
+    }
+
+    /// Adds a figure in nanoseconds.
+    pub fn add_nanos(&mut self, nanos: f64) {
+        self.histogram.saturating_record((nanos * 100.0) as u64);
     }
 
     /// Adds a batch of `calls` calls that took `time`.

@@ -26,7 +26,7 @@
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering, spin_until};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
@@ -58,11 +58,16 @@ impl Link {
 #[derive(Debug)]
 struct Bucket {
     links: Lock<Vec<Link>>,
-    in_progress: AtomicU32,
+    /// Closings that were not opened yet, in the low bits; above them the sequence when it was last opened. While it is
+    /// closed, the latter is no matter.
+    gate: AtomicU64,
     /// Fills that have met the gate closed too often.
     starving: AtomicU32,
-    closed_at: AtomicU64,
 }
+
+/// The part of a gate that counts closings: each thread has a few batches' worth at most.
+const CLOSINGS: u64 = (1 << CLOSINGS_BITS) - 1;
+const CLOSINGS_BITS: u32 = 16;
 
 /// All buckets of a guest.
 #[derive(Debug)]
@@ -70,6 +75,8 @@ pub struct Buckets {
     buckets: Box<[Bucket]>,
     mask: u32,
     sequence: AtomicU64,
+    /// Calls of [`Buckets::close_all`] that were not followed by their [`Buckets::open_all`] yet.
+    closings: AtomicU32,
     /// Threads that sleep at a gate, or are about to.
     waiting: AtomicU32,
     sleepers: Monitor<()>,
@@ -86,19 +93,19 @@ pub struct BucketGuard<'a> {
 }
 
 impl Buckets {
-    /// Buckets for a guest of `pages` pages: about one for four pages.
+    /// Buckets for a guest of `pages` pages: one for sixteen, whose links take two lines of a cache.
     pub fn new(pages: u32) -> Buckets {
-        let count = (pages / 4).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
+        let count = (pages / 16).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
         let bucket = |_| Bucket {
             links: Lock::new(lock_order::BUCKET, Vec::new()),
-            in_progress: AtomicU32::new(0),
+            gate: AtomicU64::new(0),
             starving: AtomicU32::new(0),
-            closed_at: AtomicU64::new(0),
         };
         Buckets {
             buckets: (0..count).map(bucket).collect(),
             mask: count - 1,
             sequence: AtomicU64::new(1),
+            closings: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             sleepers: Monitor::new(lock_order::SLEEPERS, ()),
         }
@@ -124,8 +131,9 @@ impl Buckets {
 
     /// Closes the gates of `gfns`, each as often as it comes.
     pub fn close_all(&self, gfns: &[Gfn]) {
+        self.closings.fetch_add(1, Ordering::Relaxed);
         for gfn in gfns {
-            self.bucket(*gfn).in_progress.fetch_add(1, Ordering::SeqCst);
+            self.bucket(*gfn).gate.fetch_add(1, Ordering::SeqCst);
         }
     }
 
@@ -135,15 +143,18 @@ impl Buckets {
         self.open_all(&[gfn]);
     }
 
-    /// Ends one closing of each, and wakes who sleeps at them.
+    /// True while any gate is closed: somebody has pages in hand, and will have done with them.
+    pub(crate) fn is_any_closed(&self) -> bool {
+        self.closings.load(Ordering::Relaxed) > 0
+    }
+
+    /// Ends one closing of each of the `gfns` of a [`Buckets::close_all`], and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
         let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
         for gfn in gfns {
-            let bucket = self.bucket(*gfn);
-            bucket.closed_at.fetch_max(now, Ordering::SeqCst);
-            let before = bucket.in_progress.fetch_sub(1, Ordering::SeqCst);
-            debug_assert!(before > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+            self.bucket(*gfn).open(now, *gfn);
         }
+        self.closings.fetch_sub(1, Ordering::Relaxed);
         // Opened, then looked for sleepers; they are counted, then look at the gate.
         if self.waiting.load(Ordering::SeqCst) > 0 {
             drop(self.sleepers.lock());
@@ -154,6 +165,10 @@ impl Buckets {
     /// Sleeps until the gate of `gfn` has been seen open.
     pub fn wait(&self, gfn: Gfn) {
         lock_order::assert_may_sleep();
+        // Without a sleeper, nobody pays for waking one; a page that is not written out is soon done with.
+        if spin_until(|| !self.is_closed(gfn)) {
+            return;
+        }
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while self.is_closed(gfn) {
@@ -181,7 +196,7 @@ impl Buckets {
 
     /// True while an invalidation of `gfn` (or of a gfn that shares its bucket) is under way.
     pub fn is_closed(&self, gfn: Gfn) -> bool {
-        self.bucket(gfn).in_progress.load(Ordering::SeqCst) > 0
+        self.bucket(gfn).is_closed()
     }
 
     /// Calls `visit` for every link there is; for audits, with nothing else running.
@@ -205,8 +220,29 @@ impl Buckets {
 }
 
 impl Bucket {
+    #[inline]
+    fn is_closed(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) & CLOSINGS != 0
+    }
+
+    #[inline]
     fn admits(&self, seen: Sequence) -> bool {
-        self.in_progress.load(Ordering::SeqCst) == 0 && self.closed_at.load(Ordering::SeqCst) <= seen.0
+        let gate = self.gate.load(Ordering::SeqCst);
+        gate & CLOSINGS == 0 && gate >> CLOSINGS_BITS <= seen.0
+    }
+
+    /// Ends one closing: walks that began before `now` are too old.
+    #[inline]
+    fn open(&self, now: u64, gfn: Gfn) {
+        let mut old = self.gate.load(Ordering::Relaxed);
+        loop {
+            debug_assert!(old & CLOSINGS > 0, "INV-GATE-2: {gfn}'s gate opened more often than closed");
+            let new = (old >> CLOSINGS_BITS).max(now) << CLOSINGS_BITS | (old & CLOSINGS).saturating_sub(1);
+            match self.gate.compare_exchange_weak(old, new, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => old = now,
+            }
+        }
     }
 }
 
@@ -219,7 +255,7 @@ impl BucketGuard<'_> {
 
     /// True while an invalidation is under way.
     pub fn is_closed(&self) -> bool {
-        self.bucket.in_progress.load(Ordering::SeqCst) > 0
+        self.bucket.is_closed()
     }
 
     /// Links an spte. The caller stores it present in this same critical section.

@@ -32,7 +32,7 @@
 use crate::addr::Mfn;
 use crate::invalidation::Held;
 use crate::lock_order;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, spin_until, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -116,8 +116,10 @@ pub struct Coherence {
     last_removal: AtomicU64,
     vcpus: Box<[VcpuFlush]>,
     log_removals: AtomicBool,
-    /// The host's notifier is asked first, where the frames are few.
-    notifies: AtomicBool,
+    /// The host's notifier is asked first where the frames are at most so many.
+    notify_max: AtomicU32,
+    /// And though no vCPU runs guest code.
+    notify_idle: AtomicBool,
     removals: Lock<Removals>,
     shootdown: Box<dyn Shootdown>,
 }
@@ -141,7 +143,8 @@ impl Coherence {
             last_removal: AtomicU64::new(0),
             vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
             log_removals: AtomicBool::new(false),
-            notifies: AtomicBool::new(false),
+            notify_max: AtomicU32::new(0),
+            notify_idle: AtomicBool::new(false),
             removals: Lock::new(lock_order::REMOVALS, Removals::default()),
             shootdown,
         }
@@ -208,25 +211,48 @@ impl Coherence {
                 kicked += 1;
             }
         }
-        while !self.covered(stamp) {
-            thread::yield_now();
+        if !spin_until(|| self.covered(stamp)) {
+            while !self.covered(stamp) {
+                thread::yield_now();
+            }
         }
         kicked
     }
 
-    /// Has [`Shootdown::notify`] tried before vCPUs are kicked, where the frames are at most [`FLUSH_PAGES_MAX`].
+    /// Has [`Shootdown::notify`] tried first, where the frames are at most [`FLUSH_PAGES_MAX`].
     pub fn prefer_notifier(&self, prefer: bool) {
-        self.notifies.store(prefer, Ordering::Relaxed);
+        self.notify_idle.store(prefer, Ordering::Relaxed);
+        self.notify_max.store(if prefer { FLUSH_PAGES_MAX as u32 } else { 0 }, Ordering::Relaxed);
+    }
+
+    /// Has [`Shootdown::notify`] tried before vCPUs are kicked, where the frames are at most `frames` (and
+    /// [`FLUSH_PAGES_MAX`]). While no vCPU runs guest code there is nobody to kick: a flush at the next entry is cheaper.
+    pub fn notify_up_to(&self, frames: u32) {
+        self.notify_idle.store(false, Ordering::Relaxed);
+        self.notify_max.store(frames.min(FLUSH_PAGES_MAX as u32), Ordering::Relaxed);
     }
 
     /// Makes every vCPU unable to use what was removed of the frames of `pages`: how many vCPUs were kicked, or that the
     /// host has seen to these frames, and these alone. Sleeps as [`Coherence::shoot_down`] does.
     pub(crate) fn shoot_down_frames(&self, own: Option<u32>, pages: &[Held]) -> (u32, bool) {
-        let few = pages.len() <= FLUSH_PAGES_MAX && self.notifies.load(Ordering::Relaxed);
-        if few && self.shootdown.notify(&mut pages.iter().map(|page| page.mfn)) {
+        if self.may_notify(own, pages.len()) && self.shootdown.notify(&mut pages.iter().map(|page| page.mfn))
+        {
+            self.unlog(pages);
             return (0, true);
         }
         (self.shoot_down(own), false)
+    }
+
+    fn may_notify(&self, own: Option<u32>, pages: usize) -> bool {
+        pages <= self.notify_max.load(Ordering::Relaxed) as usize
+            && (self.notify_idle.load(Ordering::Relaxed) || self.is_anyone_inside(own))
+    }
+
+    /// Takes frames that the host has seen to out of the log. Nobody removes an spte to them meanwhile: there is none.
+    fn unlog(&self, pages: &[Held]) {
+        if self.log_removals.load(Ordering::Relaxed) {
+            self.removals.lock().pages.retain(|mfn| pages.iter().all(|page| page.mfn != *mfn));
+        }
     }
 
     /// Asks every vCPU to flush before it next runs guest code; those that run now go on. Returns the clock of the
@@ -260,9 +286,15 @@ impl Coherence {
         state.requested.load(Ordering::SeqCst) > state.flushed.load(Ordering::SeqCst)
     }
 
-    /// After guest code ran, or when it will not after all.
+    /// After guest code ran, or when it will not after all. Whoever waits for it may look too late to see it outside: what
+    /// it was asked for it answers itself.
     pub fn leave_guest(&self, vcpu: u32) {
-        self.vcpus[vcpu as usize].mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
+        let state = &self.vcpus[vcpu as usize];
+        state.mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
+        let requested = state.requested.load(Ordering::SeqCst);
+        if requested > state.flushed.load(Ordering::SeqCst) {
+            state.seen.fetch_max(requested - 1, Ordering::SeqCst);
+        }
     }
 
     /// Takes the epoch of a flush that is about to be made.
@@ -376,6 +408,20 @@ mod tests {
     }
 
     #[test]
+    fn a_vcpu_that_was_outside_for_a_moment_has_answered() {
+        let ledger = one();
+        ledger.enter_guest(0);
+        let stamp = ledger.removal().stamp_table();
+        ledger.request_flush_of_all();
+        ledger.leave_guest(0);
+        assert!(ledger.enter_guest(0), "it flushes before it runs guest code");
+        assert!(ledger.covered(stamp), "though nobody has seen it outside");
+        let epoch = ledger.begin_flush();
+        ledger.end_flush(0, epoch);
+        assert!(!ledger.covered(ledger.removal().stamp_table()), "for what comes later it has not");
+    }
+
+    #[test]
     fn a_removal_after_the_epoch_was_taken_is_not_covered() {
         let ledger = one();
         let epoch = ledger.begin_flush();
@@ -406,6 +452,38 @@ mod tests {
         ledger.end_flush(0, epoch);
         let later = ledger.removal().stamp_table();
         assert!(!ledger.covered(later), "inside, and unflushed since: not covered");
+    }
+
+    /// A host that can always notify, and says how often it was asked.
+    struct Notifies(crate::sync::Arc<AtomicU32>);
+
+    impl Shootdown for Notifies {
+        fn kick(&self, _vcpu: u32) {}
+
+        fn notify(&self, frames: &mut dyn Iterator<Item = Mfn>) -> bool {
+            self.0.fetch_add(frames.count() as u32, Ordering::SeqCst);
+            true
+        }
+    }
+
+    #[test]
+    fn the_notifier_is_asked_for_few_frames_and_while_somebody_would_be_kicked() {
+        let asked = crate::sync::Arc::new(AtomicU32::new(0));
+        let ledger = Coherence::new(1, Box::new(Notifies(asked.clone())));
+        ledger.log_removals();
+        let held = |n| Held { gfn: crate::Gfn(n), mfn: Mfn(n), copy: None };
+        let pages: Vec<Held> = (0..3).map(held).collect();
+        assert_eq!(ledger.shoot_down_frames(None, &pages), (0, false), "nobody prefers it");
+        ledger.notify_up_to(2);
+        assert_eq!(ledger.shoot_down_frames(None, &pages[..2]), (0, false), "nobody is inside");
+        ledger.prefer_notifier(true);
+        (0..4).for_each(|n| drop(ledger.removal().stamp_leaf(Mfn(n))));
+        assert_eq!(ledger.shoot_down_frames(None, &pages), (0, true));
+        assert_eq!(ledger.take_removals().pages, [Mfn(3)], "what was seen to is logged no more");
+        ledger.notify_up_to(2);
+        ledger.enter_guest(0);
+        assert_eq!(ledger.shoot_down_frames(None, &pages[..2]), (0, true));
+        assert_eq!(asked.load(Ordering::SeqCst), 5);
     }
 
     #[test]

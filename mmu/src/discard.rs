@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::Mmu;
 use crate::addr::Gfn;
-use crate::frames::WATCHED;
+use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::invalidation::{BATCH_MAX, May, Settled, Settling, WouldBlock};
 use crate::p2m::PageState;
 use crate::records::Cause;
@@ -62,8 +62,9 @@ impl Mmu {
             let last = end.min(first + BATCH_MAX as u32);
             let mut left: Vec<Gfn> = (first..last).map(Gfn).collect();
             for _ in 0..ROUNDS_MAX {
-                self.discard_batch(own, &left, what, may)?;
-                left.retain(|gfn| !self.is_discarded(*gfn, what));
+                let done = self.discard_batch(own, &left, what, may)?;
+                // A page that was touched again after it was discarded has been all the same.
+                left.retain(|gfn| done.binary_search(gfn).is_err() && !self.is_discarded(*gfn, what));
                 if left.is_empty() || may == May::NotSleep {
                     break;
                 }
@@ -78,28 +79,39 @@ impl Mmu {
         Ok(())
     }
 
+    /// Discards what can be had of `gfns`, which are in order; returns those that had a frame.
     fn discard_batch(
         &self,
         own: Option<u32>,
         gfns: &[Gfn],
         what: Discard,
         may: May,
-    ) -> Result<(), WouldBlock> {
+    ) -> Result<Vec<Gfn>, WouldBlock> {
         let (cause, settled) = match what {
             Discard::Zero => (Cause::Discard, Settled::Zero),
             Discard::Balloon => (Cause::Balloon, Settled::Ballooned),
         };
         if may == May::Sleep {
-            gfns.iter().for_each(|gfn| self.unshadow(*gfn));
+            gfns.iter().filter(|gfn| self.is_table(**gfn)).for_each(|gfn| self.unshadow(*gfn));
         }
         let mut settling = self.begin(cause, gfns).unmap(own, may)?.shoot_down(own, may)?;
+        let mut done = Vec::with_capacity(gfns.len());
         settling.settle(|page| {
+            done.push(page.gfn);
             page.copy.into_iter().for_each(|slot| self.swap.abandon(slot));
             Some(settled)
         });
         self.discard_absent(&settling, what);
         settling.end();
-        Ok(())
+        Ok(done)
+    }
+
+    /// The page is shadowed as a table now.
+    fn is_table(&self, gfn: Gfn) -> bool {
+        match self.p2m.lookup(gfn) {
+            PageState::Resident(mfn) => self.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC) != 0,
+            _ => false,
+        }
     }
 
     /// Pages of the batch that have no frame.

@@ -252,12 +252,11 @@ impl Settling<'_> {
                 Settled::Zero => PageState::Zero,
                 Settled::Ballooned => PageState::Ballooned,
             };
-            let moved = mmu.p2m.transition(page.gfn, PageState::Moving, state);
-            debug_assert!(moved, "INV-P2M-3: {} was moved by another", page.gfn);
-            mmu.p2m.advance_mapping_generation(page.gfn);
+            mmu.p2m.settle(page.gfn, state);
             freed.push(page.mfn);
             false
         });
+        mmu.p2m.note_advances();
     }
 
     /// Frees the frames of what was settled, puts the rest back, opens the gates; returns how many frames are free.

@@ -12,12 +12,19 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Level {
     number: u16,
+    /// For reports of what debug builds check: release builds have many locks, and no use for it.
+    #[cfg(debug_assertions)]
     name: &'static str,
 }
 
 impl Level {
     const fn new(number: u16, name: &'static str) -> Level {
-        Level { number, name }
+        let _ = name;
+        Level {
+            number,
+            #[cfg(debug_assertions)]
+            name,
+        }
     }
 }
 

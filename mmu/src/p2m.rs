@@ -219,7 +219,27 @@ impl P2m {
         taken.ok().and_then(slot_of)
     }
 
+    /// Settles a page that is `Moving` by the caller's hand, and that no vCPU can reach any more: it has lost its frame.
+    /// [`P2m::note_advances`] follows, before any such frame has a new owner.
+    #[inline]
+    pub(crate) fn settle(&self, gfn: Gfn, to: PageState) {
+        debug_assert!(is_legal(PageState::Moving, to), "INV-P2M-2: {gfn} from Moving to {to:?}");
+        let Some(entry) = self.entry(gfn) else { return };
+        let state = entry.state.load(Ordering::Relaxed);
+        debug_assert!(state & KIND == MOVING, "INV-P2M-3: {gfn} was moved by another");
+        // Nobody else changes either word of a page that moves.
+        entry.state.store(encode(to), Ordering::Release);
+        let generations = entry.generations.load(Ordering::Relaxed);
+        entry.generations.store(generations.wrapping_add(1 << 32), Ordering::Release);
+    }
+
+    /// Generations have advanced.
+    pub(crate) fn note_advances(&self) {
+        self.advances.fetch_add(1, Ordering::Release);
+    }
+
     /// Notes that a page has lost its frame, and that no vCPU can reach it there any more.
+    #[cfg(test)]
     pub(crate) fn advance_mapping_generation(&self, gfn: Gfn) {
         if let Some(entry) = self.entry(gfn) {
             entry.generations.fetch_add(1 << 32, Ordering::AcqRel);

@@ -37,6 +37,8 @@ use crate::sync::{AtomicBool, AtomicU64, Lock, Monitor, Ordering, thread};
 
 /// Batches of direct reclaim without a frame made free, after which there is none to be had.
 const FRUITLESS_MAX: u32 = 64;
+/// How many of them count as one while somebody else has pages in hand.
+const PATIENCE: u32 = 1024;
 /// Bytes of a page.
 const PAGE: usize = PAGE_SIZE as usize;
 
@@ -366,8 +368,10 @@ impl Mmu {
             if counts.backed > counts.budget {
                 self.trim();
             }
-            fruitless = if freed > 0 { 0 } else { fruitless + 1 };
-            if fruitless == FRUITLESS_MAX {
+            // What others have in hand may come free, and they may have lost their CPU for a while.
+            let weight = if self.buckets.is_any_closed() { 1 } else { PATIENCE };
+            fruitless = if freed > 0 { 0 } else { fruitless + weight };
+            if fruitless >= FRUITLESS_MAX * PATIENCE {
                 return Err(self.shortage(gfn));
             }
             if freed == 0 {

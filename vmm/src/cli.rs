@@ -107,6 +107,17 @@ impl From<Tlb> for TlbKind {
     }
 }
 
+/// How vCPUs are made to forget a page that is taken from the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shootdown {
+    /// As measured, where both are safe: the notifier for as many frames as it is faster for. Else kicks.
+    Auto,
+    /// They leave the guest and flush.
+    Kick,
+    /// The host takes its mapping of the frame away, where frames are few and a vCPU has no software TLB.
+    Notifier,
+}
+
 /// Where a lossy TLB's chance begins.
 const LOSSY_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -124,6 +135,9 @@ pub struct RunArgs {
     /// How the TLB of interpreted code forgets.
     #[arg(long, value_enum, default_value = "sized")]
     pub tlb: Tlb,
+    /// How vCPUs are made to forget pages that go to swap, where the backend is kvm.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub shootdown: Shootdown,
     /// Guest memory, 2M to 16G, in whole pages.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
     pub mem: u64,

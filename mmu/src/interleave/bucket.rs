@@ -149,7 +149,7 @@ fn open(buckets: &Buckets) {
 }
 
 fn open_and_forget(buckets: &Buckets) {
-    buckets.bucket(GFN).in_progress.fetch_sub(1, Ordering::SeqCst);
+    buckets.bucket(GFN).gate.fetch_sub(1, Ordering::SeqCst);
 }
 
 fn fill_against_invalidation(fill: fn(&World), open: fn(&Buckets)) {

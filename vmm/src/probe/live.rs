@@ -55,6 +55,8 @@ pub struct Live {
     data: Mpa,
     frames: [Mfn; 2],
     now: usize,
+    /// Between two tries, so that the guest is well inside again before the next.
+    pause: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +97,7 @@ impl Live {
             data: scratch.data.at(0),
             frames,
             now: 0,
+            pause: Duration::from_micros(200),
             thread: thread::spawn({
                 let shared = Arc::clone(&shared);
                 move || run(scratch, &shared)
@@ -145,6 +148,19 @@ impl Live {
         self.try_out("memory slot", times, PATIENCE, |live, _| Ok(live.notifier.drop_all()?))
     }
 
+    /// How many frames the notifier takes away in the time of one kick, by the medians of a few.
+    ///
+    /// # Errors
+    /// As [`Live::kick`] and [`Live::notifier`].
+    pub fn frames_a_kick(&mut self) -> Result<u32, ProbeError> {
+        const TIMES: u32 = 11;
+        self.pause = Duration::ZERO;
+        let (kick, notifier) = (self.kick(TIMES)?, self.notifier(TIMES)?);
+        let both = kick.works() && notifier.works();
+        let ratio = kick.cost.median_ns / notifier.cost.median_ns.max(1);
+        Ok(if both { ratio.min(u64::from(u32::MAX)) as u32 } else { 0 })
+    }
+
     fn try_out(
         &mut self,
         name: &'static str,
@@ -168,8 +184,7 @@ impl Live {
                 failures += 1;
                 self.settle()?;
             }
-            // So that the guest is well inside again before the next.
-            thread::sleep(Duration::from_micros(200));
+            thread::sleep(self.pause);
         }
         Ok(ShootdownRow { name, seen, tried, cost: Cost::of(costs) })
     }

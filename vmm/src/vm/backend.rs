@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use umbra_mmu::{Mmu, Vcpu};
+use umbra_mmu::{Coherence, Mmu, Vcpu};
 
 use super::RunError;
 use super::flush::Flusher;
@@ -13,7 +13,8 @@ use super::kick::{Both, Kick};
 use super::native::Native;
 use super::soft::Soft;
 use super::vcpu::Backend;
-use crate::cli;
+use crate::cli::{self, RunArgs};
+use crate::kvm::shootdown::Notifier;
 use crate::kvm::{Host, KvmVcpu, KvmVm, Options};
 use crate::machine::Pool;
 use crate::probe::{Probe, Quick};
@@ -38,8 +39,9 @@ impl Plan {
     /// # Errors
     ///
     /// When KVM was asked for and cannot be used.
-    pub fn make(backend: cli::Backend) -> Result<Plan, RunError> {
-        match (backend, (backend != cli::Backend::Soft).then(open_kvm)) {
+    pub fn make(args: &RunArgs) -> Result<Plan, RunError> {
+        let backend = args.backend;
+        match (backend, (backend != cli::Backend::Soft).then(|| open_kvm(args))) {
             (cli::Backend::Auto, Some(Err(error))) => {
                 Ok(Plan { chosen: Chosen::Soft, why: Some(format!("backend=soft: {error}")) })
             }
@@ -70,8 +72,10 @@ impl Plan {
     }
 }
 
-fn open_kvm() -> Result<(Host, Quick), RunError> {
-    let probe = Probe::quick()?;
+fn open_kvm(args: &RunArgs) -> Result<(Host, Quick), RunError> {
+    // Which shootdown is the faster one matters to guests that lose pages.
+    let lose_pages = args.frames.is_some() && args.shootdown == cli::Shootdown::Auto;
+    let probe = if lose_pages { Probe::quick_with_shootdowns()? } else { Probe::quick()? };
     Ok((Host::open()?, probe))
 }
 
@@ -147,6 +151,43 @@ impl Runner {
             Runner::Kvm { kvm, supervisor: None, .. } => Box::new(kvm.kicker()),
             Runner::Kvm { kvm, supervisor: Some(soft), .. } => Box::new(Both(kvm.kicker(), soft.attention())),
             Runner::Soft(soft) => Box::new(soft.attention()),
+        }
+    }
+
+    /// How the host takes frames away from the vCPU; `None` where it does not know of all its translations.
+    pub fn notifier(&self) -> Option<Notifier> {
+        match self {
+            Runner::Kvm { vm, supervisor: None, .. } => Some(Notifier::new(Arc::clone(vm))),
+            Runner::Kvm { supervisor: Some(_), .. } | Runner::Soft(_) => None,
+        }
+    }
+
+    /// Tells `ledger` how to shoot down, and gives that a name.
+    pub fn choose_shootdown(&self, wanted: cli::Shootdown, ledger: &Coherence) -> &'static str {
+        const KICK: &str = "kick";
+        const NOTIFIER: &str = "notifier";
+        let Runner::Kvm { probe, supervisor: None, .. } = self else {
+            if wanted == cli::Shootdown::Notifier {
+                log::warn!("--shootdown notifier: a vCPU with a software TLB is kicked all the same");
+            }
+            return KICK;
+        };
+        match wanted {
+            cli::Shootdown::Kick => KICK,
+            cli::Shootdown::Auto => {
+                ledger.notify_up_to(probe.frames_a_kick);
+                if probe.frames_a_kick > 0 { NOTIFIER } else { KICK }
+            }
+            cli::Shootdown::Notifier => {
+                if !probe.notifier_is_complete() {
+                    log::warn!(
+                        "--shootdown notifier: this KVM emulates guest code at times, and what it has translated for an \
+                         instruction in flight the notifier does not take back; --shootdown kick is safe"
+                    );
+                }
+                ledger.prefer_notifier(true);
+                NOTIFIER
+            }
         }
     }
 

@@ -290,6 +290,14 @@ impl<'a> GuestBus<'a> {
         Ok(Places::Two(first, second, room))
     }
 
+    /// Has the page of `gpa` brought in, if it is memory.
+    fn bring_in_for(&mut self, gpa: Gpa) -> Result<(), BusError> {
+        while let Err(Beyond::Need(gfn)) = self.mmu.load(self.vcpu.window(), gpa, Width::B1.into()) {
+            self.bring_in(gfn)?;
+        }
+        Ok(())
+    }
+
     fn load(&mut self, gpa: Gpa, width: Width) -> Result<u64, BusError> {
         loop {
             match self.mmu.load(self.vcpu.window(), gpa, width.into()) {
@@ -365,6 +373,9 @@ impl GuestBus<'_> {
         if let Places::One(gpa) = places {
             return self.store(gpa, width, value);
         }
+        // Both, before either is stored to: there may be no frame for one of them.
+        self.bring_in_for(places.byte(0))?;
+        self.bring_in_for(places.byte(width.bytes() - 1))?;
         for n in 0..width.bytes() {
             self.store(places.byte(n), Width::B1, value >> (8 * n) & 0xff)?;
         }

@@ -3,13 +3,17 @@
 //! Story: whoever wants something of a vCPU writes it down and kicks; the vCPU's loop takes the kick back before it looks
 //! at what was written, so that no kick is lost. One that KVM runs is kicked by its [`Kicker`], one that is interpreted by
 //! a flag that its engine reads once a block; one that is both gets both.
+//!
+//! Where all vCPUs' translations are KVM's, the host can be had to take single frames away from them instead
+//! ([`Notifier`]): that is never right for one that has a TLB of ours too.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use umbra_mmu::Shootdown;
+use umbra_mmu::{Mfn, Shootdown};
 
 use crate::kvm::Kicker;
+use crate::kvm::shootdown::Notifier;
 
 /// Makes one vCPU leave the guest soon; returns at once.
 pub trait Kick: Send + Sync {
@@ -58,20 +62,35 @@ impl Kick for Both {
 }
 
 /// The MMU's way to all vCPUs, by index.
-pub struct Kicks(Vec<Box<dyn Kick>>);
+pub struct Kicks {
+    kicks: Vec<Box<dyn Kick>>,
+    /// `None` where the host does not know of every translation.
+    notifier: Option<Notifier>,
+}
 
 impl Kicks {
-    /// Kicks by `kicks`, the vCPUs' in order.
-    pub fn new(kicks: Vec<Box<dyn Kick>>) -> Kicks {
-        Kicks(kicks)
+    /// Kicks by `kicks`, the vCPUs' in order; takes frames away by `notifier`.
+    pub fn new(kicks: Vec<Box<dyn Kick>>, notifier: Option<Notifier>) -> Kicks {
+        Kicks { kicks, notifier }
     }
 }
 
 impl Shootdown for Kicks {
     fn kick(&self, vcpu: u32) {
-        if let Some(kick) = self.0.get(vcpu as usize) {
+        if let Some(kick) = self.kicks.get(vcpu as usize) {
             kick.kick();
         }
+    }
+
+    fn notify(&self, frames: &mut dyn Iterator<Item = Mfn>) -> bool {
+        let Some(notifier) = &self.notifier else { return false };
+        for frame in frames {
+            if let Err(error) = notifier.drop_frame(frame) {
+                log::warn!("vCPUs are kicked instead: {error}");
+                return false;
+            }
+        }
+        true
     }
 }
 
@@ -82,7 +101,8 @@ mod tests {
     #[test]
     fn a_kick_stays_until_it_is_taken_back() {
         let attention = Attention::default();
-        let kicks = Kicks::new(vec![Box::new(attention.clone())]);
+        let kicks = Kicks::new(vec![Box::new(attention.clone())], None);
+        assert!(!kicks.notify(&mut [Mfn(1)].into_iter()), "the host knows nothing of its TLB");
         assert!(!attention.is_wanted());
         kicks.kick(0);
         kicks.kick(7);

@@ -174,6 +174,8 @@ struct Guest {
     start: CpuState,
     notes: Notes,
     runner: Runner,
+    /// How it is made to forget pages.
+    shootdown: &'static str,
     /// Why this backend, in a line.
     why: Option<String>,
     overcommit: Overcommit,
@@ -235,7 +237,7 @@ impl Guest {
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
 
-        let mut plan = Plan::make(args.backend)?;
+        let mut plan = Plan::make(args)?;
         let why = plan.take_reason();
         let (guest_pages, hole) = memory::extent(&memory);
         let overcommit = Overcommit::new(args);
@@ -273,10 +275,12 @@ impl Guest {
         };
         devices.waker(0).set_kicker(runner.kick());
         let machine = Machine::new(pool.region());
-        let mmu = Mmu::new(machine, config, Box::new(Kicks::new(vec![runner.kick()])))
+        let kicks = Kicks::new(vec![runner.kick()], runner.notifier());
+        let mmu = Mmu::new(machine, config, Box::new(kicks))
             .with_clock(Box::new(HostClock))
             .with_host(Box::new(PoolHost(Arc::clone(&pool))));
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
+        let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
         hole.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
         });
@@ -290,7 +294,7 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner, why, overcommit })
+        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner, shootdown, why, overcommit })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
@@ -331,7 +335,7 @@ impl Guest {
             ending: ending.clone(),
             requests,
         };
-        let name = self.runner.name();
+        let ways = (self.runner.name(), self.shootdown);
         let mut core = Core::new(self.start, self.runner.mmu_vcpu(&self.mmu, 0, args.tlb), around);
         let mut backend = self.runner.into_backend(&self.mmu);
         let guest_started = micros();
@@ -339,12 +343,12 @@ impl Guest {
         drop(events);
         drop(reclaimer);
         let end = ending.take().unwrap_or(End::Quit);
-        Ok(judge(name, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started))
+        Ok(judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started))
     }
 }
 
 fn judge(
-    backend: &'static str,
+    (backend, shootdown): (&'static str, &'static str),
     mmu: &Mmu,
     notes: &Notes,
     first_byte: &FirstByte,
@@ -359,6 +363,7 @@ fn judge(
     Summary {
         version: env!("CARGO_PKG_VERSION"),
         backend,
+        shootdown,
         verdict: status.verdict(),
         status: status.code(),
         guest_exit: end.guest_value(),

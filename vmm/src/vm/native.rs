@@ -17,7 +17,7 @@
 //!
 //! Locks: none held while the guest runs or sleeps.
 
-use umbra_mmu::{Access, AccessKind, Gva, Outcome};
+use umbra_mmu::{Access, AccessKind, Gva, Mpa, Outcome};
 
 use super::bus::{Aftermath, FpuUse};
 use super::ending::End;
@@ -105,22 +105,15 @@ impl Native {
             Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
         }
         let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
-        let owed = coherence.enter_guest(id) || core.hardware_owes_flush;
-        let flush = owed.then(|| coherence.begin_flush());
-        if flush.is_some()
-            && let Err(error) = self.flusher.before_entry(&core.mmu)
-        {
-            coherence.leave_guest(id);
-            return Some(refused(core, error));
-        }
-        let exit = self.kvm.enter(&mut core.cpu, root, flush.is_some() && self.flusher.flushes_at_entry());
-        if let (Some(epoch), Ok(_)) = (flush, &exit) {
-            core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
-            coherence.end_flush(id, epoch);
-            core.hardware_owes_flush = false;
-            core.stats.flushes += 1;
-        }
-        coherence.leave_guest(id);
+        let exit = if coherence.enter_guest(id) || core.hardware_owes_flush {
+            self.flush(core, root).and_then(|kicked| match kicked {
+                true => Ok(KvmExit::Kicked),
+                false => self.kvm.enter(&mut core.cpu, root, false),
+            })
+        } else {
+            self.kvm.enter(&mut core.cpu, root, false)
+        };
+        core.mmu.coherence().leave_guest(id);
         core.stats.entries += 1;
         match exit {
             Ok(KvmExit::Kicked) => {
@@ -130,6 +123,20 @@ impl Native {
             Ok(KvmExit::Trap { vector, error, cr2 }) => self.on_trap(core, vector, error, cr2),
             Err(error) => Some(refused(core, error)),
         }
+    }
+
+    /// Flushes, and says so at once: whoever waits for it would else wait for the guest's next exit. True where a kick came
+    /// meanwhile.
+    fn flush(&mut self, core: &mut Core, root: Mpa) -> Result<bool, KvmError> {
+        let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
+        let epoch = coherence.begin_flush();
+        self.flusher.before_entry(&core.mmu)?;
+        let kicked = self.flusher.flushes_at_entry() && self.kvm.flush(&core.cpu, root)?;
+        core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
+        coherence.end_flush(id, epoch);
+        core.hardware_owes_flush = false;
+        core.stats.flushes += 1;
+        Ok(kicked)
     }
 
     /// Decides what a trap of the hardware means.

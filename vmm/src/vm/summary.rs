@@ -106,6 +106,8 @@ pub struct Summary {
     pub version: &'static str,
     /// Backend.
     pub backend: &'static str,
+    /// How vCPUs were made to forget pages: "kick" or "notifier".
+    pub shootdown: &'static str,
     /// PASS, FAIL, TIMEOUT, RESET, QUIT or ERROR.
     pub verdict: &'static str,
     /// The process's exit status.
