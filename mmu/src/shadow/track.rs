@@ -342,6 +342,7 @@ mod tests {
     #[test]
     fn a_table_that_becomes_unsync_while_it_is_tracked_again_is_listed_once() {
         let config = Config {
+            low_pages: 0,
             guest_pages: 4,
             reserved_frames: 0,
             shadow_pages_max: 64,
