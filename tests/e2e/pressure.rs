@@ -34,8 +34,8 @@ const FAST: [Press; 3] = [
 ];
 /// For one that runs a million.
 const SLOW: [Press; 2] = [
-    Press { append: "workload=mm scale=200", options: &["--frames", "4M@0s,2560K@300ms", "--low", "512K"] },
-    Press { append: "workload=kmap scale=300", options: &["--frames", "8M@0s,2560K@200ms", "--low", "512K"] },
+    Press { append: "workload=mm scale=400", options: &["--frames", "3M@0s,2M@500ms", "--low", "512K"] },
+    Press { append: "workload=kmap scale=400", options: &["--frames", "2M", "--low", "512K"] },
 ];
 
 /// The tests of this file.
