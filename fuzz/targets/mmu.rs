@@ -6,8 +6,11 @@
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
+use umbra_mmu::discard::Discard;
+use umbra_mmu::invalidation::May;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::spte::{Spte, l1_index, l2_index, l3_index};
+use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
     Access, AccessKind, Config, Flush, Gfn, Gva, Machine, Mfn, Mmu, Mode, NoVcpus, Outcome, Vcpu, Width,
 };
@@ -79,6 +82,17 @@ enum Operation {
     Watch(u8),
     Unwatch(u8),
     Explain(Address),
+    /// Pages go to swap, whatever they are used for.
+    PageOut {
+        frame: u8,
+        count: u8,
+    },
+    /// Pages are thrown away, or given up.
+    Discard {
+        frame: u8,
+        count: u8,
+        balloon: bool,
+    },
 }
 
 fn mode(bits: u8) -> Mode {
@@ -115,7 +129,9 @@ impl Guest {
         // The limits are raised to the least that works; ask an MMU what that is.
         let least = Mmu::new(Machine::anonymous(4), config, Box::new(NoVcpus)).config().table_frames_max();
         let machine = Machine::anonymous(RESERVED_FRAMES + least + spare);
-        let mmu = Mmu::new(machine.clone(), config, Box::new(NoVcpus));
+        // Fewer slots than pages: swap runs out too.
+        let swap = MemorySwap::new(GUEST_PAGES / 2);
+        let mmu = Mmu::new(machine.clone(), config, Box::new(NoVcpus)).with_swap(Box::new(swap));
         let vcpu = mmu.vcpu(0);
         Guest { machine, mmu, vcpu }
     }
@@ -178,13 +194,32 @@ impl Guest {
                 let _ = self.mmu.watch(&self.vcpu, Gfn(u32::from(frame % GUEST_PAGES as u8)));
             }
             Operation::Unwatch(frame) => self.mmu.unwatch(Gfn(u32::from(frame % GUEST_PAGES as u8))),
+            Operation::PageOut { frame, count } => {
+                let first = u32::from(frame) % GUEST_PAGES;
+                let pages: Vec<Gfn> = (first..first + u32::from(count % 16)).map(Gfn).collect();
+                self.mmu.page_out(Some(0), &pages).expect("memory does not fail");
+            }
+            Operation::Discard { frame, count, balloon } => {
+                let first = u32::from(frame) % GUEST_PAGES;
+                let what = if balloon { Discard::Balloon } else { Discard::Zero };
+                // A watched page stays.
+                let _ = self.mmu.discard(Some(0), first..first + u32::from(count % 4), what, May::NotSleep);
+            }
             Operation::Explain(at) => drop(format!("{:?}", self.mmu.explain(&self.vcpu, at.gva()))),
         }
     }
 
     /// An access of guest code; afterwards the shadow must agree with the guest's tables.
     fn access(&mut self, gva: Gva, access: Access) -> Outcome {
-        let outcome = self.mmu.fault(&self.vcpu, gva, access);
+        let mut outcome = self.mmu.fault(&self.vcpu, gva, access);
+        // With a handful of frames, what is brought in may push out what was before.
+        for _ in 0..16 {
+            let Outcome::Need(gfn) = outcome else { break };
+            if self.mmu.bring_in(Some(0), gfn).is_err() {
+                break;
+            }
+            outcome = self.mmu.fault(&self.vcpu, gva, access);
+        }
         if matches!(outcome, Outcome::Fixed | Outcome::Spurious) {
             let gpa = self.mmu.translate(&self.vcpu, gva, access).expect("what was just mapped translates");
             let spte = self.shadow_leaf(gva, access.user).expect("what was just mapped is in the shadow");
