@@ -17,6 +17,8 @@ mod images;
 mod memory;
 #[path = "e2e/peer.rs"]
 mod peer;
+#[path = "e2e/pressure.rs"]
+mod pressure;
 #[path = "e2e/rig.rs"]
 mod rig;
 #[path = "e2e/soak.rs"]
@@ -46,6 +48,7 @@ fn test() -> ExitCode {
         images::cases(),
         memory::cases(),
         peer::cases(),
+        pressure::cases(),
         rig::cases(),
         soak::cases(),
         workloads::cases(),

@@ -477,9 +477,9 @@ mod tests {
         ledger.notify_up_to(2);
         assert_eq!(ledger.shoot_down_frames(None, &pages[..2]), (0, false), "nobody is inside");
         ledger.prefer_notifier(true);
-        for n in 0..4 {
+        (0..4).for_each(|n| {
             ledger.removal().stamp_leaf(Mfn(n));
-        }
+        });
         assert_eq!(ledger.shoot_down_frames(None, &pages), (0, true));
         assert_eq!(ledger.take_removals().pages, [Mfn(3)], "what was seen to is logged no more");
         ledger.notify_up_to(2);

@@ -24,6 +24,9 @@
 //! store spte, link                                                         -> an spte to a freed frame
 //! ```
 //!
+//! A page that becomes a shadowed table, or is watched, loses only the right to be written: that is an invalidation of
+//! another kind, whose gate is the mark on the frame ([`Mmu::shoot_down_protected`]).
+//!
 //! Holds: INV-COH-1 (coherence). INV-GATE-1 (bucket). INV-P2M-3, a page is `Moving` only while an invalidation or a swap-in
 //! holds its gate closed. INV-WAIT-1, an invalidation for reclaim waits for nobody but vCPUs: pages that are pinned,
 //! gated or wanted by a starving fill are left alone.
@@ -135,6 +138,23 @@ impl Mmu {
         };
         hold.record.gate = hold.lap();
         Closed(hold)
+    }
+
+    /// The shootdown of an invalidation of kind [`crate::records::Kind::WriteProtect`]. Its gate is the frame's mark, set
+    /// under the bucket in which its sptes were protected: no fill makes a writable one after. May sleep.
+    pub(crate) fn shoot_down_protected(&self, cause: Cause, gfn: Gfn, own: u32) {
+        let began = self.clock.now();
+        let kicked = self.coherence.shoot_down(Some(own));
+        let nanos = self.clock.now() - began;
+        let record = Record {
+            at: began,
+            pages: 1,
+            kicked,
+            shootdown: nanos,
+            total: nanos,
+            ..Record::new(cause, &[gfn])
+        };
+        self.records.push(record);
     }
 
     /// False where the page is to be left to a fill that starves; a cause that must have it waits until the fill is fed,

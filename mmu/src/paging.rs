@@ -8,6 +8,7 @@ use crate::frames::WATCHED;
 use crate::p2m::PageState;
 use crate::physical::Beyond;
 use crate::reclaim::Shortage;
+use crate::records::Cause;
 use crate::shadow::leaf::Mapped;
 use crate::vcpu::Vcpu;
 use crate::walk::Touch;
@@ -113,7 +114,7 @@ impl Mmu {
                 self.write_protect(&bucket, gfn, mfn)
             };
             if owed {
-                self.coherence.shoot_down(Some(vcpu.id));
+                self.shoot_down_protected(Cause::Watch, gfn, vcpu.id);
             }
             return Ok(true);
         }

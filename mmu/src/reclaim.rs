@@ -106,6 +106,8 @@ pub struct ReclaimStats {
     pub unshadowed: u64,
     /// Frames that the host has back.
     pub given_back: u64,
+    /// The longest that anybody waited for a page to be brought in, in nanoseconds.
+    pub stall_nanos_max: u64,
 }
 
 #[derive(Debug, Default)]
@@ -119,6 +121,7 @@ pub(crate) struct Counters {
     direct: AtomicU64,
     unshadowed: AtomicU64,
     given_back: AtomicU64,
+    stall_nanos_max: AtomicU64,
 }
 
 /// The background's bed.
@@ -401,6 +404,13 @@ impl Mmu {
     /// When no frame can be made free, or swap fails: the guest cannot go on.
     pub fn bring_in(&self, own: Option<u32>, gfn: Gfn) -> Result<(), Shortage> {
         lock_order::assert_may_sleep();
+        let began = self.clock.now();
+        let done = self.try_bring_in(own, gfn);
+        self.background.counters.stall_nanos_max.fetch_max(self.clock.now() - began, Relaxed);
+        done
+    }
+
+    fn try_bring_in(&self, own: Option<u32>, gfn: Gfn) -> Result<(), Shortage> {
         loop {
             match self.p2m.lookup(gfn) {
                 PageState::Moving => self.buckets.wait(gfn),
@@ -569,6 +579,7 @@ impl Mmu {
             direct: c.direct.load(Relaxed),
             unshadowed: c.unshadowed.load(Relaxed),
             given_back: c.given_back.load(Relaxed),
+            stall_nanos_max: c.stall_nanos_max.load(Relaxed),
         }
     }
 }

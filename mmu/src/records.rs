@@ -45,12 +45,40 @@ pub enum Cause {
     Discard,
     /// The guest gives the page up.
     Balloon,
+    /// The page has become a page table that is shadowed.
+    Track,
+    /// The VMM wants to see stores to it.
+    Watch,
+}
+
+/// What is taken from the vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Every translation.
+    Unmap,
+    /// The right to write.
+    WriteProtect,
 }
 
 impl Cause {
     /// All there are.
-    pub const ALL: [Cause; 5] =
-        [Cause::Reclaim, Cause::DirectReclaim, Cause::PageOut, Cause::Discard, Cause::Balloon];
+    pub const ALL: [Cause; 7] = [
+        Cause::Reclaim,
+        Cause::DirectReclaim,
+        Cause::PageOut,
+        Cause::Discard,
+        Cause::Balloon,
+        Cause::Track,
+        Cause::Watch,
+    ];
+
+    /// What it takes.
+    pub fn kind(self) -> Kind {
+        match self {
+            Cause::Track | Cause::Watch => Kind::WriteProtect,
+            _ => Kind::Unmap,
+        }
+    }
 
     /// It can do without any one page.
     pub(crate) fn may_skip(self) -> bool {
@@ -65,6 +93,8 @@ impl Cause {
             Cause::PageOut => "page-out",
             Cause::Discard => "discard",
             Cause::Balloon => "balloon",
+            Cause::Track => "track",
+            Cause::Watch => "watch",
         }
     }
 }

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use umbra_mmu::TlbKind;
 
 use crate::boot::notes::Notes;
+use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
 use crate::vm::budget::{Schedule, parse_schedule};
 
@@ -151,6 +152,9 @@ pub struct RunArgs {
     /// Memory, as much as --mem, if left out.
     #[arg(long, value_name = "FILE|SIZE", requires = "frames", value_parser = parse_swap)]
     pub swap: Option<Swap>,
+    /// Have an operation of the swap device fail: read@N or write@N, the first being 1; may be given several times.
+    #[arg(long, value_name = "OPERATION", requires = "frames", value_parser = parse_fault)]
+    pub swap_fault: Vec<Fault>,
     /// The guest's command line.
     #[arg(long, value_name = "CMDLINE", default_value = "")]
     pub append: String,

@@ -3,6 +3,8 @@
 //! Story: `--swap FILE` makes a sparse file for the run. Its name is taken away as soon as it is open, so that nothing is
 //! left behind however the run ends; what is not wanted any more is punched out of it.
 //!
+//! `--swap-fault` puts a device in front that fails where it is told to: for seeing what comes of it.
+//!
 //! Holds: every slot is read where it was written; a short read or write is an error, never a guess.
 
 use std::fs::{File, OpenOptions};
@@ -10,6 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use umbra_mmu::PAGE_SIZE;
 use umbra_mmu::swap::{SwapDevice, SwapSlot};
@@ -76,6 +79,72 @@ impl SwapDevice for SwapFile {
     }
 }
 
+/// Which operation of a swap device fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// This read, the first being 1.
+    Read(u64),
+    /// This write.
+    Write(u64),
+}
+
+/// Reads `read@N` or `write@N`.
+///
+/// # Errors
+///
+/// A sentence, when it is neither.
+pub fn parse_fault(text: &str) -> Result<Fault, String> {
+    let parsed = text.split_once('@').and_then(|(what, number)| {
+        let number = number.parse().ok().filter(|number| *number > 0)?;
+        match what {
+            "read" => Some(Fault::Read(number)),
+            "write" => Some(Fault::Write(number)),
+            _ => None,
+        }
+    });
+    parsed.ok_or_else(|| format!("'{text}' is no operation; write read@N or write@N, the first being 1"))
+}
+
+/// A swap device that fails with an I/O error where it is told to.
+#[derive(Debug)]
+pub struct FailingSwap {
+    inner: Box<dyn SwapDevice>,
+    faults: Vec<Fault>,
+    reads: AtomicU64,
+    writes: AtomicU64,
+}
+
+impl FailingSwap {
+    /// `inner`, but for `faults`.
+    pub fn new(inner: Box<dyn SwapDevice>, faults: Vec<Fault>) -> FailingSwap {
+        FailingSwap { inner, faults, reads: AtomicU64::new(0), writes: AtomicU64::new(0) }
+    }
+
+    fn pass(&self, operation: Fault) -> io::Result<()> {
+        if self.faults.contains(&operation) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+}
+
+impl SwapDevice for FailingSwap {
+    fn slots(&self) -> u32 {
+        self.inner.slots()
+    }
+
+    fn write(&self, first: SwapSlot, pages: &[u8]) -> io::Result<()> {
+        self.pass(Fault::Write(self.writes.fetch_add(1, Ordering::Relaxed) + 1))?;
+        self.inner.write(first, pages)
+    }
+
+    fn read(&self, first: SwapSlot, pages: &mut [u8]) -> io::Result<()> {
+        self.pass(Fault::Read(self.reads.fetch_add(1, Ordering::Relaxed) + 1))?;
+        self.inner.read(first, pages)
+    }
+
+    fn discard(&self, slots: Range<u32>) {
+        self.inner.discard(slots);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
@@ -98,6 +167,17 @@ mod tests {
         swap.discard(98..100);
         assert!(blocks() < before, "{} blocks after, {before} before", blocks());
         assert!(swap.read(SwapSlot(99), &mut back).is_err(), "beyond its end");
+    }
+
+    #[test]
+    fn a_fault_is_an_operation_and_its_number() {
+        assert_eq!(
+            (parse_fault("read@1"), parse_fault("write@20")),
+            (Ok(Fault::Read(1)), Ok(Fault::Write(20)))
+        );
+        for text in ["", "read", "read@0", "discard@1", "write@x"] {
+            assert!(parse_fault(text).expect_err(text).contains("read@N"));
+        }
     }
 
     #[test]

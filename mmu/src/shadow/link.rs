@@ -15,6 +15,7 @@ use crate::Mmu;
 use crate::addr::{Gfn, Mpa};
 use crate::frames::{Draw, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
+use crate::records::Cause;
 use crate::shadow::RootRef;
 use crate::shadow::leaf::Mapped;
 use crate::shadow::pages::{Shard, find};
@@ -139,7 +140,7 @@ impl Mmu {
         };
         drop(shard);
         if owed {
-            self.coherence.shoot_down(Some(vcpu.id));
+            self.shoot_down_protected(Cause::Track, key.gfn, vcpu.id);
         }
         if key.role.shape == Shape::Directory {
             self.sync_table(vcpu, key.gfn);

@@ -20,6 +20,7 @@ use crate::events::Event;
 use crate::format::Gpte;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
+use crate::records::Cause;
 use crate::shadow::pages::{Page, Shard, find};
 use crate::shadow::role::{Key, Role, Shape, directory_key};
 use crate::spte::{l1_index, l2_index, l3_index};
@@ -284,7 +285,7 @@ impl Mmu {
             self.write_protect(&bucket, gfn, mfn)
         };
         if owed {
-            self.coherence.shoot_down(Some(vcpu.id));
+            self.shoot_down_protected(Cause::Track, gfn, vcpu.id);
         }
         self.sync_table(vcpu, gfn);
     }
@@ -330,5 +331,33 @@ impl Mmu {
             PageState::Resident(mfn) => self.frames.flags(mfn) & UNSYNC != 0,
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Config, Machine, NoVcpus};
+
+    #[test]
+    fn a_table_that_becomes_unsync_while_it_is_tracked_again_is_listed_once() {
+        let config = Config {
+            low_pages: 0,
+            guest_pages: 4,
+            reserved_frames: 0,
+            shadow_pages_max: 64,
+            roots_max: 4,
+            firmware_entry: 0,
+            vcpus: 1,
+        };
+        let mmu = Mmu::new(Machine::anonymous(16), config, Box::new(NoVcpus));
+        let (vcpu, gfn) = (mmu.vcpu(0), Gfn(1));
+        let PageState::Resident(mfn) = mmu.resident(gfn) else { panic!("there are frames") };
+        mmu.frames.change_flags(mfn, 0, SHADOWED);
+        assert!(mmu.try_unsync(&vcpu, gfn, Gva(0)));
+        // The first half of `track_again`, by another vCPU.
+        mmu.frames.change_flags(mfn, UNSYNC, 0);
+        assert!(mmu.try_unsync(&vcpu, gfn, Gva(0)));
+        assert_eq!(mmu.usage().unsync, 1);
     }
 }

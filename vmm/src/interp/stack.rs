@@ -65,6 +65,18 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         Ok(gva)
     }
 
+    /// The linear address of `count` slots from `pointer` upwards, where they need no looking at one by one: they are in the
+    /// segment, aligned as they must be, and in one page.
+    fn whole(&self, stack: &Stack, pointer: u32, count: u32, width: Width, kind: AccessKind) -> Option<Gva> {
+        let (offset, bytes) = (pointer & stack.mask(), count * width.bytes());
+        let gva = Gva(stack.segment.base.wrapping_add(offset));
+        let fits = bytes > 0
+            && offset <= stack.mask() - (bytes - 1)
+            && gva.offset() <= 4096 - bytes
+            && (gva.0 & (width.bytes() - 1) == 0 || !stack.aligned);
+        (fits && admits(&stack.segment, offset, bytes, kind, self.cpu.protected())).then_some(gva)
+    }
+
     /// Checks `count` slots from `pointer` upwards, segment and pages, touching none. Goes from the top down, as
     /// pushes do, so that the first fault is the one that they would meet.
     fn probe_slots(
@@ -93,6 +105,10 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     pub(super) fn push_frame(&mut self, stack: &Stack, values: &[u32], width: Width) -> Exec<u32> {
         let count = values.len() as u32;
         let bottom = stack.below(count * width.bytes());
+        if let Some(gva) = self.whole(stack, bottom, count, width, AccessKind::Write) {
+            self.push_whole(gva, stack.user, values, width)?;
+            return Ok(bottom);
+        }
         self.probe_slots(stack, bottom, count, width, AccessKind::Write)?;
         for (value, n) in values.iter().zip(1..) {
             let gva = self.slot(stack, stack.below(n * width.bytes()), width, AccessKind::Write)?;
@@ -100,6 +116,18 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             self.watch(gva, width.bytes(), true);
         }
         Ok(bottom)
+    }
+
+    /// The same in one page, to `gva` and upwards; the topmost slot is what a fault is for.
+    fn push_whole(&mut self, gva: Gva, user: bool, values: &[u32], width: Width) -> Exec {
+        let (bytes, access) = (width.bytes(), Access::write(user));
+        let slot = |n: u32| gva.wrapping_add(n * bytes);
+        self.bus.probe(slot(values.len() as u32 - 1), bytes, access)?;
+        for (value, n) in values.iter().zip((0..values.len() as u32).rev()) {
+            self.bus.write(slot(n), width, u64::from(value & width.mask()), access)?;
+            self.watch(slot(n), bytes, true);
+        }
+        Ok(())
     }
 
     /// The values of `N` slots from `skip` bytes above the pointer, the top of the stack first. They are read from the
@@ -111,6 +139,15 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         width: Width,
     ) -> Exec<[u32; N]> {
         let mut values = [0; N];
+        let pointer = stack.above(skip);
+        if let Some(gva) = self.whole(stack, pointer, N as u32, width, AccessKind::Read) {
+            for (value, n) in values.iter_mut().rev().zip((0..N as u32).rev()) {
+                let slot = gva.wrapping_add(n * width.bytes());
+                *value = self.bus.read(slot, width, Access::read(stack.user))? as u32;
+                self.watch(slot, width.bytes(), false);
+            }
+            return Ok(values);
+        }
         for (value, n) in values.iter_mut().rev().zip((0..N as u32).rev()) {
             *value = self.peek(stack, skip + n * width.bytes(), width)?;
         }

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use umbra_mmu::swap::MemorySwap;
+use umbra_mmu::swap::{MemorySwap, SwapDevice};
 use umbra_mmu::{Mmu, PAGE_SIZE};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::RunError;
 use super::events::add;
 use crate::cli::{RunArgs, Swap};
-use crate::swap::SwapFile;
+use crate::swap::{FailingSwap, SwapFile};
 use crate::units::{UnitError, format_duration, format_size, parse_duration, parse_size};
 
 /// Guest memory that never goes to swap, unless the command line says otherwise.
@@ -143,12 +143,15 @@ impl Overcommit {
     /// When a budget is too small, or the swap file cannot be made.
     pub fn apply(&self, mmu: Mmu, args: &RunArgs) -> Result<Mmu, RunError> {
         let Some(schedule) = &self.schedule else { return Ok(mmu) };
-        let mmu = match &args.swap {
-            None => mmu.with_swap(Box::new(MemorySwap::new(pages(args.mem)))),
-            Some(Swap::Memory(bytes)) => mmu.with_swap(Box::new(MemorySwap::new(pages(*bytes)))),
-            // As many slots as pages: copies of resident pages give way.
-            Some(Swap::File(path)) => mmu.with_swap(Box::new(SwapFile::create(path, pages(args.mem))?)),
+        let mut swap: Box<dyn SwapDevice> = match &args.swap {
+            None => Box::new(MemorySwap::new(pages(args.mem))),
+            Some(Swap::Memory(bytes)) => Box::new(MemorySwap::new(pages(*bytes))),
+            Some(Swap::File(path)) => Box::new(SwapFile::create(path, pages(args.mem))?),
         };
+        if !args.swap_fault.is_empty() {
+            swap = Box::new(FailingSwap::new(swap, args.swap_fault.clone()));
+        }
+        let mmu = mmu.with_swap(swap);
         for step in schedule.steps().iter().rev() {
             let set = mmu.set_budget(step.frames());
             set.map_err(|source| RunError::Budget { at: step.at, source })?;

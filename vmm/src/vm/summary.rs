@@ -42,6 +42,8 @@ pub struct Memory {
     pub direct_reclaims: u64,
     /// Frames given back to the host.
     pub given_back: u64,
+    /// The longest that anybody waited for a page to be brought in, in nanoseconds.
+    pub stall_nanos_max: u64,
     /// Invalidations, by cause.
     pub invalidations: Vec<Invalidations>,
     /// Shadow pages evicted.
@@ -212,6 +214,7 @@ impl Memory {
             clean_drops: usage.clean_drops,
             direct_reclaims: usage.direct_reclaims,
             given_back: reclaim.given_back,
+            stall_nanos_max: reclaim.stall_nanos_max,
             invalidations: Cause::ALL.iter().map(|cause| Invalidations::of(mmu, *cause)).collect(),
             guest_pages: mmu.p2m().pages(),
             resident: usage.resident,

@@ -1,0 +1,182 @@
+//! More guest memory than frames: every byte stays right, whoever runs the guest, and what cannot be had is said.
+//!
+//! The guest's own checks, Umbra's hashes of its memory and the audit at the end judge. `UMBRA_SEEDS=20 UMBRA_SECONDS=15`
+//! soaks for so many seeds, each for so long.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Failed, Trial};
+use serde_json::Value;
+
+use super::umbra::{
+    KVM, KVM_INTERPRET, SOFT, SOFT_LOSSY, SOFT_STICKY, Way, expect_sentence, file_of, status,
+};
+use crate::ensure;
+use crate::support::noise::Noise;
+use crate::support::process::{End, Outcome};
+use crate::support::{Verdict, case};
+
+/// A guest under pressure: what it does, and what it has.
+struct Press {
+    append: &'static str,
+    options: &'static [&'static str],
+}
+
+/// For a way that runs hundreds of millions of instructions a second.
+const FAST: [Press; 3] = [
+    Press { append: "workload=kmap scale=2000", options: &["--frames", "8M", "--low", "1M"] },
+    Press { append: "workload=mm scale=2000 paging=legacy", options: &["--frames", "6M", "--low", "1M"] },
+    Press {
+        append: "workload=mm scale=3000",
+        options: &["--frames", "24M@0s,4M@20ms,16M@50ms,4M@80ms,8M@120ms", "--low", "1M"],
+    },
+];
+/// For one that runs a million.
+const SLOW: [Press; 2] = [
+    Press { append: "workload=mm scale=400", options: &["--frames", "3M@0s,2M@500ms", "--low", "512K"] },
+    Press { append: "workload=kmap scale=400", options: &["--frames", "2M", "--low", "512K"] },
+];
+
+/// The tests of this file.
+pub fn cases() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for way in [SOFT, SOFT_STICKY, SOFT_LOSSY] {
+        trials.push(case(format!("{}_pressed_guests_keep_every_byte", way.name), way.needs, move || {
+            all(way, &FAST)
+        }));
+    }
+    for way in [KVM, KVM_INTERPRET] {
+        trials.push(case(format!("{}_pressed_guests_keep_every_byte", way.name), way.needs, move || {
+            all(way, &SLOW)
+        }));
+    }
+    trials.extend([
+        case("soft_sticky_pressed_seeds_keep_every_byte", &[], seeds),
+        case("swap_in_a_file_leaves_nothing_behind", &[], swap_file),
+        case("every_swap_operation_that_fails_is_a_clear_stop", &[], failing_swap),
+        case("swap_that_is_full_is_a_clear_stop", &[], full_swap),
+        case("budgets_that_cannot_be_are_refused_before_the_run", &[], refused),
+    ]);
+    trials
+}
+
+/// Runs a guest with a summary in JSON.
+fn run(way: Way, append: &str, options: &[&str]) -> Result<(Outcome, Value), Failed> {
+    let json = file_of(b"")?;
+    let path = json.path().to_string_lossy().into_owned();
+    let args = [&["--append", append, "--json", &path, "--timeout", "80s"], options].concat();
+    let run = way.run(&args)?;
+    let text = std::fs::read_to_string(json.path())?;
+    Ok((run, serde_json::from_str(&text).unwrap_or(Value::Null)))
+}
+
+fn number(summary: &Value, field: &str) -> u64 {
+    summary.pointer(&format!("/memory/{field}")).and_then(Value::as_u64).unwrap_or(0)
+}
+
+fn all(way: Way, presses: &[Press]) -> Verdict {
+    presses.iter().try_for_each(|press| {
+        let summary = passes(way, press.append, press.options)?;
+        for field in ["swap_outs", "refaults", "clean_drops"] {
+            ensure!(number(&summary, field) > 0, "{}: {field} is 0: no pressure: {summary:#}", press.append);
+        }
+        Ok(())
+    })
+}
+
+/// The run must pass, and nobody may have waited for a page for long.
+fn passes(way: Way, append: &str, options: &[&str]) -> Result<Value, Failed> {
+    let (run, summary) = run(way, append, options)?;
+    ensure!(run.end == End::Status(0), "{append} {options:?} did not pass:\n{run}");
+    Ok(summary)
+}
+
+fn env(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn seeds() -> Verdict {
+    let (count, time) = (env("UMBRA_SEEDS", 3), Duration::from_secs(env("UMBRA_SECONDS", 1)));
+    let (mut runs, mut stall) = (0, 0);
+    for seed in 1..=count {
+        let (mut noise, end) = (Noise::new(seed), Instant::now() + time);
+        while Instant::now() < end {
+            let (append, frames) = draw(&mut noise);
+            let summary = passes(SOFT_STICKY, &append, &["--frames", &frames, "--low", "1M"])
+                .map_err(|why| format!("seed {seed}: {}", why.message().unwrap_or_default()))?;
+            runs += 1;
+            stall = stall.max(number(&summary, "stall_nanos_max"));
+        }
+    }
+    println!(
+        "pressure: {count} seeds, {runs} runs, longest wait for a page {:?}",
+        Duration::from_nanos(stall)
+    );
+    Ok(())
+}
+
+/// A workload, and waves of the budget that it runs under.
+fn draw(noise: &mut Noise) -> (String, String) {
+    let workload = noise.pick(&["mm", "kmap"]);
+    let paging = noise.pick(&["pae", "legacy"]);
+    let (scale, seed) = (1000 + noise.below(3000), 1 + noise.below(1000));
+    let mut frames = "8M@0s".to_owned();
+    let mut at = 0;
+    for _ in 0..noise.below(8) {
+        at += 5 + noise.below(60);
+        frames += &format!(",{}K@{at}ms", 4 * (900 + noise.below(3000)));
+    }
+    (format!("workload={workload} paging={paging} scale={scale} seed={seed}"), frames)
+}
+
+fn swap_file() -> Verdict {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("swap");
+    let path = path.to_string_lossy().into_owned();
+    let options = ["--frames", "6M", "--low", "1M", "--swap", &path];
+    let summary = passes(SOFT, "workload=kmap scale=2000", &options)?;
+    ensure!(number(&summary, "swap_outs") > 0, "nothing was swapped: {summary:#}");
+    ensure!(!Path::new(&path).exists(), "the swap file is still there");
+    std::fs::write(&path, "mine")?;
+    let again = SOFT.run(&options)?;
+    expect_sentence(&again, &["--swap", &path, "does not exist"])?;
+    ensure!(std::fs::read(&path)? == b"mine", "a file that was there was touched");
+    Ok(())
+}
+
+/// Each of the first operations, and some later ones.
+fn failing_swap() -> Verdict {
+    for operation in ["read", "write"] {
+        for n in (1..=12).chain([20, 50]) {
+            let fault = format!("{operation}@{n}");
+            let options = ["--frames", "6M", "--low", "1M", "--swap-fault", &fault];
+            let (run, _) = run(SOFT, "workload=kmap scale=1500", &options)?;
+            ensure!(run.end == status::FAILURE, "{fault}: expected {:?}:\n{run}", status::FAILURE);
+            let what = if operation == "read" { "reading" } else { "writing" };
+            let said = run.stderr.contains(&format!("swap: {what}")) && run.stderr.contains("os error 5");
+            ensure!(said, "{fault} is not said:\n{run}");
+            ensure!(!run.lines().join("\n").contains("verdict="), "the guest ran on:\n{run}");
+        }
+    }
+    Ok(())
+}
+
+fn full_swap() -> Verdict {
+    let (run, _) = run(SOFT, "workload=kmap scale=2000", &["--frames", "6M", "--low", "1M", "--swap", "1M"])?;
+    ensure!(run.end == status::FAILURE, "expected {:?}:\n{run}", status::FAILURE);
+    ensure!(run.stderr.contains("swap has 0 of 256 slots free"), "the reason is not said:\n{run}");
+    Ok(())
+}
+
+fn refused() -> Verdict {
+    expect_sentence(&SOFT.run(&["--frames", "1M"])?, &["--frames", "at 0s", "at least"])?;
+    expect_sentence(&SOFT.run(&["--frames", "8M@0s,1M@5s"])?, &["--frames", "at 5s", "at least"])?;
+    expect_sentence(&SOFT.run(&["--frames", "8M", "--low", "8M"])?, &["--frames", "low memory"])?;
+    for options in [&["--swap", "8M"][..], &["--frames", "8M,4M"], &["--frames", "8M", "--swap-fault", "x@1"]]
+    {
+        let run = SOFT.run(options)?;
+        ensure!(run.end == status::USAGE, "{options:?}: expected {:?}:\n{run}", status::USAGE);
+    }
+    Ok(())
+}
