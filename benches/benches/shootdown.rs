@@ -1,6 +1,6 @@
 //! Taking one page from a guest whose vCPU runs, by each way to make it forget, against that way alone.
 //!
-//! The guest reads the page and counts, round and round; each figure begins when it has just counted. *Bare* is the way
+//! The guest reads the page, counts, and computes a while, round and round; each figure begins when it has just counted. *Bare* is the way
 //! without a page: the request, the kick and the wait; or the madvise. All take turns, round by round, and a ratio is the
 //! median of the rounds' ratios. `peers/kick.c` is a kick by the kernel's own means.
 //!
@@ -317,12 +317,13 @@ fn write_guest(mmu: &Mmu) {
             put(table + 4 * entry, (directory << 22 | entry << 12) | 0x63);
         }
     }
-    // mov eax, [DATA]; inc ecx; mov [COUNTER], ecx; jmp back
+    // mov eax, [DATA]; inc ecx; mov [COUNTER], ecx; mov edx, 100; dec edx; jnz; jmp back: it has the page, and does not
+    // fault on it at once, which would be timed too.
     let mut code = vec![0xa1];
     code.extend(DATA.to_le_bytes());
     code.extend([0x41, 0x89, 0x0d]);
     code.extend(COUNTER.to_le_bytes());
-    code.extend([0xeb, 0xf2]);
+    code.extend([0xba, 100, 0, 0, 0, 0x4a, 0x75, 0xfd, 0xeb, 0xea]);
     mmu.write_bytes(&window, Gpa(CODE.into()), &code).expect("guest memory");
 }
 
