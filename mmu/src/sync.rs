@@ -89,8 +89,10 @@ pub fn zeroed<T: Default>(count: usize) -> Box<[T]> {
 
 /// A spinning lock; a model checker's is its own.
 mod brief {
-    #[cfg(any(loom, shuttle))]
-    pub use super::{Mutex, MutexGuard as Guard};
+    #[cfg(loom)]
+    pub use loom::sync::{Mutex, MutexGuard as Guard};
+    #[cfg(shuttle)]
+    pub use shuttle::sync::{Mutex, MutexGuard as Guard};
     #[cfg(not(any(loom, shuttle)))]
     pub type Mutex<T> = spin::mutex::SpinMutex<T, spin::relax::Yield>;
     #[cfg(not(any(loom, shuttle)))]

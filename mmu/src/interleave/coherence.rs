@@ -28,18 +28,18 @@
 //!
 //! Twins: `removing` not looked at, or looked at last.
 //!
-//! **The stamp's fence.** The clock is read after the spte's store can be seen.
+//! **The stamp.** It is taken by an atomic change of the clock's word, after the spte's store.
 //!
 //! ```text
 //! vCPU (in the guest)                   remover
 //! epoch := ++clock, flush               spte := 0
-//! walk: spte there? the TLB has it      -- fence --
-//! flushed := epoch                      stamp := clock
-//! use the frame, if the TLB has it      flushed > stamp? the frame is somebody else's
+//! walk: spte there? the TLB has it      stamp := clock, removing--
+//! flushed := epoch                      flushed > stamp? the frame is somebody else's
+//! use the frame, if the TLB has it
 //! ```
 //!
-//! Twin: no fence. The clock is then read while the store still waits in the CPU's buffer, and a flush that came
-//! between covers a stamp that is older than it; the walk after it read the old spte.
+//! Twin: the stamp is what the clock was before the store. A flush that came between covers it, and the walk after that
+//! read the old spte.
 
 use super::*;
 use crate::interleave::{Frame, explore};
@@ -212,7 +212,7 @@ fn owes_for_stamps_alone(ledger: &Coherence) -> bool {
 }
 
 fn owes_for_stamps_first(ledger: &Coherence) -> bool {
-    owes_for_stamps_alone(ledger) || ledger.removing.load(Ordering::SeqCst) > 0
+    owes_for_stamps_alone(ledger) || ledger.clock.is_removing()
 }
 
 /// An INVLPG that may find its spte gone, then an entry.
@@ -265,8 +265,8 @@ fn stamp(removal: Removal<'_>) -> u64 {
     removal.stamp_leaf(Mfn(1))
 }
 
-fn stamp_without_fence(removal: Removal<'_>) -> u64 {
-    let stamp = removal.ledger.clock.load(Ordering::SeqCst);
+fn stamp_from_before(removal: Removal<'_>) -> u64 {
+    let stamp = removal.word >> REMOVING_BITS;
     removal.ledger.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
     stamp
 }
@@ -304,6 +304,6 @@ fn a_flush_covers_only_what_it_came_after() {
 
 #[test]
 #[should_panic(expected = "the frame is")]
-fn twin_a_stamp_without_a_fence() {
-    explore(None, || flush_and_walk(stamp_without_fence));
+fn twin_a_stamp_from_before_the_store() {
+    explore(None, || flush_and_walk(stamp_from_before));
 }
