@@ -21,6 +21,8 @@ mod peer;
 mod pressure;
 #[path = "e2e/rig.rs"]
 mod rig;
+#[path = "e2e/series.rs"]
+mod series;
 #[path = "e2e/soak.rs"]
 mod soak;
 #[path = "e2e/umbra.rs"]
@@ -50,6 +52,7 @@ fn test() -> ExitCode {
         peer::cases(),
         pressure::cases(),
         rig::cases(),
+        series::cases(),
         soak::cases(),
         workloads::cases(),
     ];

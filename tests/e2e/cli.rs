@@ -46,7 +46,7 @@ fn help() -> Verdict {
 fn run_help() -> Verdict {
     let run = umbra(["run", "--help"])?;
     let text = run.lines().join("\n");
-    for word in ["--mem", "--append", "--timeout", "--json", "--backend"] {
+    for word in ["--mem", "--append", "--timeout", "--json", "--plot", "--status", "--backend"] {
         ensure!(text.contains(word), "run --help does not name {word}:\n{run}");
     }
     Ok(())

@@ -40,6 +40,7 @@ pub enum Command {
     ///   umbra run
     ///   umbra run --append 'workload=kmap paging=legacy'
     ///   umbra run my-kernel.elf --mem 128M --timeout 30s --json summary.json
+    ///   umbra run --mem 64M --frames 24M@0s,8M@2s --status --plot memory.svg
     #[command(verbatim_doc_comment)]
     Run(Box<RunArgs>),
     /// Look at this host: what its KVM can do, what it costs, what will be slow or missing.
@@ -167,9 +168,15 @@ pub struct RunArgs {
     /// End the run after this long, with status 10.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
-    /// Write a summary of the run to FILE as JSON; "-" is standard error.
+    /// Write a summary of the run and a series of samples to FILE as JSON; "-" is standard error.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Draw memory and what became of it over time into FILE, an SVG image.
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+    /// Show what memory does while the guest runs: one line on standard error, or one a second where that is no terminal.
+    #[arg(long)]
+    pub status: bool,
     /// Listen on a Unix socket for QMP: query-status, query-version, query-commands, x-explain, quit.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,

@@ -11,6 +11,8 @@ pub mod host_fpu;
 pub mod interp;
 pub mod kvm;
 pub mod machine;
+#[forbid(unsafe_code)]
+pub mod plot;
 pub mod probe;
 pub mod status;
 pub mod swap;

@@ -31,6 +31,10 @@ fn run(args: &RunArgs) -> u8 {
         Ok(json) => json,
         Err(error) => return refuse(&error),
     };
+    let mut plot = match args.plot.as_deref().map(vm::PlotSink::open).transpose() {
+        Ok(plot) => plot,
+        Err(error) => return refuse(&error),
+    };
     let summary = match vm::run(args) {
         Ok(summary) => summary,
         Err(error) => return refuse(&error),
@@ -39,10 +43,12 @@ fn run(args: &RunArgs) -> u8 {
         say!("{}", summary.end);
     }
     say!("{summary}");
-    match json.as_mut().map(|json| json.write(&summary)) {
-        Some(Err(error)) => refuse(&error),
-        _ => summary.status,
-    }
+    // A sink that fails keeps nothing from the other.
+    let written = [
+        json.as_mut().map_or(Ok(()), |json| json.write(&summary)),
+        plot.as_mut().map_or(Ok(()), |plot| plot.write(args, &summary)),
+    ];
+    written.iter().filter_map(|written| written.as_ref().err()).fold(summary.status, |_, error| refuse(error))
 }
 
 fn doctor(args: &DoctorArgs) -> u8 {

@@ -14,6 +14,8 @@
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | control, ask, requests | the control socket and its client; questions to a vCPU's thread |
 //! | serial | the guest's output |
+//! | series, live | what memory did over time; the line that shows it |
+//! | sink | the files that a run leaves |
 //! | fuzz | a guest for fuzzers |
 //! | ending, witness, summary | why it ended; what Umbra itself saw; the verdict |
 
@@ -28,12 +30,15 @@ mod events;
 mod flush;
 pub mod fuzz;
 mod kick;
+mod live;
 mod memory;
 mod native;
 mod paging;
 mod reclaimer;
 mod requests;
 mod serial;
+mod series;
+mod sink;
 mod soft;
 mod summary;
 mod tables;
@@ -41,7 +46,7 @@ mod vcpu;
 mod witness;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -52,6 +57,8 @@ use umbra_mmu::{BudgetTooSmall, Config, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE
 
 pub use ending::End;
 pub use serial::process_start;
+pub use series::{Rates, SAMPLES_MAX, Sample, Series};
+pub use sink::{JsonSink, PlotSink};
 pub use summary::Summary;
 pub use vcpu::VcpuStats;
 
@@ -72,10 +79,12 @@ use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
+use live::{LiveLine, Screen};
 use memory::BootMemory;
 use reclaimer::Reclaimer;
 use requests::Requests;
 use serial::{Console, FirstByte};
+use series::Recorder;
 use vcpu::{Core, Surroundings};
 
 /// The largest file that is read as an image or a module.
@@ -164,6 +173,16 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The plot could not be written.
+    #[error(
+        "--plot: writing {path}: {source}; name a file in a folder that exists and that you may write to"
+    )]
+    Plot {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
 }
 
 /// A guest that is ready to start.
@@ -179,6 +198,8 @@ struct Guest {
     /// Why this backend, in a line.
     why: Option<String>,
     overcommit: Overcommit,
+    /// Where its output and `--status` meet.
+    screen: Screen,
 }
 
 /// Runs a guest to its end.
@@ -189,44 +210,6 @@ struct Guest {
 pub fn run(args: &RunArgs) -> Result<Summary, RunError> {
     let guest = Guest::build(args)?;
     guest.run(args)
-}
-
-/// Where the summary goes: opened before the run, so that a wrong path costs no run.
-#[derive(Debug)]
-pub struct JsonSink {
-    path: PathBuf,
-    /// `None` for standard error.
-    file: Option<File>,
-}
-
-impl JsonSink {
-    /// Opens `path`, "-" being standard error.
-    ///
-    /// # Errors
-    ///
-    /// When the file cannot be made.
-    pub fn open(path: &Path) -> Result<JsonSink, RunError> {
-        let failed = |source| RunError::Json { path: path.to_owned(), source };
-        let is_stderr = path == Path::new("-");
-        let file = if is_stderr { None } else { Some(File::create(path).map_err(failed)?) };
-        Ok(JsonSink { path: path.to_owned(), file })
-    }
-
-    /// Writes the summary.
-    ///
-    /// # Errors
-    ///
-    /// When the file does not take it.
-    pub fn write(&mut self, summary: &Summary) -> Result<(), RunError> {
-        let failed = |source| RunError::Json { path: self.path.clone(), source };
-        let mut text = serde_json::to_string_pretty(summary).map_err(|e| failed(e.into()))?;
-        text.push('\n');
-        match &mut self.file {
-            Some(file) => file.write_all(text.as_bytes()),
-            None => io::stderr().write_all(text.as_bytes()),
-        }
-        .map_err(failed)
-    }
 }
 
 impl Guest {
@@ -260,7 +243,12 @@ impl Guest {
 
         // A run with a time limit ends in time, whether or not anybody reads what the guest has said.
         let patience = args.timeout.map(|_| READER_PATIENCE);
-        let (console, first_byte) = Console::new(io::stdout(), patience).map_err(RunError::Setup)?;
+        let screen = Screen::default();
+        let console = match args.status && io::stdout().is_terminal() {
+            true => Console::new(screen.guard(io::stdout()), patience),
+            false => Console::new(io::stdout(), patience),
+        };
+        let (console, first_byte) = console.map_err(RunError::Setup)?;
         let board = Board::new(BoardConfig {
             memory,
             vcpus: VCPUS as usize,
@@ -294,7 +282,18 @@ impl Guest {
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let notes = *image.notes();
-        Ok(Guest { mmu, devices, first_byte, start: entry.cpu, notes, runner, shootdown, why, overcommit })
+        Ok(Guest {
+            mmu,
+            devices,
+            first_byte,
+            start: entry.cpu,
+            notes,
+            runner,
+            shootdown,
+            why,
+            overcommit,
+            screen,
+        })
     }
 
     fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
@@ -311,20 +310,10 @@ impl Guest {
         }
         let requests = Arc::new(Requests::default());
         let ending = Ending::new(Arc::clone(&self.devices), VCPUS);
-        let mut subscribers: Vec<Subscriber> = Vec::new();
-        if let Some(path) = &args.qmp {
-            let controls = Controls {
-                ending: ending.clone(),
-                requests: Arc::clone(&requests),
-                devices: Arc::clone(&self.devices),
-            };
-            let socket = ControlSocket::bind(path, controls);
-            let socket = socket.map_err(|source| RunError::Control { path: path.clone(), source })?;
-            subscribers.push(Box::new(socket));
-        }
-        if let Some(schedule) = &self.overcommit.schedule {
-            let timer = BudgetTimer::new(Arc::clone(&self.mmu), schedule).map_err(RunError::Setup)?;
-            subscribers.push(Box::new(timer));
+        let mut subscribers = self.subscribers(args, &ending, &requests)?;
+        let recorder = self.recorder(args);
+        if let Some(recorder) = &recorder {
+            subscribers.push(Box::new(recorder.timer().map_err(RunError::Setup)?));
         }
         let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
@@ -343,7 +332,42 @@ impl Guest {
         drop(events);
         drop(reclaimer);
         let end = ending.take().unwrap_or(End::Quit);
-        Ok(judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started))
+        // Before the witnesses are heard: they bring pages in.
+        let series = recorder.map(|recorder| recorder.finish());
+        let judged = judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started);
+        Ok(Summary { series, ..judged })
+    }
+
+    /// What the event loop serves beside the board.
+    fn subscribers(
+        &self,
+        args: &RunArgs,
+        ending: &Ending,
+        requests: &Arc<Requests>,
+    ) -> Result<Vec<Subscriber>, RunError> {
+        let mut subscribers: Vec<Subscriber> = Vec::new();
+        if let Some(path) = &args.qmp {
+            let controls = Controls {
+                ending: ending.clone(),
+                requests: Arc::clone(requests),
+                devices: Arc::clone(&self.devices),
+            };
+            let socket = ControlSocket::bind(path, controls);
+            let socket = socket.map_err(|source| RunError::Control { path: path.clone(), source })?;
+            subscribers.push(Box::new(socket));
+        }
+        if let Some(schedule) = &self.overcommit.schedule {
+            let timer = BudgetTimer::new(Arc::clone(&self.mmu), schedule).map_err(RunError::Setup)?;
+            subscribers.push(Box::new(timer));
+        }
+        Ok(subscribers)
+    }
+
+    /// What keeps a series, if anybody asks for one.
+    fn recorder(&self, args: &RunArgs) -> Option<Recorder> {
+        let asked = args.status || args.plot.is_some() || args.json.is_some();
+        let live = args.status.then(|| LiveLine::new(&self.screen));
+        asked.then(|| Recorder::start(Arc::clone(&self.mmu), live))
     }
 }
 
@@ -375,6 +399,7 @@ fn judge(
         vcpu: core.stats.into(),
         memory: summary::Memory::of(mmu, core.mmu_vcpu.window().high_water()),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
+        series: None,
     }
 }
 

@@ -8,6 +8,7 @@ use umbra_mmu::records::Cause;
 use umbra_mmu::{FaultStats, Mmu};
 
 use super::ending::End;
+use super::series::Series;
 use super::vcpu::VcpuStats;
 use crate::board::BoardExit;
 use crate::boot::witness::Witness;
@@ -130,6 +131,8 @@ pub struct Summary {
     pub memory: Memory,
     /// Times.
     pub times: Times,
+    /// Memory over time, if anybody asked for it.
+    pub series: Option<Series>,
 }
 
 /// [`FaultStats`] for JSON.

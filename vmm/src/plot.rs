@@ -1,0 +1,430 @@
+//! Memory over time as a picture: the SVG of `--plot`.
+//!
+//! Story: two panels over one axis of time. The upper one has memory in MiB, the lower one what happened in a second. The
+//! picture stands alone: no script, no font, no other file; its colours follow the reader's scheme.
+//!
+//! Holds: any samples and any title make a well-formed picture of bounded size, with all of it in sight.
+
+use std::fmt::Write;
+
+use umbra_mmu::PAGE_SIZE;
+
+use crate::vm::{Rates, Sample};
+
+/// Size of the picture, in its own units.
+const SIZE: (f64, f64) = (900.0, 600.0);
+/// Left and right edge of the panels.
+const SIDES: (f64, f64) = (84.0, 876.0);
+/// Upper and lower edge of each panel.
+const MEMORY: (f64, f64) = (76.0, 306.0);
+const RATES: (f64, f64) = (350.0, 540.0);
+/// Lines of the grid at most, across and along.
+const TICKS: (f64, f64) = (10.0, 5.0);
+/// Characters of the title that are in sight; all of it is in the picture's name.
+const TITLE_MAX: usize = 100;
+/// From here on a number is written with an exponent.
+const PLAIN_MAX: f64 = 1e7;
+
+const STYLE: &str = "\
+svg{color-scheme:light dark;background:#fff;font:12px system-ui,sans-serif}
+.paper{fill:#fff}text{fill:#24292f}.title{font-size:16px;font-weight:600}
+.grid{stroke:#d8dee4;fill:none}.frame{stroke:#57606a;fill:none}
+.curve{fill:none;stroke-width:1.6;stroke-linecap:round;stroke-linejoin:round}
+.resident{stroke:#0969da}.swapped,.swap-outs{stroke:#bc4c00}.free{stroke:#1a7f37}
+.budget{stroke:#57606a;stroke-dasharray:8 4}.refaults{stroke:#8250df}.invalidations{stroke:#0a7c86}
+@media(prefers-color-scheme:dark){
+svg{background:#0d1117}.paper{fill:#0d1117}text{fill:#e6edf3}
+.grid{stroke:#30363d}.frame{stroke:#8b949e}
+.resident{stroke:#58a6ff}.swapped,.swap-outs{stroke:#f0883e}.free{stroke:#3fb950}
+.budget{stroke:#8b949e}.refaults{stroke:#bc8cff}.invalidations{stroke:#39c5cf}}
+";
+
+/// Draws `samples`, which are in order of time.
+pub fn svg(samples: &[Sample], title: &str) -> String {
+    let end = samples.last().map_or(0.0, |last| last.at.as_secs_f64());
+    let time = Axis::exactly(end, TICKS.0);
+    let mut picture = Picture(String::new());
+    picture.begin(title);
+    picture.panel(&Panel { edges: MEMORY, unit: "memory (MiB)", curves: memory(samples) }, &time);
+    picture.panel(&Panel { edges: RATES, unit: "events per second", curves: rates(samples) }, &time);
+    picture.times(&time);
+    picture.0.push_str("</svg>\n");
+    picture.0
+}
+
+/// A value over time, in seconds.
+struct Curve {
+    /// What the legend calls it.
+    name: &'static str,
+    /// Its class in [`STYLE`].
+    class: &'static str,
+    points: Vec<(f64, f64)>,
+}
+
+struct Panel {
+    edges: (f64, f64),
+    unit: &'static str,
+    curves: Vec<Curve>,
+}
+
+fn memory(samples: &[Sample]) -> Vec<Curve> {
+    let mib = |pages: u32| (u64::from(pages) * PAGE_SIZE) as f64 / f64::from(1 << 20);
+    let curve = |name, value: fn(&Sample) -> u32| {
+        let points = samples.iter().map(|sample| (sample.at.as_secs_f64(), mib(value(sample)))).collect();
+        Curve { name, class: name, points }
+    };
+    let mut budget = curve("budget", |sample| sample.budget);
+    budget.points = steps(&budget.points);
+    vec![
+        curve("resident", |sample| sample.resident),
+        curve("swapped", |sample| sample.swapped),
+        curve("free", |sample| sample.frames_free),
+        budget,
+    ]
+}
+
+/// Each value holds until the next one.
+fn steps(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let risers = points.windows(2).flat_map(|pair| [(pair[1].0, pair[0].1), pair[1]]);
+    points.first().copied().into_iter().chain(risers).collect()
+}
+
+fn rates(samples: &[Sample]) -> Vec<Curve> {
+    let curve = |name, class, value: fn(Rates) -> f64| {
+        // A rate holds for the time that it was taken over.
+        let points = samples.windows(2).flat_map(|pair| {
+            let rate = Rates::between(&pair[0], &pair[1]).map(value);
+            rate.into_iter()
+                .flat_map(|rate| [(pair[0].at.as_secs_f64(), rate), (pair[1].at.as_secs_f64(), rate)])
+        });
+        Curve { name, class, points: points.collect() }
+    };
+    vec![
+        curve("refaults/s", "refaults", |rates| rates.refaults),
+        curve("swap-outs/s", "swap-outs", |rates| rates.swap_outs),
+        curve("invalidations/s", "invalidations", |rates| rates.invalidations),
+    ]
+}
+
+/// An axis from 0 on.
+struct Axis {
+    max: f64,
+    step: f64,
+}
+
+impl Axis {
+    /// One that ends at `max`, or at 1 if that is 0.
+    fn exactly(max: f64, ticks: f64) -> Axis {
+        let max = if max > 0.0 && max.is_finite() { max } else { 1.0 };
+        let raw = max / ticks;
+        let power = 10f64.powf(raw.log10().floor());
+        let step = [1.0, 2.0, 5.0].into_iter().map(|of| of * power).find(|step| *step >= raw);
+        Axis { max, step: step.unwrap_or(10.0 * power) }
+    }
+
+    /// One that ends at its first tick from `max` on.
+    fn covering(max: f64, ticks: f64) -> Axis {
+        let axis = Axis::exactly(max, ticks);
+        Axis { max: (axis.max / axis.step - 1e-9).ceil() * axis.step, ..axis }
+    }
+
+    /// The ticks, with their words.
+    fn ticks(&self) -> impl Iterator<Item = (f64, String)> {
+        let last = (self.max / self.step + 1e-9).floor().min(2.0 * TICKS.0) as u32;
+        (0..=last).map(|n| (f64::from(n) * self.step, self.label(f64::from(n) * self.step)))
+    }
+
+    fn label(&self, value: f64) -> String {
+        if value >= PLAIN_MAX {
+            return format!("{value:.1e}");
+        }
+        let places = (-(self.step * 1.000_001).log10().floor()).clamp(0.0, 12.0) as usize;
+        format!("{value:.places$}")
+    }
+
+    /// Where `value` is between two edges.
+    fn place(&self, value: f64, (from, to): (f64, f64)) -> f64 {
+        from + (value / self.max).clamp(0.0, 1.0) * (to - from)
+    }
+}
+
+struct Picture(String);
+
+/// Adds to a picture. A string takes everything.
+macro_rules! draw {
+    ($picture:expr, $($part:tt)*) => { let _ = writeln!($picture.0, $($part)*); };
+}
+
+impl Picture {
+    fn begin(&mut self, title: &str) {
+        let (width, height) = SIZE;
+        let (name, mut short) = (escaped(title), title.to_owned());
+        if title.chars().count() > TITLE_MAX {
+            short = title.chars().take(TITLE_MAX - 1).chain(['\u{2026}']).collect();
+        }
+        draw!(
+            self,
+            r#"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">"#
+        );
+        draw!(self, "<title>{name}</title>\n<style>\n{STYLE}</style>");
+        draw!(self, r#"<rect class="paper" width="{width}" height="{height}"/>"#);
+        self.text((SIDES.0, 30.0), r#"class="title""#, &short);
+    }
+
+    fn panel(&mut self, panel: &Panel, time: &Axis) {
+        let (top, bottom) = panel.edges;
+        let points = || panel.curves.iter().flat_map(|curve| &curve.points);
+        let axis = Axis::covering(points().map(|point| point.1).fold(0.0, f64::max), TICKS.1);
+        for (value, label) in axis.ticks() {
+            let y = axis.place(value, (bottom, top));
+            draw!(self, r#"<path class="grid" d="M{:.1} {y:.1}H{:.1}"/>"#, SIDES.0, SIDES.1);
+            self.text((SIDES.0 - 8.0, y + 4.0), r#"text-anchor="end""#, &label);
+        }
+        for (value, _) in time.ticks() {
+            draw!(self, r#"<path class="grid" d="M{:.1} {top:.1}V{bottom:.1}"/>"#, time.place(value, SIDES));
+        }
+        let (width, height) = (SIDES.1 - SIDES.0, bottom - top);
+        draw!(self, r#"<rect class="frame" x="{}" y="{top}" width="{width}" height="{height}"/>"#, SIDES.0);
+        let middle = f64::midpoint(top, bottom);
+        let turned = format!(r#"text-anchor="middle" transform="rotate(-90 18 {middle})""#);
+        self.text((18.0, middle), &turned, panel.unit);
+        if points().next().is_none() {
+            let center = f64::midpoint(SIDES.0, SIDES.1);
+            self.text((center, middle), r#"text-anchor="middle""#, "no samples");
+        }
+        panel.curves.iter().for_each(|curve| {
+            self.curve(curve, |(x, y)| (time.place(x, SIDES), axis.place(y, (bottom, top))))
+        });
+        self.legend(&panel.curves, top - 14.0);
+    }
+
+    fn curve(&mut self, curve: &Curve, place: impl Fn((f64, f64)) -> (f64, f64)) {
+        let placed = curve.points.iter().map(|point| place(*point)).map(|(x, y)| (tenths(x), tenths(y)));
+        let mut kept: Vec<(i64, i64)> = Vec::new();
+        for point in placed {
+            // The middle one of three in a row, or in a column, adds nothing.
+            if let [.., a, b] = kept[..]
+                && ((a.1 == b.1 && b.1 == point.1 && a.0 <= b.0) || (a == b))
+            {
+                kept.pop();
+            }
+            kept.push(point);
+        }
+        let Some((first, rest)) = kept.split_first() else { return };
+        let mut path = format!("M{} {}", units(first.0), units(first.1));
+        rest.iter().for_each(|(x, y)| path += &format!("L{} {}", units(*x), units(*y)));
+        // A line of no length has round ends: a dot.
+        if rest.is_empty() {
+            path += "h0";
+        }
+        draw!(self, r#"<path class="curve {}" d="{path}"/>"#, curve.class);
+    }
+
+    fn legend(&mut self, curves: &[Curve], y: f64) {
+        let mut x = SIDES.0;
+        for curve in curves {
+            draw!(self, r#"<path class="curve {}" d="M{x:.1} {:.1}h24"/>"#, curve.class, y - 4.0);
+            self.text((x + 30.0, y), "", curve.name);
+            x += 130.0;
+        }
+    }
+
+    fn times(&mut self, time: &Axis) {
+        for (value, label) in time.ticks() {
+            let at = (time.place(value, SIDES), RATES.1 + 18.0);
+            self.text(at, r#"text-anchor="middle""#, &label);
+        }
+        let center = f64::midpoint(SIDES.0, SIDES.1);
+        self.text((center, RATES.1 + 42.0), r#"text-anchor="middle""#, "time since the guest's start (s)");
+    }
+
+    fn text(&mut self, (x, y): (f64, f64), attributes: &str, words: &str) {
+        draw!(self, r#"<text x="{x:.1}" y="{y:.1}" {attributes}>{}</text>"#, escaped(words));
+    }
+}
+
+fn tenths(place: f64) -> i64 {
+    (place * 10.0).round() as i64
+}
+
+fn units(tenths: i64) -> f64 {
+    tenths as f64 / 10.0
+}
+
+/// `text` as XML has it; what it cannot have at all becomes U+FFFD.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            '\t' | '\n' | '\r' => out.push(' '),
+            '\0'..=' ' | '\u{fffe}' | '\u{ffff}' if c != ' ' => out.push('\u{fffd}'),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+    use roxmltree::{Document, Node};
+
+    use super::*;
+
+    fn at(millis: u64) -> Sample {
+        Sample { at: Duration::from_millis(millis), budget: 2048, ..Sample::default() }
+    }
+
+    fn has_class(node: &Node, class: &str) -> bool {
+        node.attribute("class").is_some_and(|classes| classes.split(' ').any(|one| one == class))
+    }
+
+    /// The paths of a curve: the last is the legend's.
+    fn paths<'a>(document: &'a Document, class: &str) -> Vec<&'a str> {
+        let nodes = document.descendants().filter(|node| has_class(node, class));
+        nodes.filter_map(|node| node.attribute("d")).collect()
+    }
+
+    /// The numbers of a path.
+    fn numbers(path: &str) -> Vec<f64> {
+        let parts = path.split(|c: char| c.is_ascii_alphabetic() || c == ' ').filter(|part| !part.is_empty());
+        parts.map(|part| part.parse().expect("a number")).collect()
+    }
+
+    /// Well-formed, alone, and all of it in sight.
+    fn check(text: &str) {
+        let document = Document::parse(text).unwrap_or_else(|error| panic!("{error}:\n{text}"));
+        let root = document.root_element();
+        assert_eq!((root.attribute("width"), root.attribute("height")), (Some("900"), Some("600")));
+        for node in root.descendants().filter(Node::is_element) {
+            assert!(["svg", "title", "style", "rect", "path", "text"].contains(&node.tag_name().name()));
+            assert!(node.attributes().all(|a| !a.name().starts_with("on") && a.name() != "href"), "{node:?}");
+            let path = node.attribute("d").map(numbers).unwrap_or_default();
+            let places = ["x", "y"].into_iter().filter_map(|name| node.attribute(name));
+            let places = places.map(|place| place.parse().expect("a number"));
+            assert!(path.into_iter().chain(places).all(|n: f64| (0.0..=900.0).contains(&n)), "{node:?}");
+        }
+        assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+        for word in ["memory (MiB)", "events per second", "(s)", "prefers-color-scheme", "refaults/s"] {
+            assert!(text.contains(word), "{word} is missing:\n{text}");
+        }
+    }
+
+    #[test]
+    fn no_sample_is_an_empty_picture_that_says_so() {
+        let text = svg(&[], "nothing");
+        check(&text);
+        assert_eq!(text.matches("no samples").count(), 2);
+    }
+
+    #[test]
+    fn one_sample_is_dots_and_no_rates() {
+        for sample in [at(0), at(70)] {
+            let text = svg(&[sample], "one");
+            check(&text);
+            let document = Document::parse(&text).expect("XML");
+            assert!(paths(&document, "resident")[0].ends_with("h0"));
+            assert_eq!((paths(&document, "budget").len(), paths(&document, "refaults").len()), (2, 1));
+        }
+    }
+
+    #[test]
+    fn constant_values_are_two_points() {
+        let samples: Vec<_> = (0..100).map(|n| Sample { resident: 7, ..at(n * 50) }).collect();
+        let text = svg(&samples, "constant");
+        check(&text);
+        let document = Document::parse(&text).expect("XML");
+        for class in ["resident", "swapped", "budget", "refaults"] {
+            let points = numbers(paths(&document, class)[0]);
+            assert_eq!((points.len(), points[1]), (4, points[3]), "{class}");
+            assert_eq!((points[0], points[2]), SIDES, "{class}");
+        }
+    }
+
+    #[test]
+    fn the_budget_is_drawn_in_steps() {
+        let samples = [at(0), Sample { budget: 1024, ..at(1000) }, at(2000)];
+        let document = svg(&samples, "steps");
+        let document = Document::parse(&document).expect("XML");
+        let points = numbers(paths(&document, "budget")[0]);
+        // 8 MiB until 1 s, 4 MiB until 2 s: along, down, along, up.
+        let (half, middle) = (191.0, 480.0);
+        let corners = [84.0, 76.0, middle, 76.0, middle, half, 876.0, half, 876.0, 76.0];
+        assert_eq!(points, corners);
+    }
+
+    #[test]
+    fn huge_values_stay_in_the_picture() {
+        let huge = Sample {
+            at: Duration::MAX,
+            budget: u32::MAX,
+            resident: u32::MAX,
+            refaults: u64::MAX,
+            ..Sample::default()
+        };
+        check(&svg(&[at(0), huge], "huge"));
+        let soon = Sample { at: Duration::from_nanos(1), ..huge };
+        check(&svg(&[at(0), soon], "soon"));
+        check(&svg(&[huge, at(0), huge], "out of order"));
+    }
+
+    #[test]
+    fn a_title_is_words_whatever_is_in_it() {
+        let title = "a<b>&\"c'\u{1}\u{0}\u{ffff}\n]]><script>x</script>";
+        let text = svg(&[at(0)], title);
+        check(&text);
+        let document = Document::parse(&text).expect("XML");
+        let name =
+            document.descendants().find(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "title")));
+        let name = name.and_then(|node| node.text()).expect("a name");
+        assert_eq!(name, "a<b>&\"c'\u{fffd}\u{fffd}\u{fffd} ]]><script>x</script>");
+        let long = "x".repeat(5000);
+        assert!(svg(&[], &long).contains(&format!(">{}\u{2026}<", "x".repeat(TITLE_MAX - 1))));
+    }
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        let labels = |axis: Axis| axis.ticks().map(|(_, label)| label).collect::<Vec<_>>();
+        assert_eq!(labels(Axis::covering(8.0, 5.0)), ["0", "2", "4", "6", "8"]);
+        assert_eq!(labels(Axis::covering(8.5, 5.0)), ["0", "2", "4", "6", "8", "10"]);
+        assert_eq!(labels(Axis::exactly(0.25, 5.0)), ["0.00", "0.05", "0.10", "0.15", "0.20", "0.25"]);
+        assert_eq!(labels(Axis::covering(0.0, 5.0)), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
+        assert_eq!(labels(Axis::covering(3e9, 5.0))[1], "1.0e9");
+    }
+
+    #[test]
+    fn a_full_series_makes_a_picture_of_bounded_size() {
+        let sample =
+            |n: u64| Sample { resident: (n % 2) as u32 * 2048, refaults: n * n * (n % 3), ..at(n * 50) };
+        let samples: Vec<_> = (0..crate::vm::SAMPLES_MAX as u64).map(sample).collect();
+        let text = svg(&samples, "full");
+        check(&text);
+        assert!(text.len() < 400 << 10, "{} bytes", text.len());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_samples_and_any_title_make_a_picture(
+            values in prop::collection::vec(any::<(u64, u32, u32, u64)>(), 0..20),
+            title in any::<String>(),
+        ) {
+            let mut samples: Vec<_> = values.into_iter().map(|(at, pages, budget, count)| Sample {
+                at: Duration::from_nanos(at),
+                budget,
+                resident: pages,
+                refaults: count,
+                ..Sample::default()
+            }).collect();
+            samples.sort_unstable_by_key(|sample| sample.at);
+            check(&svg(&samples, &title));
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The line of `--status`: what a running guest's memory does, on standard error.
+//!
+//! Story: on a terminal the line is written over itself a few times a second, and gone before the verdict. Elsewhere a line
+//! comes each second. Where the guest writes to the same terminal, its output goes through a [`Guarded`] writer, which
+//! takes the line away first.
+//!
+//! Holds: nobody waits here. A line for which standard error has no room is left out.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use terminal_size::terminal_size_of;
+use umbra_mmu::PAGE_SIZE;
+
+use super::series::{Rates, Sample, next_multiple};
+
+/// From one line to the next, on a terminal.
+const ON_TERMINAL: Duration = Duration::from_millis(250);
+/// And elsewhere.
+const PLAIN: Duration = Duration::from_secs(1);
+/// Columns of a terminal that does not say.
+const COLUMNS: usize = 80;
+
+/// The line about `after`, `before` having been shown before it.
+fn line(before: &Sample, after: &Sample) -> String {
+    let size = |pages: u32| format!("{:.1}M", (u64::from(pages) * PAGE_SIZE) as f64 / f64::from(1 << 20));
+    let rates = Rates::between(before, after).unwrap_or_default();
+    format!(
+        "umbra: {:.1}s  resident {}  swapped {}  free {} of {}  refaults {:.0}/s  invalidations {:.0}/s",
+        after.at.as_secs_f64(),
+        size(after.resident),
+        size(after.swapped),
+        size(after.frames_free),
+        size(after.budget),
+        rates.refaults,
+        rates.invalidations,
+    )
+}
+
+/// What is on the terminal.
+#[derive(Debug, Default)]
+struct Shown {
+    /// Characters of the line that is there now.
+    line: usize,
+    /// The guest's output has not come to the end of a line.
+    mid_line: bool,
+}
+
+impl Shown {
+    /// What takes the line away.
+    fn erase(&mut self) -> String {
+        match std::mem::take(&mut self.line) {
+            0 => String::new(),
+            line => format!("\r{:line$}\r", ""),
+        }
+    }
+
+    /// What puts `text` in the place of the line, as much as `columns` have room for; nothing where that would write over
+    /// the guest's words.
+    fn replace(&mut self, text: &str, columns: usize) -> String {
+        if self.mid_line {
+            return String::new();
+        }
+        // In the last column the cursor could wrap.
+        let text: String = text.chars().take(columns.saturating_sub(1)).collect();
+        let before = std::mem::replace(&mut self.line, text.chars().count());
+        format!("\r{text:before$}")
+    }
+}
+
+/// A terminal that the line and the guest's output may share.
+#[derive(Clone, Debug, Default)]
+pub struct Screen(Arc<Mutex<Shown>>);
+
+impl Screen {
+    /// Has what goes to `out` take the line away first.
+    pub fn guard<W: Write>(&self, out: W) -> Guarded<W> {
+        Guarded { out, screen: self.clone() }
+    }
+}
+
+/// A writer to a terminal that may have the line on it.
+#[derive(Debug)]
+pub struct Guarded<W> {
+    out: W,
+    screen: Screen,
+}
+
+impl<W: Write> Write for Guarded<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut shown = self.screen.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        say(&shown.erase());
+        let written = self.out.write(bytes)?;
+        self.out.flush()?;
+        if let Some(last) = bytes[..written].last() {
+            shown.mid_line = *last != b'\n';
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The line, and when it is due.
+#[derive(Debug)]
+pub struct LiveLine {
+    /// Where standard error is one.
+    screen: Option<Screen>,
+    before: Sample,
+    due: Duration,
+}
+
+impl LiveLine {
+    /// A line on `screen` if standard error is a terminal, or else lines.
+    pub fn new(screen: &Screen) -> LiveLine {
+        let screen = io::stderr().is_terminal().then(|| screen.clone());
+        let mut line = LiveLine { screen, before: Sample::default(), due: Duration::ZERO };
+        line.due = line.period();
+        line
+    }
+
+    /// From one line to the next.
+    pub fn period(&self) -> Duration {
+        if self.screen.is_some() { ON_TERMINAL } else { PLAIN }
+    }
+
+    /// Shows `sample` if a line is due.
+    pub fn show(&mut self, sample: &Sample) {
+        if sample.at < self.due {
+            return;
+        }
+        let text = line(&self.before, sample);
+        self.before = *sample;
+        self.due = next_multiple(sample.at, self.period());
+        if !has_room() {
+            return;
+        }
+        match &self.screen {
+            None => say(&format!("{text}\n")),
+            Some(screen) => {
+                // Held by a guest's output that stands still, there is nothing to be shown.
+                let Ok(mut shown) = screen.0.try_lock() else { return };
+                say(&shown.replace(&text, columns()));
+            }
+        }
+    }
+
+    /// Takes the line away.
+    pub fn erase(&mut self) {
+        if let Some(Ok(mut shown)) = self.screen.as_ref().map(|screen| screen.0.try_lock()) {
+            say(&shown.erase());
+        }
+    }
+}
+
+fn columns() -> usize {
+    terminal_size_of(io::stderr()).map_or(COLUMNS, |(width, _)| width.0.into())
+}
+
+/// True where standard error takes a line at once: the event loop must not wait for its reader.
+fn has_room() -> bool {
+    let mut fd = libc::pollfd { fd: io::stderr().as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one pollfd, which lives for the call.
+    let ready = unsafe { libc::poll(&mut fd, 1, 0) };
+    ready == 1 && fd.revents & libc::POLLOUT != 0
+}
+
+/// A reader that has gone is no reason to fail.
+fn say(text: &str) {
+    if !text.is_empty() {
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_has_sizes_and_rates() {
+        let before = Sample { at: Duration::from_millis(2200), refaults: 100, ..Sample::default() };
+        let after = Sample {
+            at: Duration::from_millis(3200),
+            budget: 2048,
+            frames_free: 102,
+            resident: 1306,
+            swapped: 3072,
+            refaults: 1334,
+            invalidations: 410,
+            ..before
+        };
+        assert_eq!(
+            line(&before, &after),
+            "umbra: 3.2s  resident 5.1M  swapped 12.0M  free 0.4M of 8.0M  refaults 1234/s  invalidations 410/s"
+        );
+    }
+
+    #[test]
+    fn a_line_of_huge_values_or_no_time_is_a_line() {
+        let huge = Sample {
+            at: Duration::MAX,
+            budget: u32::MAX,
+            resident: u32::MAX,
+            refaults: u64::MAX,
+            ..Sample::default()
+        };
+        for (before, after) in [(Sample::default(), huge), (huge, huge), (huge, Sample::default())] {
+            let line = line(&before, &after);
+            assert!(line.starts_with("umbra: ") && !line.contains("NaN") && !line.contains("inf"), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_line_covers_the_one_before_and_stays_in_its_row() {
+        let mut shown = Shown::default();
+        assert_eq!(shown.erase(), "");
+        assert_eq!(shown.replace("abcdef", 80), "\rabcdef");
+        assert_eq!(shown.replace("abc", 80), "\rabc   ");
+        assert_eq!(shown.replace("abcdef", 4), "\rabc");
+        assert_eq!(shown.erase(), "\r   \r");
+        assert_eq!(shown.erase(), "");
+        assert_eq!(shown.replace("abc", 0), "\r");
+    }
+
+    #[test]
+    fn a_guest_in_the_middle_of_a_line_is_not_written_over() {
+        let screen = Screen::default();
+        let mut out = screen.guard(Vec::new());
+        out.write_all(b"so far").expect("memory");
+        assert_eq!(screen.0.lock().expect("lock").replace("line", 80), "");
+        out.write_all(b", so good\n").expect("memory");
+        assert_eq!(screen.0.lock().expect("lock").replace("line", 80), "\rline");
+        assert_eq!(out.out, b"so far, so good\n");
+    }
+}

@@ -1,0 +1,414 @@
+//! What the MMU held over time: for `--json`, `--plot` and `--status`.
+//!
+//! Story: a timer in the event loop takes a sample of the MMU's counts every [`INTERVAL`]. When [`SAMPLES_MAX`] are there,
+//! every second one goes and the interval doubles, so that a run of any length has a series of bounded length.
+//!
+//! Holds: the samples are in order of time; the first is of the guest's start, and the last of its end. Nothing is sampled
+//! unless somebody asks.
+
+use std::io;
+use std::mem;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use serde::ser::{Error, Serialize, SerializeMap, Serializer};
+use serde_json::value::to_raw_value;
+use umbra_mmu::{Mmu, Usage};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::events::add;
+use super::live::LiveLine;
+
+/// From one sample to the next, at the beginning.
+pub const INTERVAL: Duration = Duration::from_millis(50);
+/// The most samples of a series.
+pub const SAMPLES_MAX: usize = 2048;
+
+/// The MMU's counts at one moment. Pages and frames are of 4 KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Since the guest was started.
+    pub at: Duration,
+    /// The most frames that the host may have to back.
+    pub budget: u32,
+    /// Those that it may be backing.
+    pub frames_used: u32,
+    /// Frames that an ordinary taker could still have.
+    pub frames_free: u32,
+    /// Guest pages that have a frame.
+    pub resident: u32,
+    /// Guest pages in swap.
+    pub swapped: u32,
+    /// Guest pages that the guest has given up.
+    pub ballooned: u32,
+    /// Shadow pages in use.
+    pub shadow_pages: u32,
+    /// Pages read back because somebody wanted them, so far; as are all that follow.
+    pub refaults: u64,
+    /// Pages written to swap.
+    pub swap_outs: u64,
+    /// Writes to swap, each of adjacent pages.
+    pub swap_writes: u64,
+    /// Pages dropped that were zeros.
+    pub zero_drops: u64,
+    /// Pages dropped that swap had a good copy of.
+    pub clean_drops: u64,
+    /// Invalidations.
+    pub invalidations: u64,
+    /// Times that a vCPU had to reclaim for itself.
+    pub direct_reclaims: u64,
+}
+
+impl Sample {
+    /// What was in use `at` that time.
+    pub fn of(usage: &Usage, at: Duration) -> Sample {
+        Sample {
+            at,
+            budget: usage.budget,
+            frames_used: usage.frames_used,
+            frames_free: usage.frames_free,
+            resident: usage.resident,
+            swapped: usage.swapped,
+            ballooned: usage.ballooned,
+            shadow_pages: usage.shadow_pages,
+            refaults: usage.refaults,
+            swap_outs: usage.swap_outs,
+            swap_writes: usage.swap_writes,
+            zero_drops: usage.zero_drops,
+            clean_drops: usage.clean_drops,
+            invalidations: usage.invalidations,
+            direct_reclaims: usage.direct_reclaims,
+        }
+    }
+}
+
+/// What happened in a second, between two samples.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Rates {
+    /// Pages read back because somebody wanted them.
+    pub refaults: f64,
+    /// Pages written to swap.
+    pub swap_outs: f64,
+    /// Invalidations.
+    pub invalidations: f64,
+}
+
+impl Rates {
+    /// The rates from `before` to `after`; `None` where no time has passed.
+    pub fn between(before: &Sample, after: &Sample) -> Option<Rates> {
+        let seconds = after.at.checked_sub(before.at).filter(|time| !time.is_zero())?.as_secs_f64();
+        let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / seconds;
+        Some(Rates {
+            refaults: rate(before.refaults, after.refaults),
+            swap_outs: rate(before.swap_outs, after.swap_outs),
+            invalidations: rate(before.invalidations, after.invalidations),
+        })
+    }
+}
+
+/// Samples in order of time. In JSON it is an object of arrays, one for each column, all of one length.
+#[derive(Clone, Debug)]
+pub struct Series {
+    samples: Vec<Sample>,
+    interval: Duration,
+    /// When the next one is due.
+    due: Duration,
+}
+
+impl Default for Series {
+    fn default() -> Series {
+        Series { samples: Vec::new(), interval: INTERVAL, due: Duration::ZERO }
+    }
+}
+
+impl Series {
+    /// The samples.
+    pub fn samples(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// From one sample to the next, now.
+    pub fn interval(&self) -> Duration {
+        self.interval
+    }
+
+    /// Takes a sample if one is due.
+    pub fn offer(&mut self, sample: Sample) {
+        if sample.at >= self.due {
+            self.push(sample);
+            self.due = next_multiple(sample.at, self.interval);
+        }
+    }
+
+    /// Takes the sample of the end, due or not.
+    pub fn finish(&mut self, sample: Sample) {
+        // One from just before has nothing to add, and rates over next to no time say little.
+        let (several, near) = (self.samples.len() > 1, self.interval / 2);
+        self.samples.pop_if(|last| match sample.at.checked_sub(last.at) {
+            Some(since) => since.is_zero() || (several && since < near),
+            None => true,
+        });
+        self.push(sample);
+    }
+
+    fn push(&mut self, sample: Sample) {
+        if self.samples.len() >= SAMPLES_MAX {
+            self.thin();
+        }
+        self.samples.push(sample);
+    }
+
+    /// Every second one goes, and the first stays.
+    fn thin(&mut self) {
+        let mut goes = true;
+        self.samples.retain(|_| {
+            goes = !goes;
+            !goes
+        });
+        self.interval = self.interval.saturating_mul(2);
+    }
+}
+
+/// The first multiple of `interval` after `at`.
+pub fn next_multiple(at: Duration, interval: Duration) -> Duration {
+    let interval = interval.as_nanos().max(1);
+    let next = (at.as_nanos() / interval + 1).saturating_mul(interval);
+    Duration::from_nanos(u64::try_from(next).unwrap_or(u64::MAX))
+}
+
+/// A column's name in JSON, and its values.
+type Column = (&'static str, fn(&Sample) -> u64);
+
+const COLUMNS: [Column; 15] = [
+    ("at_micros", |s| u64::try_from(s.at.as_micros()).unwrap_or(u64::MAX)),
+    ("budget", |s| s.budget.into()),
+    ("frames_used", |s| s.frames_used.into()),
+    ("frames_free", |s| s.frames_free.into()),
+    ("resident", |s| s.resident.into()),
+    ("swapped", |s| s.swapped.into()),
+    ("ballooned", |s| s.ballooned.into()),
+    ("shadow_pages", |s| s.shadow_pages.into()),
+    ("refaults", |s| s.refaults),
+    ("swap_outs", |s| s.swap_outs),
+    ("swap_writes", |s| s.swap_writes),
+    ("zero_drops", |s| s.zero_drops),
+    ("clean_drops", |s| s.clean_drops),
+    ("invalidations", |s| s.invalidations),
+    ("direct_reclaims", |s| s.direct_reclaims),
+];
+
+impl Serialize for Series {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(COLUMNS.len()))?;
+        for (name, value) in COLUMNS {
+            let column: Vec<u64> = self.samples.iter().map(value).collect();
+            // Raw, so that a column is one line also where the rest has a line for each value.
+            map.serialize_entry(name, &to_raw_value(&column).map_err(S::Error::custom)?)?;
+        }
+        map.end()
+    }
+}
+
+/// Takes samples of an MMU.
+#[derive(Clone)]
+pub struct Recorder {
+    mmu: Arc<Mmu>,
+    started: Instant,
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    series: Series,
+    live: Option<LiveLine>,
+}
+
+impl Recorder {
+    /// Takes the first sample. `live` is shown all of them.
+    pub fn start(mmu: Arc<Mmu>, live: Option<LiveLine>) -> Recorder {
+        let state = State { series: Series::default(), live };
+        let recorder = Recorder { mmu, started: Instant::now(), state: Arc::new(Mutex::new(state)) };
+        recorder.tick();
+        recorder
+    }
+
+    /// What takes the others, for the event loop.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no timer left.
+    pub fn timer(&self) -> io::Result<SampleTimer> {
+        let mut timer = TimerFd::new()?;
+        timer.reset(INTERVAL, Some(INTERVAL))?;
+        Ok(SampleTimer { recorder: self.clone(), timer, period: INTERVAL })
+    }
+
+    /// Takes the last sample, and erases the live line.
+    pub fn finish(&self) -> Series {
+        let sample = self.sample();
+        let mut state = self.lock();
+        if let Some(live) = &mut state.live {
+            live.erase();
+        }
+        state.series.finish(sample);
+        mem::take(&mut state.series)
+    }
+
+    /// Takes a sample for whom one is due, and says how long it is until the next.
+    fn tick(&self) -> Duration {
+        let sample = self.sample();
+        let mut state = self.lock();
+        state.series.offer(sample);
+        let interval = state.series.interval();
+        match &mut state.live {
+            Some(live) => {
+                live.show(&sample);
+                interval.min(live.period())
+            }
+            None => interval,
+        }
+    }
+
+    fn sample(&self) -> Sample {
+        Sample::of(&self.mmu.usage(), self.started.elapsed())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Has a [`Recorder`] take its samples in time.
+pub struct SampleTimer {
+    recorder: Recorder,
+    timer: TimerFd,
+    period: Duration,
+}
+
+impl MutEventSubscriber for SampleTimer {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        if self.timer.wait().is_err() {
+            return;
+        }
+        let period = self.recorder.tick();
+        if period == self.period {
+            return;
+        }
+        self.period = period;
+        if let Err(error) = self.timer.reset(period, Some(period)) {
+            log::warn!("the rest of the series is lost: {error}");
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        add(ops, Events::new_raw(self.timer.as_raw_fd(), EventSet::IN));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Sample {
+        Sample { at: Duration::from_millis(millis), ..Sample::default() }
+    }
+
+    /// A series that was offered a sample every 50 ms.
+    fn offered(count: u64) -> Series {
+        let mut series = Series::default();
+        (0..count).for_each(|n| series.offer(at(n * 50)));
+        series
+    }
+
+    fn gaps(series: &Series) -> Vec<Duration> {
+        let mut gaps: Vec<_> = series.samples().windows(2).map(|pair| pair[1].at - pair[0].at).collect();
+        gaps.sort_unstable();
+        gaps.dedup();
+        gaps
+    }
+
+    #[test]
+    fn a_short_series_has_everything() {
+        let series = offered(SAMPLES_MAX as u64);
+        assert_eq!((series.samples().len(), series.interval()), (SAMPLES_MAX, INTERVAL));
+    }
+
+    #[test]
+    fn a_full_series_loses_every_second_sample_and_doubles_its_interval() {
+        let series = offered(SAMPLES_MAX as u64 + 1);
+        assert_eq!((series.samples().len(), series.interval()), (SAMPLES_MAX / 2 + 1, 2 * INTERVAL));
+        assert_eq!(gaps(&series), [2 * INTERVAL]);
+    }
+
+    #[test]
+    fn a_long_series_stays_bounded_and_even_and_keeps_both_ends() {
+        let count = 20 * SAMPLES_MAX as u64 + 7;
+        let mut series = offered(count);
+        let end = at(count * 50 + 3);
+        series.finish(end);
+        let samples = series.samples();
+        assert!(samples.len() <= SAMPLES_MAX, "{}", samples.len());
+        assert_eq!((samples.first(), samples.last()), (Some(&at(0)), Some(&end)));
+        let even = &gaps(&Series { samples: samples[..samples.len() - 1].to_vec(), ..series.clone() });
+        assert_eq!(even, &[series.interval()]);
+    }
+
+    #[test]
+    fn the_end_comes_in_also_when_the_series_is_full_or_has_that_moment() {
+        let mut full = offered(SAMPLES_MAX as u64);
+        let end = at(SAMPLES_MAX as u64 * 50);
+        full.finish(end);
+        assert_eq!((full.samples().len(), full.samples().last()), (SAMPLES_MAX / 2 + 1, Some(&end)));
+        full.finish(Sample { refaults: 1, ..end });
+        assert_eq!(full.samples().len(), SAMPLES_MAX / 2 + 1);
+        assert_eq!(full.samples().last().map(|last| last.refaults), Some(1));
+    }
+
+    #[test]
+    fn the_end_stands_for_a_sample_just_before_it_but_never_for_the_first() {
+        for (millis, times) in [(103, vec![0, 50, 103]), (140, vec![0, 50, 100, 140])] {
+            let mut series = offered(3);
+            series.finish(at(millis));
+            let got: Vec<_> = series.samples().iter().map(|sample| sample.at.as_millis()).collect();
+            assert_eq!(got, times);
+        }
+        let mut short = offered(1);
+        short.finish(at(1));
+        assert_eq!(short.samples(), [at(0), at(1)]);
+    }
+
+    #[test]
+    fn a_late_tick_costs_its_own_sample_and_no_other() {
+        let mut series = Series::default();
+        [0, 51, 99, 104, 390, 400].into_iter().for_each(|millis| series.offer(at(millis)));
+        let times: Vec<_> = series.samples().iter().map(|sample| sample.at.as_millis()).collect();
+        assert_eq!(times, [0, 51, 104, 390, 400]);
+        assert_eq!(next_multiple(Duration::MAX, INTERVAL), Duration::from_nanos(u64::MAX));
+        assert_eq!(next_multiple(Duration::ZERO, Duration::ZERO), Duration::from_nanos(1));
+    }
+
+    #[test]
+    fn rates_are_per_second_and_need_time() {
+        let before = Sample { refaults: 10, invalidations: 7, ..at(1000) };
+        let after = Sample { refaults: 110, invalidations: 3, swap_outs: u64::MAX, ..at(1500) };
+        let rates = Rates::between(&before, &after).expect("time has passed");
+        assert_eq!((rates.refaults, rates.invalidations), (200.0, 0.0));
+        assert!(rates.swap_outs.is_finite());
+        assert_eq!(Rates::between(&before, &before), None);
+        assert_eq!(Rates::between(&after, &before), None);
+    }
+
+    #[test]
+    fn json_has_a_line_of_values_for_each_column() {
+        let mut series = Series::default();
+        series.offer(Sample { resident: 5, ..at(0) });
+        series.finish(Sample { resident: 9, refaults: u64::MAX, ..at(70) });
+        let text = serde_json::to_string_pretty(&series).expect("JSON");
+        assert_eq!(text.lines().count(), COLUMNS.len() + 2, "{text}");
+        let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(value["at_micros"], serde_json::json!([0, 70_000]));
+        assert_eq!(value["resident"], serde_json::json!([5, 9]));
+        assert_eq!(value["refaults"], serde_json::json!([0, u64::MAX]));
+    }
+}
