@@ -17,7 +17,7 @@
 //! owes(vCPU)      <=>  removing > 0, or last removal > flushed
 //! ```
 //!
-//! The clock and `removing` are one word ([`Clock`]), and each line with either of them is one atomic change of it: a removal
+//! The clock and `removing` are one word (`Clock`), and each line with either of them is one atomic change of it: a removal
 //! stamped `s` was stamped, and its spte stored, before any flush took an epoch above `s`: the flush covers it. One stamped
 //! later is not covered, whatever the true order was. Should the clock move on between the last two lines of a remover, it
 //! begins the first of them again.

@@ -11,7 +11,7 @@
 //! end         open the gates, wake who sleeps at them
 //! ```
 //!
-//! The order is the types' business: [`Closed`] becomes [`Unmapped`] becomes [`Settling`]. Dropping any of them puts
+//! The order is the types' business: `Closed` becomes `Unmapped` becomes `Settling`. Dropping any of them puts
 //! back what is not settled and opens the gates.
 //!
 //! Why a gate, and why the check of it stands in bucket(gfn):
@@ -25,7 +25,7 @@
 //! ```
 //!
 //! A page that becomes a shadowed table, or is watched, loses only the right to be written: that is an invalidation of
-//! another kind, whose gate is the mark on the frame ([`Mmu::shoot_down_protected`]).
+//! another kind, whose gate is the mark on the frame (`Mmu::shoot_down_protected`).
 //!
 //! Holds: INV-COH-1 (coherence). INV-GATE-1 (bucket). INV-P2M-3, a page is `Moving` only while an invalidation or a swap-in
 //! holds its gate closed. INV-WAIT-1, an invalidation for reclaim waits for nobody but vCPUs: pages that are pinned,

@@ -1,7 +1,7 @@
 //! Swap: where pages go that have no frame. Slots, who has each, and the device behind them.
 //!
-//! Story: reclaim takes runs of adjacent slots ([`SwapMap::take_run`]) and writes a batch of pages to each in one call; a
-//! page that comes back has its neighbours in the cluster read with it ([`SwapMap::neighbours`]). The device is the
+//! Story: reclaim takes runs of adjacent slots (`SwapMap::take_run`) and writes a batch of pages to each in one call; a
+//! page that comes back has its neighbours in the cluster read with it (`SwapMap::neighbours`). The device is the
 //! outside's; its in-memory twin is [`MemorySwap`].
 //!
 //! Holds: INV-SWAP-1, a slot in use names the gfn that has it: as its place, or as the copy of its resident page.
