@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Failed, Trial};
 use serde_json::Value;
 
-use super::umbra::{
-    KVM, KVM_INTERPRET, SOFT, SOFT_LOSSY, SOFT_STICKY, Way, expect_sentence, file_of, status,
-};
+use super::umbra::{SOFT, SOFT_STICKY, Way, expect_sentence, file_of, status, ways};
 use crate::ensure;
 use crate::support::host::Need;
 use crate::support::noise::Noise;
