@@ -9,6 +9,7 @@
 //! | fill_zero | a fill that gives the page its frame, cleared | |
 //! | fill_table | a fill that needs a new shadow page below a new link | |
 //! | window_load | a load through the window | 15 ns |
+//! | window_persistent | a page taken from the window's pool, where its slot is idle, loaded from and let go | |
 //! | invlpg_unchanged, invlpg_prefill | INVLPG of a page whose spte is there, and of one whose is not | |
 //! | guest_fault | a fault that is the guest's | |
 //! | cr3_load | MOV CR3 between two address spaces, with the look for the root | |
@@ -31,6 +32,7 @@ use umbra_mmu::discard::Discard;
 use umbra_mmu::invalidation::May;
 use umbra_mmu::records::Clock;
 use umbra_mmu::swap::MemorySwap;
+use umbra_mmu::window::Intent;
 use umbra_mmu::{
     Access, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, NoVcpus, Outcome, Vcpu, Width,
 };
@@ -212,6 +214,13 @@ fn window(effort: Effort) {
         }
     };
     measure(effort, calls, || {}, hit).print("window_load", calls);
+    let again = || {
+        for _ in 0..calls {
+            let map = mmu.take_page(black_box(at).gfn(), Intent::Read, None).expect("guest memory");
+            assert_eq!(map.load(0, Width::B4), 1);
+        }
+    };
+    measure(effort, calls, || {}, again).print("window_persistent", calls);
 }
 
 fn invlpg(effort: Effort) {

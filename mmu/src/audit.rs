@@ -223,6 +223,7 @@ impl Audit<'_> {
     /// Every frame has one owner that knows of it.
     fn check_frames(&mut self) {
         let mmu = self.mmu;
+        let idle = self.check_pool();
         let (mut guest, mut free, mut pinned) = (0u32, 0u32, Vec::new());
         for number in 0..mmu.frames.total() {
             let mfn = Mfn(number);
@@ -242,7 +243,7 @@ impl Audit<'_> {
             self.require(mmu.lru.has(mfn) == listed, || {
                 format!("INV-LRU-1: {mfn} is {:?}, and on a list: {}", mmu.frames.kind(mfn), !listed)
             });
-            if mmu.frames.pins(mfn) != 0 {
+            if mmu.frames.pins(mfn) != u32::from(idle.contains(&mfn)) {
                 pinned.push(mfn);
             }
         }
@@ -256,6 +257,23 @@ impl Audit<'_> {
             format!("INV-FRAME-2: {free} free frames, {listed} on the free list")
         });
         self.require(pinned.is_empty(), || format!("INV-WINDOW-1: still pinned: {pinned:?}"));
+    }
+
+    /// No slot of the window's pool is taken; the frames that idle ones pin are their pages'.
+    fn check_pool(&mut self) -> Vec<Mfn> {
+        let held = self.mmu.pool.held();
+        for (gfn, mfn, mappings) in &held {
+            let state = self.mmu.p2m.lookup(*gfn);
+            self.require(*mappings == 0, || format!("INV-WINDOW-1: {gfn} is still mapped {mappings} times"));
+            self.require(state == PageState::Resident(*mfn), || {
+                format!("INV-POOL-1: a slot holds {gfn} in {mfn}, which is {state:?}")
+            });
+        }
+        let stats = self.mmu.window_stats();
+        self.require(stats.taken + stats.idle == held.len() as u32 && stats.waiters == 0, || {
+            format!("INV-POOL-1: {} slots in use, counted as {stats:?}", held.len())
+        });
+        held.into_iter().map(|(_, mfn, _)| mfn).collect()
     }
 
     /// The marks of a frame say what pages its gfn has.

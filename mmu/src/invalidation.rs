@@ -302,7 +302,7 @@ impl Hold<'_> {
         }
         let Some(copy) = mmu.p2m.claim(gfn, PageState::Resident(mfn)) else { return false };
         // Claimed, then looked for pins; who pins looks at the page's state after: one sees the other.
-        if mmu.frames.pins(mfn) != 0 {
+        if mmu.pins_of(gfn, mfn) != 0 {
             mmu.p2m.transition_with(gfn, PageState::Moving, PageState::Resident(mfn), copy);
             self.record.skipped += 1;
             return false;

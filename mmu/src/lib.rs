@@ -12,7 +12,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | addr, access, format, spte | the words: addresses, accesses, guest entries, shadow entries |
-//! | machine, frames, p2m, window | memory: the pool, who has each frame, gfn -> frame, the way to touch it |
+//! | machine, frames, p2m, window, pool | memory: the frames, who has each, gfn -> frame, the ways to touch it |
 //! | walk | the guest's tables, read and judged |
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
@@ -45,6 +45,7 @@ pub mod machine;
 pub mod p2m;
 mod paging;
 mod physical;
+pub mod pool;
 pub mod reclaim;
 pub mod records;
 pub mod scope;
@@ -66,6 +67,7 @@ pub use format::{Mode, PHYSICAL_BITS};
 pub use machine::Machine;
 pub use paging::{BadPdpte, Flush, NotLoaded};
 pub use physical::{Beyond, NotReached, Width};
+pub use pool::{NotTaken, PersistentMap, WindowStats};
 pub use reclaim::{Shortage, SwapFailed};
 pub use shadow::roots::FIRMWARE_SLOT;
 pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
@@ -77,6 +79,7 @@ use bucket::Buckets;
 use frames::{Draw, FrameKind, Frames, Host, NoHost};
 use lru::Lru;
 use p2m::{P2m, PageState};
+use pool::Pool;
 use reclaim::Background;
 use records::{Clock, NoClock, Records};
 use shadow::pages::Pages;
@@ -134,6 +137,7 @@ pub struct Mmu {
     pages: Pages,
     roots: Lock<Roots>,
     unsync: Lock<Vec<track::Unsync>>,
+    pool: Pool,
     lru: Lru,
     swap: SwapMap,
     records: Records,
@@ -209,6 +213,7 @@ impl Mmu {
             pages: Pages::new(config.shadow_pages_max),
             roots: Lock::new(lock_order::ROOTS, Roots::default()),
             unsync: Lock::new(lock_order::UNSYNC, Vec::new()),
+            pool: Pool::new(pool::SLOTS),
             evictions: AtomicU64::new(0),
             tracked_stores: AtomicU64::new(0),
             config,
@@ -223,6 +228,11 @@ impl Mmu {
     /// The same, with a clock for its records.
     pub fn with_clock(self, clock: Box<dyn Clock>) -> Mmu {
         Mmu { clock, ..self }
+    }
+
+    /// The same, with a pool of so many window slots.
+    pub fn with_window_slots(self, slots: u32) -> Mmu {
+        Mmu { pool: Pool::new(slots.max(1)), ..self }
     }
 
     /// The same, with a host that takes frames back.

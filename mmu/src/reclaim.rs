@@ -237,7 +237,7 @@ impl Mmu {
 
     fn judge_frame(&self, gfn: Gfn, mfn: Mfn, cleared: &mut bool) -> Verdict {
         let flags = self.frames.flags(mfn);
-        if flags & WATCHED != 0 || self.frames.pins(mfn) != 0 || self.buckets.is_closed(gfn) {
+        if flags & WATCHED != 0 || self.pins_of(gfn, mfn) != 0 || self.buckets.is_closed(gfn) {
             return Verdict::Busy;
         }
         if self.clear_young(gfn, mfn, cleared) {

@@ -4,11 +4,11 @@
 //! mapped the frame is pinned: it cannot change hands. This is the *local* kind: a stack per execution context,
 //! strictly last in first out, that never sleeps. Mappings nest (a walk inside an emulated store inside a fault).
 //!
-//! Holds: INV-WINDOW-1, a frame's pins equal the open mappings of it. INV-WINDOW-2, mappings are released in
+//! Holds: INV-WINDOW-1, a frame's pins equal the open mappings of it, and the pool's slot. INV-WINDOW-2, mappings are released in
 //! reverse order, never more than [`DEPTH_MAX`] at once; a breach prints the stack. INV-WINDOW-3, depth is 0 at
 //! every point that sleeps. The [`Tag`] of a mapping is for diagnostics: no behaviour hangs on it.
 //!
-//! Not here: the persistent pool.
+//! Not here: mappings that outlive a call (pool).
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64};

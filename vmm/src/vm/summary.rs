@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use umbra_mmu::records::Cause;
-use umbra_mmu::{FaultStats, Mmu};
+use umbra_mmu::{FaultStats, Mmu, WindowStats};
 
 use super::ending::End;
 use super::series::Series;
@@ -53,6 +53,35 @@ pub struct Memory {
     pub tracked_stores: u64,
     /// The deepest nest of window mappings.
     pub window_high_water: usize,
+    /// The window's pool.
+    pub window: Window,
+}
+
+/// [`WindowStats`] for JSON.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Window {
+    pub slots: u32,
+    pub taken: u32,
+    pub idle: u32,
+    pub waiters: u32,
+    pub sweeps: u64,
+    pub swept: u64,
+    pub waits: u64,
+}
+
+impl From<WindowStats> for Window {
+    fn from(s: WindowStats) -> Window {
+        Window {
+            slots: s.slots,
+            taken: s.taken,
+            idle: s.idle,
+            waiters: s.waiters,
+            sweeps: s.sweeps,
+            swept: s.swept,
+            waits: s.waits,
+        }
+    }
 }
 
 /// The invalidations of one cause.
@@ -225,6 +254,7 @@ impl Memory {
             evictions: usage.evictions,
             tracked_stores: usage.tracked_stores,
             window_high_water,
+            window: mmu.window_stats().into(),
         }
     }
 }

@@ -1,0 +1,422 @@
+//! The persistent pool: window mappings that outlive a call, and may be passed from thread to thread.
+//!
+//! Story: a device keeps a page in place while a request is under way. There is one pool of slots for all; each mapping of
+//! a page counts on the page's slot, and the last to go leaves the slot *idle*: still pinned, so that who wants the page
+//! again has it without work. Idle slots are given up together, in a sweep, when a slot is wanted and none is free; and one
+//! by one, when somebody wants to take the page away.
+//!
+//! ```text
+//!           first taker                last mapping dropped
+//!   free ----------------> taken (n) ------------------------> idle
+//!    ^                        ^                                | |
+//!    |                        +---------- taken again ---------+ |
+//!    +------------- a sweep, or the page's invalidation ---------+
+//! ```
+//!
+//! Page tables are never reached through here: a walk must not wait for a device.
+//!
+//! Holds: INV-POOL-1, a slot in use, idle or not, has exactly one pin of its page's frame. INV-POOL-2, who sleeps for a
+//! slot holds none, nor a local mapping, nor a lock (debug builds). INV-POOL-3, idle slots block no invalidation.
+//!
+//! Locks: the pool's own ([`lock_order::SLEEPERS`]), a leaf but for the view's. It is held for a few lookups, and for a sweep.
+//!
+//! Limits: [`SLOTS`] pages at once. What is written is told to the shadow when the mapping goes.
+
+use std::cell::Cell;
+
+use rustc_hash::FxHashMap;
+
+use crate::addr::{Gfn, Mfn};
+use crate::frames::DIRTY;
+use crate::lock_order;
+use crate::p2m::PageState;
+use crate::physical::{NotReached, Width};
+use crate::sync::{Monitor, MonitorGuard};
+use crate::window::Intent;
+use crate::{Machine, Mmu};
+
+/// Slots of a pool: fewer than the frames that the smallest budget leaves to high memory.
+pub const SLOTS: u32 = 64;
+
+/// Why a page was not mapped by a caller that does not sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotTaken {
+    /// No memory there: a device or nothing.
+    #[error("guest frame {0} is not memory")]
+    Device(Gfn),
+    /// The page has no frame now: [`Mmu::bring_in`], and again.
+    #[error("guest frame {0} is not in memory")]
+    Need(Gfn),
+    /// Every slot of the pool is taken.
+    #[error("all slots of the window's pool are taken")]
+    Full,
+}
+
+/// What the pool has, and has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowStats {
+    /// Slots there are.
+    pub slots: u32,
+    /// Slots with a mapping now.
+    pub taken: u32,
+    /// Slots that only wait to be taken again.
+    pub idle: u32,
+    /// Threads that sleep for a slot.
+    pub waiters: u32,
+    /// Sweeps so far.
+    pub sweeps: u64,
+    /// Idle slots given up so far, by sweeps and for invalidations.
+    pub swept: u64,
+    /// Times so far that somebody slept for a slot.
+    pub waits: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    gfn: Gfn,
+    mfn: Mfn,
+    mappings: u32,
+}
+
+#[derive(Debug)]
+struct Slots {
+    /// Those in use.
+    by_gfn: FxHashMap<Gfn, u32>,
+    slots: Vec<Option<Slot>>,
+    free: Vec<u32>,
+    stats: WindowStats,
+}
+
+/// The slots of one guest.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    slots: Monitor<Slots>,
+}
+
+impl Pool {
+    pub fn new(slots: u32) -> Pool {
+        let slots = Slots {
+            by_gfn: FxHashMap::default(),
+            slots: vec![None; slots as usize],
+            free: (0..slots).collect(),
+            stats: WindowStats { slots, ..WindowStats::default() },
+        };
+        Pool { slots: Monitor::new(lock_order::SLEEPERS, slots) }
+    }
+
+    /// Sleeps until a slot may be had.
+    fn wait(&self) {
+        let mut slots = self.slots.lock();
+        slots.stats.waits += 1;
+        while slots.stats.taken == slots.stats.slots {
+            slots.stats.waiters += 1;
+            slots = slots.wait();
+            slots.stats.waiters -= 1;
+        }
+    }
+
+    /// The pages that idle slots hold in place, for the audit; and those that mappings do.
+    pub fn held(&self) -> Vec<(Gfn, Mfn, u32)> {
+        let slots = self.slots.lock();
+        slots.slots.iter().flatten().map(|slot| (slot.gfn, slot.mfn, slot.mappings)).collect()
+    }
+}
+
+impl Slots {
+    /// One more mapping of a page that has a slot.
+    fn take_again(&mut self, gfn: Gfn) -> Option<(u32, Mfn)> {
+        let index = *self.by_gfn.get(&gfn)?;
+        let slot = self.slots[index as usize].as_mut()?;
+        if slot.mappings == 0 {
+            self.stats.idle -= 1;
+            self.stats.taken += 1;
+        }
+        slot.mappings += 1;
+        Some((index, slot.mfn))
+    }
+
+    /// Frees an idle slot; whose pin the caller lets go of.
+    fn give_up(&mut self, index: u32) -> Option<Mfn> {
+        let slot = self.slots[index as usize].take_if(|slot| slot.mappings == 0)?;
+        self.by_gfn.remove(&slot.gfn);
+        self.free.push(index);
+        self.stats.idle -= 1;
+        self.stats.swept += 1;
+        Some(slot.mfn)
+    }
+}
+
+impl Mmu {
+    /// Maps a page of guest memory through the pool, bringing it in and sleeping for a slot if need be. Called with no
+    /// lock held and nothing mapped, neither here nor on a local stack, by a vCPU (`own`) that is outside or by another
+    /// thread.
+    ///
+    /// # Errors
+    ///
+    /// When it is no memory, or cannot be brought in.
+    pub fn take_page(
+        &self,
+        gfn: Gfn,
+        intent: Intent,
+        own: Option<u32>,
+    ) -> Result<PersistentMap<'_>, NotReached> {
+        lock_order::assert_may_sleep();
+        holders::assert_none();
+        loop {
+            match self.try_take_page(gfn, intent) {
+                Ok(map) => return Ok(map),
+                Err(NotTaken::Device(gfn)) => return Err(NotReached::Device(gfn.at(0))),
+                Err(NotTaken::Need(gfn)) => self.bring_in(own, gfn)?,
+                Err(NotTaken::Full) => self.pool.wait(),
+            }
+        }
+    }
+
+    /// The same, never sleeping.
+    ///
+    /// # Errors
+    ///
+    /// When it is no memory, not in memory now, or every slot is taken.
+    pub fn try_take_page(&self, gfn: Gfn, intent: Intent) -> Result<PersistentMap<'_>, NotTaken> {
+        // By statements: the lock is let go of before the page is looked for.
+        let again = self.pool.slots.lock().take_again(gfn);
+        let (slot, mfn) = match again {
+            Some(taken) => taken,
+            None => self.take_anew(gfn)?,
+        };
+        let (machine, holder) = (&self.machine, holders::Holder::new());
+        let map =
+            PersistentMap { mmu: self, machine, gfn, mfn, slot, written: Cell::new(NOTHING), intent, holder };
+        if intent == Intent::Write && self.frames.flags(mfn) & DIRTY == 0 {
+            self.mark_dirty(&self.buckets.lock(gfn), gfn, mfn);
+        }
+        Ok(map)
+    }
+
+    /// Pinned, then looked up again, as [`Mmu::map_page`] does.
+    fn take_anew(&self, gfn: Gfn) -> Result<(u32, Mfn), NotTaken> {
+        loop {
+            let state = self.resident(gfn);
+            let mfn = match state {
+                PageState::Resident(mfn) => mfn,
+                PageState::Device => return Err(NotTaken::Device(gfn)),
+                _ => return Err(NotTaken::Need(gfn)),
+            };
+            self.frames.pin(mfn);
+            if self.p2m.lookup(gfn) == state {
+                let taken = self.enter(gfn, mfn);
+                if taken.is_err() {
+                    self.frames.unpin(mfn);
+                }
+                return taken;
+            }
+            self.frames.unpin(mfn);
+        }
+    }
+
+    /// Gives a slot to a page that the caller has pinned.
+    fn enter(&self, gfn: Gfn, mfn: Mfn) -> Result<(u32, Mfn), NotTaken> {
+        let mut slots = self.pool.slots.lock();
+        if let Some(taken) = slots.take_again(gfn) {
+            // Somebody was faster; the slot has its pin.
+            self.frames.unpin(mfn);
+            return Ok(taken);
+        }
+        if slots.free.is_empty() {
+            self.sweep(&mut slots);
+        }
+        let index = slots.free.pop().ok_or(NotTaken::Full)?;
+        slots.slots[index as usize] = Some(Slot { gfn, mfn, mappings: 1 });
+        slots.by_gfn.insert(gfn, index);
+        slots.stats.taken += 1;
+        Ok((index, mfn))
+    }
+
+    /// Gives all idle slots up.
+    fn sweep(&self, slots: &mut MonitorGuard<'_, Slots>) {
+        if slots.stats.idle == 0 {
+            return;
+        }
+        slots.stats.sweeps += 1;
+        for index in 0..slots.stats.slots {
+            if let Some(mfn) = slots.give_up(index) {
+                self.frames.unpin(mfn);
+            }
+        }
+    }
+
+    /// How many mappings hold a page's frame in place, an idle slot not among them: that one is given up. For whoever
+    /// wants to take the page.
+    #[inline]
+    pub(crate) fn pins_of(&self, gfn: Gfn, mfn: Mfn) -> u32 {
+        match self.frames.pins(mfn) {
+            0 => 0,
+            _ => self.pins_beside_idle(gfn, mfn),
+        }
+    }
+
+    #[cold]
+    fn pins_beside_idle(&self, gfn: Gfn, mfn: Mfn) -> u32 {
+        let mut slots = self.pool.slots.lock();
+        let index = slots.by_gfn.get(&gfn).copied();
+        if let Some(mfn) = index.and_then(|index| slots.give_up(index)) {
+            self.frames.unpin(mfn);
+        }
+        drop(slots);
+        self.frames.pins(mfn)
+    }
+
+    /// What the pool has, and has done.
+    pub fn window_stats(&self) -> WindowStats {
+        self.pool.slots.lock().stats
+    }
+}
+
+/// Bytes written through a mapping, from the first to behind the last.
+type Written = (u32, u32);
+const NOTHING: Written = (u32::MAX, 0);
+
+/// A guest page, mapped and pinned until this is dropped, by whatever thread.
+#[derive(Debug)]
+pub struct PersistentMap<'m> {
+    mmu: &'m Mmu,
+    machine: &'m Machine,
+    gfn: Gfn,
+    mfn: Mfn,
+    slot: u32,
+    intent: Intent,
+    written: Cell<Written>,
+    holder: holders::Holder,
+}
+
+impl PersistentMap<'_> {
+    /// The page it shows.
+    pub fn gfn(&self) -> Gfn {
+        self.gfn
+    }
+
+    /// Says that the mapping goes to another thread: the one that took it does not hold it any more, and may take another.
+    #[must_use]
+    pub fn pass_on(mut self) -> Self {
+        self.holder.forget();
+        self
+    }
+
+    /// Copies out; `offset + buffer.len()` is at most a page.
+    pub fn read(&self, offset: u32, buffer: &mut [u8]) {
+        self.machine.read(self.mfn.at(offset), buffer);
+    }
+
+    /// Copies in; `offset + data.len()` is at most a page. The mapping was taken to write.
+    pub fn write(&self, offset: u32, data: &[u8]) {
+        self.note(offset, data.len() as u32);
+        self.machine.write(self.mfn.at(offset), data);
+    }
+
+    /// [`Machine::load`] at byte `offset`.
+    #[inline]
+    pub fn load(&self, offset: u32, width: Width) -> u64 {
+        self.machine.load(self.mfn.at(offset), width)
+    }
+
+    /// [`Machine::store`] at byte `offset`. The mapping was taken to write.
+    #[inline]
+    pub fn store(&self, offset: u32, width: Width, value: u64) {
+        self.note(offset, width.bytes());
+        self.machine.store(self.mfn.at(offset), width, value);
+    }
+
+    #[inline]
+    fn note(&self, offset: u32, length: u32) {
+        debug_assert_eq!(self.intent, Intent::Write, "INV-DIRTY-1: {} was taken to be read", self.gfn);
+        let (first, end) = self.written.get();
+        self.written.set((first.min(offset), end.max(offset + length)));
+    }
+}
+
+impl Drop for PersistentMap<'_> {
+    fn drop(&mut self) {
+        let (first, end) = self.written.get();
+        if first < end {
+            self.mmu.frames.code_written(self.mfn);
+            self.mmu.table_written(self.gfn, first, end - first);
+        }
+        let mut slots = self.mmu.pool.slots.lock();
+        let Some(slot) = slots.slots[self.slot as usize].as_mut() else { return };
+        slot.mappings -= 1;
+        if slot.mappings > 0 {
+            return;
+        }
+        slots.stats.taken -= 1;
+        slots.stats.idle += 1;
+        let sleepers = slots.stats.waiters > 0;
+        drop(slots);
+        if sleepers {
+            self.mmu.pool.slots.notify_all();
+        }
+    }
+}
+
+/// How many mappings each thread holds: who holds one must not sleep for another. Debug builds alone, and not under a model
+/// checker, whose threads are one of the system's.
+mod holders {
+    #[cfg(all(debug_assertions, not(any(loom, shuttle))))]
+    mod counts {
+        use crate::sync::{Arc, AtomicU32, Ordering};
+
+        thread_local! {
+            static HELD: Arc<AtomicU32> = Arc::default();
+        }
+
+        /// The taker's count, which whoever drops the mapping lowers.
+        #[derive(Debug)]
+        pub struct Holder(Option<Arc<AtomicU32>>);
+
+        impl Holder {
+            pub fn new() -> Holder {
+                let held = HELD.with(Arc::clone);
+                held.fetch_add(1, Ordering::Relaxed);
+                Holder(Some(held))
+            }
+
+            pub fn forget(&mut self) {
+                self.0.take().into_iter().for_each(|held| {
+                    held.fetch_sub(1, Ordering::Relaxed);
+                });
+            }
+        }
+
+        impl Drop for Holder {
+            fn drop(&mut self) {
+                self.forget();
+            }
+        }
+
+        pub fn assert_none() {
+            let held = HELD.with(|held| held.load(Ordering::Relaxed));
+            assert_eq!(held, 0, "INV-POOL-2: about to sleep for a window slot holding {held}");
+        }
+    }
+
+    #[cfg(not(all(debug_assertions, not(any(loom, shuttle)))))]
+    mod counts {
+        #[derive(Debug)]
+        pub struct Holder;
+
+        impl Holder {
+            pub fn new() -> Holder {
+                Holder
+            }
+
+            pub fn forget(&mut self) {}
+        }
+
+        pub fn assert_none() {}
+    }
+
+    pub use counts::{Holder, assert_none};
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+#[path = "pool_tests.rs"]
+mod tests;
