@@ -97,7 +97,7 @@ struct Point {
 }
 
 fn curve(umbra: &Path, smoke: bool) {
-    let (scale, rounds) = if smoke { (800, 1) } else { (SCALE_MAX, 5) };
+    let (scale, rounds) = (SCALE_MAX, if smoke { 1 } else { 5 });
     let pages = KMAP_PAGES * scale / 100;
     let points: Vec<Point> = POINTS.iter().map(|ratio| point(umbra, scale, pages, *ratio, rounds)).collect();
     // Each page is stored to in one pass, and loaded from in another.
