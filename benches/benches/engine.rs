@@ -20,8 +20,8 @@ use umbra::interp::engine::{CodeBus, Engine, Extent, Waiting};
 use umbra::interp::{Bus, BusError, Step, Width, step};
 use umbra_benches::{Effort, Samples};
 use umbra_mmu::{
-    Access, CodeFrame, Config, Flush, Gfn, Gva, LocalStack, Machine, Mfn, Miss, Mmu, Mode, NoVcpus, Outcome,
-    TlbKind, Vcpu,
+    Access, CodeFrame, Config, Context, Flush, Gfn, Gva, LocalStack, Machine, Mfn, Miss, Mmu, Mode, NoVcpus,
+    Outcome, TlbKind, Vcpu,
 };
 
 const GUEST_PAGES: u32 = 1024;
@@ -53,7 +53,7 @@ impl TlbBus {
             vcpus: 1,
         };
         let mmu = Mmu::new(Machine::anonymous(GUEST_PAGES + 256), config, Box::new(NoVcpus));
-        let window = LocalStack::new();
+        let window = LocalStack::new(Context::Host);
         let put =
             |gfn: u32, bytes: &[u8]| mmu.write_bytes(&window, Gfn(gfn).at(0), bytes).expect("guest memory");
         put(DIRECTORY, &(TABLE << 12 | 0x67).to_le_bytes());

@@ -15,7 +15,8 @@ use umbra::kvm::{Host, KvmExit, KvmVcpu, KvmVm, Options};
 use umbra::machine::Pool;
 use umbra_benches::{Effort, Samples};
 use umbra_mmu::{
-    Access, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, Vcpu, Width,
+    Access, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, Vcpu,
+    Width,
 };
 
 const PAGES: u32 = 256;
@@ -145,7 +146,7 @@ impl Guest {
 
 /// Code, and two-level tables that map it and the data one to one.
 fn write_guest(mmu: &Mmu) {
-    let window = LocalStack::new();
+    let window = LocalStack::new(Context::Host);
     let put = |gpa: u32, value: u32| {
         mmu.store(&window, Gpa(gpa.into()), Width::B4, value.into()).expect("guest memory");
     };

@@ -34,7 +34,8 @@ use umbra_mmu::records::Clock;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::window::Intent;
 use umbra_mmu::{
-    Access, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, NoVcpus, Outcome, Vcpu, Width,
+    Access, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, NoVcpus, Outcome,
+    Vcpu, Width,
 };
 
 /// Pages in the range that is mapped and unmapped: one page table's.
@@ -77,7 +78,7 @@ fn gva(page: u32) -> Gva {
 
 impl<'a> Space<'a> {
     fn new(mmu: &'a Mmu, number: u32) -> Space<'a> {
-        let mut space = Space { mmu, vcpu: mmu.vcpu(number), window: LocalStack::new(), number };
+        let mut space = Space { mmu, vcpu: mmu.vcpu(number), window: LocalStack::new(Context::Host), number };
         space.write_entry(space.base(), 1, space.table() << 12 | PRESENT);
         space.map_all(USED);
         let mode = Mode { paging: true, write_protect: true, ..Mode::default() };
@@ -204,7 +205,7 @@ fn new_tables(effort: Effort) {
 
 fn window(effort: Effort) {
     let mmu = world(1);
-    let stack = LocalStack::new();
+    let stack = LocalStack::new(Context::Host);
     let calls = 4096;
     let at = Gpa(0x10_0000);
     mmu.store(&stack, at, Width::B4, 1).expect("guest memory");

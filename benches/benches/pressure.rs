@@ -25,7 +25,9 @@ use serde_json::Value;
 use umbra::machine::Pool;
 use umbra_benches::Effort;
 use umbra_benches::peer::quantile;
-use umbra_mmu::{Access, Config, Flush, Gfn, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, Width};
+use umbra_mmu::{
+    Access, Config, Context, Flush, Gfn, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, Width,
+};
 
 /// What workload `kmap` uses at `scale=100`, in pages, and at most.
 const KMAP_PAGES: u32 = 256;
@@ -223,7 +225,7 @@ fn metadata() {
     let machine = Machine::new(pool.region());
     let before = own();
     let mmu = Mmu::new(machine, config, Box::new(NoVcpus));
-    let window = LocalStack::new();
+    let window = LocalStack::new(Context::Host);
     let tables = PAGES / TABLE_ENTRIES;
     for n in 0..tables {
         let entry = (n + 1) << 12 | 0x67;

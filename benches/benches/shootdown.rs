@@ -28,7 +28,7 @@ use umbra_mmu::invalidation::May;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::records::{Clock, Record};
 use umbra_mmu::{
-    Access, AccessKind, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, Outcome,
+    Access, AccessKind, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, Outcome,
     Shootdown, TlbKind, Vcpu, Width,
 };
 
@@ -209,7 +209,7 @@ fn kvm(host: &Host, effort: Effort) {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| run_on_kvm(&mmu, kvm, &stop));
-        measure_kvm(&Taker { mmu: &mmu, window: LocalStack::new() }, &notifier, effort);
+        measure_kvm(&Taker { mmu: &mmu, window: LocalStack::new(Context::Host) }, &notifier, effort);
         stop.store(true, Ordering::SeqCst);
         kicker.kick();
     });
@@ -306,7 +306,7 @@ fn paged(mmu: &Mmu, mut vcpu: Vcpu) -> Vcpu {
 
 /// Code, and two-level tables that map it and the data one to one.
 fn write_guest(mmu: &Mmu) {
-    let window = LocalStack::new();
+    let window = LocalStack::new(Context::Host);
     let put = |gpa: u32, value: u32| {
         mmu.store(&window, Gpa(gpa.into()), Width::B4, value.into()).expect("guest memory");
     };
@@ -346,7 +346,7 @@ fn soft(effort: Effort) {
     let mut kinds = ["shootdown_soft", "shootdown_soft_bare"].map(Kind::new);
     thread::scope(|scope| {
         scope.spawn(|| run_soft(&mmu, &flag, &stop));
-        let taker = Taker { mmu: &mmu, window: LocalStack::new() };
+        let taker = Taker { mmu: &mmu, window: LocalStack::new(Context::Host) };
         for _ in 0..effort.batches {
             kinds[0].round(|| taker.page());
             kinds[1].round(|| taker.kick());

@@ -13,7 +13,7 @@ use crate::frames::{DIRTY, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::shadow::role::{Key, Shape};
 use crate::spte::Spte;
-use crate::sync::Ordering;
+use crate::walk::load_gpte;
 
 /// The most findings one audit lists.
 const FINDINGS_MAX: usize = 32;
@@ -340,12 +340,8 @@ impl Audit<'_> {
 
     fn guest_entry(&self, key: Key, index: u32) -> Gpte {
         let PageState::Resident(mfn) = self.mmu.p2m.lookup(key.gfn) else { return Gpte(0) };
-        let guest_index = key.role.guest_index(index);
-        Gpte(if key.role.mode.pae {
-            self.mmu.machine.word64(mfn.at(guest_index * 8)).load(Ordering::Acquire)
-        } else {
-            u64::from(self.mmu.machine.word32(mfn.at(guest_index * 4)).load(Ordering::Acquire))
-        })
+        let (mode, index) = (key.role.mode, key.role.guest_index(index));
+        self.mmu.windows.with_frame(mfn, |memory, frame| load_gpte(memory, mode, frame, index))
     }
 
     fn flags(&self, gfn: Gfn) -> u32 {

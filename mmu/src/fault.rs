@@ -9,11 +9,11 @@ use crate::addr::{Gfn, Gpa, Gva};
 use crate::events::Event;
 use crate::lock_order;
 use crate::shadow::leaf::Mapped;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Ask, Hunger, Vcpu};
 use crate::walk::{Refusal, Touch};
 
-/// How often in a row a vCPU meets the closed gate of one page before it asks to be let through. A fault in a range that is
-/// invalidated all the time so ends within one round more than this.
+/// How often in a row a vCPU meets the closed gate of one page before it asks to be let through. An access to a range that is
+/// invalidated all the time so ends within one round more than this: the page stays until guest code has run with it.
 pub const GATE_PATIENCE: u32 = 4;
 /// Races a fault may lose before it goes back to the guest to fault again. Each loss is another's progress.
 pub const RACES_MAX: u32 = 16;
@@ -44,12 +44,13 @@ impl Mmu {
     /// to shoot down shadow pages whose slots are used anew).
     pub fn fault(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Outcome {
         lock_order::assert_may_sleep();
-        vcpu.window.assert_empty();
         vcpu.count(|s| s.taken += 1);
         let outcome = self.try_fault(vcpu, gva, access);
         match outcome {
-            Outcome::Gate(gfn) => self.meet_gate(vcpu, gfn),
-            _ => self.feed(vcpu),
+            // A page that is on its way is behind a gate too, whichever of the two was seen.
+            Outcome::Gate(gfn) | Outcome::Need(gfn) => self.meet_gate(vcpu, gfn),
+            Outcome::Again => {}
+            _ => self.pass_gate(vcpu),
         }
         outcome
     }
@@ -94,7 +95,6 @@ impl Mmu {
 
     /// Sleeps until the gate of `gfn` has been seen open. Called with no lock held and nothing mapped.
     pub fn wait_at_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
-        vcpu.window.assert_empty();
         let began = self.clock.now();
         self.buckets.wait(gfn);
         let slept = self.clock.now() - began;
@@ -106,23 +106,57 @@ impl Mmu {
 
     /// Counts a closed gate; who has met that of one page too often starves.
     fn meet_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
-        let (last, met) = vcpu.gate_met.get();
-        let met = if last == gfn { met + 1 } else { 1 };
-        if last != gfn {
+        let last = vcpu.hunger.get();
+        if last.gfn != gfn {
             self.feed(vcpu);
         }
-        vcpu.gate_met.set((gfn, met));
-        if met == GATE_PATIENCE {
+        let Hunger { met, ask, .. } = vcpu.hunger.get();
+        let met = if last.gfn == gfn { met + 1 } else { 1 };
+        let starves = met >= GATE_PATIENCE;
+        if starves && ask == Ask::Not {
             self.buckets.starve(gfn);
+        }
+        vcpu.hunger.set(Hunger { gfn, met, ask: if starves { Ask::Asked } else { Ask::Not } });
+    }
+
+    /// The fault is dealt with.
+    #[inline]
+    fn pass_gate(&self, vcpu: &Vcpu) {
+        self.ask_goes_on(vcpu, Ask::Asked, Ask::Filled);
+    }
+
+    #[inline]
+    fn ask_goes_on(&self, vcpu: &Vcpu, from: Ask, to: Ask) {
+        let hunger = vcpu.hunger.get();
+        if hunger.ask == from {
+            vcpu.hunger.set(Hunger { ask: to, ..hunger });
         }
     }
 
-    /// The vCPU is through.
+    /// Into the guest: marks the vCPU as inside, and says whether it owes a flush, which the caller makes before guest code
+    /// runs.
     #[inline]
+    pub fn enter(&self, vcpu: &Vcpu) -> bool {
+        self.ask_goes_on(vcpu, Ask::Filled, Ask::Entered);
+        self.coherence.enter_guest(vcpu.id)
+    }
+
+    /// Out of the guest, or when it was not entered after all.
+    #[inline]
+    pub fn leave(&self, vcpu: &Vcpu) {
+        if vcpu.hunger.get().ask == Ask::Entered {
+            self.feed(vcpu);
+        }
+        self.coherence.leave_guest(vcpu.id);
+    }
+
+    /// The vCPU does not ask any more.
+    #[cold]
     fn feed(&self, vcpu: &Vcpu) {
-        let (gfn, met) = vcpu.gate_met.replace((Gfn(0), 0));
-        if met >= GATE_PATIENCE {
-            self.buckets.fed(gfn);
+        let hunger = vcpu.hunger.get();
+        if hunger.ask != Ask::Not {
+            vcpu.hunger.set(Hunger { ask: Ask::Not, ..hunger });
+            self.buckets.fed(hunger.gfn);
         }
     }
 }

@@ -43,13 +43,16 @@ use crate::p2m::PageState;
 use crate::records::{Cause, Record};
 use crate::spte::Spte;
 use crate::swap::SwapSlot;
-use crate::sync::{Ordering, thread};
+use crate::sync::{Ordering, spin_until, thread};
 
 /// The most pages of one invalidation.
 pub const BATCH_MAX: usize = 512;
 
-/// How often the gate of a starving fill is left open before it is closed all the same: its vCPU may have stopped.
-const YIELDS_MAX: u32 = 10_000;
+/// How often the gate of a starving fill is left open before it is closed all the same: its vCPU may have stopped. A vCPU
+/// that has lost its CPU to other work has it again in a fraction of the time that these take, 200 ms.
+const NAPS_MAX: u32 = 2000;
+/// After so many of them, and again after as many, vCPUs are made to leave the guest.
+const NAPS_A_KICK: u32 = 2;
 
 /// A page in the hands of an invalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,16 +161,20 @@ impl Mmu {
     }
 
     /// False where the page is to be left to a fill that starves; a cause that must have it waits until the fill is fed,
-    /// which takes one walk and a fill with the gate open.
+    /// which takes one walk, a fill with the gate open, and a stretch of guest code.
     fn stands_back(&self, cause: Cause, gfn: Gfn) -> bool {
         if cause.may_skip() {
             return !self.buckets.is_starving(gfn) && !self.buckets.is_closed(gfn);
         }
-        for _ in 0..YIELDS_MAX {
-            if !self.buckets.is_starving(gfn) {
+        for nap in 1..=NAPS_MAX {
+            if spin_until(|| !self.buckets.is_starving(gfn)) {
                 break;
             }
-            thread::yield_now();
+            // A vCPU that runs with the page is fed when it leaves the guest.
+            if nap % NAPS_A_KICK == 0 {
+                self.coherence.shoot_down(None);
+            }
+            thread::nap();
         }
         true
     }

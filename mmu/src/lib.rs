@@ -12,7 +12,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | addr, access, format, spte | the words: addresses, accesses, guest entries, shadow entries |
-//! | machine, frames, p2m, window, pool | memory: the frames, who has each, gfn -> frame, the ways to touch it |
+//! | machine, frames, p2m, window, pool, views | memory: the frames, who has each, gfn -> frame, the ways to touch it |
 //! | walk | the guest's tables, read and judged |
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
@@ -55,6 +55,7 @@ pub mod swap;
 pub mod sync;
 pub mod tlb;
 pub mod vcpu;
+pub mod views;
 pub mod walk;
 pub mod window;
 
@@ -72,8 +73,9 @@ pub use reclaim::{Shortage, SwapFailed};
 pub use shadow::roots::FIRMWARE_SLOT;
 pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
 pub use vcpu::{FaultStats, Vcpu};
+pub use views::Views;
 pub use walk::{Refusal, Touch, Translation};
-pub use window::LocalStack;
+pub use window::{Context, LocalStack};
 
 use bucket::Buckets;
 use frames::{Draw, FrameKind, Frames, Host, NoHost};
@@ -85,7 +87,8 @@ use records::{Clock, NoClock, Records};
 use shadow::pages::Pages;
 use shadow::{Roots, track};
 use swap::{NoSwap, SwapDevice, SwapMap};
-use sync::{AtomicU64, Lock, Ordering};
+use sync::{Arc, AtomicU64, Lock, Ordering};
+use views::Windows;
 
 /// The fewest shadow pages a guest can run with: an instruction may need several at once (two operands that each
 /// cross a page, code and stack, at two levels).
@@ -129,7 +132,11 @@ impl Config {
 #[derive(Debug)]
 pub struct Mmu {
     config: Config,
+    /// As the hardware sees it, and the software TLB.
+    hardware: Machine,
+    /// As VMM code sees it that reads and writes shadow tables.
     machine: Machine,
+    windows: Windows,
     frames: Frames,
     p2m: P2m,
     buckets: Buckets,
@@ -206,6 +213,8 @@ impl Mmu {
             background: Background::new(),
             clock: Box::new(NoClock),
             host: Box::new(NoHost(machine.clone())),
+            hardware: machine.clone(),
+            windows: Windows::pinned(machine.clone()),
             machine,
             p2m: P2m::new(config.guest_pages),
             buckets: Buckets::new(config.guest_pages),
@@ -228,6 +237,11 @@ impl Mmu {
     /// The same, with a clock for its records.
     pub fn with_clock(self, clock: Box<dyn Clock>) -> Mmu {
         Mmu { clock, ..self }
+    }
+
+    /// The same, with mapped windows. Before anybody touched memory.
+    pub fn with_views(self, views: Arc<dyn Views>) -> Mmu {
+        Mmu { machine: views.tables(), windows: Windows::mapped(views), ..self }
     }
 
     /// The same, with a pool of so many window slots.
@@ -364,13 +378,27 @@ impl Mmu {
     /// A frame of zeros.
     pub(crate) fn take_frame(&self, kind: FrameKind, draw: Draw) -> Option<Mfn> {
         let fresh = self.frames.allocate(kind, draw)?;
+        if matches!(kind, FrameKind::Shadow(_) | FrameKind::Root(_)) {
+            self.windows.open_table(fresh.mfn, true);
+        }
         if !fresh.zeroed {
-            self.machine.clear(fresh.mfn);
+            self.windows.with_frame(fresh.mfn, Machine::clear);
         }
         if fresh.low {
             self.background.want();
         }
         Some(fresh.mfn)
+    }
+
+    /// Gives back the frame of a table, as [`Frames::release`] does.
+    pub(crate) fn release_table(&self, mfn: Mfn) {
+        self.windows.open_table(mfn, false);
+        self.frames.release(mfn);
+    }
+
+    /// The most window mappings that a context of that class has had open at once.
+    pub fn window_depth(&self, context: Context) -> u32 {
+        self.windows.deepest(context)
     }
 }
 

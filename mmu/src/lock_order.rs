@@ -2,7 +2,7 @@
 //!
 //! Story: every lock is made with a [`Level`]; debug builds keep, per thread, the levels held and assert that
 //! each new one is higher. Holds: INV-LOCK-1, levels rise strictly along every thread's stack of locks.
-//! INV-LOCK-2, nothing sleeps with one of these held ([`assert_may_sleep`]).
+//! INV-LOCK-2, nothing sleeps with one of these held ([`assert_may_sleep`]). INV-WINDOW-3, nor with a window open.
 //!
 //! Numbers have gaps for what is still to come. Release builds compile all of it away.
 //!
@@ -61,7 +61,7 @@ pub const SLEEPERS: Level = Level::new(700, "sleepers");
 
 #[cfg(debug_assertions)]
 mod held {
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     use super::Level;
 
@@ -75,6 +75,15 @@ mod held {
 
     thread_local! {
         static HELD: RefCell<Vec<Level>> = RefCell::default();
+        static MAPPED: Cell<u32> = Cell::default();
+    }
+
+    pub fn mapped() {
+        MAPPED.with(|open| open.set(open.get() + 1));
+    }
+
+    pub fn unmapped() {
+        MAPPED.with(|open| open.set(open.get() - 1));
     }
 
     pub fn taken(level: Level) {
@@ -95,6 +104,8 @@ mod held {
 
     pub fn assert_none() {
         with(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {held:?}"));
+        let open = MAPPED.with(Cell::get);
+        assert!(open == 0, "INV-WINDOW-3: about to sleep with {open} local mappings open");
     }
 
     fn with<T>(look: impl FnOnce(&mut Vec<Level>) -> T) -> T {
@@ -118,7 +129,22 @@ pub(crate) fn released(level: Level) {
     let _ = level;
 }
 
-/// Asserts (debug builds) that this thread holds no lock of this crate: called at every point that may sleep.
+/// Records that this thread has one more local mapping open.
+#[inline]
+pub(crate) fn mapped() {
+    #[cfg(debug_assertions)]
+    held::mapped();
+}
+
+/// Records that it has let go of one.
+#[inline]
+pub(crate) fn unmapped() {
+    #[cfg(debug_assertions)]
+    held::unmapped();
+}
+
+/// Asserts (debug builds) that this thread holds no lock of this crate and no local mapping: called at every point that may
+/// sleep.
 #[inline]
 pub fn assert_may_sleep() {
     #[cfg(debug_assertions)]

@@ -15,7 +15,7 @@
 //!
 //! Page tables are never reached through here: a walk must not wait for a device.
 //!
-//! Holds: INV-POOL-1, a slot in use, idle or not, has exactly one pin of its page's frame. INV-POOL-2, who sleeps for a
+//! Holds: INV-POOL-1, a slot in use, idle or not, has exactly one pin of its page's frame, and shows it. INV-POOL-2, who sleeps for a
 //! slot holds none, nor a local mapping, nor a lock (debug builds). INV-POOL-3, idle slots block no invalidation.
 //!
 //! Locks: the pool's own ([`lock_order::SLEEPERS`]), a leaf but for the view's. It is held for a few lookups, and for a sweep.
@@ -26,6 +26,7 @@ use std::cell::Cell;
 
 use rustc_hash::FxHashMap;
 
+use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
 use crate::frames::DIRTY;
 use crate::lock_order;
@@ -33,7 +34,6 @@ use crate::p2m::PageState;
 use crate::physical::{NotReached, Width};
 use crate::sync::{Monitor, MonitorGuard};
 use crate::window::Intent;
-use crate::{Machine, Mmu};
 
 /// Slots of a pool: fewer than the frames that the smallest budget leaves to high memory.
 pub const SLOTS: u32 = 64;
@@ -75,6 +75,8 @@ pub struct WindowStats {
 struct Slot {
     gfn: Gfn,
     mfn: Mfn,
+    /// Where in the windows' memory it is seen.
+    shown: Mfn,
     mappings: u32,
 }
 
@@ -124,7 +126,7 @@ impl Pool {
 
 impl Slots {
     /// One more mapping of a page that has a slot.
-    fn take_again(&mut self, gfn: Gfn) -> Option<(u32, Mfn)> {
+    fn take_again(&mut self, gfn: Gfn) -> Option<(u32, Slot)> {
         let index = *self.by_gfn.get(&gfn)?;
         let slot = self.slots[index as usize].as_mut()?;
         if slot.mappings == 0 {
@@ -132,17 +134,17 @@ impl Slots {
             self.stats.taken += 1;
         }
         slot.mappings += 1;
-        Some((index, slot.mfn))
+        Some((index, *slot))
     }
 
-    /// Frees an idle slot; whose pin the caller lets go of.
-    fn give_up(&mut self, index: u32) -> Option<Mfn> {
+    /// Frees an idle slot; the caller lets go of what it held ([`Mmu::let_go`]).
+    fn give_up(&mut self, index: u32) -> Option<Slot> {
         let slot = self.slots[index as usize].take_if(|slot| slot.mappings == 0)?;
         self.by_gfn.remove(&slot.gfn);
         self.free.push(index);
         self.stats.idle -= 1;
         self.stats.swept += 1;
-        Some(slot.mfn)
+        Some(slot)
     }
 }
 
@@ -180,13 +182,12 @@ impl Mmu {
     pub fn try_take_page(&self, gfn: Gfn, intent: Intent) -> Result<PersistentMap<'_>, NotTaken> {
         // By statements: the lock is let go of before the page is looked for.
         let again = self.pool.slots.lock().take_again(gfn);
-        let (slot, mfn) = match again {
+        let (slot, Slot { mfn, shown, .. }) = match again {
             Some(taken) => taken,
             None => self.take_anew(gfn)?,
         };
-        let (machine, holder) = (&self.machine, holders::Holder::new());
-        let map =
-            PersistentMap { mmu: self, machine, gfn, mfn, slot, written: Cell::new(NOTHING), intent, holder };
+        let (written, holder) = (Cell::new(NOTHING), holders::Holder::new());
+        let map = PersistentMap { mmu: self, gfn, mfn, shown, slot, written, intent, holder };
         if intent == Intent::Write && self.frames.flags(mfn) & DIRTY == 0 {
             self.mark_dirty(&self.buckets.lock(gfn), gfn, mfn);
         }
@@ -194,7 +195,7 @@ impl Mmu {
     }
 
     /// Pinned, then looked up again, as [`Mmu::map_page`] does.
-    fn take_anew(&self, gfn: Gfn) -> Result<(u32, Mfn), NotTaken> {
+    fn take_anew(&self, gfn: Gfn) -> Result<(u32, Slot), NotTaken> {
         loop {
             let state = self.resident(gfn);
             let mfn = match state {
@@ -204,7 +205,7 @@ impl Mmu {
             };
             self.frames.pin(mfn);
             if self.p2m.lookup(gfn) == state {
-                let taken = self.enter(gfn, mfn);
+                let taken = self.give_slot(gfn, mfn);
                 if taken.is_err() {
                     self.frames.unpin(mfn);
                 }
@@ -215,7 +216,7 @@ impl Mmu {
     }
 
     /// Gives a slot to a page that the caller has pinned.
-    fn enter(&self, gfn: Gfn, mfn: Mfn) -> Result<(u32, Mfn), NotTaken> {
+    fn give_slot(&self, gfn: Gfn, mfn: Mfn) -> Result<(u32, Slot), NotTaken> {
         let mut slots = self.pool.slots.lock();
         if let Some(taken) = slots.take_again(gfn) {
             // Somebody was faster; the slot has its pin.
@@ -226,10 +227,11 @@ impl Mmu {
             self.sweep(&mut slots);
         }
         let index = slots.free.pop().ok_or(NotTaken::Full)?;
-        slots.slots[index as usize] = Some(Slot { gfn, mfn, mappings: 1 });
+        let slot = Slot { gfn, mfn, shown: self.windows.show(mfn), mappings: 1 };
+        slots.slots[index as usize] = Some(slot);
         slots.by_gfn.insert(gfn, index);
         slots.stats.taken += 1;
-        Ok((index, mfn))
+        Ok((index, slot))
     }
 
     /// Gives all idle slots up.
@@ -239,10 +241,14 @@ impl Mmu {
         }
         slots.stats.sweeps += 1;
         for index in 0..slots.stats.slots {
-            if let Some(mfn) = slots.give_up(index) {
-                self.frames.unpin(mfn);
-            }
+            slots.give_up(index).iter().for_each(|slot| self.let_go(slot));
         }
+    }
+
+    /// Lets go of what an idle slot held.
+    fn let_go(&self, slot: &Slot) {
+        self.windows.hide(slot.shown);
+        self.frames.unpin(slot.mfn);
     }
 
     /// How many mappings hold a page's frame in place, an idle slot not among them: that one is given up. For whoever
@@ -259,8 +265,8 @@ impl Mmu {
     fn pins_beside_idle(&self, gfn: Gfn, mfn: Mfn) -> u32 {
         let mut slots = self.pool.slots.lock();
         let index = slots.by_gfn.get(&gfn).copied();
-        if let Some(mfn) = index.and_then(|index| slots.give_up(index)) {
-            self.frames.unpin(mfn);
+        if let Some(slot) = index.and_then(|index| slots.give_up(index)) {
+            self.let_go(&slot);
         }
         drop(slots);
         self.frames.pins(mfn)
@@ -280,9 +286,10 @@ const NOTHING: Written = (u32::MAX, 0);
 #[derive(Debug)]
 pub struct PersistentMap<'m> {
     mmu: &'m Mmu,
-    machine: &'m Machine,
     gfn: Gfn,
     mfn: Mfn,
+    /// Where in the windows' memory it is seen.
+    shown: Mfn,
     slot: u32,
     intent: Intent,
     written: Cell<Written>,
@@ -304,26 +311,26 @@ impl PersistentMap<'_> {
 
     /// Copies out; `offset + buffer.len()` is at most a page.
     pub fn read(&self, offset: u32, buffer: &mut [u8]) {
-        self.machine.read(self.mfn.at(offset), buffer);
+        self.mmu.windows.memory().read(self.shown.at(offset), buffer);
     }
 
     /// Copies in; `offset + data.len()` is at most a page. The mapping was taken to write.
     pub fn write(&self, offset: u32, data: &[u8]) {
         self.note(offset, data.len() as u32);
-        self.machine.write(self.mfn.at(offset), data);
+        self.mmu.windows.memory().write(self.shown.at(offset), data);
     }
 
-    /// [`Machine::load`] at byte `offset`.
+    /// [`crate::Machine::load`] at byte `offset`.
     #[inline]
     pub fn load(&self, offset: u32, width: Width) -> u64 {
-        self.machine.load(self.mfn.at(offset), width)
+        self.mmu.windows.memory().load(self.shown.at(offset), width)
     }
 
-    /// [`Machine::store`] at byte `offset`. The mapping was taken to write.
+    /// [`crate::Machine::store`] at byte `offset`. The mapping was taken to write.
     #[inline]
     pub fn store(&self, offset: u32, width: Width, value: u64) {
         self.note(offset, width.bytes());
-        self.machine.store(self.mfn.at(offset), width, value);
+        self.mmu.windows.memory().store(self.shown.at(offset), width, value);
     }
 
     #[inline]

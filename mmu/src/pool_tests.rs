@@ -4,7 +4,7 @@ use crate::discard::Discard;
 use crate::invalidation::May;
 use crate::swap::MemorySwap;
 use crate::sync::thread;
-use crate::{Config, LocalStack};
+use crate::{Config, Context, LocalStack, Machine};
 
 const PAGES: u32 = 600;
 
@@ -142,5 +142,5 @@ fn threads_and_reclaim_lose_no_store_and_no_sleeper() {
     assert!(stats.sweeps > 0 && stats.waits > 0 && stats.taken == 0 && stats.waiters == 0, "{stats:?}");
     assert_eq!(mmu.audit(), Vec::<String>::new());
     let mut word = [0; 8];
-    mmu.read_bytes_sleeping(None, &LocalStack::new(), Gfn(5).at(0), &mut word).expect("memory");
+    mmu.read_bytes_sleeping(None, &LocalStack::new(Context::Host), Gfn(5).at(0), &mut word).expect("memory");
 }

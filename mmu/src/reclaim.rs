@@ -29,6 +29,7 @@ use crate::frames::{DIRTY, Draw, FrameKind, SHADOWED, WATCHED};
 use crate::invalidation::{Held, May, Settled, Settling};
 use crate::lock_order;
 use crate::lru::List;
+use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::scope::{MemAlloc, NoIo};
@@ -292,7 +293,7 @@ impl Mmu {
         let (mut clean, mut zero) = (0, 0);
         settling.settle(|page| match page.copy {
             _ if self.frames.flags(page.mfn) & DIRTY != 0 => {
-                let empty = self.machine.is_zero(page.mfn);
+                let empty = self.windows.with_frame(page.mfn, Machine::is_zero);
                 zero += u64::from(empty);
                 empty.then_some(Settled::Zero)
             }
@@ -324,7 +325,7 @@ impl Mmu {
             let batch = &pages[done..done + run.len()];
             buffer.resize(run.len() * PAGE, 0);
             for (page, bytes) in batch.iter().zip(buffer.chunks_exact_mut(PAGE)) {
-                self.machine.read(page.mfn.at(0), bytes);
+                self.windows.with_frame(page.mfn, |memory, at| memory.read(at.at(0), bytes));
             }
             let first = SwapSlot(run.start);
             if let Err(error) = self.swap.write(first, &buffer) {
@@ -489,7 +490,7 @@ impl Mmu {
                 return Err(self.fail("reading", first, run.len(), &error));
             }
             for ((_, _, mfn), bytes) in run.iter().zip(buffer.chunks_exact(PAGE)) {
-                self.machine.write(mfn.at(0), bytes);
+                self.windows.with_frame(*mfn, |memory, at| memory.write(at.at(0), bytes));
             }
         }
         Ok(())

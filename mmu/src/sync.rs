@@ -50,6 +50,14 @@ pub mod thread {
     pub use shuttle::thread::{JoinHandle, spawn, yield_now};
     #[cfg(not(any(loom, shuttle)))]
     pub use std::thread::{JoinHandle, spawn, yield_now};
+
+    /// Lets others run for a while, 100 microseconds or so.
+    pub fn nap() {
+        #[cfg(not(any(loom, shuttle)))]
+        std::thread::sleep(std::time::Duration::from_micros(100));
+        #[cfg(any(loom, shuttle))]
+        yield_now();
+    }
 }
 
 /// Looks at `done` a few times, for about two microseconds, before the caller does anything that costs as much; says

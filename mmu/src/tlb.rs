@@ -434,7 +434,7 @@ impl Mmu {
         kind: AccessKind,
     ) -> Option<u64> {
         let mfn = self.tlb_front(vcpu, tag, gva, kind)?;
-        Some(self.machine.load(mfn.at(gva.offset() & !(width.bytes() - 1)), width))
+        Some(self.hardware.load(mfn.at(gva.offset() & !(width.bytes() - 1)), width))
     }
 
     /// [`Mmu::tlb_store`] likewise; false where it has not been made, as where code was decoded from the frame.
@@ -444,7 +444,7 @@ impl Mmu {
         if self.frames.code(mfn) != 0 {
             return false;
         }
-        self.machine.store(mfn.at(gva.offset() & !(width.bytes() - 1)), width, value);
+        self.hardware.store(mfn.at(gva.offset() & !(width.bytes() - 1)), width, value);
         true
     }
 
@@ -544,7 +544,7 @@ impl Mmu {
 
     /// Into the guest: marks the vCPU as inside and makes the flush that is owed, if one is. Says whether there was one.
     pub fn tlb_enter(&self, vcpu: &Vcpu) -> bool {
-        let owed = self.coherence.enter_guest(vcpu.id);
+        let owed = self.enter(vcpu);
         if owed {
             let epoch = self.coherence.begin_flush();
             if let Some(tlb) = &vcpu.tlb {
@@ -605,7 +605,7 @@ impl Mmu {
     #[inline(always)]
     pub fn tlb_load(&self, vcpu: &Vcpu, gva: Gva, width: crate::Width, user: bool) -> Result<u64, Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::read(user))?;
-        Ok(self.machine.load(mfn.at(gva.offset()), width))
+        Ok(self.hardware.load(mfn.at(gva.offset()), width))
     }
 
     /// Stores the low `width` bytes of `value` through the TLB. The access lies within a page.
@@ -623,7 +623,7 @@ impl Mmu {
         user: bool,
     ) -> Result<(), Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
-        self.machine.store(mfn.at(gva.offset()), width, value);
+        self.hardware.store(mfn.at(gva.offset()), width, value);
         self.frames.code_written(mfn);
         Ok(())
     }
@@ -644,7 +644,7 @@ impl Mmu {
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::write(user))?;
-        let old = self.machine.update(mfn.at(gva.offset()), width, change);
+        let old = self.hardware.update(mfn.at(gva.offset()), width, change);
         self.frames.code_written(mfn);
         Ok(old)
     }
@@ -667,10 +667,10 @@ impl Mmu {
         let (at, length) = (mfn.at(gva.offset()), count as usize * width.bytes() as usize);
         // A word of copies, and a page of words: the bytes begin anew with each copy.
         match (value & width.mask()).wrapping_mul(u64::MAX / width.mask()) {
-            0 => self.machine.write(at, &ZEROS[..length]),
+            0 => self.hardware.write(at, &ZEROS[..length]),
             word => {
                 let page = [word.to_le_bytes(); PAGE_SIZE as usize / 8];
-                self.machine.write(at, &page.as_flattened()[..length]);
+                self.hardware.write(at, &page.as_flattened()[..length]);
             }
         }
         self.frames.code_written(mfn);
@@ -692,8 +692,8 @@ impl Mmu {
         }
         let mut page = [0; PAGE_SIZE as usize];
         let copied = &mut page[..length as usize];
-        self.machine.read(source, copied);
-        self.machine.write(target, copied);
+        self.hardware.read(source, copied);
+        self.hardware.write(target, copied);
         self.frames.code_written(mfn);
         Ok(true)
     }
@@ -706,7 +706,7 @@ impl Mmu {
     pub fn tlb_fetch(&self, vcpu: &Vcpu, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
         let here = buffer.len().min((4096 - gva.offset()) as usize);
-        self.machine.read(mfn.at(gva.offset()), &mut buffer[..here]);
+        self.hardware.read(mfn.at(gva.offset()), &mut buffer[..here]);
         Ok(here)
     }
 }

@@ -10,7 +10,7 @@ use crate::events::EventRing;
 use crate::format::{Mode, Pdpte};
 use crate::shadow::RootRef;
 use crate::tlb::{SoftTlb, TlbKind};
-use crate::window::LocalStack;
+use crate::window::{Context, LocalStack};
 
 /// How faults ended, counted as KVM counts them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,6 +58,29 @@ impl FaultStats {
     }
 }
 
+/// How a vCPU stands with the gates. Who asks to be let through is fed when guest code has run after the fill: a page that is
+/// taken between the two was of no use. So the count goes on until the gate of another page is met.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Hunger {
+    /// The page whose gate it met last.
+    pub gfn: Gfn,
+    /// How often that was closed.
+    pub met: u32,
+    pub ask: Ask,
+}
+
+/// What has become of asking to be let through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Ask {
+    #[default]
+    Not,
+    Asked,
+    /// The page is mapped now.
+    Filled,
+    /// The guest was entered with the page mapped.
+    Entered,
+}
+
 /// The MMU's side of one vCPU.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -75,8 +98,7 @@ pub struct Vcpu {
     pub(crate) hardware: bool,
     pub(crate) window: LocalStack,
     pub(crate) stats: RefCell<FaultStats>,
-    /// The page whose closed gate it met last, and how often in a row.
-    pub(crate) gate_met: Cell<(Gfn, u32)>,
+    pub(crate) hunger: Cell<Hunger>,
     pub(crate) events: RefCell<EventRing>,
     /// Scratch for lists of gfns, kept to spare the allocator.
     pub(crate) scratch: RefCell<Vec<Gfn>>,
@@ -93,9 +115,9 @@ impl Vcpu {
             tags: [Cell::new(0), Cell::new(0)],
             hardware: tlb.is_none(),
             tlb,
-            window: LocalStack::new(),
+            window: LocalStack::new(Context::Vcpu),
             stats: RefCell::new(FaultStats::default()),
-            gate_met: Cell::new((Gfn(0), 0)),
+            hunger: Cell::default(),
             events: RefCell::new(EventRing::new()),
             scratch: RefCell::new(Vec::new()),
         }

@@ -25,6 +25,7 @@ use crate::access::{Access, AccessKind, FaultCode, PageFault};
 use crate::addr::{Gfn, Gpa, Gva, Mfn};
 use crate::format::{Gpte, Mode, Rights, STATUS_BITS};
 use crate::frames::WIDE;
+use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::vcpu::Vcpu;
 use crate::window::{Intent, Tag};
@@ -231,9 +232,10 @@ impl Mmu {
     #[inline(always)]
     fn gpte(&self, vcpu: &Vcpu, touch: Touch, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
         if touch == Touch::Look
+            && !self.windows.is_mapped()
             && let Some((mfn, generation)) = self.p2m.holder(table)
         {
-            let gpte = self.load_gpte(vcpu.mode, mfn, index);
+            let gpte = load_gpte(self.windows.memory(), vcpu.mode, mfn, index);
             if self.p2m.holder(table) == Some((mfn, generation)) {
                 return Ok(gpte);
             }
@@ -241,24 +243,28 @@ impl Mmu {
         self.read_gpte(vcpu, table, index)
     }
 
-    #[inline(always)]
-    fn load_gpte(&self, mode: Mode, mfn: Mfn, index: u32) -> Gpte {
-        Gpte(if mode.pae {
-            self.machine.word64(mfn.at(index * 8)).load(Ordering::Acquire)
-        } else {
-            u64::from(self.machine.word32(mfn.at(index * 4)).load(Ordering::Acquire))
-        })
-    }
-
     /// Reads one entry of a guest table; zero where the table lies outside memory.
     #[inline(always)]
     pub(crate) fn read_gpte(&self, vcpu: &Vcpu, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
         match self.map_page(&vcpu.window, table, Tag::Walk, Intent::Read) {
-            Ok(map) => Ok(self.load_gpte(vcpu.mode, map.mfn(), index)),
+            Ok(map) => {
+                let (memory, frame) = map.shown();
+                Ok(load_gpte(memory, vcpu.mode, frame, index))
+            }
             Err(PageState::Device) => Ok(Gpte(0)),
             Err(_) => Err(Refusal::Need(table)),
         }
     }
+}
+
+/// The entry at `index` of the table in a frame of `memory`.
+#[inline(always)]
+pub(crate) fn load_gpte(memory: &Machine, mode: Mode, frame: Mfn, index: u32) -> Gpte {
+    Gpte(if mode.pae {
+        memory.word64(frame.at(index * 8)).load(Ordering::Acquire)
+    } else {
+        u64::from(memory.word32(frame.at(index * 4)).load(Ordering::Acquire))
+    })
 }
 
 #[inline]

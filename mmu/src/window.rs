@@ -4,11 +4,15 @@
 //! mapped the frame is pinned: it cannot change hands. This is the *local* kind: a stack per execution context,
 //! strictly last in first out, that never sleeps. Mappings nest (a walk inside an emulated store inside a fault).
 //!
-//! Holds: INV-WINDOW-1, a frame's pins equal the open mappings of it, and the pool's slot. INV-WINDOW-2, mappings are released in
-//! reverse order, never more than [`DEPTH_MAX`] at once; a breach prints the stack. INV-WINDOW-3, depth is 0 at
-//! every point that sleeps. The [`Tag`] of a mapping is for diagnostics: no behaviour hangs on it.
+//! A context that is switched away with mappings open takes its stack along, as it takes its registers: no slot is shared,
+//! so none needs saving.
 //!
-//! Not here: mappings that outlive a call (pool).
+//! Holds: INV-WINDOW-1, a frame's pins equal the open mappings of it, and the pool's slot. INV-WINDOW-2, mappings are released in
+//! reverse order, never more than [`Context::depth_max`] at once; a breach prints the stack. INV-WINDOW-3, no mapping is open
+//! at a point that sleeps ([`crate::lock_order::assert_may_sleep`]). The [`Tag`] of a mapping is for diagnostics: no
+//! behaviour hangs on it.
+//!
+//! Not here: mappings that outlive a call (pool); where a mapping shows its frame (views).
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -16,13 +20,44 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
 use crate::frames::{DIRTY, Frames};
+use crate::lock_order;
 use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::physical::Width;
+use crate::views::Windows;
 
-/// The most mappings one context may have open. Today's deepest nest is three (an emulated access to two pages
-/// with a walk inside).
-pub const DEPTH_MAX: usize = 8;
+/// The most mappings that a context of any class may have open.
+const DEPTH_MAX: usize = 4;
+
+/// Who a stack belongs to: how deep its mappings may nest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Context {
+    /// A vCPU: fills, and whatever is emulated for it.
+    Vcpu,
+    /// The VMM itself: loader, witness, explain, audit.
+    Host,
+}
+
+impl Context {
+    /// All of them.
+    pub const ALL: [Context; 2] = [Context::Vcpu, Context::Host];
+
+    /// The most mappings of it at once: a vCPU's access to two pages with a walk inside, and one to spare.
+    pub const fn depth_max(self) -> usize {
+        match self {
+            Context::Vcpu => DEPTH_MAX,
+            Context::Host => 2,
+        }
+    }
+
+    /// In a word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Context::Vcpu => "vcpu",
+            Context::Host => "host",
+        }
+    }
+}
 
 /// Why a frame was mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,21 +90,17 @@ struct Slot {
 /// The mapping stack of one execution context.
 #[derive(Debug)]
 pub struct LocalStack {
+    context: Context,
     slots: [Cell<Option<Slot>>; DEPTH_MAX],
     depth: Cell<usize>,
     high_water: Cell<usize>,
 }
 
-impl Default for LocalStack {
-    fn default() -> LocalStack {
-        LocalStack::new()
-    }
-}
-
 impl LocalStack {
-    /// An empty stack.
-    pub fn new() -> LocalStack {
+    /// The empty stack of a context of that class.
+    pub fn new(context: Context) -> LocalStack {
         LocalStack {
+            context,
             slots: std::array::from_fn(|_| Cell::new(None)),
             depth: Cell::new(0),
             high_water: Cell::new(0),
@@ -95,26 +126,25 @@ impl LocalStack {
     #[inline]
     pub(crate) fn map<'a>(
         &'a self,
-        machine: &'a Machine,
+        windows: &'a Windows,
         frames: &'a Frames,
         gfn: Gfn,
         mfn: Mfn,
         tag: Tag,
     ) -> LocalMap<'a> {
         let index = self.depth.get();
-        let Some(slot) = self.slots.get(index) else { self.overflow(gfn, tag) };
-        slot.set(Some(Slot { gfn, tag }));
+        if index >= self.context.depth_max() {
+            self.overflow(gfn, tag);
+        }
+        self.slots[index].set(Some(Slot { gfn, tag }));
         self.depth.set(index + 1);
         if self.high_water.get() <= index {
             self.high_water.set(index + 1);
+            windows.note_depth(self.context, index + 1);
         }
         frames.pin(mfn);
-        LocalMap { stack: self, machine, frames, mfn, index }
-    }
-
-    /// Asserts (debug builds) that nothing is mapped: called at every point that sleeps.
-    pub fn assert_empty(&self) {
-        debug_assert_eq!(self.depth.get(), 0, "INV-WINDOW-3: about to sleep holding {}", self.stack());
+        lock_order::mapped();
+        LocalMap { stack: self, windows, frames, mfn, shown: windows.show(mfn), index }
     }
 
     /// The open mappings, outermost first, for diagnostics.
@@ -125,7 +155,8 @@ impl LocalStack {
 
     #[cold]
     fn overflow(&self, gfn: Gfn, tag: Tag) -> ! {
-        panic!("INV-WINDOW-2: window overflow mapping {gfn} for {tag:?}: {}", self.stack())
+        let (context, most) = (self.context, self.context.depth_max());
+        panic!("INV-WINDOW-2: {gfn} for {tag:?} is one more than {context:?}'s {most}: {}", self.stack())
     }
 
     #[inline]
@@ -162,7 +193,7 @@ impl Mmu {
         loop {
             let state = self.resident(gfn);
             let PageState::Resident(mfn) = state else { return Err(state) };
-            let map = window.map(&self.machine, &self.frames, gfn, mfn, tag);
+            let map = window.map(&self.windows, &self.frames, gfn, mfn, tag);
             if self.p2m.lookup(gfn) != state {
                 continue;
             }
@@ -178,9 +209,11 @@ impl Mmu {
 #[derive(Debug)]
 pub struct LocalMap<'a> {
     stack: &'a LocalStack,
-    machine: &'a Machine,
+    windows: &'a Windows,
     frames: &'a Frames,
     mfn: Mfn,
+    /// Where in the windows' memory it is seen.
+    shown: Mfn,
     index: usize,
 }
 
@@ -190,51 +223,59 @@ impl LocalMap<'_> {
         self.mfn
     }
 
+    /// Where it is seen: a memory, and the frame of it.
+    #[inline]
+    pub(crate) fn shown(&self) -> (&Machine, Mfn) {
+        (self.windows.memory(), self.shown)
+    }
+
     /// The aligned 4-byte word at byte `offset` of the frame.
     #[inline]
     pub fn word32(&self, offset: u32) -> &AtomicU32 {
-        self.machine.word32(self.mfn.at(offset))
+        self.windows.memory().word32(self.shown.at(offset))
     }
 
     /// The aligned 8-byte word at byte `offset` of the frame.
     #[inline]
     pub fn word64(&self, offset: u32) -> &AtomicU64 {
-        self.machine.word64(self.mfn.at(offset))
+        self.windows.memory().word64(self.shown.at(offset))
     }
 
     /// Copies out; `offset + buffer.len()` is at most a page.
     pub fn read(&self, offset: u32, buffer: &mut [u8]) {
-        self.machine.read(self.mfn.at(offset), buffer);
+        self.windows.memory().read(self.shown.at(offset), buffer);
     }
 
     /// Copies in; `offset + data.len()` is at most a page.
     pub fn write(&self, offset: u32, data: &[u8]) {
-        self.machine.write(self.mfn.at(offset), data);
+        self.windows.memory().write(self.shown.at(offset), data);
     }
 
     /// [`Machine::load`] at byte `offset`.
     #[inline]
     pub fn load(&self, offset: u32, width: Width) -> u64 {
-        self.machine.load(self.mfn.at(offset), width)
+        self.windows.memory().load(self.shown.at(offset), width)
     }
 
     /// [`Machine::store`] at byte `offset`.
     #[inline]
     pub fn store(&self, offset: u32, width: Width, value: u64) {
-        self.machine.store(self.mfn.at(offset), width, value);
+        self.windows.memory().store(self.shown.at(offset), width, value);
     }
 
     /// [`Machine::update`] at byte `offset`.
     #[inline]
     pub fn update(&self, offset: u32, width: Width, change: &mut dyn FnMut(u64) -> u64) -> u64 {
-        self.machine.update(self.mfn.at(offset), width, change)
+        self.windows.memory().update(self.shown.at(offset), width, change)
     }
 }
 
 impl Drop for LocalMap<'_> {
     #[inline]
     fn drop(&mut self) {
+        self.windows.hide(self.shown);
         self.frames.unpin(self.mfn);
+        lock_order::unmapped();
         self.stack.release(self.index);
     }
 }
@@ -244,17 +285,17 @@ mod tests {
     use super::*;
     use crate::frames::{Draw, FrameKind};
 
-    fn world() -> (Machine, Frames, LocalStack, Mfn) {
+    fn world() -> (Windows, Frames, LocalStack, Mfn) {
         let frames = Frames::new(8, 0, 0);
         let fresh = frames.allocate(FrameKind::Guest(Gfn(99)), Draw::Ordinary).unwrap();
-        (Machine::anonymous(8), frames, LocalStack::new(), fresh.mfn)
+        (Windows::pinned(Machine::anonymous(8)), frames, LocalStack::new(Context::Host), fresh.mfn)
     }
 
     #[test]
     fn a_mapping_pins_its_frame_and_nests() {
-        let (machine, frames, stack, mfn) = world();
-        let outer = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
-        let inner = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Walk);
+        let (windows, frames, stack, mfn) = world();
+        let outer = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
+        let inner = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Walk);
         outer.write(4090, b"abcdef");
         let mut back = [0; 6];
         inner.read(4090, &mut back);
@@ -262,31 +303,46 @@ mod tests {
         drop(inner);
         drop(outer);
         assert_eq!((frames.pins(mfn), stack.depth(), stack.high_water()), (0, 0, 2));
+        assert_eq!(windows.deepest(Context::Host), 2);
+    }
+
+    #[test]
+    fn a_context_takes_its_mappings_along_when_it_is_switched() {
+        let (windows, frames, first, mfn) = world();
+        let second = LocalStack::new(Context::Vcpu);
+        let a = first.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
+        let b = second.map(&windows, &frames, Gfn(99), mfn, Tag::Walk);
+        // Back in the first, whose mapping is the older one.
+        drop(a);
+        assert_eq!((frames.pins(mfn), first.depth(), second.depth()), (1, 0, 1));
+        drop(b);
+        assert_eq!(windows.deepest(Context::Vcpu), 1);
     }
 
     #[test]
     #[should_panic(expected = "INV-WINDOW-2")]
     fn a_release_out_of_order_is_caught() {
-        let (machine, frames, stack, mfn) = world();
-        let a = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
-        let _b = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
+        let (windows, frames, stack, mfn) = world();
+        let a = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
+        let _b = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
         drop(a);
     }
 
     #[test]
-    #[should_panic(expected = "INV-WINDOW-2: window overflow")]
+    #[should_panic(expected = "is one more than Host's 2")]
     fn an_overflow_is_caught() {
-        let (machine, frames, stack, mfn) = world();
-        let _all: Vec<_> =
-            (0..=DEPTH_MAX).map(|_| stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host)).collect();
+        let (windows, frames, stack, mfn) = world();
+        let _all: Vec<_> = (0..=Context::Host.depth_max())
+            .map(|_| stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host))
+            .collect();
     }
 
     #[test]
     #[cfg(debug_assertions)]
     #[should_panic(expected = "INV-WINDOW-3")]
     fn sleeping_with_a_mapping_open_is_caught() {
-        let (machine, frames, stack, mfn) = world();
-        let _map = stack.map(&machine, &frames, Gfn(99), mfn, Tag::Host);
-        stack.assert_empty();
+        let (windows, frames, stack, mfn) = world();
+        let _map = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
+        lock_order::assert_may_sleep();
     }
 }

@@ -19,8 +19,8 @@ use umbra_mmu::records::Cause;
 use umbra_mmu::scope::NoIo;
 use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
 use umbra_mmu::{
-    Access, Config, Gfn, Gva, LocalStack, Machine, Miss, Mmu, NoVcpus, NotReached, Outcome, Shootdown,
-    Shortage, TlbKind, Vcpu, Width,
+    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Miss, Mmu, NoVcpus, NotReached, Outcome,
+    Shootdown, Shortage, TlbKind, Vcpu, Width,
 };
 
 /// Pages of the guest; its budget is a fraction of it.
@@ -116,7 +116,7 @@ impl<'m> Guest<'m> {
         let mut gates = 0;
         loop {
             if self.kicked.swap(false, Ordering::SeqCst) {
-                self.mmu.coherence().leave_guest(0);
+                self.mmu.leave(&self.vcpu);
             }
             self.mmu.tlb_enter(&self.vcpu);
             match make(self.mmu, &self.vcpu) {
@@ -124,7 +124,7 @@ impl<'m> Guest<'m> {
                 Err(Miss::Incoherent(violation)) => panic!("{violation}"),
                 Err(Miss::Fault) => {}
             }
-            self.mmu.coherence().leave_guest(0);
+            self.mmu.leave(&self.vcpu);
             match self.mmu.fault(&self.vcpu, at, access) {
                 Outcome::Need(gfn) => self.mmu.bring_in(Some(0), gfn)?,
                 Outcome::Gate(gfn) => {
@@ -149,7 +149,7 @@ impl<'m> Guest<'m> {
     }
 
     fn leave(&self) {
-        self.mmu.coherence().leave_guest(0);
+        self.mmu.leave(&self.vcpu);
     }
 }
 
@@ -240,7 +240,7 @@ fn a_full_swap_is_a_shortage_with_its_numbers_and_loses_nothing() {
     let resident = (0..last).filter(|page| matches!(mmu.p2m().lookup(Gfn(*page)), PageState::Resident(_)));
     for page in resident {
         let mut word = [0; 8];
-        mmu.read_bytes(&LocalStack::new(), Gfn(page).at(0), &mut word).expect("resident");
+        mmu.read_bytes(&LocalStack::new(Context::Host), Gfn(page).at(0), &mut word).expect("resident");
         assert_eq!(u64::from_le_bytes(word), u64::from(page) + 1);
     }
 }
@@ -300,7 +300,7 @@ fn a_page_that_is_only_read_goes_again_without_a_write() {
     assert_eq!((mmu.usage().swap_outs, guest.load(200, 0)), (2, Ok(6)));
     guest.leave();
     // By the VMM's own hand as well.
-    mmu.write_bytes(&LocalStack::new(), Gfn(200).at(0), &[7]).expect("resident");
+    mmu.write_bytes(&LocalStack::new(Context::Host), Gfn(200).at(0), &[7]).expect("resident");
     let before = mmu.p2m().generations(Gfn(200));
     mmu.page_out(None, &[Gfn(200)]).expect("swap has room");
     assert_eq!(mmu.p2m().generations(Gfn(200)).mapping, before.mapping + 1);
@@ -451,7 +451,7 @@ fn guest_device_background_and_operator_lose_no_word_between_them() {
 
 /// Writes and reads words of its own in the pages of the guest, by the window.
 fn device(mmu: &Mmu, end: Instant, rounds: &AtomicU32) {
-    let (window, mut rng) = (LocalStack::new(), rng(6));
+    let (window, mut rng) = (LocalStack::new(Context::Host), rng(6));
     let mut kept = vec![0u64; PAGES as usize];
     while Instant::now() < end {
         let page = rng.random_range(0..PAGES);

@@ -7,7 +7,8 @@ use crate::model::world::Caches;
 use crate::program::Op::*;
 use crate::program::{Bit, Op, Program, Then};
 use umbra_mmu::{
-    Access, Config, Flush, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, TlbKind, Width,
+    Access, Config, Context, Flush, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, TlbKind,
+    Width,
 };
 
 const ALL: u16 = P | W | U | A | D;
@@ -173,7 +174,7 @@ fn a_table_whose_slot_becomes_its_directory_is_not_linked_to_itself() {
     let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
     for (at, entry) in [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0), (0, 0)] {
         let entry = entry | u64::from(ALL);
-        mmu.store(&LocalStack::new(), Gpa(at), Width::B4, entry).expect("memory");
+        mmu.store(&LocalStack::new(Context::Host), Gpa(at), Width::B4, entry).expect("memory");
     }
     let mut vcpu = mmu.vcpu(0);
     let mode = Mode { paging: true, ..Mode::default() };

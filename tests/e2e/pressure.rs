@@ -43,7 +43,13 @@ pub fn cases() -> Vec<Trial> {
         let presses: &[Press] = if way.needs.contains(&Need::Kvm) { &SLOW } else { &FAST };
         case(format!("{}_pressed_guests_keep_every_byte", way.name), way.needs, move || all(way, presses))
     };
-    let mut trials: Vec<Trial> = ways().map(press).collect();
+    let mapped = |way: Way| {
+        let press = if way.needs.contains(&Need::Kvm) { &SLOW[0] } else { &FAST[2] };
+        case(format!("{}_touches_guest_memory_through_windows_alone", way.name), way.needs, move || {
+            mapped_windows(way, press)
+        })
+    };
+    let mut trials: Vec<Trial> = ways().map(press).chain(ways().map(mapped)).collect();
     // The nested rig is there for KVM.
     if Need::Rig.met().is_err() {
         trials.extend([
@@ -52,6 +58,7 @@ pub fn cases() -> Vec<Trial> {
             case("every_swap_operation_that_fails_is_a_clear_stop", &[], failing_swap),
             case("swap_that_is_full_is_a_clear_stop", &[], full_swap),
             case("budgets_that_cannot_be_are_refused_before_the_run", &[], refused),
+            case("mapped_windows_that_the_host_has_no_room_for_are_refused", &[], too_many_mappings),
         ]);
     }
     trials
@@ -79,6 +86,29 @@ fn all(way: Way, presses: &[Press]) -> Verdict {
         }
         Ok(())
     })
+}
+
+/// A guest and its pages on their way, where Umbra's own code has no other way to memory: a touch beside a window is a crash.
+fn mapped_windows(way: Way, press: &Press) -> Verdict {
+    let options = [&["--window", "mapped"], press.options].concat();
+    let summary = passes(way, press.append, &options)?;
+    let contexts = summary.pointer("/memory/window/contexts").and_then(Value::as_array);
+    let deepest = |name: &str| {
+        let context = contexts.into_iter().flatten().find(|context| context["context"] == name)?;
+        Some((context["deepest"].as_u64()?, context["depth_max"].as_u64()?))
+    };
+    for name in ["vcpu", "host"] {
+        let depth = deepest(name);
+        ensure!(depth.is_some_and(|(deepest, most)| (1..=most).contains(&deepest)), "{name}: {depth:?}");
+    }
+    ensure!(number(&summary, "refaults") > 0, "no pressure: {summary:#}");
+    Ok(())
+}
+
+fn too_many_mappings() -> Verdict {
+    let run = SOFT.run(&["--window", "mapped", "--shadow-pages", "1000000"])?;
+    expect_sentence(&run, &["--window mapped", "--shadow-pages", "max_map_count"])?;
+    Ok(())
 }
 
 /// The run must pass, and nobody may have waited for a page for long.

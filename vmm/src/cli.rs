@@ -119,6 +119,15 @@ pub enum Shootdown {
     Notifier,
 }
 
+/// What VMM code that touches guest memory has of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Window {
+    /// All of it, mapped once: a window counts, and keeps the frame in place.
+    Pinned,
+    /// What windows are open upon: a touch of anything else is a crash. Slow: for finding such touches.
+    Mapped,
+}
+
 /// Where a lossy TLB's chance begins.
 const LOSSY_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -156,6 +165,9 @@ pub struct RunArgs {
     /// Have an operation of the swap device fail: read@N or write@N, the first being 1; may be given several times.
     #[arg(long, value_name = "OPERATION", requires = "frames", value_parser = parse_fault)]
     pub swap_fault: Vec<Fault>,
+    /// How Umbra's own code touches guest memory.
+    #[arg(long, value_enum, default_value = "pinned")]
+    pub window: Window,
     /// The guest's command line.
     #[arg(long, value_name = "CMDLINE", default_value = "")]
     pub append: String,

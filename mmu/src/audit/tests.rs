@@ -4,6 +4,7 @@ use super::*;
 use crate::format::Mode;
 use crate::frames::{DIRTY, Draw, WATCHED};
 use crate::swap::{MemorySwap, SwapSlot};
+use crate::sync::Ordering;
 use crate::{Access, Config, Flush, Gpa, Gva, Machine, NoVcpus, Outcome, Vcpu, Width};
 
 const DIRECTORY: Gfn = Gfn(1);

@@ -336,7 +336,7 @@ impl Mmu {
             if !self.coherence.covered(stamp) {
                 self.coherence.shoot_down(own);
             }
-            self.frames.release(self.pages.take_mfn(slot));
+            self.release_table(self.pages.take_mfn(slot));
             self.pages.put_fresh(slot);
             freed += 1;
         }

@@ -154,7 +154,7 @@ impl Mmu {
     fn build_root(&self, index: u32) -> Option<RootRef> {
         let pml4 = self.take_frame(FrameKind::Root(index), Draw::Tables)?;
         let Some(pdpt) = self.take_frame(FrameKind::Root(index), Draw::Tables) else {
-            self.frames.release(pml4);
+            self.release_table(pml4);
             return None;
         };
         self.machine.word64(pml4.at(0)).store(Spte::link(pdpt).0, Ordering::Release);

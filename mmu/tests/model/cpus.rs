@@ -14,8 +14,8 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, point, thread};
 use umbra_mmu::{
-    Access, AccessKind, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mmu, Mode, Outcome, Shootdown,
-    Vcpu, Width,
+    Access, AccessKind, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mmu, Mode, Outcome,
+    Shootdown, Vcpu, Width,
 };
 use vm_memory::MmapRegion;
 
@@ -178,7 +178,7 @@ impl Cpu {
 
     pub fn leave(&mut self) {
         self.running = None;
-        self.guest.mmu.coherence().leave_guest(self.id);
+        self.guest.mmu.leave(&self.vcpu);
     }
 
     fn enter(&mut self, user: bool) -> u64 {
@@ -188,7 +188,7 @@ impl Cpu {
         let root = self.guest.mmu.root_address(&self.vcpu, user).expect("frames for roots");
         if self.running.is_none() {
             self.running = Some(user);
-            if self.guest.mmu.coherence().enter_guest(self.id) && self.obeys {
+            if self.guest.mmu.enter(&self.vcpu) && self.obeys {
                 let epoch = self.guest.mmu.coherence().begin_flush();
                 self.tlb.flush();
                 self.guest.mmu.coherence().end_flush(self.id, epoch);
@@ -221,7 +221,10 @@ impl Cpu {
                     let gpa = self.guest.mmu.translate(&self.vcpu, Gva(va), Access { kind, user });
                     let gpa = gpa.expect("it has just been translated, and nobody takes kernel pages away");
                     let value = store.expect("only stores are emulated");
-                    self.guest.mmu.store(&LocalStack::new(), gpa, Width::B8, value).expect("memory");
+                    self.guest
+                        .mmu
+                        .store(&LocalStack::new(Context::Host), gpa, Width::B8, value)
+                        .expect("memory");
                     return 0;
                 }
                 // The other has them, and will be done.
@@ -445,7 +448,7 @@ fn put(mmu: &Mmu, pae: bool, table: u32, index: u32, value: u64) {
     let size = if pae { 8 } else { 4 };
     let width = if pae { Width::B8 } else { Width::B4 };
     let at = Gpa((u64::from(table) << 12) + u64::from(index * size));
-    mmu.store(&LocalStack::new(), at, width, value).expect("memory");
+    mmu.store(&LocalStack::new(Context::Host), at, width, value).expect("memory");
 }
 
 /// A frame's name for itself: no entry that is present, in either format.
@@ -495,13 +498,14 @@ fn lay_tables(mmu: &Mmu, pae: bool) {
                 [(false, SHARED + ((cpu * SLOTS + slot) << 12)), (true, PRIVATE + (slot << 12))]
             {
                 let at = Gpa(u64::from(pool(cpu, private) + slot) << 12);
-                mmu.store(&LocalStack::new(), at, Width::B8, u64::from(va) << 32).expect("memory");
+                mmu.store(&LocalStack::new(Context::Host), at, Width::B8, u64::from(va) << 32)
+                    .expect("memory");
             }
         }
     }
     for frame in 0..LOW_PAGES {
         put(mmu, pae, LOW_TABLE, frame, to(frame));
         let at = Gpa((u64::from(frame) << 12) + u64::from(NAME));
-        mmu.store(&LocalStack::new(), at, Width::B8, name(frame)).expect("memory");
+        mmu.store(&LocalStack::new(Context::Host), at, Width::B8, name(frame)).expect("memory");
     }
 }

@@ -21,7 +21,7 @@ use umbra_mmu::p2m::PageState;
 use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
-    Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
+    Access, AccessKind, Beyond, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
     NotLoaded, Outcome, PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
@@ -317,7 +317,8 @@ impl World {
 
     /// A device writes guest memory (beyond memory: nothing happens).
     pub fn device_write(&mut self, physical: u64, bytes: &[u8]) {
-        let written = self.mmu.write_bytes_sleeping(None, &LocalStack::new(), Gpa(physical), bytes);
+        let written =
+            self.mmu.write_bytes_sleeping(None, &LocalStack::new(Context::Host), Gpa(physical), bytes);
         for (n, byte) in bytes.iter().enumerate() {
             self.memory.write(physical + n as u64, 1, u64::from(*byte));
         }
@@ -327,7 +328,8 @@ impl World {
     /// A store of `size` bytes (4 or 8, aligned) from outside.
     pub fn poke(&mut self, physical: u64, size: u32, value: u64) {
         let width = width_of(size).expect("4 or 8 bytes");
-        while let Err(refused) = self.mmu.store(&LocalStack::new(), Gpa(physical), width, value) {
+        while let Err(refused) = self.mmu.store(&LocalStack::new(Context::Host), Gpa(physical), width, value)
+        {
             let Beyond::Need(gfn) = refused else { panic!("a poke of memory: {refused}") };
             self.mmu.bring_in(None, gfn).expect("there is room");
         }
@@ -422,7 +424,7 @@ impl World {
     pub fn leave(&mut self, cpu: usize) {
         self.cpus[cpu].running = None;
         self.inside[cpu].store(false, Ordering::SeqCst);
-        self.mmu.coherence().leave_guest(cpu as u32);
+        self.mmu.leave(&self.cpus[cpu].vcpu);
     }
 
     // ---- The checks ----
@@ -455,7 +457,9 @@ impl World {
         if matches!(self.mmu.p2m().lookup(gfn), PageState::Swapped(_)) {
             let mut word = [0; 8];
             let at = Gpa(physical & !7);
-            self.mmu.read_bytes_sleeping(None, &LocalStack::new(), at, &mut word).expect("memory");
+            self.mmu
+                .read_bytes_sleeping(None, &LocalStack::new(Context::Host), at, &mut word)
+                .expect("memory");
             return u64::from_le_bytes(word);
         }
         match self.mmu.p2m().lookup(gfn) {
@@ -660,10 +664,11 @@ impl World {
             }
         };
         if !self.inside[cpu].swap(true, Ordering::SeqCst) {
-            self.cpus[cpu].running = Some(user);
-            match &mut self.cpus[cpu].tlb {
-                None => drop(self.mmu.tlb_enter(&self.cpus[cpu].vcpu)),
-                Some(tlb) if self.mmu.coherence().enter_guest(cpu as u32) => {
+            let Cpu { vcpu, tlb, running, .. } = &mut self.cpus[cpu];
+            *running = Some(user);
+            match tlb {
+                None => drop(self.mmu.tlb_enter(vcpu)),
+                Some(tlb) if self.mmu.enter(vcpu) => {
                     let epoch = self.mmu.coherence().begin_flush();
                     tlb.flush();
                     self.mmu.coherence().end_flush(cpu as u32, epoch);
@@ -685,7 +690,7 @@ impl World {
     ) -> Result<u64, Wrong> {
         let mut bytes = value.to_le_bytes();
         let bytes = &mut bytes[..size as usize];
-        let (mmu, window) = (self.mmu.clone(), LocalStack::new());
+        let (mmu, window) = (self.mmu.clone(), LocalStack::new(Context::Host));
         let done = loop {
             let done = match (r.kind, width_of(size)) {
                 (Kind::Write, Some(width)) => mmu.store(&window, Gpa(physical), width, value),

@@ -1,7 +1,7 @@
 //! The machine pool: the memory that the VMM really has, seen by KVM as one slot at machine address 0.
 //!
 //! Story: made once at start-up. The firmware takes its first frames, the MMU hands out the rest; KVM reads guest
-//! and shadow memory through the same pages. Nobody else maps it.
+//! and shadow memory through the same pages. Nobody else maps it, but for views of the VMM's own where windows are mapped.
 //!
 //! Holds: the mapping is shared and lives as long as any [`Pool`] handle; a frame that was never written costs the
 //! host nothing. Every access is bounds-checked, volatile, and atomic where the caller asks for an atomic.
@@ -12,6 +12,8 @@
 
 #[allow(unsafe_code)]
 mod advise;
+#[allow(unsafe_code)]
+mod mapped;
 
 use std::io;
 use std::sync::Arc;
@@ -19,7 +21,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use umbra_mmu::{Mfn, Mpa, PAGE_SIZE};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use mapped::MappedViews;
 
 /// Why the pool cannot be made, or an access to it is not possible.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +39,25 @@ pub enum PoolError {
         frames: u64,
         /// What the host said.
         source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The host gives no file in memory.
+    #[error("the host gives no file of {} MiB in memory: {source}; give the guest less memory (--mem)", frames / 256)]
+    File {
+        /// Frames that were asked for.
+        frames: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Mapped windows may need more mappings than a process can have.
+    #[error(
+        "--window mapped may need {needed} mappings, and vm.max_map_count allows {limit}: give fewer --shadow-pages, or \
+         raise it"
+    )]
+    Mappings {
+        /// As many as there may be.
+        needed: u64,
+        /// As many as there can be.
+        limit: u64,
     },
     /// An access beyond the pool.
     #[error("machine address {address} (length {length}) lies beyond the pool of {frames} frames")]
@@ -60,6 +83,9 @@ pub enum PoolError {
 #[derive(Debug)]
 pub struct Pool {
     region: Arc<MmapRegion>,
+    /// What VMM code reaches firmware through: the same, where windows are pinned.
+    own: Arc<MmapRegion>,
+    views: Option<Arc<MappedViews>>,
 }
 
 impl Pool {
@@ -73,11 +99,36 @@ impl Pool {
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
-            .map(|region| Pool { region: Arc::new(region) })
+            .map(Arc::new)
+            .map(|region| Pool { own: Arc::clone(&region), region, views: None })
             .map_err(|source| PoolError::Map { frames, source })
     }
 
-    /// The mapping itself, for the mmu crate.
+    /// The same, for mapped windows: VMM code can touch the first `firmware` frames, and no other but by a window or, up to
+    /// `tables` of them at once, as a table of the shadow.
+    ///
+    /// # Errors
+    /// When the host does not map it, or has not as many mappings.
+    pub fn mapped(frames: u64, firmware: u64, tables: u64) -> Result<Pool, PoolError> {
+        let bytes = frames.saturating_mul(PAGE_SIZE);
+        let file = mapped::memory_file(bytes).map_err(|source| PoolError::File { frames, source })?;
+        let file = Arc::new(file);
+        let region = MmapRegionBuilder::new(usize::try_from(bytes).unwrap_or(usize::MAX))
+            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), 0))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|source| PoolError::Map { frames, source })?;
+        let views = Arc::new(MappedViews::new(&file, frames, firmware, tables)?);
+        Ok(Pool { region: Arc::new(region), own: views.own(), views: Some(views) })
+    }
+
+    /// The VMM's own views, where windows are mapped.
+    pub fn views(&self) -> Option<Arc<MappedViews>> {
+        self.views.clone()
+    }
+
+    /// The mapping itself, for the mmu crate: as the hardware sees it.
     pub fn region(&self) -> Arc<MmapRegion> {
         Arc::clone(&self.region)
     }
@@ -92,9 +143,18 @@ impl Pool {
         self.region.size() as u64
     }
 
-    /// The whole pool; its offsets are machine addresses.
+    /// The whole pool as VMM code may touch it; its offsets are machine addresses.
     pub fn slice(&self) -> VolatileSlice<'_> {
-        self.region.as_volatile_slice()
+        self.own.as_volatile_slice()
+    }
+
+    /// As the host counts it, and KVM sees it.
+    fn pages(&self, first: Mfn, count: u32) -> Result<VolatileSlice<'_>, PoolError> {
+        let (address, length) = (first.at(0), count as usize * PAGE_SIZE as usize);
+        self.region
+            .as_volatile_slice()
+            .subslice(address.0 as usize, length)
+            .map_err(|_| self.outside(address, length))
     }
 
     /// The host's address of machine address 0: what a KVM memory slot is told.
@@ -141,12 +201,8 @@ impl Pool {
     /// # Errors
     /// When the frame lies beyond the pool or the host refuses.
     pub fn drop_translations(&self, frame: Mfn) -> Result<(), PoolError> {
-        let address = frame.at(0);
-        let page = self
-            .slice()
-            .subslice(address.0 as usize, PAGE_SIZE as usize)
-            .map_err(|_| self.outside(address, PAGE_SIZE as usize))?;
-        advise::drop_translations(&page).map_err(|source| PoolError::Advise { frame, source })
+        advise::drop_translations(&self.pages(frame, 1)?)
+            .map_err(|source| PoolError::Advise { frame, source })
     }
 
     /// Gives the memory of `count` frames from `first` on back to the host: they read as zeros from now on. KVM is told by
@@ -155,14 +211,12 @@ impl Pool {
     /// # Errors
     /// When the frames lie beyond the pool or the host refuses.
     pub fn give_back(&self, first: Mfn, count: u32) -> Result<(), PoolError> {
-        let (address, length) = (first.at(0), count as usize * PAGE_SIZE as usize);
-        let frames = self.slice().subslice(address.0 as usize, length);
-        let frames = frames.map_err(|_| self.outside(address, length))?;
-        advise::give_back(&frames).map_err(|source| PoolError::Advise { frame: first, source })
+        advise::give_back(&self.pages(first, count)?)
+            .map_err(|source| PoolError::Advise { frame: first, source })
     }
 
     fn quadword(&self, address: Mpa) -> Result<&AtomicU64, PoolError> {
-        self.region.get_atomic_ref(address.0 as usize).map_err(|_| self.outside(address, 8))
+        self.own.get_atomic_ref(address.0 as usize).map_err(|_| self.outside(address, 8))
     }
 
     fn outside(&self, address: Mpa, length: usize) -> PoolError {

@@ -144,7 +144,7 @@ impl<'a> GuestBus<'a> {
 
     fn go_outside(&mut self) {
         if self.vcpu.tlb().is_some() {
-            self.mmu.coherence().leave_guest(self.vcpu.id());
+            self.mmu.leave(self.vcpu);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use umbra_mmu::p2m::PageState;
-use umbra_mmu::{Gpa, LocalStack, Mmu, PAGE_SIZE};
+use umbra_mmu::{Context, Gpa, LocalStack, Mmu, PAGE_SIZE};
 
 use crate::board::MemoryMap;
 use crate::boot::{GuestMemorySink, MemoryError};
@@ -17,7 +17,7 @@ pub struct BootMemory<'a> {
 impl<'a> BootMemory<'a> {
     /// Memory of the guest of `mmu`.
     pub fn new(mmu: &'a Mmu) -> BootMemory<'a> {
-        BootMemory { mmu, window: LocalStack::new() }
+        BootMemory { mmu, window: LocalStack::new(Context::Host) }
     }
 }
 

@@ -53,7 +53,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
-use umbra_mmu::{BudgetTooSmall, Config, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use ending::End;
 pub use serial::process_start;
@@ -65,7 +65,7 @@ pub use vcpu::VcpuStats;
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
 use crate::boot::{BootRequest, Image, ImageError, Module};
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, Window};
 use crate::cpu::CpuState;
 use crate::kvm::{HostError, KvmError};
 use crate::machine::{Pool, PoolError};
@@ -233,11 +233,12 @@ impl Guest {
             firmware_entry: 0,
             vcpus: VCPUS,
         };
-        let frames = plan.firmware_frames(VCPUS)?
-            + args.mem / PAGE_SIZE
-            + u64::from(config.table_frames_max())
-            + SPARE_FRAMES;
-        let pool = Arc::new(Pool::new(frames)?);
+        let (firmware, tables) = (plan.firmware_frames(VCPUS)?, u64::from(config.table_frames_max()));
+        let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
+        let pool = Arc::new(match args.window {
+            Window::Pinned => Pool::new(frames)?,
+            Window::Mapped => Pool::mapped(frames, firmware, tables)?,
+        });
         let interpreted = args.supervisor.interprets(image.notes());
         let runner = Runner::new(plan, &pool, VCPUS, interpreted)?;
 
@@ -267,6 +268,10 @@ impl Guest {
         let mmu = Mmu::new(machine, config, Box::new(kicks))
             .with_clock(Box::new(HostClock))
             .with_host(Box::new(PoolHost(Arc::clone(&pool))));
+        let mmu = match pool.views() {
+            Some(views) => mmu.with_views(views),
+            None => mmu,
+        };
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
         hole.map(Gfn).for_each(|gfn| {
@@ -381,7 +386,7 @@ fn judge(
     guest_started: u64,
 ) -> Summary {
     let ended = micros();
-    let (regions, witness_error) = witness::hear(mmu, &LocalStack::new(), notes, end);
+    let (regions, witness_error) = witness::hear(mmu, &LocalStack::new(Context::Host), notes, end);
     let audit = mmu.audit();
     let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
     Summary {
@@ -397,7 +402,7 @@ fn judge(
         audit,
         faults: core.mmu_vcpu.stats().into(),
         vcpu: core.stats.into(),
-        memory: summary::Memory::of(mmu, core.mmu_vcpu.window().high_water()),
+        memory: summary::Memory::of(mmu),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
         series: None,
     }

@@ -104,8 +104,7 @@ impl Native {
             Err(NotRefreshed::Kvm(error)) => return Some(refused(core, error)),
             Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
         }
-        let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
-        let exit = if coherence.enter_guest(id) || core.hardware_owes_flush {
+        let exit = if core.mmu.enter(&core.mmu_vcpu) || core.hardware_owes_flush {
             self.flush(core, root).and_then(|kicked| match kicked {
                 true => Ok(KvmExit::Kicked),
                 false => self.kvm.enter(&mut core.cpu, root, false),
@@ -113,7 +112,7 @@ impl Native {
         } else {
             self.kvm.enter(&mut core.cpu, root, false)
         };
-        core.mmu.coherence().leave_guest(id);
+        core.mmu.leave(&core.mmu_vcpu);
         core.stats.entries += 1;
         match exit {
             Ok(KvmExit::Kicked) => {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use umbra_mmu::records::Cause;
-use umbra_mmu::{FaultStats, Mmu, WindowStats};
+use umbra_mmu::{Context, FaultStats, Mmu};
 
 use super::ending::End;
 use super::series::Series;
@@ -51,14 +51,12 @@ pub struct Memory {
     pub evictions: u64,
     /// Emulated stores to shadowed tables.
     pub tracked_stores: u64,
-    /// The deepest nest of window mappings.
-    pub window_high_water: usize,
-    /// The window's pool.
+    /// The window: its pool, and its stacks by class of context.
     pub window: Window,
 }
 
-/// [`WindowStats`] for JSON.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+/// [`umbra_mmu::WindowStats`] for JSON, and how deep its stacks were.
+#[derive(Clone, Debug, Default, Serialize)]
 #[allow(missing_docs)]
 pub struct Window {
     pub slots: u32,
@@ -68,10 +66,28 @@ pub struct Window {
     pub sweeps: u64,
     pub swept: u64,
     pub waits: u64,
+    pub contexts: Vec<WindowContext>,
 }
 
-impl From<WindowStats> for Window {
-    fn from(s: WindowStats) -> Window {
+/// The local mappings of a class of contexts, for JSON.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct WindowContext {
+    /// Which class.
+    pub context: &'static str,
+    /// The most that one may have open at once.
+    pub depth_max: usize,
+    /// The most that one has had.
+    pub deepest: u32,
+}
+
+impl Window {
+    fn of(mmu: &Mmu) -> Window {
+        let s = mmu.window_stats();
+        let contexts = Context::ALL.map(|context| WindowContext {
+            context: context.name(),
+            depth_max: context.depth_max(),
+            deepest: mmu.window_depth(context),
+        });
         Window {
             slots: s.slots,
             taken: s.taken,
@@ -80,6 +96,7 @@ impl From<WindowStats> for Window {
             sweeps: s.sweeps,
             swept: s.swept,
             waits: s.waits,
+            contexts: contexts.into(),
         }
     }
 }
@@ -232,7 +249,7 @@ impl From<VcpuStats> for Counts {
 
 impl Memory {
     /// What `mmu` holds now.
-    pub fn of(mmu: &Mmu, window_high_water: usize) -> Memory {
+    pub fn of(mmu: &Mmu) -> Memory {
         let usage = mmu.usage();
         let reclaim = mmu.reclaim_stats();
         Memory {
@@ -253,8 +270,7 @@ impl Memory {
             shadow_pages: usage.shadow_pages,
             evictions: usage.evictions,
             tracked_stores: usage.tracked_stores,
-            window_high_water,
-            window: mmu.window_stats().into(),
+            window: Window::of(mmu),
         }
     }
 }
