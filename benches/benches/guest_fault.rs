@@ -131,12 +131,12 @@ impl Guest {
     fn enter(&mut self) -> (u8, u32, u64) {
         let root = self.mmu.root_address(&self.vcpu, false).expect("frames for a root");
         let coherence = self.mmu.coherence();
-        let flush = coherence.enter_guest(0).then(|| coherence.begin_flush());
+        let flush = self.mmu.enter(&self.vcpu).then(|| coherence.begin_flush());
         let exit = self.kvm.enter(&mut self.cpu, root, flush.is_some()).expect("the guest runs");
         if let Some(epoch) = flush {
             coherence.end_flush(0, epoch);
         }
-        coherence.leave_guest(0);
+        self.mmu.leave(&self.vcpu);
         match exit {
             KvmExit::Trap { vector, error, cr2 } => (vector, error, cr2),
             KvmExit::Kicked => self.enter(),

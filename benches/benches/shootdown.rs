@@ -266,17 +266,17 @@ fn run_on_kvm(mmu: &Mmu, mut kvm: KvmVcpu, stop: &AtomicBool) {
             return;
         }
         let root = mmu.root_address(&vcpu, false).expect("frames for a root");
-        if ledger.enter_guest(0) {
+        if mmu.enter(&vcpu) {
             let epoch = ledger.begin_flush();
             let kicked = kvm.flush(&cpu, root).expect("a flush");
             ledger.end_flush(0, epoch);
             if kicked {
-                ledger.leave_guest(0);
+                mmu.leave(&vcpu);
                 continue;
             }
         }
         let exit = kvm.enter(&mut cpu, root, false).expect("the guest runs");
-        ledger.leave_guest(0);
+        mmu.leave(&vcpu);
         if let KvmExit::Trap { vector, error, cr2 } = exit {
             assert_eq!(vector, PAGE_FAULT, "the guest only faults");
             let kind = match error & 18 {
@@ -381,7 +381,7 @@ fn run_soft(mmu: &Mmu, flag: &AtomicU32, stop: &AtomicBool) {
                 break 'inside None;
             }
         };
-        mmu.coherence().leave_guest(0);
+        mmu.leave(&vcpu);
         if let Some((gva, access)) = missed {
             fix(mmu, &vcpu, Gva(gva), access);
         }

@@ -267,8 +267,17 @@ impl Coherence {
 
     /// True when a vCPU other than `own` runs guest code now: a shootdown would have to wait for it.
     pub(crate) fn is_anyone_inside(&self, own: Option<u32>) -> bool {
+        self.inside().any(|number| own != Some(number))
+    }
+
+    /// Has the vCPUs that run guest code now leave it, for no flush; does not wait for them.
+    pub(crate) fn kick_out(&self) {
+        self.inside().for_each(|number| self.shootdown.kick(number));
+    }
+
+    fn inside(&self) -> impl Iterator<Item = u32> {
         let inside = |vcpu: &VcpuFlush| vcpu.mode.load(Ordering::SeqCst) == VcpuMode::InGuest as u32;
-        (0..).zip(self.vcpus.iter()).any(|(number, vcpu)| own != Some(number) && inside(vcpu))
+        (0..).zip(self.vcpus.iter()).filter(move |(_, vcpu)| inside(vcpu)).map(|(number, _)| number)
     }
 
     /// The ack ledger: true when no vCPU can still use a translation removed at `stamp`. The clock begins at 1: a stamp

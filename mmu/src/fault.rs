@@ -107,29 +107,26 @@ impl Mmu {
     /// Counts a closed gate; who has met that of one page too often starves.
     fn meet_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
         let last = vcpu.hunger.get();
-        if last.gfn != gfn {
+        let again = last.gfn == gfn && last.runs < Hunger::ELSEWHERE;
+        if !again {
             self.feed(vcpu);
         }
-        let Hunger { met, ask, .. } = vcpu.hunger.get();
-        let met = if last.gfn == gfn { met + 1 } else { 1 };
-        let starves = met >= GATE_PATIENCE;
-        if starves && ask == Ask::Not {
+        let met = if again { last.met + 1 } else { 1 };
+        let ask = if met < GATE_PATIENCE { Ask::Not } else { Ask::Asked };
+        if ask == Ask::Asked && vcpu.hunger.get().ask == Ask::Not {
             self.buckets.starve(gfn);
         }
-        vcpu.hunger.set(Hunger { gfn, met, ask: if starves { Ask::Asked } else { Ask::Not } });
+        vcpu.hunger.set(Hunger { gfn, met, runs: 0, ask });
     }
 
     /// The fault is dealt with.
     #[inline]
     fn pass_gate(&self, vcpu: &Vcpu) {
-        self.ask_goes_on(vcpu, Ask::Asked, Ask::Filled);
-    }
-
-    #[inline]
-    fn ask_goes_on(&self, vcpu: &Vcpu, from: Ask, to: Ask) {
-        let hunger = vcpu.hunger.get();
-        if hunger.ask == from {
-            vcpu.hunger.set(Hunger { ask: to, ..hunger });
+        let last = vcpu.hunger.get();
+        if last.met > 0 {
+            let ask = if last.ask == Ask::Not { Ask::Not } else { Ask::Filled };
+            let met = if last.runs < Hunger::ELSEWHERE { last.met } else { 0 };
+            vcpu.hunger.set(Hunger { met, runs: 0, ask, ..last });
         }
     }
 
@@ -137,14 +134,21 @@ impl Mmu {
     /// runs.
     #[inline]
     pub fn enter(&self, vcpu: &Vcpu) -> bool {
-        self.ask_goes_on(vcpu, Ask::Filled, Ask::Entered);
+        let last = vcpu.hunger.get();
+        if last.met > 0 && last.runs < Hunger::ELSEWHERE {
+            vcpu.hunger.set(Hunger { runs: last.runs + 1, ..last });
+        }
         self.coherence.enter_guest(vcpu.id)
     }
 
     /// Out of the guest, or when it was not entered after all.
     #[inline]
     pub fn leave(&self, vcpu: &Vcpu) {
-        if vcpu.hunger.get().ask == Ask::Entered {
+        let last = vcpu.hunger.get();
+        // It ran with the page, or it has gone on to something else.
+        if last.ask == Ask::Filled && last.runs > 0
+            || last.ask == Ask::Asked && last.runs == Hunger::ELSEWHERE
+        {
             self.feed(vcpu);
         }
         self.coherence.leave_guest(vcpu.id);

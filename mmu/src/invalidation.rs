@@ -51,8 +51,8 @@ pub const BATCH_MAX: usize = 512;
 /// How often the gate of a starving fill is left open before it is closed all the same: its vCPU may have stopped. A vCPU
 /// that has lost its CPU to other work has it again in a fraction of the time that these take, 200 ms.
 const NAPS_MAX: u32 = 2000;
-/// After so many of them, and again after as many, vCPUs are made to leave the guest.
-const NAPS_A_KICK: u32 = 2;
+/// Instead of the first of every so many of them, vCPUs are made to leave the guest.
+const NAPS_A_KICK: u32 = 8;
 
 /// A page in the hands of an invalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,10 +171,10 @@ impl Mmu {
                 break;
             }
             // A vCPU that runs with the page is fed when it leaves the guest.
-            if nap % NAPS_A_KICK == 0 {
-                self.coherence.shoot_down(None);
+            match nap % NAPS_A_KICK {
+                1 => self.coherence.kick_out(),
+                _ => thread::nap(),
             }
-            thread::nap();
         }
         true
     }

@@ -58,15 +58,25 @@ impl FaultStats {
     }
 }
 
-/// How a vCPU stands with the gates. Who asks to be let through is fed when guest code has run after the fill: a page that is
-/// taken between the two was of no use. So the count goes on until the gate of another page is met.
+/// How a vCPU stands with the gates.
+///
+/// A page that is taken between the fill and the access was of no use. So fills do not end the count of closed gates, and who
+/// asks to be let through is fed when guest code has run after the fill. That the guest was entered more than once between two
+/// faults says that it had something else to do: then the count begins anew.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Hunger {
     /// The page whose gate it met last.
     pub gfn: Gfn,
-    /// How often that was closed.
+    /// How often in a row that was closed.
     pub met: u32,
+    /// How often the guest was entered since the last fault, up to [`Hunger::ELSEWHERE`].
+    pub runs: u32,
     pub ask: Ask,
+}
+
+impl Hunger {
+    /// So many entries without a fault: the guest does not wait for the page.
+    pub const ELSEWHERE: u32 = 2;
 }
 
 /// What has become of asking to be let through.
@@ -77,8 +87,6 @@ pub(crate) enum Ask {
     Asked,
     /// The page is mapped now.
     Filled,
-    /// The guest was entered with the page mapped.
-    Entered,
 }
 
 /// The MMU's side of one vCPU.

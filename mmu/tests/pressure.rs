@@ -395,6 +395,43 @@ fn a_fault_under_continuous_invalidation_gets_through() {
     audit(&mmu);
 }
 
+/// Who asks to be let through asks until guest code has run with the page, or has something else to do.
+#[test]
+fn a_starving_vcpu_asks_until_it_has_run() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let (vcpu, page) = (mmu.soft_vcpu(0, TlbKind::Sticky), Gfn(600));
+    let fault = || mmu.fault(&vcpu, Gva(page.0 << 12), Access::write(false));
+    let run = || {
+        mmu.tlb_enter(&vcpu);
+        mmu.leave(&vcpu);
+    };
+    let starve = || {
+        mmu.buckets().close(page);
+        for met in 1..=GATE_PATIENCE {
+            assert!(!mmu.buckets().is_starving(page), "after {met} closed gates");
+            run();
+            assert_eq!(fault(), Outcome::Gate(page));
+        }
+        assert!(mmu.buckets().is_starving(page));
+        mmu.buckets().open(page);
+    };
+    starve();
+    run();
+    assert_eq!(fault(), Outcome::Fixed);
+    assert!(mmu.buckets().is_starving(page), "the page is mapped, and nobody has used it yet");
+    run();
+    assert!(!mmu.buckets().is_starving(page));
+
+    // It ran twice without a fault: the count begins anew.
+    run();
+    mmu.zap_frame(page);
+    starve();
+    run();
+    assert!(mmu.buckets().is_starving(page), "its next fault may be the page's");
+    run();
+    assert!(!mmu.buckets().is_starving(page), "it has gone on to something else");
+}
+
 /// A vCPU, a device, the background thread and an operator who changes the budget, all at once.
 #[test]
 fn guest_device_background_and_operator_lose_no_word_between_them() {
