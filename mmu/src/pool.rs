@@ -28,7 +28,6 @@ use rustc_hash::FxHashMap;
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
-use crate::frames::DIRTY;
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::physical::{NotReached, Width};
@@ -188,31 +187,22 @@ impl Mmu {
         };
         let (written, holder) = (Cell::new(NOTHING), holders::Holder::new());
         let map = PersistentMap { mmu: self, gfn, mfn, shown, slot, written, intent, holder };
-        if intent == Intent::Write && self.frames.flags(mfn) & DIRTY == 0 {
-            self.mark_dirty(&self.buckets.lock(gfn), gfn, mfn);
+        if intent == Intent::Write {
+            self.will_write(gfn, mfn);
         }
         Ok(map)
     }
 
-    /// Pinned, then looked up again, as [`Mmu::map_page`] does.
     fn take_anew(&self, gfn: Gfn) -> Result<(u32, Slot), NotTaken> {
-        loop {
-            let state = self.resident(gfn);
-            let mfn = match state {
-                PageState::Resident(mfn) => mfn,
-                PageState::Device => return Err(NotTaken::Device(gfn)),
-                _ => return Err(NotTaken::Need(gfn)),
-            };
-            self.frames.pin(mfn);
-            if self.p2m.lookup(gfn) == state {
-                let taken = self.give_slot(gfn, mfn);
-                if taken.is_err() {
-                    self.frames.unpin(mfn);
-                }
-                return taken;
-            }
+        let mfn = self.pin_page(gfn).map_err(|state| match state {
+            PageState::Device => NotTaken::Device(gfn),
+            _ => NotTaken::Need(gfn),
+        })?;
+        let taken = self.give_slot(gfn, mfn);
+        if taken.is_err() {
             self.frames.unpin(mfn);
         }
+        taken
     }
 
     /// Gives a slot to a page that the caller has pinned.

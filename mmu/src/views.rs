@@ -105,6 +105,7 @@ impl Windows {
     }
 
     /// The most mappings that a context of that class has had open at once.
+    #[inline]
     pub fn deepest(&self, context: Context) -> u32 {
         self.deepest[context as usize].load(Ordering::Relaxed)
     }

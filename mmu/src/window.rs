@@ -93,18 +93,12 @@ pub struct LocalStack {
     context: Context,
     slots: [Cell<Option<Slot>>; DEPTH_MAX],
     depth: Cell<usize>,
-    high_water: Cell<usize>,
 }
 
 impl LocalStack {
     /// The empty stack of a context of that class.
     pub fn new(context: Context) -> LocalStack {
-        LocalStack {
-            context,
-            slots: std::array::from_fn(|_| Cell::new(None)),
-            depth: Cell::new(0),
-            high_water: Cell::new(0),
-        }
+        LocalStack { context, slots: std::array::from_fn(|_| Cell::new(None)), depth: Cell::new(0) }
     }
 
     /// Mappings open now.
@@ -112,13 +106,7 @@ impl LocalStack {
         self.depth.get()
     }
 
-    /// The most there ever were at once.
-    pub fn high_water(&self) -> usize {
-        self.high_water.get()
-    }
-
-    /// Maps `mfn`, which held `gfn` when the caller looked: it looks again once the frame is pinned
-    /// ([`crate::Mmu::map_page`]).
+    /// Maps `mfn`, which holds `gfn` and which the caller has pinned; the mapping has the pin from here on.
     ///
     /// # Panics
     ///
@@ -138,13 +126,11 @@ impl LocalStack {
         }
         self.slots[index].set(Some(Slot { gfn, tag }));
         self.depth.set(index + 1);
-        if self.high_water.get() <= index {
-            self.high_water.set(index + 1);
+        if windows.deepest(self.context) <= index as u32 {
             windows.note_depth(self.context, index + 1);
         }
-        frames.pin(mfn);
         lock_order::mapped();
-        LocalMap { stack: self, windows, frames, mfn, shown: windows.show(mfn), index }
+        LocalMap { stack: self, windows, frames, mfn, shown: windows.show(mfn), index: index as u32 }
     }
 
     /// The open mappings, outermost first, for diagnostics.
@@ -177,11 +163,25 @@ impl LocalStack {
 }
 
 impl Mmu {
-    /// Maps a page of guest memory, giving it a frame if it has never had one. `Err`: where the page is instead; what is
-    /// memory ([`Mmu::bring_in`]) can be had after a sleep. Never sleeps.
+    /// Pins the frame of a page of guest memory, giving it one if it has never had any. `Err`: where the page is instead;
+    /// what is memory ([`Mmu::bring_in`]) can be had after a sleep. Never sleeps.
     ///
     /// Pinned, then looked up again; whoever takes a frame away marks the page as moving and looks for pins then. One of
     /// the two sees the other, and gives way.
+    #[inline]
+    pub(crate) fn pin_page(&self, gfn: Gfn) -> Result<Mfn, PageState> {
+        loop {
+            let state = self.resident(gfn);
+            let PageState::Resident(mfn) = state else { return Err(state) };
+            self.frames.pin(mfn);
+            if self.p2m.lookup(gfn) == state {
+                return Ok(mfn);
+            }
+            self.frames.unpin(mfn);
+        }
+    }
+
+    /// Maps a page of guest memory; `Err` as for [`Mmu::pin_page`].
     #[inline]
     pub(crate) fn map_page<'a>(
         &'a self,
@@ -190,17 +190,18 @@ impl Mmu {
         tag: Tag,
         intent: Intent,
     ) -> Result<LocalMap<'a>, PageState> {
-        loop {
-            let state = self.resident(gfn);
-            let PageState::Resident(mfn) = state else { return Err(state) };
-            let map = window.map(&self.windows, &self.frames, gfn, mfn, tag);
-            if self.p2m.lookup(gfn) != state {
-                continue;
-            }
-            if intent == Intent::Write && self.frames.flags(mfn) & DIRTY == 0 {
-                self.mark_dirty(&self.buckets.lock(gfn), gfn, mfn);
-            }
-            return Ok(map);
+        let mfn = self.pin_page(gfn)?;
+        if intent == Intent::Write {
+            self.will_write(gfn, mfn);
+        }
+        Ok(window.map(&self.windows, &self.frames, gfn, mfn, tag))
+    }
+
+    /// What swap has of a pinned page is no good any more.
+    #[inline]
+    pub(crate) fn will_write(&self, gfn: Gfn, mfn: Mfn) {
+        if self.frames.flags(mfn) & DIRTY == 0 {
+            self.mark_dirty(&self.buckets.lock(gfn), gfn, mfn);
         }
     }
 }
@@ -214,7 +215,7 @@ pub struct LocalMap<'a> {
     mfn: Mfn,
     /// Where in the windows' memory it is seen.
     shown: Mfn,
-    index: usize,
+    index: u32,
 }
 
 impl LocalMap<'_> {
@@ -276,7 +277,7 @@ impl Drop for LocalMap<'_> {
         self.windows.hide(self.shown);
         self.frames.unpin(self.mfn);
         lock_order::unmapped();
-        self.stack.release(self.index);
+        self.stack.release(self.index as usize);
     }
 }
 
@@ -284,6 +285,12 @@ impl Drop for LocalMap<'_> {
 mod tests {
     use super::*;
     use crate::frames::{Draw, FrameKind};
+
+    /// As [`Mmu::map_page`] does.
+    fn map<'a>(stack: &'a LocalStack, windows: &'a Windows, frames: &'a Frames, mfn: Mfn) -> LocalMap<'a> {
+        frames.pin(mfn);
+        stack.map(windows, frames, Gfn(99), mfn, Tag::Host)
+    }
 
     fn world() -> (Windows, Frames, LocalStack, Mfn) {
         let frames = Frames::new(8, 0, 0);
@@ -294,15 +301,15 @@ mod tests {
     #[test]
     fn a_mapping_pins_its_frame_and_nests() {
         let (windows, frames, stack, mfn) = world();
-        let outer = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
-        let inner = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Walk);
+        let outer = map(&stack, &windows, &frames, mfn);
+        let inner = map(&stack, &windows, &frames, mfn);
         outer.write(4090, b"abcdef");
         let mut back = [0; 6];
         inner.read(4090, &mut back);
         assert_eq!((&back, frames.pins(mfn), stack.depth()), (b"abcdef", 2, 2));
         drop(inner);
         drop(outer);
-        assert_eq!((frames.pins(mfn), stack.depth(), stack.high_water()), (0, 0, 2));
+        assert_eq!((frames.pins(mfn), stack.depth()), (0, 0));
         assert_eq!(windows.deepest(Context::Host), 2);
     }
 
@@ -310,8 +317,8 @@ mod tests {
     fn a_context_takes_its_mappings_along_when_it_is_switched() {
         let (windows, frames, first, mfn) = world();
         let second = LocalStack::new(Context::Vcpu);
-        let a = first.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
-        let b = second.map(&windows, &frames, Gfn(99), mfn, Tag::Walk);
+        let a = map(&first, &windows, &frames, mfn);
+        let b = map(&second, &windows, &frames, mfn);
         // Back in the first, whose mapping is the older one.
         drop(a);
         assert_eq!((frames.pins(mfn), first.depth(), second.depth()), (1, 0, 1));
@@ -323,8 +330,8 @@ mod tests {
     #[should_panic(expected = "INV-WINDOW-2")]
     fn a_release_out_of_order_is_caught() {
         let (windows, frames, stack, mfn) = world();
-        let a = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
-        let _b = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
+        let a = map(&stack, &windows, &frames, mfn);
+        let _b = map(&stack, &windows, &frames, mfn);
         drop(a);
     }
 
@@ -332,9 +339,8 @@ mod tests {
     #[should_panic(expected = "is one more than Host's 2")]
     fn an_overflow_is_caught() {
         let (windows, frames, stack, mfn) = world();
-        let _all: Vec<_> = (0..=Context::Host.depth_max())
-            .map(|_| stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host))
-            .collect();
+        let _all: Vec<_> =
+            (0..=Context::Host.depth_max()).map(|_| map(&stack, &windows, &frames, mfn)).collect();
     }
 
     #[test]
@@ -342,7 +348,7 @@ mod tests {
     #[should_panic(expected = "INV-WINDOW-3")]
     fn sleeping_with_a_mapping_open_is_caught() {
         let (windows, frames, stack, mfn) = world();
-        let _map = stack.map(&windows, &frames, Gfn(99), mfn, Tag::Host);
+        let _map = map(&stack, &windows, &frames, mfn);
         lock_order::assert_may_sleep();
     }
 }
