@@ -56,6 +56,7 @@ use umbra_mmu::records::Clock;
 use umbra_mmu::{BudgetTooSmall, Config, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use ending::End;
+pub use live::Screen;
 pub use serial::process_start;
 pub use series::{Rates, SAMPLES_MAX, Sample, Series};
 pub use sink::{JsonSink, PlotSink};
@@ -79,7 +80,7 @@ use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
-use live::{LiveLine, Screen};
+use live::LiveLine;
 use memory::BootMemory;
 use reclaimer::Reclaimer;
 use requests::Requests;
@@ -202,13 +203,13 @@ struct Guest {
     screen: Screen,
 }
 
-/// Runs a guest to its end.
+/// Runs a guest to its end. `screen` is the terminal, if standard error is one.
 ///
 /// # Errors
 ///
 /// When it could not be started; how a started one ended is in the summary.
-pub fn run(args: &RunArgs) -> Result<Summary, RunError> {
-    let guest = Guest::build(args, &Screen::default())?;
+pub fn run(args: &RunArgs, screen: &Screen) -> Result<Summary, RunError> {
+    let guest = Guest::build(args, screen)?;
     guest.run(args)
 }
 
