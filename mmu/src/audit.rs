@@ -39,6 +39,7 @@ impl Mmu {
         audit.check_frames();
         audit.check_marks();
         audit.check_swap();
+        audit.check_counts();
         audit.findings
     }
 }
@@ -336,6 +337,12 @@ impl Audit<'_> {
         });
         let used = mmu.swap.stats().slots_used;
         self.require(used == owned, || format!("INV-SWAP-1: {used} slots in use, {owned} pages have one"));
+    }
+
+    /// The p2m's counts are those of a walk over it.
+    fn check_counts(&mut self) {
+        let (counts, walked) = (self.mmu.p2m.counts(), self.mmu.p2m.count_all());
+        self.require(counts == walked, || format!("INV-P2M-4: counted {counts:?}, there are {walked:?}"));
     }
 
     fn guest_entry(&self, key: Key, index: u32) -> Gpte {

@@ -252,6 +252,7 @@ impl Settling<'_> {
         let reached = !self.notified && !mmu.coherence.covered(stamp);
         assert!(!reached, "INV-COH-1: a frame changes hands, removal {stamp} is not covered");
         let freed = &mut self.freed;
+        let mut settler = mmu.p2m.settler();
         self.hold.held.retain(|page| {
             let Some(settled) = what(page) else { return true };
             let state = match settled {
@@ -259,11 +260,10 @@ impl Settling<'_> {
                 Settled::Zero => PageState::Zero,
                 Settled::Ballooned => PageState::Ballooned,
             };
-            mmu.p2m.settle(page.gfn, state);
+            settler.settle(page.gfn, state);
             freed.push(page.mfn);
             false
         });
-        mmu.p2m.note_advances();
     }
 
     /// Frees the frames of what was settled, puts the rest back, opens the gates; returns how many frames are free.

@@ -17,7 +17,8 @@
 //!
 //! Holds: INV-P2M-1, a `Resident(mfn)` entry's frame names that gfn as its owner. INV-P2M-2, legal transitions
 //! only (asserted at each). The generations of an entry never go down; `mapping` advances when
-//! the page has lost its frame, `write` when write permission was taken away.
+//! the page has lost its frame, `write` when write permission was taken away. INV-P2M-4, the counts of pages in each state
+//! are what a walk over all entries comes to; a `Moving` page counts as what it was.
 //!
 //! Limits: guest frame numbers are 24 bits (64 GiB), machine frame numbers 29. 16 bytes an entry, in tables made on
 //! first touch.
@@ -26,10 +27,10 @@
 
 use crate::addr::{Gfn, Mfn};
 use crate::swap::SwapSlot;
-use crate::sync::{AtomicU64, OnceLock, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, OnceLock, Ordering};
 
-/// Pages under one upper entry.
-pub const TABLE_ENTRIES: usize = 512;
+/// Pages under one upper entry. Loom looks at every one, and a model has few pages.
+pub const TABLE_ENTRIES: usize = if cfg!(loom) { 4 } else { 512 };
 /// The most guest frames there can be: 36 bits of guest-physical address.
 pub const GFN_MAX: u32 = 1 << 24;
 
@@ -72,7 +73,7 @@ pub struct Generations {
 
 #[derive(Debug, Default)]
 struct Entry {
-    /// Kind in the low 3 bits, the frame above; in the upper half one more than the slot.
+    /// Kind in the low 3 bits, above them the frame, or what kind a moving page was; in the upper half one more than the slot.
     state: AtomicU64,
     /// `mapping` in the upper half, `write` in the lower.
     generations: AtomicU64,
@@ -84,14 +85,15 @@ const SWAPPED: u64 = 2;
 const BALLOONED: u64 = 3;
 const DEVICE: u64 = 4;
 const MOVING: u64 = 5;
-const KIND: u64 = 7;
+const KIND: u64 = (1 << KIND_BITS) - 1;
+const KIND_BITS: u32 = 3;
 /// The upper half: the slot of a swapped page, or of a resident one's copy.
 const SLOT: u64 = 0xffff_ffff << 32;
 
 fn encode(state: PageState) -> u64 {
     match state {
         PageState::Zero => ZERO,
-        PageState::Resident(mfn) => RESIDENT | u64::from(mfn.0) << 3,
+        PageState::Resident(mfn) => RESIDENT | u64::from(mfn.0) << KIND_BITS,
         PageState::Swapped(slot) => SWAPPED | slot_bits(slot),
         PageState::Ballooned => BALLOONED,
         PageState::Device => DEVICE,
@@ -103,7 +105,7 @@ fn encode(state: PageState) -> u64 {
 fn decode(word: u64) -> PageState {
     match word & KIND {
         ZERO => PageState::Zero,
-        RESIDENT => PageState::Resident(Mfn((word as u32) >> 3)),
+        RESIDENT => PageState::Resident(Mfn((word as u32) >> KIND_BITS)),
         SWAPPED => slot_of(word).map_or(PageState::Zero, PageState::Swapped),
         BALLOONED => PageState::Ballooned,
         MOVING => PageState::Moving,
@@ -119,6 +121,39 @@ fn slot_of(word: u64) -> Option<SwapSlot> {
     ((word >> 32) as u32).checked_sub(1).map(SwapSlot)
 }
 
+/// The kind that a page counts as: on its way, what it was.
+fn counted_as(word: u64) -> u64 {
+    if word & KIND == MOVING { word >> KIND_BITS & KIND } else { word & KIND }
+}
+
+/// How many pages are of each kind that is counted. Apart from what lookups read all the time.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Counts([AtomicU32; COUNTED]);
+
+/// Kinds below this one are counted.
+const COUNTED: usize = BALLOONED as usize + 1;
+
+impl Counts {
+    /// Pages have gone from one kind to another; called after each change. For a moment, who is counted out of a kind may
+    /// not have been counted in yet: then there are less than none.
+    fn moved(&self, from: u64, to: u64, pages: u32) {
+        if from == to || pages == 0 {
+            return;
+        }
+        for (kind, change) in [(from, pages.wrapping_neg()), (to, pages)] {
+            // Nobody asks how many are zero: all the others are.
+            if let Some(count) = self.0.get(kind as usize).filter(|_| kind != ZERO) {
+                count.fetch_add(change, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn of(&self, kind: u64) -> u32 {
+        (self.0[kind as usize].load(Ordering::Relaxed) as i32).max(0) as u32
+    }
+}
+
 type Table = [Entry; TABLE_ENTRIES];
 
 /// The map of one guest.
@@ -129,6 +164,14 @@ pub struct P2m {
     pages: u32,
     /// How often a generation has advanced, of any entry.
     advances: AtomicU64,
+    counts: Counts,
+}
+
+/// Settles pages that were resident; dropped, it notes that their generations have advanced.
+pub(crate) struct Settler<'a> {
+    p2m: &'a P2m,
+    /// How many have become each kind.
+    settled: [u32; COUNTED],
 }
 
 impl P2m {
@@ -137,7 +180,8 @@ impl P2m {
     pub fn new(pages: u32) -> P2m {
         let pages = pages.min(GFN_MAX);
         let tables = (pages as usize).div_ceil(TABLE_ENTRIES);
-        P2m { upper: (0..tables).map(|_| OnceLock::new()).collect(), pages, advances: AtomicU64::new(0) }
+        let upper = (0..tables).map(|_| OnceLock::new()).collect();
+        P2m { upper, pages, advances: AtomicU64::new(0), counts: Counts::default() }
     }
 
     /// Pages of guest memory.
@@ -191,7 +235,11 @@ impl P2m {
         let Some(entry) = self.entry(gfn) else { return false };
         let next = encode(to) | copy.map_or(0, slot_bits);
         let change = |word| (decode(word) == from).then_some(next);
-        entry.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
+        let changed = entry.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        if let Ok(was) = changed {
+            self.counts.moved(counted_as(was), next & KIND, 1);
+        }
+        changed.is_ok()
     }
 
     /// Moves a page from `from` to `Moving`, for its new owner to settle: the slot of its copy, if it has one; `None` where
@@ -199,7 +247,7 @@ impl P2m {
     pub(crate) fn claim(&self, gfn: Gfn, from: PageState) -> Option<Option<SwapSlot>> {
         debug_assert!(is_legal(from, PageState::Moving), "INV-P2M-2: {gfn} from {from:?} to Moving");
         let entry = self.entry(gfn)?;
-        let change = |word| (decode(word) == from).then_some(MOVING);
+        let change = |word| (decode(word) == from).then_some(MOVING | (word & KIND) << KIND_BITS);
         let word = entry.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).ok()?;
         Some(if word & KIND == RESIDENT { slot_of(word) } else { None })
     }
@@ -219,23 +267,9 @@ impl P2m {
         taken.ok().and_then(slot_of)
     }
 
-    /// Settles a page that is `Moving` by the caller's hand, and that no vCPU can reach any more: it has lost its frame.
-    /// [`P2m::note_advances`] follows, before any such frame has a new owner.
-    #[inline]
-    pub(crate) fn settle(&self, gfn: Gfn, to: PageState) {
-        debug_assert!(is_legal(PageState::Moving, to), "INV-P2M-2: {gfn} from Moving to {to:?}");
-        let Some(entry) = self.entry(gfn) else { return };
-        let state = entry.state.load(Ordering::Relaxed);
-        debug_assert!(state & KIND == MOVING, "INV-P2M-3: {gfn} was moved by another");
-        // Nobody else changes either word of a page that moves.
-        entry.state.store(encode(to), Ordering::Release);
-        let generations = entry.generations.load(Ordering::Relaxed);
-        entry.generations.store(generations.wrapping_add(1 << 32), Ordering::Release);
-    }
-
-    /// Generations have advanced.
-    pub(crate) fn note_advances(&self) {
-        self.advances.fetch_add(1, Ordering::Release);
+    /// For settling pages that were resident and are `Moving` by the caller's hand. It is dropped before any of their frames has a new owner.
+    pub(crate) fn settler(&self) -> Settler<'_> {
+        Settler { p2m: self, settled: Default::default() }
     }
 
     /// Notes that a page has lost its frame, and that no vCPU can reach it there any more.
@@ -273,24 +307,40 @@ impl P2m {
         self.advances.load(Ordering::Acquire)
     }
 
-    /// How many pages are in each state. Looks at every page that was ever touched.
+    /// How many pages are in each state; those on their way in the one that they were in.
     pub fn counts(&self) -> PageCounts {
+        let [resident, swapped, ballooned] = [RESIDENT, SWAPPED, BALLOONED].map(|kind| self.counts.of(kind));
+        PageCounts { resident, swapped, ballooned }
+    }
+
+    /// The same by a look at every page that was ever touched, for the audit.
+    pub(crate) fn count_all(&self) -> PageCounts {
         let mut counts = PageCounts::default();
-        self.for_each(|_, state| match state {
-            PageState::Resident(_) => counts.resident += 1,
-            PageState::Swapped(_) => counts.swapped += 1,
-            PageState::Ballooned => counts.ballooned += 1,
-            PageState::Zero | PageState::Device | PageState::Moving => {}
+        self.for_each_word(|_, word| match counted_as(word) {
+            RESIDENT => counts.resident += 1,
+            SWAPPED => counts.swapped += 1,
+            BALLOONED => counts.ballooned += 1,
+            _ => {}
         });
         counts
     }
 
+    /// Counts a page that is not there.
+    #[cfg(test)]
+    pub(crate) fn miscount(&self) {
+        self.counts.moved(ZERO, BALLOONED, 1);
+    }
+
     /// Calls `visit` for every page that is or was anything but `Zero`, in order of gfn.
     pub fn for_each(&self, mut visit: impl FnMut(Gfn, PageState)) {
+        self.for_each_word(|gfn, word| visit(gfn, decode(word)));
+    }
+
+    fn for_each_word(&self, mut visit: impl FnMut(Gfn, u64)) {
         for (number, table) in self.upper.iter().enumerate().filter_map(|(n, t)| Some((n, t.get()?))) {
             for (index, entry) in table.iter().enumerate() {
                 let gfn = Gfn((number * TABLE_ENTRIES + index) as u32);
-                visit(gfn, decode(entry.state.load(Ordering::Acquire)));
+                visit(gfn, entry.state.load(Ordering::Acquire));
             }
         }
     }
@@ -311,6 +361,34 @@ impl P2m {
         let table = self.upper[gfn.0 as usize / TABLE_ENTRIES]
             .get_or_init(|| Box::new(std::array::from_fn(|_| Entry::default())));
         Some(&table[gfn.0 as usize % TABLE_ENTRIES])
+    }
+}
+
+impl Settler<'_> {
+    /// Settles a page that no vCPU can reach any more: it has lost its frame.
+    #[inline]
+    pub fn settle(&mut self, gfn: Gfn, to: PageState) {
+        debug_assert!(is_legal(PageState::Moving, to), "INV-P2M-2: {gfn} from Moving to {to:?}");
+        let Some(entry) = self.p2m.entry(gfn) else { return };
+        let (was, next) = (entry.state.load(Ordering::Relaxed), encode(to));
+        debug_assert!(
+            was & KIND == MOVING && counted_as(was) == RESIDENT,
+            "INV-P2M-3: {gfn} was moved by another"
+        );
+        // Nobody else changes either word of a page that moves.
+        entry.state.store(next, Ordering::Release);
+        let generations = entry.generations.load(Ordering::Relaxed);
+        entry.generations.store(generations.wrapping_add(1 << 32), Ordering::Release);
+        self.settled[(next & KIND) as usize] += 1;
+    }
+}
+
+impl Drop for Settler<'_> {
+    fn drop(&mut self) {
+        self.p2m.advances.fetch_add(1, Ordering::Release);
+        for (kind, pages) in (0..).zip(self.settled) {
+            self.p2m.counts.moved(RESIDENT, kind, pages);
+        }
     }
 }
 
@@ -372,6 +450,33 @@ mod tests {
         assert!(p2m.transition_with(gfn, PageState::Moving, resident, Some(last)));
         assert_eq!((p2m.take_copy(gfn), p2m.take_copy(gfn)), (Some(last), None));
         assert_eq!(p2m.lookup(gfn), resident);
+    }
+
+    #[test]
+    fn counts_follow_every_change_and_a_moving_page_is_what_it_was() {
+        let p2m = P2m::new(TABLE_ENTRIES as u32 + 8);
+        let resident = |n| PageState::Resident(Mfn(n + 100));
+        let counts = |resident, swapped, ballooned| PageCounts { resident, swapped, ballooned };
+        for n in 0..8 {
+            assert!(p2m.transition(Gfn(n), PageState::Zero, resident(n)));
+        }
+        assert!(p2m.transition(Gfn(TABLE_ENTRIES as u32), PageState::Zero, PageState::Ballooned));
+        assert!(p2m.transition(Gfn(9), PageState::Zero, PageState::Device));
+        assert!(!p2m.transition(Gfn(0), PageState::Zero, resident(9)), "nothing changes, nothing is counted");
+        assert!((0..6).all(|n| p2m.claim(Gfn(n), resident(n)).is_some()));
+        assert_eq!(p2m.counts(), counts(8, 0, 1));
+        let mut settler = p2m.settler();
+        (0..3).for_each(|n| settler.settle(Gfn(n), PageState::Swapped(SwapSlot(n))));
+        settler.settle(Gfn(3), PageState::Zero);
+        settler.settle(Gfn(4), PageState::Ballooned);
+        drop(settler);
+        assert!(p2m.transition(Gfn(5), PageState::Moving, resident(5)), "put back");
+        assert_eq!(p2m.counts(), counts(3, 3, 2));
+        assert!(p2m.claim(Gfn(0), PageState::Swapped(SwapSlot(0))).is_some());
+        assert_eq!((p2m.counts(), p2m.count_all()), (counts(3, 3, 2), counts(3, 3, 2)));
+        assert!(p2m.transition_with(Gfn(0), PageState::Moving, resident(0), Some(SwapSlot(0))));
+        assert!(p2m.transition(Gfn(4), PageState::Ballooned, PageState::Zero));
+        assert_eq!((p2m.counts(), p2m.count_all()), (counts(4, 2, 1), counts(4, 2, 1)));
     }
 
     #[test]

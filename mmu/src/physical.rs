@@ -75,10 +75,9 @@ impl Mmu {
 
     /// Stores the low `width` bytes of `value`. The access lies within a page.
     pub fn store(&self, window: &LocalStack, gpa: Gpa, width: Width, value: u64) -> Result<(), Beyond> {
-        let how = (Tag::Emulate, Intent::Write);
-        self.with_memory(window, gpa, how, |map| map.store(gpa.offset(), width, value))?;
-        self.table_written(gpa.gfn(), gpa.offset(), width.bytes());
-        Ok(())
+        self.with_written(window, gpa, Tag::Emulate, width.bytes(), |map| {
+            map.store(gpa.offset(), width, value)
+        })
     }
 
     /// Replaces the `width` bytes at `gpa` by `change` of them and returns the old ones. `change` may run more
@@ -90,11 +89,9 @@ impl Mmu {
         width: Width,
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, Beyond> {
-        let offset = gpa.offset();
-        let how = (Tag::Emulate, Intent::Write);
-        let old = self.with_memory(window, gpa, how, |map| map.update(offset, width, change))?;
-        self.table_written(gpa.gfn(), offset, width.bytes());
-        Ok(old)
+        self.with_written(window, gpa, Tag::Emulate, width.bytes(), |map| {
+            map.update(gpa.offset(), width, change)
+        })
     }
 
     /// Reads a range of guest memory, page by page.
@@ -110,9 +107,7 @@ impl Mmu {
     pub fn write_bytes(&self, window: &LocalStack, gpa: Gpa, data: &[u8]) -> Result<(), Beyond> {
         for (at, range) in pages_of(gpa, data.len()) {
             let length = range.len() as u32;
-            let how = (Tag::Host, Intent::Write);
-            self.with_memory(window, at, how, |map| map.write(at.offset(), &data[range]))?;
-            self.table_written(at.gfn(), at.offset(), length);
+            self.with_written(window, at, Tag::Host, length, |map| map.write(at.offset(), &data[range]))?;
         }
         Ok(())
     }
@@ -158,6 +153,23 @@ impl Mmu {
                 Err(Beyond::Need(gfn)) => self.bring_in(own, gfn)?,
             }
         }
+    }
+
+    /// Calls `touch`, which stores to `length` bytes from `gpa` on, with their page mapped, and tells of it while the page
+    /// still is: it stays where it is, so the frame that was stored to is the one that is told.
+    fn with_written<T>(
+        &self,
+        window: &LocalStack,
+        gpa: Gpa,
+        tag: Tag,
+        length: u32,
+        touch: impl FnOnce(&LocalMap<'_>) -> T,
+    ) -> Result<T, Beyond> {
+        self.with_memory(window, gpa, (tag, Intent::Write), |map| {
+            let done = touch(map);
+            self.table_written(gpa.gfn(), map.mfn(), gpa.offset(), length);
+            done
+        })
     }
 
     /// Calls `touch` with the page of `gpa` mapped.

@@ -335,8 +335,7 @@ impl Drop for PersistentMap<'_> {
     fn drop(&mut self) {
         let (first, end) = self.written.get();
         if first < end {
-            self.mmu.frames.code_written(self.mfn);
-            self.mmu.table_written(self.gfn, first, end - first);
+            self.mmu.table_written(self.gfn, self.mfn, first, end - first);
         }
         let mut slots = self.mmu.pool.slots.lock();
         let Some(slot) = slots.slots[self.slot as usize].as_mut() else { return };

@@ -28,7 +28,7 @@ use crate::frames::WIDE;
 use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::vcpu::Vcpu;
-use crate::window::{Intent, Tag};
+use crate::window::{Intent, LocalMap, Tag};
 
 /// Why there is no translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,27 +205,29 @@ impl Mmu {
     fn change_status(&self, vcpu: &Vcpu, step: &mut Step, wanted: u64) -> Result<bool, Refusal> {
         let offset = step.index * vcpu.mode.entry_bytes();
         let old = std::mem::replace(&mut step.gpte, Gpte(wanted)).0;
-        let (mfn, swapped) = {
-            let map = self.map_page(&vcpu.window, step.table, Tag::Walk, Intent::Write);
-            let map = map.map_err(|_| Refusal::Need(step.table))?;
-            let swapped = if vcpu.mode.pae {
-                let word = map.word64(offset);
-                word.compare_exchange(old, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            } else {
-                let word = map.word32(offset);
-                word.compare_exchange(old as u32, wanted as u32, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            };
-            (map.mfn(), swapped)
+        let map = self.map_page(&vcpu.window, step.table, Tag::Walk, Intent::Write);
+        let map = map.map_err(|_| Refusal::Need(step.table))?;
+        let swapped = if vcpu.mode.pae {
+            let word = map.word64(offset);
+            word.compare_exchange(old, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        } else {
+            let word = map.word32(offset);
+            word.compare_exchange(old as u32, wanted as u32, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
-        // Bits 5 and 6 of the upper half of a PAE entry are address bits.
         if swapped {
-            self.frames.code_written(mfn);
-        }
-        let foreign = !vcpu.mode.pae && step.index & 1 == 1 && self.frames.flags(mfn) & WIDE != 0;
-        if swapped && foreign {
-            self.table_written(step.table, offset, 4);
+            self.status_written(vcpu.mode, step, &map, offset);
         }
         Ok(swapped)
+    }
+
+    /// A or D has been set in the entry at `offset` of the table that `map` shows.
+    fn status_written(&self, mode: Mode, step: &Step, map: &LocalMap<'_>, offset: u32) {
+        // Bits 5 and 6 of the upper half of a PAE entry are address bits.
+        if !mode.pae && step.index & 1 == 1 && self.frames.flags(map.mfn()) & WIDE != 0 {
+            self.table_written(step.table, map.mfn(), offset, 4);
+        } else {
+            self.frames.code_written(map.mfn());
+        }
     }
 
     /// Reads an entry; for a look without a pin, where the frame did not change hands meanwhile.

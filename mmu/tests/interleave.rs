@@ -4,7 +4,7 @@
 //! RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test -p umbra-mmu --test model interleave
 //! ```
 //!
-//! Story: a short life of the guest of `model::cpus`, each CPU on a thread of its own and a third that invalidates: page
+//! *Lives.* A short life of the guest of `model::cpus`, each CPU on a thread of its own and a third that invalidates: page
 //! faults, edits of tables and INVLPG, CR3 loads, changes of CR0, unsync tables and their resynchronisation, eviction of
 //! shadow pages, explain. They switch at every lock and atomic of the MMU, before every spte that is stored, within
 //! hardware's walks and between translation and access. At the end of each life the audit must find nothing. What the
@@ -14,11 +14,15 @@
 //! points: orders in which one thread stands still for long. A twin, whose CPU does not flush when the ledger asks,
 //! must fail.
 //!
+//! *Moves* (`moves`): two or three operations on one page that comes and goes.
+//!
 //! `UMBRA_LIVES=100000` runs so many of each. A failure prints its schedule; with `UMBRA_SCHEDULE` that string, or the name
 //! of a file that has it, and the name of the test, that life is lived again.
 //!
 //! Limits: every store is seen by all at once here; what store buffers do is loom's (`src/interleave`). Words of machine
 //! memory are `std`'s atomics, which shuttle does not see: see `umbra_mmu::sync::point`.
+
+mod moves;
 
 use std::sync::Arc;
 
@@ -80,12 +84,12 @@ fn number(name: &str) -> Option<usize> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-fn run(scheduler: impl Scheduler + 'static, pae: bool, obeys: bool) {
+fn run(scheduler: impl Scheduler + 'static, life: impl Fn() + Send + Sync + 'static) {
     let mut config = Config::new();
     config.stack_size = 1 << 18;
     config.silence_warnings = true;
-    let lives = Runner::new(scheduler, config).run(move || live(pae, obeys));
-    println!("interleave: pae {pae}, {lives} lives");
+    let lives = Runner::new(scheduler, config).run(life);
+    println!("interleave: {lives} lives");
 }
 
 /// The schedule that is to be lived again.
@@ -95,27 +99,27 @@ fn replay() -> Option<ReplayScheduler> {
     Some(ReplayScheduler::new_from_encoded(&text))
 }
 
-fn explore(pae: bool) {
+fn explore(life: impl Fn() + Clone + Send + Sync + 'static) {
     if let Some(replay) = replay() {
-        return run(replay, pae, true);
+        return run(replay, life);
     }
     let lives = number("UMBRA_LIVES").unwrap_or(1000);
-    run(RandomScheduler::new(lives), pae, true);
-    run(PctScheduler::new(CHANGES, lives), pae, true);
+    run(RandomScheduler::new(lives), life.clone());
+    run(PctScheduler::new(CHANGES, lives), life);
 }
 
 #[test]
 fn lives_with_two_level_tables_keep_every_promise() {
-    explore(false);
+    explore(|| live(false, true));
 }
 
 #[test]
 fn lives_with_pae_tables_keep_every_promise() {
-    explore(true);
+    explore(|| live(true, true));
 }
 
 #[test]
 #[should_panic]
 fn twin_a_cpu_that_does_not_flush() {
-    run(RandomScheduler::new(1000), false, false);
+    run(RandomScheduler::new(1000), || live(false, false));
 }

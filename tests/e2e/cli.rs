@@ -22,6 +22,7 @@ pub fn cases() -> Vec<Trial> {
         case("run_help_shows_the_options", &[], run_help),
         case("version_is_the_packages", &[], version),
         case("option_that_makes_no_sense_is_refused", &[], bad_options),
+        case("plot_to_standard_error_is_refused", &[], plot_to_standard_error),
         case("image_that_is_none_is_refused_in_a_sentence", &[Need::Kvm], no_images),
         case("image_cut_short_is_refused_or_runs_but_never_breaks", &[Need::Kvm], cut_images),
         case("output_pipe_that_closes_does_not_break_the_run", &[Need::Kvm], closed_pipe),
@@ -73,6 +74,15 @@ fn bad_options() -> Verdict {
         let run = umbra(args)?;
         ensure!(run.end == status::USAGE, "{args:?} should be a usage error:\n{run}");
         ensure!(!run.stderr.trim().is_empty(), "{args:?} failed without a word:\n{run}");
+    }
+    Ok(())
+}
+
+fn plot_to_standard_error() -> Verdict {
+    let run = umbra(["run", "--plot", "-", "--append", "workload=hello"])?;
+    ensure!(run.end == status::USAGE, "--plot - should be a usage error:\n{run}");
+    for words in ["--plot <FILE.svg>", "a picture goes to a file"] {
+        ensure!(run.stderr.contains(words), "the refusal does not say '{words}':\n{run}");
     }
     Ok(())
 }

@@ -184,7 +184,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// Draw memory and what became of it over time into FILE, an SVG image.
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.svg", value_parser = parse_plot)]
     pub plot: Option<PathBuf>,
     /// Show what memory does while the guest runs: one line on standard error, or one a second where that is no terminal.
     #[arg(long)]
@@ -212,6 +212,16 @@ fn parse_swap(text: &str) -> Result<Swap, String> {
         }
         Err(_) if text.is_empty() => Err("name a file, or a size".into()),
         Err(_) => Ok(Swap::File(text.into())),
+    }
+}
+
+/// A file: standard error is for words, and standard output the guest's.
+fn parse_plot(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" | "-" => {
+            Err("a picture goes to a file; name one, such as memory.svg (one called - is ./-)".into())
+        }
+        path => Ok(path.into()),
     }
 }
 
@@ -260,6 +270,13 @@ mod tests {
         assert_eq!(parse_swap("./64M"), Ok(Swap::File("./64M".into())));
         assert!(parse_swap("64MB").expect_err("decimal").contains("./64MB"));
         assert!(parse_swap("").is_err());
+    }
+
+    #[test]
+    fn a_plot_goes_to_a_file() {
+        assert_eq!(parse_plot("./-"), Ok("./-".into()));
+        assert!(parse_plot("-").expect_err("no file").contains("./-"));
+        assert!(parse_plot("").is_err());
     }
 
     #[test]

@@ -11,9 +11,12 @@ use umbra::{probe, vm};
 
 fn main() -> ExitCode {
     vm::process_start();
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("UMBRA_LOG", "warn")).init();
+    let screen = vm::Screen::default();
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("UMBRA_LOG", "warn"))
+        .target(env_logger::Target::Pipe(Box::new(screen.log_lines())))
+        .init();
     let code = match Cli::parse().command {
-        Command::Run(args) => run(&args),
+        Command::Run(args) => run(&args, &screen),
         Command::Doctor(args) => doctor(&args),
         Command::Explain(args) => explain(&args),
     };
@@ -25,7 +28,7 @@ macro_rules! say {
     ($($part:tt)*) => { let _ = writeln!(io::stderr(), "umbra: {}", format_args!($($part)*)); };
 }
 
-fn run(args: &RunArgs) -> u8 {
+fn run(args: &RunArgs, screen: &vm::Screen) -> u8 {
     // Before the run, so that a wrong path costs no run.
     let mut json = match args.json.as_deref().map(vm::JsonSink::open).transpose() {
         Ok(json) => json,
@@ -35,7 +38,7 @@ fn run(args: &RunArgs) -> u8 {
         Ok(plot) => plot,
         Err(error) => return refuse(&error),
     };
-    let summary = match vm::run(args) {
+    let summary = match vm::run(args, screen) {
         Ok(summary) => summary,
         Err(error) => return refuse(&error),
     };

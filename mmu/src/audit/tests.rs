@@ -164,6 +164,13 @@ fn inv_p2m_1_a_frame_whose_page_is_elsewhere() {
 }
 
 #[test]
+fn inv_p2m_4_a_page_that_is_counted_and_not_there() {
+    let guest = Guest::new();
+    guest.mmu.p2m.miscount();
+    guest.expect("INV-P2M-4");
+}
+
+#[test]
 fn inv_track_1_a_writable_spte_to_a_tracked_table() {
     let guest = Guest::new();
     let (at, spte) = guest.leaf(Gva(0x2000));

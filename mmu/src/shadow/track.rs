@@ -48,10 +48,10 @@ struct Synced {
 }
 
 impl Mmu {
-    /// Applies a store to `length` bytes at `offset` of a guest frame, already made. For everybody who writes
-    /// guest memory other than the guest's own native stores.
-    pub(crate) fn table_written(&self, gfn: Gfn, offset: u32, length: u32) {
-        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
+    /// Applies a store to `length` bytes at `offset` of a guest page, already made. For everybody who writes
+    /// guest memory other than the guest's own native stores. The page is in `mfn`, and the caller still has it pinned
+    /// there: asked for later, it may be on its way, and be put back.
+    pub(crate) fn table_written(&self, gfn: Gfn, mfn: Mfn, offset: u32, length: u32) {
         // Store, then look at the mark; promotion sets the mark, then looks at the table. One of us sees the other.
         fence(Ordering::SeqCst);
         self.frames.code_written(mfn);

@@ -564,34 +564,12 @@ impl World {
     ) -> Result<Result<Place, Fault>, Wrong> {
         let mut fixed = false;
         for _ in 0..3 {
-            let root = self.enter(cpu, r.user)?;
-            let mut address = self.reach(cpu, root, va, r)?;
-            if address.is_none() && self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
-                // A lossy TLB may have forgotten it again.
-                address = self.reach(cpu, root, va, r)?;
-            }
-            if let Some(address) = address {
+            if let Some(address) = self.try_reach(cpu, va, r)? {
                 return self.judge_success(cpu, va, r, address, fixed).map(Ok);
             }
             *trapped = true;
-            self.leave(cpu);
-            let outcome = loop {
-                match self.mmu.fault(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
-                    Outcome::Need(gfn) => self.bring_in(cpu, gfn),
-                    outcome => break outcome,
-                }
-            };
-            let got = match outcome {
-                Outcome::Guest(fault) => Err(fault_of(fault)),
-                Outcome::Emulate(gpa) | Outcome::Mmio(gpa) => Ok(gpa.0),
-                Outcome::Fixed | Outcome::Spurious | Outcome::Gate(_) => {
-                    let now = walker::look(&self.memory, &self.cpus[cpu].control, va);
-                    now.map(|t| t.physical).ok_or(Fault { code: !0, cr2: va })
-                }
-                Outcome::Need(_) | Outcome::Again => {
-                    return Err(self.wrong(cpu, va, r, &format!("fault ended in {outcome:?}")));
-                }
-            };
+            let outcome = self.trap(cpu, va, r);
+            let got = self.said_by(cpu, va, r, outcome)?;
             let physical = match self.expect_walk(cpu, va, r, got)? {
                 Ok(physical) => physical,
                 Err(fault) => return Ok(Err(fault)),
@@ -609,6 +587,49 @@ impl World {
             }
         }
         Err(self.wrong(cpu, va, r, "fixed, and faults again"))
+    }
+
+    /// What the CPU reaches for `va` from within the guest: by itself, or by a leaf that is made without leaving.
+    fn try_reach(&mut self, cpu: usize, va: u32, r: Request) -> Result<Option<u64>, Wrong> {
+        let root = self.enter(cpu, r.user)?;
+        let address = self.reach(cpu, root, va, r)?;
+        if address.is_none() && self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
+            // A lossy TLB may have forgotten it again.
+            return self.reach(cpu, root, va, r);
+        }
+        Ok(address)
+    }
+
+    /// The mmu's answer to a page fault, once what it needs is in memory.
+    fn trap(&mut self, cpu: usize, va: u32, r: Request) -> Outcome {
+        self.leave(cpu);
+        loop {
+            match self.mmu.fault(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
+                Outcome::Need(gfn) => self.bring_in(cpu, gfn),
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// What an outcome says of the walk behind it: where it led, or which fault it ended in.
+    fn said_by(
+        &self,
+        cpu: usize,
+        va: u32,
+        r: Request,
+        outcome: Outcome,
+    ) -> Result<Result<u64, Fault>, Wrong> {
+        match outcome {
+            Outcome::Guest(fault) => Ok(Err(fault_of(fault))),
+            Outcome::Emulate(gpa) | Outcome::Mmio(gpa) => Ok(Ok(gpa.0)),
+            Outcome::Fixed | Outcome::Spurious | Outcome::Gate(_) => {
+                let now = walker::look(&self.memory, &self.cpus[cpu].control, va);
+                Ok(now.map(|t| t.physical).ok_or(Fault { code: !0, cr2: va }))
+            }
+            Outcome::Need(_) | Outcome::Again => {
+                Err(self.wrong(cpu, va, r, &format!("fault ended in {outcome:?}")))
+            }
+        }
     }
 
     /// What the CPU reaches by itself for `va`: a machine address.

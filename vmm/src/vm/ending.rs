@@ -1,6 +1,8 @@
 //! How a run ends, and the one place where it is decided: the first reason wins.
 
+use std::any::Any;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -45,6 +47,13 @@ pub enum End {
     Shortage(Shortage),
     /// A software TLB used a translation that should have been flushed.
     Incoherent(Box<Violation>),
+    /// One of Umbra's own threads has panicked.
+    Panic {
+        /// Which.
+        thread: &'static str,
+        /// What it said.
+        why: String,
+    },
     /// The vCPU waits for an interrupt that can never come.
     Stuck(Box<CpuState>),
 }
@@ -91,6 +100,11 @@ impl fmt::Display for End {
             End::Incoherent(violation) => {
                 write!(f, "{violation}. A TLB flush was missed; this is a mistake in Umbra, please report it")
             }
+            End::Panic { thread, why } => write!(
+                f,
+                "Umbra's {thread} thread has panicked: {why}. The guest cannot go on without it; this is a mistake in \
+                 Umbra, please report it"
+            ),
             End::Stuck(cpu) => write!(
                 f,
                 "the guest halted with interrupts off, or with none that could ever come, and waits for ever:\n{cpu}"
@@ -119,6 +133,14 @@ impl Ending {
         (0..self.vcpus).for_each(|vcpu| self.devices.waker(vcpu).wake());
     }
 
+    /// Does the work of one of Umbra's own threads. If it panics, the run ends.
+    pub fn watch(&self, thread: &'static str, work: impl FnOnce()) {
+        // What the work has left half done is looked at by nobody but the audit.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            self.set(End::Panic { thread, why: words_of(&*panic) });
+        }
+    }
+
     /// True once the run has ended.
     pub fn is_set(&self) -> bool {
         self.lock().is_some()
@@ -132,4 +154,10 @@ impl Ending {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<End>> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a panic said.
+fn words_of(panic: &(dyn Any + Send)) -> String {
+    let words = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    words.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "it did not say why".into())
 }

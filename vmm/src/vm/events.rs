@@ -41,7 +41,7 @@ impl EventLoop {
         let mut manager = EventManager::<Subscriber>::new().map_err(io::Error::other)?;
         manager.add_subscriber(Box::new(Alarm { devices }));
         if let Some(limit) = timeout {
-            manager.add_subscriber(Box::new(TimeLimit::new(limit, ending)?));
+            manager.add_subscriber(Box::new(TimeLimit::new(limit, ending.clone())?));
         }
         others.into_iter().for_each(|other| {
             manager.add_subscriber(other);
@@ -49,14 +49,16 @@ impl EventLoop {
         let end = stop.try_clone()?;
         let stopped = Arc::new(std::sync::atomic::AtomicBool::new(false));
         manager.add_subscriber(Box::new(Stop { end, stopped: Arc::clone(&stopped) }));
-        let thread = std::thread::Builder::new().name("events".into()).spawn(move || {
+        let serve = move || {
             while !stopped.load(std::sync::atomic::Ordering::Acquire) {
                 if let Err(error) = manager.run() {
                     log::error!("the event loop ends, and with it the guest's timers: {error}");
                     return;
                 }
             }
-        })?;
+        };
+        let watched = move || ending.watch("event", serve);
+        let thread = std::thread::Builder::new().name("events".into()).spawn(watched)?;
         Ok(EventLoop { stop, thread: Some(thread) })
     }
 }

@@ -56,6 +56,7 @@ use umbra_mmu::records::Clock;
 use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use ending::End;
+pub use live::Screen;
 pub use serial::process_start;
 pub use series::{Rates, SAMPLES_MAX, Sample, Series};
 pub use sink::{JsonSink, PlotSink};
@@ -79,7 +80,7 @@ use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
-use live::{LiveLine, Screen};
+use live::LiveLine;
 use memory::BootMemory;
 use reclaimer::Reclaimer;
 use requests::Requests;
@@ -202,18 +203,19 @@ struct Guest {
     screen: Screen,
 }
 
-/// Runs a guest to its end.
+/// Runs a guest to its end. `screen` is the terminal, if standard error is one.
 ///
 /// # Errors
 ///
 /// When it could not be started; how a started one ended is in the summary.
-pub fn run(args: &RunArgs) -> Result<Summary, RunError> {
-    let guest = Guest::build(args)?;
+pub fn run(args: &RunArgs, screen: &Screen) -> Result<Summary, RunError> {
+    let guest = Guest::build(args, screen)?;
     guest.run(args)
 }
 
 impl Guest {
-    fn build(args: &RunArgs) -> Result<Guest, RunError> {
+    fn build(args: &RunArgs, screen: &Screen) -> Result<Guest, RunError> {
+        // What the operator may have got wrong comes first.
         let (name, bytes) = read_image(args)?;
         let failed = |source| RunError::Image { name: name.clone(), source };
         let image = Image::parse(&bytes).map_err(failed)?;
@@ -222,71 +224,25 @@ impl Guest {
 
         let mut plan = Plan::make(args)?;
         let why = plan.take_reason();
-        let (guest_pages, hole) = memory::extent(&memory);
         let overcommit = Overcommit::new(args);
-        let config = Config {
-            guest_pages,
-            low_pages: overcommit.low_pages,
-            reserved_frames: 0,
-            shadow_pages_max: args.shadow_pages,
-            roots_max: overcommit.roots_max,
-            firmware_entry: 0,
-            vcpus: VCPUS,
-        };
-        let (firmware, tables) = (plan.firmware_frames(VCPUS)?, u64::from(config.table_frames_max()));
-        let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
-        let pool = Arc::new(match args.window {
-            Window::Pinned => Pool::new(frames)?,
-            Window::Mapped => Pool::mapped(frames, firmware, tables)?,
-        });
-        let interpreted = args.supervisor.interprets(image.notes());
-        let runner = Runner::new(plan, &pool, VCPUS, interpreted)?;
-
-        // A run with a time limit ends in time, whether or not anybody reads what the guest has said.
-        let patience = args.timeout.map(|_| READER_PATIENCE);
-        let screen = Screen::default();
-        let console = match args.status && io::stdout().is_terminal() {
-            true => Console::new(screen.guard(io::stdout()), patience),
-            false => Console::new(io::stdout(), patience),
-        };
-        let (console, first_byte) = console.map_err(RunError::Setup)?;
-        let board = Board::new(BoardConfig {
-            memory,
-            vcpus: VCPUS as usize,
-            serial: Box::new(console),
-            epoch_seconds: epoch_seconds(),
-        })?;
-        let devices = Arc::new(Devices::new(board, VCPUS).map_err(RunError::Setup)?);
-        let config = Config {
-            reserved_frames: runner.reserved_frames(),
-            firmware_entry: runner.firmware_entry(),
-            ..config
-        };
+        let config = config_of(args, &memory, &overcommit);
+        let pool = Arc::new(build_pool(args, &plan, &config)?);
+        let runner = Runner::new(plan, &pool, VCPUS, args.supervisor.interprets(image.notes()))?;
+        let (devices, first_byte) = build_devices(args, memory, screen)?;
         devices.waker(0).set_kicker(runner.kick());
-        let machine = Machine::new(pool.region());
-        let kicks = Kicks::new(vec![runner.kick()], runner.notifier());
-        let mmu = Mmu::new(machine, config, Box::new(kicks))
-            .with_clock(Box::new(HostClock))
-            .with_host(Box::new(PoolHost(Arc::clone(&pool))));
-        let mmu = match pool.views() {
-            Some(views) => mmu.with_views(views),
-            None => mmu,
-        };
-        let mmu = Arc::new(overcommit.apply(mmu, args)?);
+        let mmu = Arc::new(overcommit.apply(build_mmu(config, &runner, &pool), args)?);
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
-        hole.map(Gfn).for_each(|gfn| {
+        memory::extent(&memory).1.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
         });
 
-        let modules: Vec<_> = modules
-            .iter()
-            .map(|(command_line, data)| Module { command_line: command_line.as_str(), data: data.as_slice() })
-            .collect();
         // As QEMU and GRUB have it, the first word is the kernel's name.
         let command_line = format!("{name} {}", args.append);
+        let modules: Vec<_> =
+            modules.iter().map(|(line, data)| Module { command_line: line, data }).collect();
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
-        let notes = *image.notes();
+        let (notes, screen) = (*image.notes(), screen.clone());
         Ok(Guest {
             mmu,
             devices,
@@ -373,6 +329,68 @@ impl Guest {
         let asked = args.status || args.plot.is_some() || args.json.is_some();
         let live = args.status.then(|| LiveLine::new(&self.screen));
         asked.then(|| Recorder::start(Arc::clone(&self.mmu), live))
+    }
+}
+
+/// The MMU of a guest with `memory`, before there is firmware.
+fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Config {
+    Config {
+        guest_pages: memory::extent(memory).0,
+        low_pages: overcommit.low_pages,
+        reserved_frames: 0,
+        shadow_pages_max: args.shadow_pages,
+        roots_max: overcommit.roots_max,
+        firmware_entry: 0,
+        vcpus: VCPUS,
+    }
+}
+
+/// Its machine.
+fn build_pool(args: &RunArgs, plan: &Plan, config: &Config) -> Result<Pool, RunError> {
+    let (firmware, tables) = (plan.firmware_frames(VCPUS)?, u64::from(config.table_frames_max()));
+    let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
+    Ok(match args.window {
+        Window::Pinned => Pool::new(frames)?,
+        Window::Mapped => Pool::mapped(frames, firmware, tables)?,
+    })
+}
+
+/// The board, its serial port being standard output.
+fn build_devices(
+    args: &RunArgs,
+    memory: MemoryMap,
+    screen: &Screen,
+) -> Result<(Arc<Devices>, FirstByte), RunError> {
+    // A run with a time limit ends in time, whether or not anybody reads what the guest has said.
+    let patience = args.timeout.map(|_| READER_PATIENCE);
+    let console = match args.status && io::stdout().is_terminal() {
+        true => Console::new(screen.guard(io::stdout()), patience),
+        false => Console::new(io::stdout(), patience),
+    };
+    let (console, first_byte) = console.map_err(RunError::Setup)?;
+    let board = Board::new(BoardConfig {
+        memory,
+        vcpus: VCPUS as usize,
+        serial: Box::new(console),
+        epoch_seconds: epoch_seconds(),
+    })?;
+    Ok((Arc::new(Devices::new(board, VCPUS).map_err(RunError::Setup)?), first_byte))
+}
+
+/// The MMU over the pool, of which the runner's firmware has its part.
+fn build_mmu(config: Config, runner: &Runner, pool: &Arc<Pool>) -> Mmu {
+    let config = Config {
+        reserved_frames: runner.reserved_frames(),
+        firmware_entry: runner.firmware_entry(),
+        ..config
+    };
+    let kicks = Kicks::new(vec![runner.kick()], runner.notifier());
+    let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(kicks))
+        .with_clock(Box::new(HostClock))
+        .with_host(Box::new(PoolHost(Arc::clone(pool))));
+    match pool.views() {
+        Some(views) => mmu.with_views(views),
+        None => mmu,
     }
 }
 

@@ -18,28 +18,28 @@ pub struct Reclaimer {
 }
 
 impl Reclaimer {
-    /// Starts it. A swap device that fails ends the run.
+    /// Starts it. A swap device that fails ends the run, and so does a panic.
     ///
     /// # Errors
     ///
     /// When the host has no thread left.
     pub fn start(mmu: Arc<Mmu>, ending: Ending) -> io::Result<Reclaimer> {
         let own = Arc::clone(&mmu);
-        let thread = std::thread::Builder::new().name("reclaim".into()).spawn(move || {
-            while own.wait_for_background_work() {
-                loop {
-                    match own.background_round() {
-                        Ok(true) => {}
-                        Ok(false) => break,
-                        Err(failed) => {
-                            ending.set(End::Shortage(Shortage::Swap(failed)));
-                            return;
-                        }
-                    }
-                }
-            }
-        })?;
+        let work = move || ending.watch("reclaim", || reclaim(&own, &ending));
+        let thread = std::thread::Builder::new().name("reclaim".into()).spawn(work)?;
         Ok(Reclaimer { mmu, thread: Some(thread) })
+    }
+}
+
+fn reclaim(mmu: &Mmu, ending: &Ending) {
+    while mmu.wait_for_background_work() {
+        loop {
+            match mmu.background_round() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(failed) => return ending.set(End::Shortage(Shortage::Swap(failed))),
+            }
+        }
     }
 }
 
@@ -49,5 +49,82 @@ impl Drop for Reclaimer {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::time::{Duration, Instant};
+
+    use umbra_mmu::swap::{SwapDevice, SwapSlot};
+    use umbra_mmu::{Config, Context, Gfn, LocalStack, Machine, NoVcpus};
+
+    use super::*;
+    use crate::board::{Board, BoardConfig, MemoryMap};
+    use crate::status::Status;
+    use crate::vm::devices::Devices;
+    use crate::vm::summary::judge;
+
+    /// A swap device with a mistake in it.
+    #[derive(Debug)]
+    struct Mistaken;
+
+    impl SwapDevice for Mistaken {
+        fn slots(&self) -> u32 {
+            1000
+        }
+
+        fn write(&self, first: SwapSlot, _pages: &[u8]) -> io::Result<()> {
+            panic!("the first write is to slot {}", first.0)
+        }
+
+        fn read(&self, _first: SwapSlot, _pages: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn discard(&self, _slots: Range<u32>) {}
+    }
+
+    fn mmu() -> Mmu {
+        let config = Config {
+            guest_pages: 500,
+            low_pages: 0,
+            reserved_frames: 0,
+            shadow_pages_max: 64,
+            roots_max: 4,
+            firmware_entry: 0,
+            vcpus: 1,
+        };
+        Mmu::new(Machine::anonymous(600), config, Box::new(NoVcpus)).with_swap(Box::new(Mistaken))
+    }
+
+    fn ending() -> Ending {
+        let board = Board::new(BoardConfig {
+            memory: MemoryMap::new(2 << 20).expect("enough"),
+            vcpus: 1,
+            serial: Box::new(io::sink()),
+            epoch_seconds: 0,
+        });
+        Ending::new(Arc::new(Devices::new(board.expect("a board"), 1).expect("timers")), 1)
+    }
+
+    #[test]
+    fn a_panic_of_the_reclaim_thread_ends_the_run_with_what_it_said() {
+        let (mmu, ending) = (Arc::new(mmu()), ending());
+        for page in 0..500 {
+            mmu.write_bytes(&LocalStack::new(Context::Host), Gfn(page).at(0), &[1]).expect("a frame");
+        }
+        let reclaimer = Reclaimer::start(Arc::clone(&mmu), ending.clone()).expect("a thread");
+        mmu.set_budget(mmu.budget_min()).expect("the least");
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !ending.is_set() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(reclaimer);
+        let end = ending.take().expect("the run has ended");
+        let words = end.to_string();
+        assert!(words.contains("reclaim thread has panicked: the first write is to slot 0"), "{words}");
+        assert_eq!(judge(&end, &[], None, &[]), Status::Failure);
     }
 }

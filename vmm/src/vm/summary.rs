@@ -283,7 +283,11 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
         End::Quit => Status::Quit,
-        End::Unknown { .. } | End::Backend { .. } | End::Shortage(_) | End::Incoherent(_) => Status::Failure,
+        End::Unknown { .. }
+        | End::Backend { .. }
+        | End::Shortage(_)
+        | End::Incoherent(_)
+        | End::Panic { .. } => Status::Failure,
     };
     if !audit.is_empty() {
         return Status::Failure;
