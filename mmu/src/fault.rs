@@ -86,7 +86,7 @@ impl Mmu {
 
     /// A page fault forgets the translation of its address (SDM 4.10.4.1): a kernel that then makes the entry valid
     /// owes no INVLPG.
-    fn guest_fault(&self, vcpu: &Vcpu, fault: PageFault) -> Outcome {
+    pub(crate) fn guest_fault(&self, vcpu: &Vcpu, fault: PageFault) -> Outcome {
         self.forget_address(vcpu, fault.gva);
         vcpu.count(|s| s.guest += 1);
         vcpu.events.borrow_mut().record(fault.gva, Event::GuestFault);

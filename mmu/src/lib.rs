@@ -71,7 +71,7 @@ pub use physical::{Beyond, NotReached, Width};
 pub use pool::{NotTaken, PersistentMap, WindowStats};
 pub use reclaim::{Shortage, SwapFailed};
 pub use shadow::roots::FIRMWARE_SLOT;
-pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
+pub use tlb::{CodeFrame, Miss, Refill, SoftTlb, TlbKind, Violation};
 pub use vcpu::{FaultStats, Vcpu};
 pub use views::Views;
 pub use walk::{Refusal, Touch, Translation};

@@ -7,8 +7,8 @@ use crate::model::world::Caches;
 use crate::program::Op::*;
 use crate::program::{Bit, Op, Program, Then};
 use umbra_mmu::{
-    Access, Config, Context, Flush, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome, TlbKind,
-    Width,
+    Access, Config, Context, FaultCode, Flush, Gpa, Gva, LocalStack, Machine, Mmu, Mode, NoVcpus, Outcome,
+    Refill, TlbKind, Width,
 };
 
 const ALL: u16 = P | W | U | A | D;
@@ -180,4 +180,38 @@ fn a_table_whose_slot_becomes_its_directory_is_not_linked_to_itself() {
     let mode = Mode { paging: true, ..Mode::default() };
     mmu.set_paging(&mut vcpu, mode, 0x1000, Flush::Yes).expect("no PDPTEs are loaded");
     assert_eq!(mmu.fault(&vcpu, Gva(0), Access::read(false)), Outcome::Again);
+}
+
+/// A fault behind a directory entry whose A bit the guest has cleared sets it, as the CPU's walk does on its way, though the
+/// tables of the shadow are there and a fault in them could be had without.
+#[test]
+fn a_fault_sets_a_of_the_directory_entry_that_it_is_behind() {
+    let config = Config {
+        low_pages: 0,
+        guest_pages: 16,
+        reserved_frames: 0,
+        shadow_pages_max: 64,
+        roots_max: 8,
+        firmware_entry: 0,
+        vcpus: 1,
+    };
+    let mmu = Mmu::new(Machine::anonymous(64), config, Box::new(NoVcpus));
+    let stack = LocalStack::new(Context::Host);
+    let store = |at: u64, entry: u64| mmu.store(&stack, Gpa(at), Width::B4, entry).expect("memory");
+    store(0x1000, 0x2000 | u64::from(ALL));
+    store(0x200c, 0x3000 | u64::from(ALL));
+    let mut vcpu = mmu.soft_vcpu(0, TlbKind::Sticky);
+    let mode = Mode { paging: true, ..Mode::default() };
+    mmu.set_paging(&mut vcpu, mode, 0x1000, Flush::Yes).expect("no PDPTEs are loaded");
+    assert_eq!(mmu.fault(&vcpu, Gva(0x3000), Access::read(false)), Outcome::Fixed);
+
+    let absent = Gva(0x5123);
+    assert!(matches!(mmu.tlb_refill(&vcpu, absent, Access::write(false)), Refill::Guest(fault)
+        if fault.gva == absent && fault.code == FaultCode::WRITE));
+    store(0x1000, 0x2000 | u64::from(ALL & !A));
+    mmu.invalidate_page(&vcpu, absent);
+    if mmu.tlb_refill(&vcpu, absent, Access::write(false)) == Refill::Beyond {
+        assert!(matches!(mmu.fault(&vcpu, absent, Access::write(false)), Outcome::Guest(_)));
+    }
+    assert_eq!(mmu.load(&stack, Gpa(0x1000), Width::B4), Ok(0x2000 | u64::from(ALL)), "A is set");
 }

@@ -9,7 +9,7 @@
 //! Locks: the first-level page, then bucket(gfn). Replacing a leaf is zap, then map.
 
 use crate::Mmu;
-use crate::access::{Access, AccessKind};
+use crate::access::{Access, AccessKind, PageFault};
 use crate::addr::{Gfn, Gva, Mfn, Mpa};
 use crate::bucket::{BucketGuard, Link, Sequence};
 use crate::format::STATUS_BITS;
@@ -20,7 +20,7 @@ use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, t
 use crate::spte::{Spte, l1_index, l2_index, l3_index};
 use crate::sync::{Ordering, point};
 use crate::vcpu::Vcpu;
-use crate::walk::{Step, Touch, Translation};
+use crate::walk::{Refusal, Step, Touch, Translation};
 
 /// How an attempt to map ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,16 @@ pub(crate) enum Mapped {
     Gate(Gfn),
     /// This frame must be made resident first.
     Need(Gfn),
+}
+
+/// How an attempt to map by the tables as they are ended.
+pub(crate) enum Linked {
+    /// The leaf was to be made.
+    Mapped(Mapped),
+    /// The guest must see this fault.
+    Fault(PageFault),
+    /// [`Mmu::fault`] is to see to it.
+    Beyond,
 }
 
 /// A first-level page, and the root that it was found under.
@@ -96,28 +106,37 @@ impl Mmu {
     }
 
     /// Maps what the guest's tables say of `gva` for `access`, if `wanted`, where that asks for nothing but a leaf: the first-level page
-    /// is there, and the guest's entries have A. `None` is for [`Mmu::map`] to see to. Never sleeps; changes no guest entry,
-    /// which is why they may be read under the page's lock.
+    /// is there, and the guest's entries have A. Never sleeps; changes no guest entry, which is why they may be read under the
+    /// page's lock.
     pub(crate) fn map_linked(
         &self,
         vcpu: &Vcpu,
         gva: Gva,
         access: Access,
         wanted: impl FnOnce(&Translation) -> bool,
-    ) -> Option<Mapped> {
+    ) -> Linked {
         let (user, store) = (access.user && vcpu.mode.paging, access.kind == AccessKind::Write);
         let seen = self.buckets.sequence();
-        let root = vcpu.roots[usize::from(user)].get()?;
-        let slot = self.find_table(root, gva)?;
+        let Some(root) = vcpu.roots[usize::from(user)].get() else { return Linked::Beyond };
+        let Some(slot) = self.find_table(root, gva) else { return Linked::Beyond };
         let page = self.pages.lock(slot, false);
-        let key = page.key?;
-        let t = self.walk(vcpu, gva, Access::read(user), Touch::Look).ok()?;
+        let Some(key) = page.key else { return Linked::Beyond };
+        let t = match self.walk(vcpu, gva, access, Touch::Look) {
+            Ok(t) => t,
+            // A table is linked under an entry that has A, and whoever clears it unlinks the table: nothing to set on the way.
+            Err(Refusal::Fault(fault)) => return Linked::Fault(fault),
+            Err(Refusal::Need(_)) => return Linked::Beyond,
+        };
         let used = [t.directory, t.table].into_iter().flatten().all(|step| step.gpte.is_accessed());
         if !used || !wanted(&t) || table_key(vcpu.mode, user, &t) != Some(key) {
-            return None;
+            return Linked::Beyond;
         }
-        let rights = leaf_rights(effective_mode(vcpu.mode, user), user, t.rights, t.dirty)?;
-        Some(self.map_in(vcpu, Place { root, slot, key }, &t, rights, (seen, store)))
+        match leaf_rights(effective_mode(vcpu.mode, user), user, t.rights, t.dirty) {
+            Some(rights) => {
+                Linked::Mapped(self.map_in(vcpu, Place { root, slot, key }, &t, rights, (seen, store)))
+            }
+            None => Linked::Beyond,
+        }
     }
 
     /// Sets the leaf of `t` in the page at `place`, which the caller has locked. A software TLB learns it at once.

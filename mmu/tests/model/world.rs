@@ -22,7 +22,7 @@ use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
     Access, AccessKind, Beyond, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
-    NotLoaded, Outcome, PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
+    NotLoaded, Outcome, PageFault, Refill, Refusal, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -52,6 +52,13 @@ pub struct Sizes {
     pub shadow_pages_max: u32,
     pub vcpus: u32,
     pub tlb: Caches,
+}
+
+/// What an access came to within the guest.
+enum Reached {
+    Memory(u64),
+    Fault(PageFault),
+    Nothing,
 }
 
 #[derive(Debug)]
@@ -564,11 +571,14 @@ impl World {
     ) -> Result<Result<Place, Fault>, Wrong> {
         let mut fixed = false;
         for _ in 0..3 {
-            if let Some(address) = self.try_reach(cpu, va, r)? {
-                return self.judge_success(cpu, va, r, address, fixed).map(Ok);
-            }
+            let outcome = match self.try_reach(cpu, va, r)? {
+                Reached::Memory(address) => {
+                    return self.judge_success(cpu, va, r, address, fixed).map(Ok);
+                }
+                Reached::Fault(fault) => Outcome::Guest(fault),
+                Reached::Nothing => self.trap(cpu, va, r),
+            };
             *trapped = true;
-            let outcome = self.trap(cpu, va, r);
             let got = self.said_by(cpu, va, r, outcome)?;
             let physical = match self.expect_walk(cpu, va, r, got)? {
                 Ok(physical) => physical,
@@ -589,15 +599,18 @@ impl World {
         Err(self.wrong(cpu, va, r, "fixed, and faults again"))
     }
 
-    /// What the CPU reaches for `va` from within the guest: by itself, or by a leaf that is made without leaving.
-    fn try_reach(&mut self, cpu: usize, va: u32, r: Request) -> Result<Option<u64>, Wrong> {
+    /// What the CPU reaches for `va` from within the guest: by itself, or by what is done without leaving.
+    fn try_reach(&mut self, cpu: usize, va: u32, r: Request) -> Result<Reached, Wrong> {
         let root = self.enter(cpu, r.user)?;
-        let address = self.reach(cpu, root, va, r)?;
-        if address.is_none() && self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
-            // A lossy TLB may have forgotten it again.
-            return self.reach(cpu, root, va, r);
+        if let Some(address) = self.reach(cpu, root, va, r)? {
+            return Ok(Reached::Memory(address));
         }
-        Ok(address)
+        match self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
+            // A lossy TLB may have forgotten it again.
+            Refill::Done => Ok(self.reach(cpu, root, va, r)?.map_or(Reached::Nothing, Reached::Memory)),
+            Refill::Guest(fault) => Ok(Reached::Fault(fault)),
+            Refill::Beyond => Ok(Reached::Nothing),
+        }
     }
 
     /// The mmu's answer to a page fault, once what it needs is in memory.
