@@ -91,8 +91,8 @@ use sync::{Arc, AtomicU64, Lock, Ordering};
 use views::Windows;
 
 /// The fewest shadow pages a guest can run with: an instruction may need several at once (two operands that each
-/// cross a page, code and stack, at two levels).
-pub const SHADOW_PAGES_MIN: u32 = 64;
+/// cross a page, code and stack, at two levels). Loom looks at every one, and a model's guest has one table.
+pub const SHADOW_PAGES_MIN: u32 = if cfg!(loom) { 2 } else { 64 };
 /// The fewest roots: each vCPU may have two loaded.
 pub const ROOTS_MIN_PER_VCPU: u32 = 4;
 

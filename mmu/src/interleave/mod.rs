@@ -5,20 +5,22 @@
 //! ```
 //!
 //! Story: each model is a protocol's few steps on two or three threads, with the crate's own [`crate::Coherence`] and
-//! [`crate::bucket::Buckets`] where they are those that are modelled, and words in place of tables and TLBs. Each has
+//! [`crate::bucket::Buckets`] where they are those that are modelled, and words in place of tables and TLBs; those of `pages`
+//! have the whole [`crate::Mmu`]. Each has
 //! twins with one step moved or left out, which must fail: so that a model that can see nothing is seen.
 //!
 //! | module | protocol |
 //! |---|---|
 //! | `coherence::interleave` | shootdown and entry, a removal without a stamp, a stamp's fence |
 //! | `bucket::interleave` | the gate, two removals of one leaf |
+//! | pages | a page that is mapped, filled, stored to or brought in, and whoever takes it |
 //! | pins | a window mapping and whoever moves the page |
 //! | gate_wait | sleeping at a closed gate |
 //! | marks | a store to a frame that becomes a page table |
 //!
 //! Holds: what a model asserts, in every order of its threads' steps and for every store that a load may still see. The
-//! five largest are bounded to four or five preemptions. With `LOOM_MAX_PREEMPTIONS=100` they too are explored to the end,
-//! in about a minute, but for that of two vCPUs that shoot each other down, which is too large.
+//! seven largest are bounded to four or five preemptions. With `LOOM_MAX_PREEMPTIONS=100` four of them too are explored to the
+//! end, in about a minute; that of two vCPUs that shoot each other down is too large, and so are the two of swap in `pages`.
 //!
 //! Limits: loom runs one store after another, so that all threads agree on their order, as x86 does. It has no more than
 //! four threads, and a model is a handful of steps of one operation each: what only three operations in a row, or a
@@ -28,6 +30,7 @@
 
 mod gate_wait;
 mod marks;
+mod pages;
 mod pins;
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
