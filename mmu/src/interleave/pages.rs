@@ -28,7 +28,7 @@ use crate::swap::{MemorySwap, SwapSlot};
 use crate::sync::{Arc, thread};
 use crate::vcpu::Vcpu;
 use crate::window::{Intent, Tag};
-use crate::{Access, Config, LocalStack, Machine, Mmu, NoVcpus, Outcome};
+use crate::{Access, Config, Context, LocalStack, Machine, Mmu, NoVcpus, Outcome};
 
 /// The page in question, and another.
 const PAGE: Gfn = Gfn(1);
@@ -58,7 +58,7 @@ fn world() -> Arc<World> {
     };
     let mmu = Mmu::new(Machine::anonymous(8), config, Box::new(NoVcpus));
     let mmu = mmu.with_swap(Box::new(MemorySwap::new(2))).with_window_slots(1);
-    mmu.write_bytes(&LocalStack::new(), PAGE.at(0), &[1]).expect("memory");
+    mmu.write_bytes(&LocalStack::new(Context::Host), PAGE.at(0), &[1]).expect("memory");
     let PageState::Resident(mfn) = mmu.p2m.lookup(PAGE) else { panic!("it has just been written to") };
     Arc::new(World { mmu, mfn, frame: Frame::default() })
 }
@@ -95,16 +95,17 @@ impl World {
     }
 
     fn map(&self) {
-        let window = LocalStack::new();
+        let window = LocalStack::new(Context::Host);
         if let Ok(map) = self.mmu.map_page(&window, PAGE, Tag::Host, Intent::Read) {
             self.touch(map.mfn());
         }
     }
 
     fn map_without_a_second_look(&self) {
-        let window = LocalStack::new();
+        let window = LocalStack::new(Context::Host);
         if let PageState::Resident(mfn) = self.mmu.p2m.lookup(PAGE) {
-            let _map = window.map(&self.mmu.machine, &self.mmu.frames, PAGE, mfn, Tag::Host);
+            self.mmu.frames.pin(mfn);
+            let _map = window.map(&self.mmu.windows, &self.mmu.frames, PAGE, mfn, Tag::Host);
             self.touch(mfn);
         }
     }
@@ -218,7 +219,7 @@ fn swap_in_twice(bring_in: fn(&World)) {
     assert_eq!(world.mmu.page_out(None, &[PAGE]), Ok(1));
     side_by_side(&world, bring_in, bring_in);
     let mut byte = [0];
-    world.mmu.read_bytes(&LocalStack::new(), PAGE.at(0), &mut byte).expect("it is in memory");
+    world.mmu.read_bytes(&LocalStack::new(Context::Host), PAGE.at(0), &mut byte).expect("it is in memory");
     assert_eq!((byte, world.mmu.swap.stats().pages_read), ([1], 1), "it is read once");
     world.audit();
 }
@@ -258,7 +259,10 @@ fn store_against_swap_out(swap_out: fn(&World)) {
     let world = world();
     side_by_side(&world, store, swap_out);
     let mut bytes = [0; 2];
-    world.mmu.read_bytes_sleeping(None, &LocalStack::new(), PAGE.at(0), &mut bytes).expect("memory");
+    world
+        .mmu
+        .read_bytes_sleeping(None, &LocalStack::new(Context::Host), PAGE.at(0), &mut bytes)
+        .expect("memory");
     assert_eq!(bytes, [1, 2], "a store is lost");
     world.audit();
 }
@@ -302,12 +306,12 @@ fn store_to_code(store: fn(&World)) {
 }
 
 fn store(world: &World) {
-    let window = LocalStack::new();
+    let window = LocalStack::new(Context::Host);
     world.mmu.write_bytes_sleeping(None, &window, PAGE.at(1), &[2]).expect("there are frames");
 }
 
 fn store_and_look_up(world: &World) {
-    let window = LocalStack::new();
+    let window = LocalStack::new(Context::Host);
     let Ok(map) = world.mmu.map_page(&window, PAGE, Tag::Host, Intent::Write) else { return store(world) };
     map.write(1, &[2]);
     drop(map);

@@ -71,11 +71,11 @@ fn decode(mmu: &Mmu, vcpu: &Vcpu) {
 fn a_store_to_a_page_that_is_put_back_ends_the_code_decoded_from_it() {
     explore(|| {
         let mmu = Arc::new(mmu(Box::new(NoVcpus)));
-        mmu.write_bytes(&LocalStack::new(), PAGE.at(0), &[1]).expect("a frame");
+        mmu.write_bytes(&LocalStack::new(Context::Host), PAGE.at(0), &[1]).expect("a frame");
         decode(&mmu, &mmu.soft_vcpu(0, TlbKind::Sized));
         let other = mmu.clone();
         let taker = thread::spawn(move || assert_eq!(other.page_out(None, &[PAGE]), Ok(0)));
-        mmu.write_bytes_sleeping(None, &LocalStack::new(), PAGE.at(8), &[1]).expect("memory");
+        mmu.write_bytes_sleeping(None, &LocalStack::new(Context::Host), PAGE.at(8), &[1]).expect("memory");
         taker.join().expect("no panic");
         assert_eq!(mmu.code_generation(frame(&mmu)), 0, "code that was stored to would run on");
     });
