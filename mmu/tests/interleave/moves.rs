@@ -22,8 +22,8 @@ use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::sync::{AtomicBool, Ordering, thread};
 use umbra_mmu::window::Intent;
 use umbra_mmu::{
-    Access, AccessKind, Config, Gfn, Gva, LocalStack, Machine, Mfn, Miss, Mmu, NoVcpus, Outcome, Shootdown,
-    TlbKind, Vcpu, Width,
+    Access, AccessKind, Config, Context, Gfn, Gva, LocalStack, Machine, Mfn, Miss, Mmu, NoVcpus, Outcome,
+    Shootdown, TlbKind, Vcpu, Width,
 };
 
 use super::{explore, run};
