@@ -51,9 +51,10 @@ impl Mmu {
     /// Applies a store to `length` bytes at `offset` of a guest frame, already made. For everybody who writes
     /// guest memory other than the guest's own native stores.
     pub(crate) fn table_written(&self, gfn: Gfn, offset: u32, length: u32) {
-        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
-        // Store, then look at the mark; promotion sets the mark, then looks at the table. One of us sees the other.
+        // Store, then look at the mark; promotion sets the mark, then looks at the table. One of us sees the other. Before
+        // the page is looked up too: one that is on its way for a moment, and put back, has no mark yet, and may have one soon.
         fence(Ordering::SeqCst);
+        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return };
         self.frames.code_written(mfn);
         if self.frames.flags(mfn) & SHADOWED == 0 {
             return;
