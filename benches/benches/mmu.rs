@@ -10,6 +10,7 @@
 //! | fill_table | a fill that needs a new shadow page below a new link | |
 //! | window_load | a load through the window | 15 ns |
 //! | window_persistent | a page taken from the window's pool, where its slot is idle, loaded from and let go | |
+//! | window_session_8 | a device's request (`mmu::dma`): eight pages whose slots are idle planned, loaded from and let go | |
 //! | invlpg_unchanged, invlpg_prefill | INVLPG of a page whose spte is there, and of one whose is not | |
 //! | guest_fault | a fault that is the guest's | |
 //! | cr3_load | MOV CR3 between two address spaces, with the look for the root | |
@@ -29,6 +30,7 @@ use umbra_benches::c_peer::CPeer;
 use umbra_benches::peer::quantile;
 use umbra_benches::{Effort, Samples, measure};
 use umbra_mmu::discard::Discard;
+use umbra_mmu::dma::Session;
 use umbra_mmu::invalidation::May;
 use umbra_mmu::records::Clock;
 use umbra_mmu::swap::MemorySwap;
@@ -37,6 +39,7 @@ use umbra_mmu::{
     Access, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Mmu, Mode, NoVcpus, Outcome,
     Vcpu, Width,
 };
+use vm_memory::{Bytes, GuestAddress, Permissions};
 
 /// Pages in the range that is mapped and unmapped: one page table's.
 const PAGES: u32 = 512;
@@ -222,6 +225,16 @@ fn window(effort: Effort) {
         }
     };
     measure(effort, calls, || {}, again).print("window_persistent", calls);
+    // A device's request: eight pages, planned and read.
+    let range = (GuestAddress(at.0), 8 << 12);
+    let request = || {
+        for _ in 0..calls {
+            let touch = |plan: &Session<'_>| plan.touch(range.0, range.1, Permissions::Read).is_ok();
+            let (session, planned) = mmu.session(None, touch).expect("guest memory");
+            assert!(planned && session.load::<u32>(range.0, Ordering::Relaxed).is_ok_and(|word| word == 1));
+        }
+    };
+    measure(effort, calls, || {}, request).print("window_session_8", calls);
 }
 
 fn invlpg(effort: Effort) {

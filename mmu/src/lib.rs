@@ -13,6 +13,7 @@
 //! |---|---|
 //! | addr, access, format, spte | the words: addresses, accesses, guest entries, shadow entries |
 //! | machine, frames, p2m, window, pool, views | memory: the frames, who has each, gfn -> frame, the ways to touch it |
+//! | dma | the same for devices, as `vm-memory`'s traits have it |
 //! | walk | the guest's tables, read and judged |
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
@@ -31,6 +32,7 @@ pub mod audit;
 pub mod bucket;
 pub mod coherence;
 pub mod discard;
+pub mod dma;
 pub mod events;
 pub mod explain;
 pub mod fault;

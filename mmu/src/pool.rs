@@ -13,18 +13,25 @@
 //!    +------------- a sweep, or the page's invalidation ---------+
 //! ```
 //!
+//! Who wants several pages together, all or none, takes them one after the other and lets go of all when one cannot be had. Two
+//! of that kind could undo each other's work for ever, and so could reclaim. Whoever has lost for a while therefore waits for
+//! its turn (`Turn`): one at a time has free slots kept for it, and its pages left alone as those of a starving fill are.
+//!
 //! Page tables are never reached through here: a walk must not wait for a device.
 //!
-//! Holds: INV-POOL-1, a slot in use, idle or not, has exactly one pin of its page's frame, and shows it. INV-POOL-2, who sleeps for a
-//! slot holds none, nor a local mapping, nor a lock (debug builds). INV-POOL-3, idle slots block no invalidation.
+//! Holds: INV-POOL-1, a slot in use, idle or not, has exactly one pin of its page's frame, and shows it. INV-POOL-2, who
+//! sleeps for a slot or for a page holds none, nor a local mapping, nor a lock (debug builds). INV-POOL-3, idle slots block
+//! no invalidation. INV-POOL-4, slots are kept for one turn at most.
 //!
 //! Locks: the pool's own ([`lock_order::SLEEPERS`]), a leaf but for the view's. It is held for a few lookups, and for a sweep.
 //!
-//! Limits: [`SLOTS`] pages at once. What is written is told to the shadow when the mapping goes.
+//! Limits: [`SLOTS`] pages at once. What is written is told to the shadow when the mapping goes, or before
+//! ([`PersistentMap::tell`]).
 
 use std::cell::Cell;
 
 use rustc_hash::FxHashMap;
+use vm_memory::{VolatileMemoryError, VolatileSlice};
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
@@ -85,35 +92,44 @@ struct Slots {
     by_gfn: FxHashMap<Gfn, u32>,
     slots: Vec<Option<Slot>>,
     free: Vec<u32>,
+    /// Slots kept for whoever has the turn.
+    kept: u32,
+    /// Somebody has the turn.
+    turn: bool,
     stats: WindowStats,
 }
 
 /// The slots of one guest.
 #[derive(Debug)]
 pub(crate) struct Pool {
+    /// How many slots there are.
+    pub size: u32,
     slots: Monitor<Slots>,
 }
 
 impl Pool {
-    pub fn new(slots: u32) -> Pool {
+    pub fn new(size: u32) -> Pool {
         let slots = Slots {
             by_gfn: FxHashMap::default(),
-            slots: vec![None; slots as usize],
-            free: (0..slots).collect(),
-            stats: WindowStats { slots, ..WindowStats::default() },
+            slots: vec![None; size as usize],
+            free: (0..size).collect(),
+            kept: 0,
+            turn: false,
+            stats: WindowStats { slots: size, ..WindowStats::default() },
         };
-        Pool { slots: Monitor::new(lock_order::SLEEPERS, slots) }
+        Pool { size, slots: Monitor::new(lock_order::SLEEPERS, slots) }
     }
 
-    /// Sleeps until a slot may be had.
-    fn wait(&self) {
+    /// Sleeps until it is so.
+    fn wait_until(&self, is_so: impl Fn(&Slots) -> bool) -> MonitorGuard<'_, Slots> {
         let mut slots = self.slots.lock();
-        slots.stats.waits += 1;
-        while slots.stats.taken == slots.stats.slots {
+        slots.stats.waits += u64::from(!is_so(&slots));
+        while !is_so(&slots) {
             slots.stats.waiters += 1;
             slots = slots.wait();
             slots.stats.waiters -= 1;
         }
+        slots
     }
 
     /// The pages that idle slots hold in place, for the audit; and those that mappings do.
@@ -124,16 +140,33 @@ impl Pool {
 }
 
 impl Slots {
-    /// One more mapping of a page that has a slot.
-    fn take_again(&mut self, gfn: Gfn) -> Option<(u32, Slot)> {
-        let index = *self.by_gfn.get(&gfn)?;
-        let slot = self.slots[index as usize].as_mut()?;
-        if slot.mappings == 0 {
-            self.stats.idle -= 1;
-            self.stats.taken += 1;
+    /// Slots without a mapping.
+    fn not_taken(&self) -> u32 {
+        self.stats.slots - self.stats.taken
+    }
+
+    /// Counts one more slot as taken, by whoever has the turn or by another.
+    fn count_taken(&mut self, by: By) -> Result<(), NotTaken> {
+        let kept = if by == By::Turn { 0 } else { self.kept };
+        if self.not_taken() <= kept {
+            return Err(NotTaken::Full);
         }
-        slot.mappings += 1;
-        Some((index, *slot))
+        self.kept = self.kept.saturating_sub(u32::from(by == By::Turn));
+        self.stats.taken += 1;
+        Ok(())
+    }
+
+    /// One more mapping of a page, if it has a slot.
+    fn take_again(&mut self, gfn: Gfn, by: By) -> Result<Option<(u32, Slot)>, NotTaken> {
+        let Some(index) = self.by_gfn.get(&gfn).copied() else { return Ok(None) };
+        let Some(slot) = self.slots[index as usize] else { return Ok(None) };
+        if slot.mappings == 0 {
+            self.count_taken(by)?;
+            self.stats.idle -= 1;
+        }
+        let slot = Slot { mappings: slot.mappings + 1, ..slot };
+        self.slots[index as usize] = Some(slot);
+        Ok(Some((index, slot)))
     }
 
     /// Frees an idle slot; the caller lets go of what it held ([`Mmu::let_go`]).
@@ -161,14 +194,13 @@ impl Mmu {
         intent: Intent,
         own: Option<u32>,
     ) -> Result<PersistentMap<'_>, NotReached> {
-        lock_order::assert_may_sleep();
-        holders::assert_none();
+        assert_none_held();
         loop {
             match self.try_take_page(gfn, intent) {
                 Ok(map) => return Ok(map),
                 Err(NotTaken::Device(gfn)) => return Err(NotReached::Device(gfn.at(0))),
                 Err(NotTaken::Need(gfn)) => self.bring_in(own, gfn)?,
-                Err(NotTaken::Full) => self.pool.wait(),
+                Err(NotTaken::Full) => drop(self.pool.wait_until(|slots| slots.not_taken() > slots.kept)),
             }
         }
     }
@@ -179,26 +211,38 @@ impl Mmu {
     ///
     /// When it is no memory, not in memory now, or every slot is taken.
     pub fn try_take_page(&self, gfn: Gfn, intent: Intent) -> Result<PersistentMap<'_>, NotTaken> {
+        self.try_take(gfn, intent, By::Anybody)
+    }
+
+    fn try_take(&self, gfn: Gfn, intent: Intent, by: By) -> Result<PersistentMap<'_>, NotTaken> {
         // By statements: the lock is let go of before the page is looked for.
-        let again = self.pool.slots.lock().take_again(gfn);
+        let again = self.pool.slots.lock().take_again(gfn, by)?;
         let (slot, Slot { mfn, shown, .. }) = match again {
             Some(taken) => taken,
-            None => self.take_anew(gfn)?,
+            None => self.take_anew(gfn, by)?,
         };
-        let (written, holder) = (Cell::new(NOTHING), holders::Holder::new());
-        let map = PersistentMap { mmu: self, gfn, mfn, shown, slot, written, intent, holder };
+        let map = PersistentMap {
+            mmu: self,
+            gfn,
+            mfn,
+            shown,
+            slot,
+            intent: Cell::new(Intent::Read),
+            written: Cell::new(NOTHING),
+            holder: holders::Holder::new(),
+        };
         if intent == Intent::Write {
-            self.will_write(gfn, mfn);
+            map.make_writable();
         }
         Ok(map)
     }
 
-    fn take_anew(&self, gfn: Gfn) -> Result<(u32, Slot), NotTaken> {
+    fn take_anew(&self, gfn: Gfn, by: By) -> Result<(u32, Slot), NotTaken> {
         let mfn = self.pin_page(gfn).map_err(|state| match state {
             PageState::Device => NotTaken::Device(gfn),
             _ => NotTaken::Need(gfn),
         })?;
-        let taken = self.give_slot(gfn, mfn);
+        let taken = self.give_slot(gfn, mfn, by);
         if taken.is_err() {
             self.frames.unpin(mfn);
         }
@@ -206,21 +250,21 @@ impl Mmu {
     }
 
     /// Gives a slot to a page that the caller has pinned.
-    fn give_slot(&self, gfn: Gfn, mfn: Mfn) -> Result<(u32, Slot), NotTaken> {
+    fn give_slot(&self, gfn: Gfn, mfn: Mfn, by: By) -> Result<(u32, Slot), NotTaken> {
         let mut slots = self.pool.slots.lock();
-        if let Some(taken) = slots.take_again(gfn) {
+        if let Some(taken) = slots.take_again(gfn, by)? {
             // Somebody was faster; the slot has its pin.
             self.frames.unpin(mfn);
             return Ok(taken);
         }
+        slots.count_taken(by)?;
         if slots.free.is_empty() {
             self.sweep(&mut slots);
         }
-        let index = slots.free.pop().ok_or(NotTaken::Full)?;
+        let index = slots.free.pop().expect("INV-POOL-1: a slot that is not taken is free or was idle");
         let slot = Slot { gfn, mfn, shown: self.windows.show(mfn), mappings: 1 };
         slots.slots[index as usize] = Some(slot);
         slots.by_gfn.insert(gfn, index);
-        slots.stats.taken += 1;
         Ok((index, slot))
     }
 
@@ -268,6 +312,63 @@ impl Mmu {
     }
 }
 
+/// Who takes a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// Whoever has the turn, out of those that are kept.
+    Turn,
+    Anybody,
+}
+
+/// The turn of somebody who wants all of these pages at once. While it lives, who can do without them leaves them alone.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Turn<'m> {
+    mmu: &'m Mmu,
+    pages: Vec<Gfn>,
+}
+
+impl<'m> Turn<'m> {
+    /// Sleeps until nobody else has the turn. The caller holds nothing; the pages are no more than there are slots.
+    pub fn wait(mmu: &'m Mmu, pages: Vec<Gfn>) -> Turn<'m> {
+        assert_none_held();
+        mmu.pool.wait_until(|slots| !slots.turn).turn = true;
+        pages.iter().for_each(|gfn| mmu.buckets.starve(*gfn));
+        Turn { mmu, pages }
+    }
+
+    /// Sleeps until there is a slot for each of the pages, whoever else may have them; they are kept as they come free. The
+    /// caller holds nothing.
+    pub fn claim(&self) {
+        assert_none_held();
+        let (pool, want) = (&self.mmu.pool, self.pages.len() as u32);
+        pool.slots.lock().kept = want;
+        drop(pool.wait_until(|slots| slots.not_taken() >= want));
+    }
+
+    /// [`Mmu::try_take_page`] of one of the pages, out of the slots that were claimed.
+    pub fn try_take_page(&self, gfn: Gfn, intent: Intent) -> Result<PersistentMap<'m>, NotTaken> {
+        self.mmu.try_take(gfn, intent, By::Turn)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.pages.iter().for_each(|gfn| self.mmu.buckets.fed(*gfn));
+        let mut slots = self.mmu.pool.slots.lock();
+        (slots.turn, slots.kept) = (false, 0);
+        drop(slots);
+        self.mmu.pool.slots.notify_all();
+    }
+}
+
+/// Asserts (debug builds) that this thread may sleep for a slot or a page (INV-POOL-2): it holds no mapping of the pool, nor a lock.
+#[inline]
+pub(crate) fn assert_none_held() {
+    lock_order::assert_may_sleep();
+    holders::assert_none();
+}
+
 /// Bytes written through a mapping, from the first to behind the last.
 type Written = (u32, u32);
 const NOTHING: Written = (u32::MAX, 0);
@@ -281,7 +382,7 @@ pub struct PersistentMap<'m> {
     /// Where in the windows' memory it is seen.
     shown: Mfn,
     slot: u32,
-    intent: Intent,
+    intent: Cell<Intent>,
     written: Cell<Written>,
     holder: holders::Holder,
 }
@@ -290,6 +391,11 @@ impl PersistentMap<'_> {
     /// The page it shows.
     pub fn gfn(&self) -> Gfn {
         self.gfn
+    }
+
+    /// What it was taken for.
+    pub(crate) fn intent(&self) -> Intent {
+        self.intent.get()
     }
 
     /// Says that the mapping goes to another thread: the one that took it does not hold it any more, and may take another.
@@ -310,6 +416,28 @@ impl PersistentMap<'_> {
         self.mmu.windows.memory().write(self.shown.at(offset), data);
     }
 
+    /// `length` bytes from `offset`, all of them in the page, for `vm-memory`'s traits. To be written, they count as written from
+    /// now on: whoever has them may store at any time until the mapping goes. The mapping was taken to write then.
+    pub fn slice(
+        &self,
+        offset: u32,
+        length: u32,
+        intent: Intent,
+    ) -> Result<VolatileSlice<'_>, VolatileMemoryError> {
+        let page = self.mmu.windows.memory().frame(self.shown);
+        let slice = page.subslice(offset as usize, length as usize)?;
+        if intent == Intent::Write {
+            self.note(offset, length);
+        }
+        Ok(slice)
+    }
+
+    /// Makes of a mapping to read one to write; what swap has of the page is no good any more. Never sleeps.
+    pub fn make_writable(&self) {
+        self.intent.set(Intent::Write);
+        self.mmu.will_write(self.gfn, self.mfn);
+    }
+
     /// [`crate::Machine::load`] at byte `offset`.
     #[inline]
     pub fn load(&self, offset: u32, width: Width) -> u64 {
@@ -323,9 +451,17 @@ impl PersistentMap<'_> {
         self.mmu.windows.memory().store(self.shown.at(offset), width, value);
     }
 
+    /// Tells the shadow, and decoded code, what was written so far. No slice is in use: what is written from now on is told later.
+    pub fn tell(&mut self) {
+        let (first, end) = self.written.replace(NOTHING);
+        if first < end {
+            self.mmu.table_written(self.gfn, self.mfn, first, end - first);
+        }
+    }
+
     #[inline]
     fn note(&self, offset: u32, length: u32) {
-        debug_assert_eq!(self.intent, Intent::Write, "INV-DIRTY-1: {} was taken to be read", self.gfn);
+        debug_assert_eq!(self.intent.get(), Intent::Write, "INV-DIRTY-1: {} was taken to be read", self.gfn);
         let (first, end) = self.written.get();
         self.written.set((first.min(offset), end.max(offset + length)));
     }
@@ -333,10 +469,7 @@ impl PersistentMap<'_> {
 
 impl Drop for PersistentMap<'_> {
     fn drop(&mut self) {
-        let (first, end) = self.written.get();
-        if first < end {
-            self.mmu.table_written(self.gfn, self.mfn, first, end - first);
-        }
+        self.tell();
         let mut slots = self.mmu.pool.slots.lock();
         let Some(slot) = slots.slots[self.slot as usize].as_mut() else { return };
         slot.mappings -= 1;
@@ -390,7 +523,7 @@ mod holders {
 
         pub fn assert_none() {
             let held = HELD.with(|held| held.load(Ordering::Relaxed));
-            assert_eq!(held, 0, "INV-POOL-2: about to sleep for a window slot holding {held}");
+            assert_eq!(held, 0, "INV-POOL-2: about to sleep holding {held} of the window's slots");
         }
     }
 

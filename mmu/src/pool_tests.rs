@@ -105,6 +105,37 @@ fn a_mapping_that_was_passed_on_is_not_its_takers_any_more() {
     assert_eq!(take(&mmu, 100).load(0, Width::B8), 9);
 }
 
+#[test]
+fn slots_are_kept_for_a_turn_and_its_pages_are_left_alone() {
+    let mmu = mmu(3);
+    let (first, second) = (take(&mmu, 100).pass_on(), take(&mmu, 101).pass_on());
+    let turn = Turn::wait(&mmu, vec![Gfn(100), Gfn(102)]);
+    std::thread::scope(|scope| {
+        let claimed = scope.spawn(|| turn.claim());
+        while mmu.window_stats().waiters == 0 {
+            thread::yield_now();
+        }
+        assert_eq!(
+            mmu.try_take_page(Gfn(103), Intent::Read).err(),
+            Some(NotTaken::Full),
+            "one is free, and kept"
+        );
+        assert!(mmu.try_take_page(Gfn(100), Intent::Read).is_ok(), "which has a slot");
+        drop(second);
+        claimed.join().expect("two are free");
+    });
+    drop(first);
+    assert!(mmu.try_take_page(Gfn(101), Intent::Read).is_ok(), "the third is anybody's");
+    assert_eq!(mmu.page_out(None, &[Gfn(100), Gfn(101)]), Ok(1), "100 is left to the turn");
+    let pages = [100, 102].map(|page| turn.try_take_page(Gfn(page), Intent::Read).expect("claimed"));
+    drop(pages);
+    drop(turn);
+    assert_eq!(mmu.page_out(None, &[Gfn(100)]), Ok(1));
+    let stats = mmu.window_stats();
+    assert_eq!((stats.taken, stats.waiters, mmu.pool.slots.lock().kept), (0, 0, 0));
+    assert_eq!(mmu.audit(), Vec::<String>::new());
+}
+
 /// More threads than slots, over fewer frames than pages: each has words of its own, and reclaim takes pages throughout.
 #[test]
 fn threads_and_reclaim_lose_no_store_and_no_sleeper() {

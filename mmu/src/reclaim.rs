@@ -31,6 +31,7 @@ use crate::lock_order;
 use crate::lru::List;
 use crate::machine::Machine;
 use crate::p2m::PageState;
+use crate::pool;
 use crate::records::Cause;
 use crate::scope::{MemAlloc, NoIo};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
@@ -404,7 +405,7 @@ impl Mmu {
     ///
     /// When no frame can be made free, or swap fails: the guest cannot go on.
     pub fn bring_in(&self, own: Option<u32>, gfn: Gfn) -> Result<(), Shortage> {
-        lock_order::assert_may_sleep();
+        pool::assert_none_held();
         let began = self.clock.now();
         let done = self.try_bring_in(own, gfn);
         self.background.counters.stall_nanos_max.fetch_max(self.clock.now() - began, Relaxed);

@@ -14,7 +14,8 @@
 //! points: orders in which one thread stands still for long. A twin, whose CPU does not flush when the ledger asks,
 //! must fail.
 //!
-//! *Moves* (`moves`): two or three operations on one page that comes and goes.
+//! *Moves* (`moves`): two or three operations on one page that comes and goes. *Devices*: three sessions (`umbra_mmu::dma`) want
+//! three of four slots each, overlapping and in opposite order, while their pages are taken away.
 //!
 //! `UMBRA_LIVES=100000` runs so many of each. A failure prints its schedule; with `UMBRA_SCHEDULE` that string, or the name
 //! of a file that has it, and the name of the test, that life is lived again.
@@ -29,13 +30,19 @@ use std::sync::Arc;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Scheduler};
 use shuttle::{Config, Runner};
+use umbra_mmu::dma::Session;
+use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::sync::{AtomicU64, Ordering, thread};
+use umbra_mmu::{Gfn, Machine, Mmu, NoVcpus};
+use vm_memory::{Bytes, GuestAddress, Permissions};
 
 use crate::model::cpus::{Cpu, Guest, rng};
 
 /// Steps of each CPU, and invalidations.
 const STEPS: u32 = 16;
 const INVALIDATIONS: u32 = 8;
+/// Requests of each device.
+const REQUESTS: u64 = 4;
 /// Pages that each CPU uses of each kind: few, so that all meet at them.
 const SLOTS: u32 = 2;
 /// Frames for shadow pages in half of all lives: so few that dead ones must serve again.
@@ -92,6 +99,48 @@ fn run(scheduler: impl Scheduler + 'static, life: impl Fn() + Send + Sync + 'sta
     println!("interleave: {lives} lives");
 }
 
+/// Requests of one device; each adds one to its own word of these pages.
+fn run_device(mmu: &Mmu, word: u64, pages: [u64; 3]) {
+    let at = |page: u64| GuestAddress((page << 12) + 8 * word);
+    let touch = |plan: &Session<'_>| {
+        pages.iter().all(|page| plan.touch(at(*page), 8, Permissions::Write).is_ok());
+    };
+    for round in 0..REQUESTS {
+        let (session, ()) = mmu.session(None, touch).expect("swap has room");
+        for page in pages {
+            assert_eq!(session.read_obj::<u64>(at(page)).expect("planned"), round);
+            session.write_obj(round + 1, at(page)).expect("planned");
+        }
+    }
+}
+
+fn live_devices() {
+    let config = umbra_mmu::Config {
+        guest_pages: 16,
+        low_pages: 0,
+        reserved_frames: 0,
+        shadow_pages_max: 0,
+        roots_max: 0,
+        firmware_entry: 0,
+        vcpus: 1,
+    };
+    let mmu = Mmu::new(Machine::anonymous(320), config, Box::new(NoVcpus));
+    let mmu = Arc::new(mmu.with_swap(Box::new(MemorySwap::new(32))).with_window_slots(4));
+    let devices = [[1, 2, 3], [3, 2, 1], [4, 3, 5]].into_iter().zip(0..).map(|(pages, word)| {
+        let mmu = mmu.clone();
+        thread::spawn(move || run_device(&mmu, word, pages))
+    });
+    let devices: Vec<_> = devices.collect();
+    for _ in 0..INVALIDATIONS {
+        mmu.page_out(None, &[1, 2, 3, 4, 5].map(Gfn)).expect("swap has room");
+    }
+    for device in devices {
+        device.join().expect("a device that panics ends the run");
+    }
+    let (findings, stats) = (mmu.audit(), mmu.window_stats());
+    assert!(findings.is_empty() && stats.taken + stats.waiters == 0, "{stats:?}, {findings:#?}");
+}
+
 /// The schedule that is to be lived again.
 fn replay() -> Option<ReplayScheduler> {
     let schedule = std::env::var("UMBRA_SCHEDULE").ok()?;
@@ -116,6 +165,11 @@ fn lives_with_two_level_tables_keep_every_promise() {
 #[test]
 fn lives_with_pae_tables_keep_every_promise() {
     explore(|| live(true, true));
+}
+
+#[test]
+fn lives_of_devices_end_and_lose_no_word() {
+    explore(live_devices);
 }
 
 #[test]

@@ -5,11 +5,14 @@
 //! | matrix | every combination of entry bits, control bits and access | all of them always |
 //! | property | random guest programs | `UMBRA_OPS=10000000 cargo test -p umbra-mmu --test model property` |
 //! | regressions | programs that once failed | |
+//! | dma | sessions of devices: rule by rule, by threads, against a flat memory | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model dma` |
+//! | ring | a virtio ring through sessions | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model ring` |
 //! | pressure | more guest memory than frames: by threads, by failing swap, rule by rule | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model pressure` |
 //! | threads | two vCPUs on two threads | `UMBRA_SECONDS=600 cargo test -p umbra-mmu --test model threads` |
 //! | interleave | the same on shuttle's threads | its header |
 #![forbid(unsafe_code)]
 
+mod dma;
 #[cfg(shuttle)]
 mod interleave;
 mod matrix;
@@ -18,4 +21,5 @@ mod pressure;
 mod program;
 mod property;
 mod regressions;
+mod ring;
 mod threads;
