@@ -147,6 +147,7 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
+    use umbra_mmu::window::Intent;
     use umbra_mmu::{Config, Context, Gfn, LocalStack, Mmu, NoVcpus, Width};
 
     use super::*;
@@ -181,7 +182,13 @@ mod tests {
             let umbra_mmu::p2m::PageState::Resident(mfn) = mmu.p2m().lookup(gfn) else { panic!("resident") };
             let hardware = Machine::new(pool.region());
             assert_eq!(hardware.load(mfn.at(8), Width::B8), 0x1234_5678 + u64::from(gfn.0));
+
+            let map = mmu.take_page(gfn, Intent::Write, None).expect("memory");
+            map.store(16, Width::B8, map.load(8, Width::B8) + 1);
+            drop(map);
+            assert_eq!(hardware.load(mfn.at(16), Width::B8), 0x1234_5679 + u64::from(gfn.0));
         }
+        assert_eq!(mmu.window_stats().idle, 3, "slots of the pool stay mapped");
     }
 
     #[test]
