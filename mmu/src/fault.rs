@@ -85,7 +85,7 @@ impl Mmu {
 
     /// A page fault forgets the translation of its address (SDM 4.10.4.1): a kernel that then makes the entry valid
     /// owes no INVLPG.
-    fn guest_fault(&self, vcpu: &Vcpu, fault: PageFault) -> Outcome {
+    pub(crate) fn guest_fault(&self, vcpu: &Vcpu, fault: PageFault) -> Outcome {
         self.forget_address(vcpu, fault.gva);
         vcpu.count(|s| s.guest += 1);
         vcpu.events.borrow_mut().record(fault.gva, Event::GuestFault);
@@ -119,7 +119,7 @@ impl Mmu {
 
     /// The vCPU is through.
     #[inline]
-    fn feed(&self, vcpu: &Vcpu) {
+    pub(crate) fn feed(&self, vcpu: &Vcpu) {
         let (gfn, met) = vcpu.gate_met.replace((Gfn(0), 0));
         if met >= GATE_PATIENCE {
             self.buckets.fed(gfn);

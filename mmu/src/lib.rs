@@ -69,6 +69,7 @@ pub use paging::{BadPdpte, Flush, NotLoaded};
 pub use physical::{Beyond, NotReached, Width};
 pub use pool::{NotTaken, PersistentMap, WindowStats};
 pub use reclaim::{Shortage, SwapFailed};
+pub use shadow::refill::Refill;
 pub use shadow::roots::FIRMWARE_SLOT;
 pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
 pub use vcpu::{FaultStats, Vcpu};

@@ -33,14 +33,12 @@ use std::fmt;
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
-use crate::fault::fixed;
 use crate::p2m::Generations;
 use crate::shadow::RootRef;
-use crate::shadow::leaf::{Leaf, Mapped};
+use crate::shadow::leaf::Leaf;
 use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
 use crate::vcpu::Vcpu;
-use crate::walk::{Translation, is_allowed};
 
 /// Sets of the cache, a power of two.
 const SETS: usize = 1024;
@@ -524,22 +522,6 @@ impl Mmu {
         }
         let tag = tag_of(root.index, gva);
         still.then(|| Entry { tag, spte, generations: self.p2m.generations(gfn), checked, gfn, large })
-    }
-
-    /// Makes a leaf for `gva`, and an entry of the TLB, where the guest's tables allow the access as they are and the tables
-    /// of the shadow are there: what most misses ask for. False: [`Mmu::fault`] must see to it. Never sleeps; the vCPU may
-    /// be in the guest.
-    pub fn tlb_refill(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> bool {
-        let store = access.kind == AccessKind::Write;
-        let wanted = |t: &Translation| is_allowed(vcpu.mode, access, t.rights) && (t.dirty || !store);
-        match self.map_linked(vcpu, gva, access, wanted) {
-            Some(Mapped::Done { changed, writable }) if writable || !store => {
-                vcpu.count(|s| s.taken += 1);
-                fixed(vcpu, gva, changed);
-                true
-            }
-            _ => false,
-        }
     }
 
     /// Into the guest: marks the vCPU as inside and makes the flush that is owed, if one is. Says whether there was one.

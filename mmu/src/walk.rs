@@ -242,7 +242,7 @@ impl Mmu {
     }
 
     #[inline(always)]
-    fn load_gpte(&self, mode: Mode, mfn: Mfn, index: u32) -> Gpte {
+    pub(crate) fn load_gpte(&self, mode: Mode, mfn: Mfn, index: u32) -> Gpte {
         Gpte(if mode.pae {
             self.machine.word64(mfn.at(index * 8)).load(Ordering::Acquire)
         } else {
@@ -277,7 +277,7 @@ fn untranslated(gva: Gva) -> Translation {
 
 /// The bits of an error code that the access alone decides.
 #[inline]
-fn fault_code(mode: Mode, access: Access) -> FaultCode {
+pub(crate) fn fault_code(mode: Mode, access: Access) -> FaultCode {
     let mut code = FaultCode::empty();
     code.set(FaultCode::WRITE, access.kind == AccessKind::Write);
     code.set(FaultCode::USER, access.user);

@@ -22,7 +22,7 @@ use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
     Access, AccessKind, Beyond, Config, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
-    NotLoaded, Outcome, PageFault, Refusal, Shootdown, TlbKind, Vcpu, Width,
+    NotLoaded, Outcome, PageFault, Refill, Refusal, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -562,9 +562,18 @@ impl World {
         for _ in 0..3 {
             let root = self.enter(cpu, r.user)?;
             let mut address = self.reach(cpu, root, va, r)?;
-            if address.is_none() && self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
-                // A lossy TLB may have forgotten it again.
-                address = self.reach(cpu, root, va, r)?;
+            if address.is_none() {
+                match self.mmu.tlb_refill(&self.cpus[cpu].vcpu, Gva(va), access_of(r)) {
+                    // A lossy TLB may have forgotten it again.
+                    Refill::Done => address = self.reach(cpu, root, va, r)?,
+                    Refill::Guest(fault) => {
+                        return match self.expect_walk(cpu, va, r, Err(fault_of(fault)))? {
+                            Err(fault) => Ok(Err(fault)),
+                            Ok(_) => Err(self.wrong(cpu, va, r, "a fault that is none")),
+                        };
+                    }
+                    Refill::Beyond => {}
+                }
             }
             if let Some(address) = address {
                 return self.judge_success(cpu, va, r, address, fixed).map(Ok);

@@ -20,8 +20,8 @@
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
 use umbra_mmu::{
-    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refusal, Shortage,
-    Vcpu, Violation,
+    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refill, Refusal,
+    Shortage, Vcpu, Violation,
 };
 
 use super::devices::Devices;
@@ -166,8 +166,10 @@ impl<'a> GuestBus<'a> {
         if self.vcpu.tlb().is_none() {
             return Ok(Road::Walk);
         }
-        if self.mmu.tlb_refill(self.vcpu, gva, access) {
-            return Ok(Road::Again);
+        match self.mmu.tlb_refill(self.vcpu, gva, access) {
+            Refill::Done => return Ok(Road::Again),
+            Refill::Guest(fault) => return Err(fault.into()),
+            Refill::Beyond => {}
         }
         match self.outside(|mmu, vcpu| mmu.fault(vcpu, gva, access)) {
             Outcome::Fixed | Outcome::Spurious | Outcome::Again => Ok(Road::Again),
