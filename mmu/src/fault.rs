@@ -121,7 +121,7 @@ impl Mmu {
 
     /// The fault is dealt with.
     #[inline]
-    fn pass_gate(&self, vcpu: &Vcpu) {
+    pub(crate) fn pass_gate(&self, vcpu: &Vcpu) {
         let last = vcpu.hunger.get();
         if last.met > 0 {
             let ask = if last.ask == Ask::Not { Ask::Not } else { Ask::Filled };

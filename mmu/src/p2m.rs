@@ -113,6 +113,11 @@ fn decode(word: u64) -> PageState {
     }
 }
 
+#[inline(always)]
+fn unpack(word: u64) -> Generations {
+    Generations { mapping: (word >> 32) as u32, write: word as u32 }
+}
+
 fn slot_bits(slot: SwapSlot) -> u64 {
     (u64::from(slot.0) + 1) << 32
 }
@@ -198,18 +203,23 @@ impl P2m {
     /// The entry's generations. Read them in the critical section that makes a mapping.
     #[inline]
     pub fn generations(&self, gfn: Gfn) -> Generations {
-        let word = self.entry(gfn).map_or(0, |e| e.generations.load(Ordering::Acquire));
-        Generations { mapping: (word >> 32) as u32, write: word as u32 }
+        unpack(self.entry(gfn).map_or(0, |e| e.generations.load(Ordering::Acquire)))
     }
 
     /// The frame of a page, and how often the page changed frames before: as long as both are so, what is read there is
     /// the page's.
     #[inline]
     pub(crate) fn holder(&self, gfn: Gfn) -> Option<(Mfn, u32)> {
+        self.resident(gfn).map(|(mfn, generations)| (mfn, generations.mapping))
+    }
+
+    /// The frame of a page and its generations, as [`P2m::lookup`] and [`P2m::generations`] have them.
+    #[inline]
+    pub(crate) fn resident(&self, gfn: Gfn) -> Option<(Mfn, Generations)> {
         let entry = self.upper.get(gfn.0 as usize / TABLE_ENTRIES)?.get()?;
         let entry = &entry[gfn.0 as usize % TABLE_ENTRIES];
         match decode(entry.state.load(Ordering::SeqCst)) {
-            PageState::Resident(mfn) => Some((mfn, (entry.generations.load(Ordering::Acquire) >> 32) as u32)),
+            PageState::Resident(mfn) => Some((mfn, unpack(entry.generations.load(Ordering::Acquire)))),
             _ => None,
         }
     }

@@ -31,16 +31,14 @@ use std::collections::HashMap;
 use std::fmt;
 
 use crate::Mmu;
-use crate::access::{Access, AccessKind, PageFault};
+use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
-use crate::fault::fixed;
 use crate::p2m::Generations;
 use crate::shadow::RootRef;
-use crate::shadow::leaf::{Leaf, Linked, Mapped};
+use crate::shadow::leaf::Leaf;
 use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
 use crate::vcpu::Vcpu;
-use crate::walk::{Translation, is_allowed};
 
 /// Sets of the cache, a power of two.
 const SETS: usize = 1024;
@@ -71,17 +69,6 @@ pub enum Miss {
     Fault,
     /// A translation was used that should have been flushed: a fault of the VMM's own.
     Incoherent(Box<Violation>),
-}
-
-/// What [`Mmu::tlb_refill`] did about a miss.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refill {
-    /// The leaf is there now.
-    Done,
-    /// The guest must see this fault.
-    Guest(PageFault),
-    /// Nothing: [`Mmu::fault`] must see to it.
-    Beyond,
 }
 
 /// INV-TLB-2 broken: the TLB still held what had been handed on.
@@ -535,27 +522,6 @@ impl Mmu {
         }
         let tag = tag_of(root.index, gva);
         still.then(|| Entry { tag, spte, generations: self.p2m.generations(gfn), checked, gfn, large })
-    }
-
-    /// Makes a leaf for `gva`, and an entry of the TLB, where the guest's tables allow the access as they are and the tables
-    /// of the shadow are there: what most misses ask for. Or finds that the guest's tables have no entry, and nothing to set
-    /// on the way there. Never sleeps; the vCPU may be in the guest.
-    pub fn tlb_refill(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Refill {
-        let store = access.kind == AccessKind::Write;
-        let wanted = |t: &Translation| is_allowed(vcpu.mode, access, t.rights) && (t.dirty || !store);
-        match self.map_linked(vcpu, gva, access, wanted) {
-            Linked::Mapped(Mapped::Done { changed, writable }) if writable || !store => {
-                vcpu.count(|s| s.taken += 1);
-                fixed(vcpu, gva, changed);
-                Refill::Done
-            }
-            Linked::Fault(fault) => {
-                vcpu.count(|s| s.taken += 1);
-                self.guest_fault(vcpu, fault);
-                Refill::Guest(fault)
-            }
-            _ => Refill::Beyond,
-        }
     }
 
     /// Into the guest: marks the vCPU as inside and makes the flush that is owed, if one is. Says whether there was one.

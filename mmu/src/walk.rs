@@ -232,7 +232,7 @@ impl Mmu {
 
     /// Reads an entry; for a look without a pin, where the frame did not change hands meanwhile.
     #[inline(always)]
-    fn gpte(&self, vcpu: &Vcpu, touch: Touch, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
+    pub(crate) fn gpte(&self, vcpu: &Vcpu, touch: Touch, table: Gfn, index: u32) -> Result<Gpte, Refusal> {
         if touch == Touch::Look
             && !self.windows.is_mapped()
             && let Some((mfn, generation)) = self.p2m.holder(table)
@@ -285,7 +285,7 @@ fn untranslated(gva: Gva) -> Translation {
 
 /// The bits of an error code that the access alone decides.
 #[inline]
-fn fault_code(mode: Mode, access: Access) -> FaultCode {
+pub(crate) fn fault_code(mode: Mode, access: Access) -> FaultCode {
     let mut code = FaultCode::empty();
     code.set(FaultCode::WRITE, access.kind == AccessKind::Write);
     code.set(FaultCode::USER, access.user);

@@ -1,6 +1,6 @@
 //! Leaf sptes: made in one place, taken away in one place.
 //!
-//! Story: [`Mmu::map`] ends every fill and prefill. It finds (or builds) the first-level page for a translation
+//! Story: [`Mmu::map`] ends every fill and prefill but refills. It finds (or builds) the first-level page for a translation
 //! and sets the leaf in one critical section of bucket(gfn), where the gate is checked. [`Mmu::zap_leaf`] is its
 //! opposite.
 //!
@@ -9,7 +9,7 @@
 //! Locks: the first-level page, then bucket(gfn). Replacing a leaf is zap, then map.
 
 use crate::Mmu;
-use crate::access::{Access, AccessKind, PageFault};
+use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, Mpa};
 use crate::bucket::{BucketGuard, Link, Sequence};
 use crate::format::STATUS_BITS;
@@ -20,7 +20,7 @@ use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, t
 use crate::spte::{Spte, l1_index, l2_index, l3_index};
 use crate::sync::{Ordering, point};
 use crate::vcpu::Vcpu;
-use crate::walk::{Refusal, Step, Touch, Translation};
+use crate::walk::{Step, Translation};
 
 /// How an attempt to map ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,22 +39,12 @@ pub(crate) enum Mapped {
     Need(Gfn),
 }
 
-/// How an attempt to map by the tables as they are ended.
-pub(crate) enum Linked {
-    /// The leaf was to be made.
-    Mapped(Mapped),
-    /// The guest must see this fault.
-    Fault(PageFault),
-    /// [`Mmu::fault`] is to see to it.
-    Beyond,
-}
-
 /// A first-level page, and the root that it was found under.
 #[derive(Clone, Copy, Debug)]
-struct Place {
-    root: RootRef,
-    slot: u32,
-    key: Key,
+pub(crate) struct Place {
+    pub root: RootRef,
+    pub slot: u32,
+    pub key: Key,
 }
 
 /// A leaf as it was set, with its generations of that moment.
@@ -100,63 +90,31 @@ impl Mmu {
             if t.table.is_some_and(|step| !self.is_unchanged(vcpu, step)) {
                 return Mapped::Retry;
             }
-            return self.map_in(vcpu, Place { root, slot: found, key }, t, rights, (seen, store));
+            let global = t.table.is_some_and(|step| step.gpte.is_global());
+            let rights = LeafRights { global, ..rights };
+            return self.map_in(vcpu, Place { root, slot: found, key }, t.gva, gfn, rights, (seen, store));
         }
         Mapped::Retry
     }
 
-    /// Maps what the guest's tables say of `gva` for `access`, if `wanted`, where that asks for nothing but a leaf: the first-level page
-    /// is there, and the guest's entries have A. Never sleeps; changes no guest entry, which is why they may be read under the
-    /// page's lock.
-    pub(crate) fn map_linked(
-        &self,
-        vcpu: &Vcpu,
-        gva: Gva,
-        access: Access,
-        wanted: impl FnOnce(&Translation) -> bool,
-    ) -> Linked {
-        let (user, store) = (access.user && vcpu.mode.paging, access.kind == AccessKind::Write);
-        let seen = self.buckets.sequence();
-        let Some(root) = vcpu.roots[usize::from(user)].get() else { return Linked::Beyond };
-        let Some(slot) = self.find_table(root, gva) else { return Linked::Beyond };
-        let page = self.pages.lock(slot, false);
-        let Some(key) = page.key else { return Linked::Beyond };
-        let t = match self.walk(vcpu, gva, access, Touch::Look) {
-            Ok(t) => t,
-            // A table is linked under an entry that has A, and whoever clears it unlinks the table: nothing to set on the way.
-            Err(Refusal::Fault(fault)) => return Linked::Fault(fault),
-            Err(Refusal::Need(_)) => return Linked::Beyond,
-        };
-        let used = [t.directory, t.table].into_iter().flatten().all(|step| step.gpte.is_accessed());
-        if !used || !wanted(&t) || table_key(vcpu.mode, user, &t) != Some(key) {
-            return Linked::Beyond;
-        }
-        match leaf_rights(effective_mode(vcpu.mode, user), user, t.rights, t.dirty) {
-            Some(rights) => {
-                Linked::Mapped(self.map_in(vcpu, Place { root, slot, key }, &t, rights, (seen, store)))
-            }
-            None => Linked::Beyond,
-        }
-    }
-
-    /// Sets the leaf of `t` in the page at `place`, which the caller has locked. A software TLB learns it at once.
-    fn map_in(
+    /// Sets the leaf for `gva` in the page at `place`, which the caller has locked. A software TLB learns it at once.
+    pub(crate) fn map_in(
         &self,
         vcpu: &Vcpu,
         place: Place,
-        t: &Translation,
+        gva: Gva,
+        gfn: Gfn,
         rights: LeafRights,
         (seen, store): (Sequence, bool),
     ) -> Mapped {
         self.pages.touch(place.slot);
-        let at = self.pages.mfn(place.slot).at(l1_index(t.gva) * 8);
-        let global = t.table.is_some_and(|step| step.gpte.is_global());
-        let leaf = match self.set_leaf(at, t.gpa.gfn(), LeafRights { global, ..rights }, seen, store) {
+        let at = self.pages.mfn(place.slot).at(l1_index(gva) * 8);
+        let leaf = match self.set_leaf(at, gfn, rights, seen, store) {
             Ok(leaf) => leaf,
             Err(end) => return end,
         };
         if let Some(tlb) = &vcpu.tlb {
-            tlb.learn(place.root, t.gva, &leaf, place.key.role.shape == Shape::Linear);
+            tlb.learn(place.root, gva, &leaf, place.key.role.shape == Shape::Linear);
         }
         Mapped::Done { changed: leaf.changed, writable: leaf.spte.is_writable() }
     }
@@ -165,14 +123,26 @@ impl Mmu {
     /// locks the slot and checks its key.
     #[inline]
     pub(crate) fn find_table(&self, root: RootRef, gva: Gva) -> Option<u32> {
+        self.slot_of(self.find_link(root, gva)?)
+    }
+
+    /// The entry that links to that page. Takes no lock either.
+    #[inline]
+    pub(crate) fn find_link(&self, root: RootRef, gva: Gva) -> Option<Spte> {
         let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
         if !directory.is_present() {
             return None;
         }
         point();
         let table = self.spte(directory.mfn().at(l2_index(gva) * 8));
-        match table.is_present().then(|| self.frames.kind(table.mfn())) {
-            Some(FrameKind::Shadow(slot)) => Some(slot),
+        table.is_present().then_some(table)
+    }
+
+    /// The slot of the page that `link` leads to.
+    #[inline]
+    pub(crate) fn slot_of(&self, link: Spte) -> Option<u32> {
+        match self.frames.kind(link.mfn()) {
+            FrameKind::Shadow(slot) => Some(slot),
             _ => None,
         }
     }
@@ -222,9 +192,10 @@ impl Mmu {
         if !bucket.admits(seen) {
             return Err(Mapped::Gate(gfn));
         }
-        let PageState::Resident(mfn) = self.p2m.lookup(gfn) else { return Err(Mapped::Retry) };
-        let mut writable = rights.writable && !self.is_tracked(mfn);
-        if writable && self.frames.flags(mfn) & DIRTY == 0 {
+        let Some((mfn, generations)) = self.p2m.resident(gfn) else { return Err(Mapped::Retry) };
+        let flags = self.frames.flags(mfn);
+        let mut writable = rights.writable && !are_tracked(flags);
+        if writable && flags & DIRTY == 0 {
             writable = store || self.p2m.copy(gfn).is_none();
             if writable {
                 self.mark_dirty(&bucket, gfn, mfn);
@@ -233,8 +204,7 @@ impl Mmu {
         let new = Spte::leaf(mfn, writable, rights.executable).with_global(rights.global);
         let old = self.spte(at);
         let checked = self.p2m.advances();
-        let leaf =
-            Leaf { changed: old != new, spte: new, gfn, generations: self.p2m.generations(gfn), checked };
+        let leaf = Leaf { changed: old != new, spte: new, gfn, generations, checked };
         if old == new {
             return Ok(leaf);
         }
@@ -339,9 +309,14 @@ impl Mmu {
     /// True when stores to the frame must be seen by the VMM.
     #[inline]
     pub(crate) fn is_tracked(&self, mfn: Mfn) -> bool {
-        let flags = self.frames.flags(mfn);
-        flags & WATCHED != 0 || flags & (SHADOWED | UNSYNC) == SHADOWED
+        are_tracked(self.frames.flags(mfn))
     }
+}
+
+/// The flags of a frame whose stores must be seen.
+#[inline]
+fn are_tracked(flags: u32) -> bool {
+    flags & WATCHED != 0 || flags & (SHADOWED | UNSYNC) == SHADOWED
 }
 
 fn is_narrowed(old: Spte, new: Spte) -> bool {

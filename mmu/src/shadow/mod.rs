@@ -7,11 +7,13 @@
 //! | roots | the top two levels, and what is loaded |
 //! | link | making pages, linking them below each other, killing and evicting them |
 //! | leaf | leaf sptes: the one place that makes them, and the one that takes them away |
+//! | refill | the leaves that a software TLB misses, without a walk from the top |
 //! | track | stores to shadowed tables; unsync tables and their resynchronisation |
 
 pub(crate) mod leaf;
 pub(crate) mod link;
 pub(crate) mod pages;
+pub(crate) mod refill;
 pub mod role;
 pub(crate) mod roots;
 pub(crate) mod track;

@@ -150,6 +150,16 @@ impl Mmu {
         find(&self.pages.shard(key.gfn), key)
     }
 
+    /// The first-level page for `gva` and code of privilege `user`, below a directory as above.
+    #[inline]
+    fn find_page(&self, vcpu: &Vcpu, user: bool, gva: Gva) -> Option<u32> {
+        let linked = vcpu.roots[usize::from(user)].get().and_then(|root| self.find_table(root, gva));
+        linked.or_else(|| {
+            let directory = self.find_directory(vcpu, user, gva)?;
+            self.child(self.pages.mfn(directory).at(l2_index(gva) * 8))
+        })
+    }
+
     fn sync_listed(&self, vcpu: &Vcpu, gfn: Gfn, directories: &[Option<Mfn>]) {
         let synced = {
             let shard = self.pages.shard(gfn);
@@ -249,8 +259,7 @@ impl Mmu {
             if user && fenced && self.has_no_user_page(vcpu, gva) {
                 break;
             }
-            let Some(directory) = self.find_directory(vcpu, user, gva) else { continue };
-            let Some(slot) = self.child(self.pages.mfn(directory).at(l2_index(gva) * 8)) else { continue };
+            let Some(slot) = self.find_page(vcpu, user, gva) else { continue };
             let page = self.pages.lock(slot, false);
             fenced = true;
             // Under the page's lock: a fill by another vCPU comes before, and goes, or reads the guest's entry after.

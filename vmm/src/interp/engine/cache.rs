@@ -47,13 +47,6 @@ pub struct Block {
     place: u32,
 }
 
-impl Block {
-    /// The same up to its first op, `op`.
-    pub fn cut_behind(self, op: &Op) -> Block {
-        Block { count: 1, next: op.next(), ..self }
-    }
-}
-
 /// A block that lies in one page.
 pub const NO_TAIL: CodeFrame = CodeFrame { mfn: Mfn(0), generation: 0 };
 
@@ -150,6 +143,12 @@ impl Cache {
         &self.ops[block.first as usize..][..usize::from(block.count)]
     }
 
+    /// The first `count` ops of a block that has more, as a block.
+    pub fn cut(&self, block: &Block, count: u16) -> Block {
+        let last = usize::from(count).checked_sub(1).and_then(|last| self.ops(block).get(last));
+        last.map_or(*block, |op| Block { count, next: op.next(), ..*block })
+    }
+
     /// The instruction of a generic op.
     pub fn instruction(&self, op: &Op) -> &Instruction {
         &self.instructions[op.imm as usize]
@@ -199,6 +198,9 @@ impl Cache {
         }
         if count == 0 {
             return Ok(None);
+        }
+        for at in first + 1..self.ops.len() {
+            self.ops[at - 1].then = self.ops[at].handler;
         }
         let place = place_of(gva, run.wide);
         let number = self.blocks.len() as u32;

@@ -192,12 +192,22 @@ impl Engine {
                     Err(leave) => return left(&mut run, leave, steps),
                 },
             };
-            if u64::from(block.count) > budget - *steps {
-                return single(run.core.cpu, run.core.bus, steps);
-            }
+            let part;
+            let block = if u64::from(block.count) > budget - *steps {
+                part = self.cache.cut(block, (budget - *steps) as u16);
+                &part
+            } else {
+                block
+            };
             run.enter(block, *steps);
             let end = if run.flags() & eflags::RF == 0 {
-                self.run_block(&mut run, block, steps)
+                let next = go_on(&mut run, self.cache.ops(block));
+                // As most blocks end.
+                if next == Next::Jumped {
+                    *steps += u64::from(run.last) + 1;
+                    continue;
+                }
+                self.end_block(&mut run, block, next, steps)
             } else {
                 self.resume(&mut run, block, steps)
             };
@@ -215,8 +225,10 @@ impl Engine {
     #[cold]
     #[inline(never)]
     fn resume<B: CodeBus>(&self, run: &mut Run<'_, B>, block: &Block, steps: &mut u64) -> End {
-        let Some(op) = self.cache.ops(block).first() else { return End::Over };
-        let end = self.run_block(run, &block.cut_behind(op), steps);
+        let first = self.cache.cut(block, 1);
+        let Some(op) = self.cache.ops(&first).first() else { return End::Over };
+        let next = go_on(run, self.cache.ops(&first));
+        let end = self.end_block(run, &first, next, steps);
         // A generic op has seen to it.
         if !op.is_generic() && !matches!(end, End::Stop(_)) {
             run.core.cpu.eflags &= !eflags::RF;
@@ -243,13 +255,17 @@ impl Engine {
         Ok(Some(block))
     }
 
-    /// Runs the block that `run` has entered.
-    #[inline(always)]
-    fn run_block<B: CodeBus>(&self, run: &mut Run<'_, B>, block: &Block, steps: &mut u64) -> End {
+    /// The block that `run` has entered has come to `next`: goes on with it where it can.
+    #[inline(never)]
+    fn end_block<B: CodeBus>(
+        &self,
+        run: &mut Run<'_, B>,
+        block: &Block,
+        mut next: Next,
+        steps: &mut u64,
+    ) -> End {
         let ops = self.cache.ops(block);
-        let mut rest = ops;
         loop {
-            let next = go_on(run, rest);
             if next == Next::Through {
                 *steps += u64::from(block.count);
                 run.core.cpu.eip = run.at(block.next);
@@ -262,7 +278,7 @@ impl Engine {
                         *steps += u64::from(op.number) + 1;
                         return end;
                     }
-                    rest = &ops[usize::from(op.number) + 1..];
+                    next = go_on(run, &ops[usize::from(op.number) + 1..]);
                     continue;
                 }
                 Next::Stale => run.core.cpu.eip = run.at(op.end),

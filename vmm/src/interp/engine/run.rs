@@ -125,7 +125,10 @@ impl<'a, B: CodeBus> Run<'a, B> {
     pub fn enter(&mut self, block: &Block, steps: u64) {
         (self.start, self.steps) = (self.core.cpu.eip, steps);
         (self.frame, self.generation) = (block.frame, block.generation);
-        self.look_at_tag();
+        // Once there is one, it stays for as long as paging does.
+        if self.tag == NO_TAG {
+            self.look_at_tag();
+        }
     }
 
     /// EIP `offset` behind the start of the block.

@@ -25,27 +25,36 @@ pub enum Form {
 
 /// A handler: does an op, then goes on with the rest of the block. It calls the next handler last, so that each kind of op has
 /// a jump of its own, which the host's CPU predicts; were they calls, no more than a block's ops would be on the stack.
-pub type Handler<B> = fn(&mut Run<'_, B>, &Op, &[Op]) -> Next;
+///
+/// It gets its op with the rest behind it. What the next one's number is stands in the op (`Op::then`): whether there is a next
+/// one, that looks for itself.
+pub type Handler<B> = fn(&mut Run<'_, B>, &[Op]) -> Next;
 
 /// Does `ops`, which are the rest of a block.
 #[inline(always)]
 pub fn go_on<B: CodeBus>(run: &mut Run<'_, B>, ops: &[Op]) -> Next {
-    match ops {
-        [] => Next::Through,
-        [op, rest @ ..] => Handlers::<B>::TABLE[usize::from(op.handler) % ALL](run, op, rest),
+    match ops.first() {
+        Some(op) => Handlers::<B>::TABLE[usize::from(op.handler) % ALL](run, ops),
+        None => Next::Through,
     }
+}
+
+/// The same for what is behind `op`.
+#[inline(always)]
+fn go_behind<B: CodeBus>(run: &mut Run<'_, B>, op: &Op, rest: &[Op]) -> Next {
+    Handlers::<B>::TABLE[usize::from(op.then) % ALL](run, rest)
 }
 
 /// An op by one way alone.
 #[inline(always)]
 fn plain<B: CodeBus>(
     run: &mut Run<'_, B>,
-    op: &Op,
-    rest: &[Op],
+    ops: &[Op],
     handler: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
 ) -> Next {
+    let [op, rest @ ..] = ops else { return Next::Through };
     match handler(run, op) {
-        Next::On => go_on(run, rest),
+        Next::On => go_behind(run, op, rest),
         end => {
             run.last = op.number;
             end
@@ -57,17 +66,17 @@ fn plain<B: CodeBus>(
 #[inline(always)]
 fn quick<const M: u8, B: CodeBus>(
     run: &mut Run<'_, B>,
-    op: &Op,
-    rest: &[Op],
+    ops: &[Op],
     handler: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
     full: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
 ) -> Next {
+    let [op, rest @ ..] = ops else { return Next::Through };
     if M == FULL {
-        return in_full(run, op, rest, full);
+        return in_full(run, ops, full);
     }
     match handler(run, op) {
-        Next::On => go_on(run, rest),
-        Next::Full => in_full(run, op, rest, full),
+        Next::On => go_behind(run, op, rest),
+        Next::Full => in_full(run, ops, full),
         end => {
             run.last = op.number;
             end
@@ -79,48 +88,44 @@ fn quick<const M: u8, B: CodeBus>(
 #[inline(never)]
 fn in_full<B: CodeBus>(
     run: &mut Run<'_, B>,
-    op: &Op,
-    rest: &[Op],
+    ops: &[Op],
     full: impl FnOnce(&mut Run<'_, B>, &Op) -> Next,
 ) -> Next {
-    run.tell(op);
-    plain(run, op, rest, full)
+    plain(run, ops, |run, op| {
+        run.tell(op);
+        full(run, op)
+    })
 }
 
 /// CMP or TEST, and the branch behind it: two ops, one after the other, with nothing to find in between.
 #[inline(always)]
-fn branching<const C: u8, const K: u8, const I: bool, B: CodeBus>(
-    run: &mut Run<'_, B>,
-    op: &Op,
-    rest: &[Op],
-) -> Next {
+fn branching<const C: u8, const K: u8, const I: bool, B: CodeBus>(run: &mut Run<'_, B>, ops: &[Op]) -> Next {
+    let [op, rest @ ..] = ops else { return Next::Through };
     let flags = compared::<K, I, B>(run, op);
-    match rest {
-        [branch, ..] if alu::condition(C.into(), flags) => {
-            run.last = branch.number;
-            run.jump_by(branch)
-        }
-        [_, rest @ ..] => go_on(run, rest),
-        // The block was cut between the two.
-        [] => Next::Through,
+    // The block may have been cut between the two.
+    let [branch, rest @ ..] = rest else { return Next::Through };
+    if alu::condition(C.into(), flags) {
+        run.last = branch.number;
+        return run.jump_by(branch);
     }
+    go_behind(run, branch, rest)
 }
 
 /// The handler of an op that touches no memory.
 macro_rules! plain {
-    ($handler:ident $(, $rest:expr)*) => { |run, op, rest| plain(run, op, rest, $handler::<$({ $rest },)* B>) };
+    ($handler:ident $(, $rest:expr)*) => { |run, ops| plain(run, ops, $handler::<$({ $rest },)* B>) };
 }
 
 /// The handler of an op that may, by way `M`.
 macro_rules! memory {
     ($handler:ident $(, $rest:expr)*) => {
-        |run, op, rest| quick::<M, B>(run, op, rest, $handler::<$({ $rest },)* M, B>, $handler::<$({ $rest },)* FULL, B>)
+        |run, ops| quick::<M, B>(run, ops, $handler::<$({ $rest },)* M, B>, $handler::<$({ $rest },)* FULL, B>)
     };
 }
 
 /// The handler of an op and the one behind it.
 macro_rules! both {
-    ($handler:ident $(, $rest:expr)*) => { |run, op, rest| $handler::<$({ $rest },)* B>(run, op, rest) };
+    ($handler:ident $(, $rest:expr)*) => { |run, ops| $handler::<$({ $rest },)* B>(run, ops) };
 }
 
 /// An instruction without a handler of its own.

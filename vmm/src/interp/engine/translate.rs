@@ -34,6 +34,8 @@ pub const SCALE_SHIFT: u8 = 4;
 pub struct Op {
     /// Index in the table of handlers.
     pub handler: u16,
+    /// That of the op that comes next in its block.
+    pub then: u16,
     /// Offset of what stands behind it, from the start of the block: less than nothing, where the block has gone back.
     pub end: i16,
     /// Bytes of the instruction.
@@ -104,6 +106,7 @@ impl Op {
 pub fn translate(i: &Instruction, number: u8, end: i16, instruction: u32) -> Op {
     let mut op = Op {
         handler: GENERIC,
+        then: table::NOP,
         end,
         length: i.len() as u8,
         number,
