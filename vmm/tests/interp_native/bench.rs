@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use iced_x86::{Code, CpuidFeature};
+use iced_x86::{Code, CpuidFeature, Mnemonic};
 use umbra::interp::decode;
 
-use super::case::{Blind, Case, ENDLESS, Outcome};
+use super::case::{Case, ENDLESS, Outcome};
 use super::layout::USER32_CODE;
 use super::run::{Run, interpret, is_amd};
 use super::segments::{Globals, Ldt, inspect};
@@ -82,7 +82,7 @@ impl Bench {
             let cases: Vec<Case> = comparable.iter().map(|(case, ..)| (*case).clone()).collect();
             let natives = self.worker.run(ldt, &cases);
             for ((case, ours, run), native) in comparable.into_iter().zip(natives) {
-                match difference(&ours, native.as_ref(), &run.blind) {
+                match difference(&ours, native.as_ref(), &run) {
                     None => self.count(&ours, &run),
                     Some(_) if !self.differs_again(case, ldt) => self.unstable += 1,
                     Some(_) => differences.push(self.cut_down(case, ldt)),
@@ -142,20 +142,27 @@ impl Bench {
 
     fn differs(&mut self, case: &Case, ldt: &Ldt) -> Option<String> {
         let run = self.interpret(case, ldt);
-        let End::Delivered(ours) = run.end else { return None };
+        let End::Delivered(ours) = &run.end else { return None };
         let native = self.worker.run(ldt, std::slice::from_ref(case)).pop().flatten();
-        difference(&ours, native.as_ref(), &run.blind)
+        difference(ours, native.as_ref(), &run)
     }
 }
 
-fn difference(ours: &Outcome, native: Option<&Outcome>, blind: &Blind) -> Option<String> {
+/// Which of two faults comes first, and flags at a fault in REP, differ from maker to maker; which operand of CMPS is looked at
+/// first, from one AMD CPU to the next.
+fn is_open(run: &Run) -> bool {
+    use Mnemonic as M;
+    let last = run.trace.last().map(|code| code.mnemonic());
+    !is_amd() || matches!(last, Some(M::Cmpsb | M::Cmpsw | M::Cmpsd))
+}
+
+fn difference(ours: &Outcome, native: Option<&Outcome>, run: &Run) -> Option<String> {
     match native {
         None => Some("natively the case killed its process".to_string()),
         Some(native) if native.vector == ENDLESS => {
             Some(format!("ours {ours}\nnatively it does not end: {native}"))
         }
-        // Which of two faults comes first, and flags at a fault in REP, differ from maker to maker.
-        Some(native) if !is_amd() && native.eip == ours.eip && native.faulted() && ours.faulted() => None,
-        Some(native) => ours.difference(native, blind),
+        Some(native) if is_open(run) && native.eip == ours.eip && native.faulted() && ours.faulted() => None,
+        Some(native) => ours.difference(native, &run.blind),
     }
 }
