@@ -68,7 +68,11 @@ impl Mmu {
                 if left.is_empty() || may == May::NotSleep {
                     break;
                 }
-                thread::yield_now();
+                // What another has in hand comes back; whoever has it may have lost its CPU. A pin just goes.
+                match left.iter().find(|gfn| self.buckets.is_closed(**gfn)) {
+                    Some(gfn) => self.buckets.wait(*gfn),
+                    None => thread::yield_now(),
+                }
             }
             if let Some(gfn) = left.first() {
                 return Err(NotDiscarded::Held { gfn: *gfn, why: self.held_by(*gfn) });
