@@ -6,8 +6,7 @@ use std::ffi::CString;
 use std::io;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_SREGS, kvm_sregs,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -87,7 +86,7 @@ pub struct Features {
     pub smap: bool,
     /// CR4.UMIP: SGDT, SIDT, SLDT, STR and SMSW trap at CPL 3.
     pub umip: bool,
-    /// KVM_CAP_SYNC_REGS has events: an exception in flight at a kick can be seen, and without a call.
+    /// KVM_CAP_VCPU_EVENTS: an exception in flight at a kick can be seen.
     pub events: bool,
     /// KVM_CAP_DEBUGREGS: the guest's hardware breakpoints work natively.
     pub debug_registers: bool,
@@ -180,7 +179,7 @@ pub fn features(vm: &VmFd, vcpu: &VcpuFd, reset: &kvm_sregs) -> Result<Features,
         smep: accepts(cr4::SMEP),
         smap: accepts(cr4::SMAP),
         umip: accepts(cr4::UMIP),
-        events: vm.check_extension_int(Cap::SyncRegs) & KVM_SYNC_X86_EVENTS as i32 != 0,
+        events: vm.check_extension(Cap::VcpuEvents),
         debug_registers: vm.check_extension(Cap::Debugregs),
     };
     let back = vcpu.set_sregs(reset);

@@ -312,7 +312,7 @@ impl KvmVcpu {
                 None if self.fd.get_kvm_run().kvm_dirty_regs != 0 => return Ok(Left::NotEntered),
                 None if self.in_firmware() => self.late_kicks += 1,
                 None if self.privileged() => return Err(self.stopped(Stop::Escaped)),
-                None if self.exception_in_flight() => self.late_kicks += 1,
+                None if self.exception_in_flight()? => self.late_kicks += 1,
                 None => return Ok(Left::Guest),
             }
         }
@@ -355,10 +355,12 @@ impl KvmVcpu {
     }
 
     /// True where KVM holds an exception that the guest has raised and nobody has seen.
-    fn exception_in_flight(&mut self) -> bool {
-        // Where KVM does not say, these stay zeros.
-        let exception = self.fd.sync_regs_mut().events.exception;
-        exception.injected != 0 || exception.pending != 0
+    fn exception_in_flight(&self) -> Result<bool, KvmError> {
+        if !self.plan.features.events {
+            return Ok(false);
+        }
+        let events = self.fd.get_vcpu_events().map_err(|error| call("KVM_GET_VCPU_EVENTS", error))?;
+        Ok(events.exception.injected != 0 || events.exception.pending != 0)
     }
 
     /// Reads the frame that a stub left, and with it the guest's state.

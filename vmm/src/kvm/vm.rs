@@ -117,11 +117,10 @@ impl KvmVm {
         let sregs = fd.get_sregs().map_err(|error| call("KVM_GET_SREGS", error))?;
         let features = host::features(self.machine.vm(), &fd, &sregs)?;
         let options = &self.options;
-        let fd = with_sync(fd, &features);
         let plan = EntryPlan::new(&self.layout, IMAGE, index, features, options.doors, options.trap_tsc);
         let tables = Tables::new(self.layout.vcpu(index), IMAGE, options.doors);
         let machine = Arc::clone(&self.machine);
-        KvmVcpu::new(fd, machine, plan, tables, sregs, Arc::new(door), cpuid_faults)
+        KvmVcpu::new(with_sync(fd), machine, plan, tables, sregs, Arc::new(door), cpuid_faults)
     }
 
     /// Makes every vCPU drop every translation, whatever the host: a memory slot comes and goes, for which KVM
@@ -159,12 +158,9 @@ pub(super) fn call(what: &'static str, error: kvm_ioctls::Error) -> KvmError {
     KvmError::Call { what, source: error.into() }
 }
 
-fn with_sync(mut fd: VcpuFd, features: &host::Features) -> VcpuFd {
+fn with_sync(mut fd: VcpuFd) -> VcpuFd {
     fd.set_sync_valid_reg(SyncReg::Register);
     fd.set_sync_valid_reg(SyncReg::SystemRegister);
-    if features.events {
-        fd.set_sync_valid_reg(SyncReg::VcpuEvents);
-    }
     fd
 }
 

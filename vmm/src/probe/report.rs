@@ -143,7 +143,7 @@ impl DoctorReport {
         );
         hole(
             kvm.features.events,
-            "Missing: KVM_SYNC_X86_EVENTS. A kick in the middle of an exception may make a guest fault twice, \
+            "Missing: KVM_CAP_VCPU_EVENTS. A kick in the middle of an exception may make a guest fault twice, \
              harmlessly.",
         );
     }
@@ -243,7 +243,7 @@ fn kvm_facts(kvm: &Kvm, scratch: &Scratch) -> KvmFacts {
         ("KVM_CAP_IMMEDIATE_EXIT", Cap::ImmediateExit),
         ("KVM_CAP_SYNC_MMU", Cap::SyncMmu),
         ("KVM_CAP_READONLY_MEM", Cap::ReadonlyMem),
-        ("KVM_SYNC_X86_EVENTS", Cap::VcpuEvents),
+        ("KVM_CAP_VCPU_EVENTS", Cap::VcpuEvents),
         ("KVM_CAP_DEBUGREGS", Cap::Debugregs),
         ("KVM_CAP_NR_MEMSLOTS", Cap::NrMemslots),
         ("KVM_CAP_NR_VCPUS", Cap::NrVcpus),
@@ -365,7 +365,7 @@ mod tests {
             (|kvm| kvm.features.umip = false, "UMIP"),
             (|kvm| kvm.features.smap = false, "SMAP"),
             (|kvm| kvm.features.smep = false, "SMEP"),
-            (|kvm| kvm.features.events = false, "KVM_SYNC_X86_EVENTS"),
+            (|kvm| kvm.features.events = false, "KVM_CAP_VCPU_EVENTS"),
             (|kvm| kvm.cpuid_faults = false, "CPUID faulting"),
         ];
         for (fault, word) in faults {
