@@ -14,8 +14,9 @@
 //! | `workload=` | `all` (`hello`, `mm`, `kmap`), one of those, `access`, `spin`, `sweep`, `storm`, `mix`, `fpu`, or `oops` (a fault in kernel code, to see its dump); docs/manual.md says what each does | `all` |
 //! | `paging=` | `pae` or `legacy` (two levels, 4 MiB pages) | `pae` |
 //! | `seed=` | of all patterns and samples, 0..=999999999 | 1 |
-//! | `scale=` | percent of the default work, 1..=1000 | 100 |
+//! | `scale=` | percent of the default work, 1..=4000 | 100 |
 //! | `lowmem=` | MiB of low memory, 4..=512 in steps of 4; all above is high memory | 8 |
+//! | `hz=` | timer interrupts a second, 1..=1000 | 100 |
 //! | `allow=` | quirks that `access` (`rsvd-no-p`, `rmw-read`) and `fpu` (`no-xm`, `mxcsr-any`) are to count but not to call errors, with commas | none |
 //!
 //! # What it prints

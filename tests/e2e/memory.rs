@@ -32,7 +32,8 @@ pub fn cases() -> Vec<Trial> {
 fn under_pressure(way: &str) -> Verdict {
     let json = tempfile::NamedTempFile::new()?;
     let path = json.path().to_str().ok_or("a name that is not UTF-8")?;
-    let tight = ["--frames", "1536K", "--low", "512K", "--append", "workload=mm scale=100", "--json", path];
+    let tight =
+        ["--frames", "1536K", "--low", "512K", "--append", "workload=mm scale=100 hz=20", "--json", path];
     let run = umbra(["run", "--backend", "kvm", "--shootdown", way].iter().chain(&tight))?;
     ensure!(run.end == End::Status(0), "the guest came to harm:\n{run}");
     let summary = fs::read_to_string(path)?;

@@ -71,7 +71,8 @@ pub fn cases() -> Vec<Trial> {
     trials.extend([
         case("image_from_a_file_is_the_built_in_one", &[Need::Kvm], from_file),
         case("image_without_the_note_is_interpreted_and_native_says_what_it_may_miss", &[Need::Kvm], plain),
-        case("unknown_workload_ends_with_the_status_of_a_bad_command_line", &[], unknown_workload),
+        case("unknown_words_end_with_the_status_of_a_bad_command_line", &[], unknown_words),
+        case("timer_interrupts_as_often_as_asked", &[], timer_rate),
         case("peer_unknown_workload_ends_the_same_way", &[Need::Qemu], unknown_workload_on_qemu),
     ]);
     trials
@@ -224,10 +225,27 @@ fn plain() -> Verdict {
 /// What a write of [`abi::STATUS_COMMAND_LINE`] to the exit port ends with, here and on QEMU.
 const STATUS_COMMAND_LINE: End = End::Status((abi::STATUS_COMMAND_LINE << 1 | 1) as i32);
 
-fn unknown_workload() -> Verdict {
-    let run = SOFT.run(&["--append", "workload=nonsense"])?;
-    ensure!(run.end == STATUS_COMMAND_LINE, "expected {STATUS_COMMAND_LINE:?}:\n{run}");
-    ensure!(!run.lines().join("\n").contains("verdict=PASS"), "it claims to have passed:\n{run}");
+fn unknown_words() -> Verdict {
+    for word in ["workload=nonsense", "hz=0", "hz=1001"] {
+        let run = SOFT.run(&["--append", word])?;
+        ensure!(run.end == STATUS_COMMAND_LINE, "{word}: expected {STATUS_COMMAND_LINE:?}:\n{run}");
+        ensure!(!run.lines().join("\n").contains("verdict=PASS"), "{word}: it claims to have passed:\n{run}");
+    }
+    Ok(())
+}
+
+/// Ten times as many a second are about ten times as many.
+fn timer_rate() -> Verdict {
+    let interrupts = |word: &str| -> Result<u64, Failed> {
+        let json = file_of(b"")?;
+        let path = json.path().to_string_lossy().into_owned();
+        let run = SOFT.run(&["--append", &format!("workload=spin scale=500 {word}"), "--json", &path])?;
+        ensure!(run.end == End::Status(0), "{word} did not pass:\n{run}");
+        let summary: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+        Ok(summary["vcpu"]["interrupts"].as_u64().unwrap_or(0))
+    };
+    let (few, many) = (interrupts("hz=100")?, interrupts("hz=1000")?);
+    ensure!(few >= 2 && (few * 5..few * 20).contains(&many), "{few} at 100 Hz, {many} at 1000 Hz");
     Ok(())
 }
 

@@ -16,13 +16,14 @@ use libtest_mimic::{Completion, Failed, Trial};
 /// What a test's body returns: a sentence where it failed.
 pub type Verdict = Result<(), Failed>;
 
-/// A test that is ignored, with the reason, on a machine that lacks one of `needs`.
+/// A test that is ignored, with the reason, on a machine that lacks one of `needs`; its kind names them.
 pub fn case(
     name: impl Into<String>,
     needs: &[host::Need],
     body: impl FnOnce() -> Verdict + Send + 'static,
 ) -> Trial {
     let needs = needs.to_vec();
+    let kind = needs.iter().map(|need| need.name()).collect::<Vec<_>>().join(", ");
     Trial::ignorable_test(name, move || {
         for need in needs {
             if let Err(reason) = need.met() {
@@ -39,6 +40,7 @@ pub fn case(
         }
         verdict.map(|()| Completion::Completed)
     })
+    .with_kind(kind)
 }
 
 /// Ends the test with a sentence when `condition` does not hold.

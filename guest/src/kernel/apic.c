@@ -68,11 +68,11 @@ void apic_init(void)
     lapic_write(LAPIC_SPURIOUS, LAPIC_ENABLE | VECTOR_SPURIOUS);
 }
 
-void apic_timer_start(void)
+void apic_timer_start(u32 hz)
 {
     lapic_write(LAPIC_TIMER_DIVIDE, DIVIDE_BY_16);
     lapic_write(LAPIC_LVT_TIMER, LVT_PERIODIC | VECTOR_TIMER);
-    lapic_write(LAPIC_TIMER_COUNT, LAPIC_INPUT_HZ / 16 / TIMER_HZ);
+    lapic_write(LAPIC_TIMER_COUNT, LAPIC_INPUT_HZ / 16 / hz);
 }
 
 void apic_end_of_interrupt(void) { lapic_write(LAPIC_EOI, 0); }

@@ -9,8 +9,8 @@ extern volatile u32 ticks;
 
 /* Masks the 8259s and the IOAPIC, enables the LAPIC. Needs kpt_init. */
 void apic_init(void);
-/* Starts the periodic timer at TIMER_HZ. */
-void apic_timer_start(void);
+/* Starts the periodic timer: `hz` interrupts a second. */
+void apic_timer_start(u32 hz);
 void apic_end_of_interrupt(void);
 
 #endif

@@ -55,6 +55,7 @@ struct options {
     u32 seed;
     u32 scale;  /* percent of the default work */
     u32 lowmem; /* MiB, a multiple of 4 */
+    u32 hz;     /* timer interrupts a second */
     u32 allow;  /* set of enum quirk */
 };
 

@@ -109,6 +109,8 @@ static bool parse_word(const char *word, struct options *options)
     if ((value = value_of(word, "lowmem=")))
         return parse_number(value, LOWMEM_MAX, &options->lowmem) && options->lowmem >= LOWMEM_MIN &&
                options->lowmem % 4 == 0;
+    if ((value = value_of(word, "hz=")))
+        return parse_number(value, TIMER_HZ_MAX, &options->hz) && options->hz > 0;
     if ((value = value_of(word, "allow=")))
         return parse_quirks(value, &options->allow);
     return false;
@@ -130,6 +132,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->seed = 1;
     options->scale = 100;
     options->lowmem = LOWMEM_DEFAULT;
+    options->hz = TIMER_HZ_DEFAULT;
     options->allow = 0;
     bool first = true;
     while (*line) {

@@ -68,6 +68,7 @@
 #define VECTOR_SPURIOUS 0xff
 
 /* Timer interrupts a second. */
-#define TIMER_HZ 100
+#define TIMER_HZ_DEFAULT 100
+#define TIMER_HZ_MAX 1000
 
 #endif

@@ -70,7 +70,7 @@ void kernel_main(void)
     space_init();
     tick_init();
     apic_init();
-    apic_timer_start();
+    apic_timer_start(boot.options.hz);
     irq_on();
     run(boot.options.workload);
     irq_off();
