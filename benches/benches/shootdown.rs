@@ -275,8 +275,9 @@ fn run_on_kvm(mmu: &Mmu, mut kvm: KvmVcpu, stop: &AtomicBool) {
                 continue;
             }
         }
-        let exit = kvm.enter(&mut cpu, root, false).expect("the guest runs");
+        let left = kvm.run_guest(&cpu, root).expect("the guest runs");
         mmu.leave(&vcpu);
+        let exit = kvm.take(&mut cpu, left).expect("the guest's state");
         if let KvmExit::Trap { vector, error, cr2 } = exit {
             assert_eq!(vector, PAGE_FAULT, "the guest only faults");
             let kind = match error & 18 {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use umbra::cpu::{CpuState, eflags};
 use umbra::kvm::shootdown::Notifier;
-use umbra::kvm::{Host, Kicker, KvmError, KvmExit, Options};
+use umbra::kvm::{Host, KvmError, KvmExit, Options};
 use umbra::probe::scratch::*;
 use umbra::probe::watchdog::Watchdog;
 use umbra_mmu::coherence::Removals;
@@ -55,7 +55,7 @@ fn kick_in_loop(host: &Host) -> Test {
     scratch.load(&[0x41, 0xeb, 0xfd], true).map_err(text)?;
     let kicker = scratch.vcpu.kicker();
     let stop = Arc::new(AtomicBool::new(false));
-    let kicks = spawn_kicks(kicker.clone(), Arc::clone(&stop), 300);
+    let kicks = spawn_kicks(&mut scratch, Arc::clone(&stop), 300)?;
     let mut last = 0;
     for _ in 0..200 {
         let exit = enter(&mut scratch)?;
@@ -75,9 +75,21 @@ fn kick_in_loop(host: &Host) -> Test {
     Ok(())
 }
 
-/// Kicks at intervals from 0 to `most_us` microseconds until told to stop.
-fn spawn_kicks(kicker: Kicker, stop: Arc<AtomicBool>, most_us: u64) -> thread::JoinHandle<()> {
-    thread::spawn(move || {
+/// Kicks at intervals from 0 to `most_us` microseconds until told to stop, or to a few times what an entry takes where that
+/// is more: under kicks that come faster, a guest gets nowhere.
+fn spawn_kicks(
+    scratch: &mut Scratch,
+    stop: Arc<AtomicBool>,
+    most_us: u64,
+) -> Result<thread::JoinHandle<()>, String> {
+    const BOUNCES: u32 = 16;
+    let begun = Instant::now();
+    for _ in 0..BOUNCES {
+        scratch.vcpu.bounce(&scratch.cpu, scratch.space.root()).map_err(text)?;
+    }
+    let most_us = most_us.max(8 * (begun.elapsed() / BOUNCES).as_micros() as u64);
+    let kicker = scratch.vcpu.kicker();
+    Ok(thread::spawn(move || {
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         while !stop.load(Ordering::Relaxed) {
             random ^= random << 13;
@@ -86,7 +98,20 @@ fn spawn_kicks(kicker: Kicker, stop: Arc<AtomicBool>, most_us: u64) -> thread::J
             thread::sleep(Duration::from_micros(random % most_us));
             kicker.kick();
         }
-    })
+    }))
+}
+
+/// Enters; between the two halves, and in the second, the guest must not go on counting.
+fn enter_by_halves(
+    scratch: &mut Scratch,
+    counted: impl Fn(&Scratch) -> Result<u64, String>,
+) -> Result<KvmExit, String> {
+    let left = scratch.vcpu.run_guest(&scratch.cpu, scratch.space.root()).map_err(text)?;
+    let before = counted(scratch)?;
+    let exit = scratch.vcpu.take(&mut scratch.cpu, left).map_err(text)?;
+    let after = counted(scratch)?;
+    check!(before == after, "guest code has run after run_guest: {before}, then {after}");
+    Ok(exit)
 }
 
 /// The guest counts in EBX and in memory, and traps once a round; each trap must be seen exactly once.
@@ -95,12 +120,12 @@ fn kicks_under_traps(host: &Host) -> Test {
     // inc ebx; inc dword [esi]; cli; jmp back
     scratch.load(&[0x43, 0xff, 0x06, 0xfa, 0xeb, 0xfa], true).map_err(text)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let kicks = spawn_kicks(scratch.vcpu.kicker(), Arc::clone(&stop), 200);
+    let kicks = spawn_kicks(&mut scratch, Arc::clone(&stop), 200)?;
     let (mut traps, mut kicked) = (0u32, 0u32);
     let (begun, enough) = (Instant::now(), Duration::from_millis(500));
     while begun.elapsed() < enough || traps < 300 || kicked < 30 {
         check!(begun.elapsed() < Duration::from_secs(20), "{traps} traps, {kicked} kicks seen in 20 s");
-        match enter(&mut scratch)? {
+        match enter_by_halves(&mut scratch, |scratch| scratch.data_word(0).map_err(text))? {
             KvmExit::Kicked => kicked += 1,
             exit if halted(exit) && scratch.cpu.eip == CODE.0 + 3 => {
                 traps += 1;
@@ -127,19 +152,22 @@ fn kicks_under_faults(host: &Host) -> Test {
     let code = [0xff, 0x05, 0, 0, 0x40, 0, 0x0f, 0x20, 0xd8, 0xeb, 0xf5];
     scratch.load(&code, true).map_err(text)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let kicks = spawn_kicks(scratch.vcpu.kicker(), Arc::clone(&stop), 200);
+    let kicks = spawn_kicks(&mut scratch, Arc::clone(&stop), 200)?;
     let entry = scratch.space.entry(ABSENT).map_err(text)?;
     let (mut rounds, mut flush) = (0u64, false);
     let (begun, enough) = (Instant::now(), Duration::from_millis(500));
     while begun.elapsed() < enough || rounds < 100 {
         check!(begun.elapsed() < Duration::from_secs(20), "{rounds} rounds in 20 s");
         let root = scratch.space.root();
-        let exit = scratch.vcpu.enter(&mut scratch.cpu, root, flush).map_err(text)?;
+        if flush && scratch.vcpu.flush(&scratch.cpu, root).map_err(text)? {
+            continue;
+        }
         flush = false;
-        match exit {
+        let counted = |scratch: &Scratch| scratch.space.pool().load(frame.at(0)).map_err(text);
+        match enter_by_halves(&mut scratch, counted)? {
             KvmExit::Kicked => {}
             KvmExit::Trap { vector: 14, cr2, .. } => {
-                check!(cr2 == u64::from(ABSENT.0) && scratch.cpu.eip == CODE.0, "{exit:x?}");
+                check!(cr2 == u64::from(ABSENT.0) && scratch.cpu.eip == CODE.0, "CR2 {cr2:#x}");
                 scratch.space.pool().store(entry, frame.at(0).0 | ALL).map_err(text)?;
             }
             exit if halted(exit) && scratch.cpu.eip == CODE.0 + 6 => {
@@ -198,7 +226,7 @@ fn flush_under_kicks(host: &Host) -> Test {
     let exit = scratch.vcpu.enter(&mut scratch.cpu, root, true).map_err(text)?;
     check!(exit == KvmExit::Kicked && scratch.cpu == before, "{exit:?}");
     let stop = Arc::new(AtomicBool::new(false));
-    let kicks = spawn_kicks(scratch.vcpu.kicker(), Arc::clone(&stop), 50);
+    let kicks = spawn_kicks(&mut scratch, Arc::clone(&stop), 50)?;
     for _ in 0..2000 {
         scratch.cpu = before.clone();
         match scratch.vcpu.enter(&mut scratch.cpu, root, true).map_err(text)? {

@@ -69,7 +69,9 @@ fn without_selectors(image: &mut [u8; IMAGE_BYTES]) {
 }
 
 /// How a run of the vCPU ended.
-enum Left {
+#[derive(Debug)]
+#[must_use]
+pub enum Left {
     /// A stub's `out`, with the firmware's registers in the run page.
     Out,
     /// A kick, with the guest's registers in the run page.
@@ -198,12 +200,40 @@ impl KvmVcpu {
     /// [`KvmError::CannotRun`] where the interpreter must run this state (nothing has changed then);
     /// [`KvmError::Stopped`] with a dump where the vCPU stopped in a way that has no answer.
     pub fn enter(&mut self, cpu: &mut CpuState, root: Mpa, flush: bool) -> Result<KvmExit, KvmError> {
-        can_run(cpu)?;
-        if flush && self.flush(cpu, root)? {
-            return Ok(KvmExit::Kicked);
+        if flush {
+            can_run(cpu)?;
+            if self.flush(cpu, root)? {
+                return Ok(KvmExit::Kicked);
+            }
         }
+        let left = self.run_guest(cpu, root)?;
+        self.take(cpu, left)
+    }
+
+    /// The first half of [`KvmVcpu::enter`], without a flush: from its return on the guest runs no code, and who waits for
+    /// that can be told before [`KvmVcpu::take`], the other half, which must follow.
+    ///
+    /// # Errors
+    /// As [`KvmVcpu::enter`].
+    pub fn run_guest(&mut self, cpu: &CpuState, root: Mpa) -> Result<Left, KvmError> {
+        can_run(cpu)?;
         self.load(cpu, root)?;
-        match self.run_to_exit()? {
+        self.run_to_exit()
+    }
+
+    /// Takes the guest's state and says why it left.
+    ///
+    /// An exception that a kick has caught in flight is delivered first. KVM puts it in before any guest code, and what is
+    /// delivered to is the firmware.
+    ///
+    /// # Errors
+    /// As [`KvmVcpu::enter`].
+    pub fn take(&mut self, cpu: &mut CpuState, mut left: Left) -> Result<KvmExit, KvmError> {
+        while matches!(left, Left::Guest) && self.exception_in_flight()? {
+            self.late_kicks += 1;
+            left = self.run_to_exit()?;
+        }
+        match left {
             Left::Out => self.take_trap(cpu),
             Left::Guest => {
                 self.take_guest(cpu)?;
@@ -312,7 +342,6 @@ impl KvmVcpu {
                 None if self.fd.get_kvm_run().kvm_dirty_regs != 0 => return Ok(Left::NotEntered),
                 None if self.in_firmware() => self.late_kicks += 1,
                 None if self.privileged() => return Err(self.stopped(Stop::Escaped)),
-                None if self.exception_in_flight()? => self.late_kicks += 1,
                 None => return Ok(Left::Guest),
             }
         }

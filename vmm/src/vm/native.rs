@@ -104,15 +104,19 @@ impl Native {
             Err(NotRefreshed::Kvm(error)) => return Some(refused(core, error)),
             Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
         }
-        let exit = if core.mmu.enter(&core.mmu_vcpu) || core.hardware_owes_flush {
-            self.flush(core, root).and_then(|kicked| match kicked {
-                true => Ok(KvmExit::Kicked),
-                false => self.kvm.enter(&mut core.cpu, root, false),
-            })
-        } else {
-            self.kvm.enter(&mut core.cpu, root, false)
+        let flushed = match core.mmu.enter(&core.mmu_vcpu) || core.hardware_owes_flush {
+            true => self.flush(core, root),
+            false => Ok(false),
         };
+        let left = flushed.and_then(|kicked| match kicked {
+            true => Ok(None),
+            false => self.kvm.run_guest(&core.cpu, root).map(Some),
+        });
         core.mmu.leave(&core.mmu_vcpu);
+        let exit = left.and_then(|left| match left {
+            Some(left) => self.kvm.take(&mut core.cpu, left),
+            None => Ok(KvmExit::Kicked),
+        });
         core.stats.entries += 1;
         match exit {
             Ok(KvmExit::Kicked) => {
