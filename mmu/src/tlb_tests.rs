@@ -1,0 +1,109 @@
+//! The TLB against what it must forget, keep and notice.
+
+use super::*;
+use crate::coherence::NoVcpus;
+use crate::p2m::PageState;
+use crate::{Config, Machine, Outcome, Width};
+
+const PAGE: Gva = Gva(0x3000);
+
+/// A guest without paging: linear addresses are physical ones.
+fn world(kind: TlbKind) -> (Mmu, Vcpu) {
+    let config = Config {
+        guest_pages: 64,
+        low_pages: 0,
+        reserved_frames: 0,
+        shadow_pages_max: 64,
+        roots_max: 8,
+        firmware_entry: 0,
+        vcpus: 1,
+    };
+    let mmu = Mmu::new(Machine::anonymous(256), config, Box::new(NoVcpus));
+    let vcpu = mmu.soft_vcpu(0, kind);
+    (mmu, vcpu)
+}
+
+/// As a backend makes a store: through the TLB, with a fault where that does not do.
+fn store(mmu: &Mmu, vcpu: &Vcpu, gva: Gva, value: u64) -> Result<(), Miss> {
+    for _ in 0..2 {
+        mmu.tlb_enter(vcpu);
+        match mmu.tlb_store(vcpu, gva, Width::B4, value, false) {
+            Err(Miss::Fault) => {
+                mmu.coherence().leave_guest(0);
+                assert_eq!(mmu.fault(vcpu, gva, Access::write(false)), Outcome::Fixed);
+            }
+            done => return done,
+        }
+    }
+    Err(Miss::Fault)
+}
+
+#[test]
+fn a_store_after_a_fault_goes_by_the_tlb_and_is_loaded_back() {
+    for kind in [TlbKind::Sized, TlbKind::Sticky, TlbKind::Lossy(7)] {
+        let (mmu, vcpu) = world(kind);
+        for n in 0..200 {
+            let gva = Gva(PAGE.0 + n * 4 % 4096);
+            assert_eq!(store(&mmu, &vcpu, gva, u64::from(n)), Ok(()), "{kind:?}");
+            assert_eq!(mmu.tlb_load(&vcpu, gva, Width::B4, false), Ok(u64::from(n)), "{kind:?}");
+        }
+        let fills = vcpu.tlb().map_or(0, |tlb| tlb.stats().fills);
+        let forgetful = matches!(kind, TlbKind::Lossy(_));
+        assert_eq!(fills > 1, forgetful, "{kind:?} filled {fills} times for one page");
+    }
+}
+
+/// INV-TLB-2: the frame changes hands and nobody flushes.
+#[test]
+fn a_translation_that_outlives_its_page_is_reported() {
+    let (mmu, vcpu) = world(TlbKind::Sticky);
+    assert_eq!(store(&mmu, &vcpu, PAGE, 1), Ok(()));
+    let PageState::Resident(mfn) = mmu.p2m().lookup(Gfn(3)) else { panic!("the page has a frame") };
+    mmu.zap_frame(Gfn(3));
+    assert!(mmu.p2m.claim(Gfn(3), PageState::Resident(mfn)).is_some());
+    assert_eq!(mmu.tlb_load(&vcpu, PAGE, Width::B4, false), Ok(1), "it may, until the page has moved on");
+    assert!(mmu.p2m.transition(Gfn(3), PageState::Moving, PageState::Zero));
+    mmu.p2m.advance_mapping_generation(Gfn(3));
+    let Err(Miss::Incoherent(violation)) = mmu.tlb_load(&vcpu, PAGE, Width::B4, false) else {
+        panic!("a stale translation was used")
+    };
+    assert_eq!((violation.gfn, violation.mfn, violation.gva), (Gfn(3), mfn, PAGE));
+    assert!(violation.removed_at >= violation.flushed_at, "{violation}");
+    assert!(violation.to_string().contains("frame"), "{violation}");
+    // With the flush that was owed there is nothing to report.
+    mmu.coherence().leave_guest(0);
+    mmu.coherence().shoot_down(Some(0));
+    assert!(mmu.tlb_enter(&vcpu));
+    assert_eq!(mmu.tlb_load(&vcpu, PAGE, Width::B4, false), Err(Miss::Fault));
+}
+
+/// INV-TLB-2 of write permission: a store is reported, a load is none of its business.
+#[test]
+fn a_write_translation_that_outlives_its_permission_is_reported_when_it_stores() {
+    let (mmu, vcpu) = world(TlbKind::Sticky);
+    assert_eq!(store(&mmu, &vcpu, PAGE, 1), Ok(()));
+    let PageState::Resident(mfn) = mmu.p2m().lookup(Gfn(3)) else { panic!("the page has a frame") };
+    let bucket = mmu.buckets().lock(Gfn(3));
+    assert!(mmu.write_protect(&bucket, Gfn(3), mfn), "a flush is owed, and forgotten here");
+    drop(bucket);
+    assert_eq!(mmu.tlb_load(&vcpu, PAGE, Width::B4, false), Ok(1));
+    let stored = mmu.tlb_store(&vcpu, PAGE, Width::B4, 2, false);
+    let Err(Miss::Incoherent(violation)) = stored else { panic!("stored: {stored:?}") };
+    assert!(violation.to_string().contains("write permission"), "{violation}");
+}
+
+#[test]
+fn code_is_stale_once_its_frame_is_stored_to_by_whoever() {
+    let (mmu, vcpu) = world(TlbKind::Sized);
+    assert_eq!(store(&mmu, &vcpu, PAGE, 0x90), Ok(()));
+    let mark = || mmu.code_frame(&vcpu, PAGE, false).expect("mapped");
+    let first = mark();
+    assert_eq!(mark(), first, "marked once");
+    assert_eq!(mmu.code_generation(first.mfn), first.generation);
+    assert_eq!(mmu.tlb_store(&vcpu, Gva(PAGE.0 + 100), Width::B1, 0, false), Ok(()));
+    assert_eq!(mmu.code_generation(first.mfn), 0);
+    let second = mark();
+    assert_ne!(second.generation, first.generation);
+    mmu.write_bytes(vcpu.window(), Gfn(3).at(8), &[1]).expect("memory");
+    assert_eq!(mmu.code_generation(second.mfn), 0, "by a device");
+}
