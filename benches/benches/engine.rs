@@ -43,15 +43,7 @@ struct TlbBus {
 impl TlbBus {
     /// Linear addresses are guest-physical ones, by tables.
     fn new(code: &[u8]) -> TlbBus {
-        let config = Config {
-            guest_pages: GUEST_PAGES,
-            low_pages: 0,
-            reserved_frames: 0,
-            shadow_pages_max: 64,
-            roots_max: 8,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(GUEST_PAGES) };
         let mmu = Mmu::new(Machine::anonymous(GUEST_PAGES + 256), config, Box::new(NoVcpus));
         let window = LocalStack::new(Context::Host);
         let put =

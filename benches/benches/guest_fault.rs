@@ -72,15 +72,7 @@ fn main() {
 
 impl Guest {
     fn new(host: &Host) -> Guest {
-        let config = Config {
-            guest_pages: GUEST_PAGES,
-            low_pages: 0,
-            reserved_frames: 0,
-            shadow_pages_max: 256,
-            roots_max: 16,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { shadow_pages_max: 256, roots_max: 16, ..Config::of_pages(GUEST_PAGES) };
         let firmware = KvmVm::firmware_frames(1).expect("one vCPU");
         let frames = firmware + u64::from(GUEST_PAGES + config.table_frames_max());
         let pool = Arc::new(Pool::new(frames).expect("a pool"));

@@ -64,13 +64,11 @@ fn world(vcpus: u32) -> Mmu {
 
 fn world_in(machine: Machine, vcpus: u32) -> Mmu {
     let config = Config {
-        guest_pages: GUEST_PAGES,
-        low_pages: 0,
         reserved_frames: 1,
         shadow_pages_max: 1024,
         roots_max: 64,
-        firmware_entry: 0,
         vcpus,
+        ..Config::of_pages(GUEST_PAGES)
     };
     Mmu::new(machine, config, Box::new(NoVcpus))
 }

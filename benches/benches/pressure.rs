@@ -211,15 +211,8 @@ fn idle(umbra: &Path) {
 fn metadata() {
     const PAGES: u32 = 16 << 10;
     const TABLE_ENTRIES: u32 = 1024;
-    let config = Config {
-        guest_pages: PAGES,
-        low_pages: 0,
-        reserved_frames: 1,
-        shadow_pages_max: 256,
-        roots_max: 16,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config =
+        Config { reserved_frames: 1, shadow_pages_max: 256, roots_max: 16, ..Config::of_pages(PAGES) };
     let own = || status_of("self", "RssAnon").unwrap_or(0);
     let pool = Pool::new(u64::from(PAGES + 1 + config.table_frames_max())).expect("a pool");
     let machine = Machine::new(pool.region());

@@ -45,15 +45,7 @@ const BLOCK: u32 = 64;
 const GDT: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const PAGE_FAULT: u8 = 14;
 
-const CONFIG: Config = Config {
-    guest_pages: GUEST_PAGES,
-    low_pages: 0,
-    reserved_frames: 0,
-    shadow_pages_max: 256,
-    roots_max: 16,
-    firmware_entry: 0,
-    vcpus: 1,
-};
+const CONFIG: Config = Config { shadow_pages_max: 256, roots_max: 16, ..Config::of_pages(GUEST_PAGES) };
 
 fn main() {
     let effort = Effort { batches: Effort::from_args().batches.clamp(3, 60) };

@@ -145,15 +145,7 @@ struct Twin {
 
 impl Twin {
     fn new(program: &Program, start: &Start) -> Twin {
-        let config = Config {
-            guest_pages: GUEST_PAGES,
-            low_pages: 0,
-            reserved_frames: 0,
-            shadow_pages_max: 0,
-            roots_max: 0,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config::of_pages(GUEST_PAGES);
         // The limits are raised to the least that works; ask an MMU what that is.
         let least = Mmu::new(Machine::anonymous(4), config, Box::new(NoVcpus)).config().table_frames_max();
         let spare = program.spare.map_or(AMPLE, |spare| 4 + u32::from(spare) % AMPLE);

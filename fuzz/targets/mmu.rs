@@ -117,15 +117,7 @@ struct Guest {
 impl Guest {
     /// With `spare` frames more than the tables may take; below [`GUEST_PAGES`] the guest runs out.
     fn new(spare: u32) -> Guest {
-        let config = Config {
-            guest_pages: GUEST_PAGES,
-            low_pages: 0,
-            reserved_frames: RESERVED_FRAMES,
-            shadow_pages_max: 0,
-            roots_max: 0,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { reserved_frames: RESERVED_FRAMES, ..Config::of_pages(GUEST_PAGES) };
         // The limits are raised to the least that works; ask an MMU what that is.
         let least = Mmu::new(Machine::anonymous(4), config, Box::new(NoVcpus)).config().table_frames_max();
         let machine = Machine::anonymous(RESERVED_FRAMES + least + spare);

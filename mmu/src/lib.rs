@@ -119,6 +119,20 @@ pub struct Config {
 }
 
 impl Config {
+    /// A machine with so many pages of guest memory, one vCPU, and otherwise as little as can be: no low memory, no firmware, the
+    /// fewest shadow pages and roots.
+    pub const fn of_pages(guest_pages: u32) -> Config {
+        Config {
+            guest_pages,
+            low_pages: 0,
+            reserved_frames: 0,
+            shadow_pages_max: 0,
+            roots_max: 0,
+            firmware_entry: 0,
+            vcpus: 1,
+        }
+    }
+
     /// Frames that shadow tables may take at most, roots included.
     pub fn table_frames_max(&self) -> u32 {
         self.shadow_pages_max + 2 * self.roots_max

@@ -9,15 +9,7 @@ use crate::{Config, Context, LocalStack, Machine};
 const PAGES: u32 = 600;
 
 fn mmu(slots: u32) -> Mmu {
-    let config = Config {
-        guest_pages: PAGES,
-        low_pages: 8,
-        reserved_frames: 0,
-        shadow_pages_max: 64,
-        roots_max: 4,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config = Config { low_pages: 8, shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(PAGES) };
     let mmu = Mmu::new(Machine::anonymous(1200), config, Box::new(NoVcpus));
     mmu.with_swap(Box::new(MemorySwap::new(PAGES))).with_window_slots(slots)
 }

@@ -9,15 +9,7 @@ const PAGE: Gva = Gva(0x3000);
 
 /// A guest without paging: linear addresses are physical ones.
 fn world(kind: TlbKind) -> (Mmu, Vcpu) {
-    let config = Config {
-        guest_pages: 64,
-        low_pages: 0,
-        reserved_frames: 0,
-        shadow_pages_max: 64,
-        roots_max: 8,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(64) };
     let mmu = Mmu::new(Machine::anonymous(256), config, Box::new(NoVcpus));
     let vcpu = mmu.soft_vcpu(0, kind);
     (mmu, vcpu)

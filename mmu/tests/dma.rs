@@ -25,15 +25,8 @@ pub const LOW_PAGES: u32 = 8;
 const SWAP: u32 = 2 * PAGES;
 
 pub fn mmu(slots: u32) -> Mmu {
-    let config = Config {
-        guest_pages: PAGES,
-        low_pages: LOW_PAGES,
-        reserved_frames: 0,
-        shadow_pages_max: 64,
-        roots_max: 4,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config =
+        Config { low_pages: LOW_PAGES, shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(PAGES) };
     let mmu = Mmu::new(Machine::anonymous(1200), config, Box::new(NoVcpus));
     mmu.with_swap(Box::new(MemorySwap::new(SWAP))).with_window_slots(slots)
 }

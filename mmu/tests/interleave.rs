@@ -115,15 +115,7 @@ fn run_device(mmu: &Mmu, word: u64, pages: [u64; 3]) {
 }
 
 fn live_devices() {
-    let config = umbra_mmu::Config {
-        guest_pages: 16,
-        low_pages: 0,
-        reserved_frames: 0,
-        shadow_pages_max: 0,
-        roots_max: 0,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config = umbra_mmu::Config::of_pages(16);
     let mmu = Mmu::new(Machine::anonymous(320), config, Box::new(NoVcpus));
     let mmu = Arc::new(mmu.with_swap(Box::new(MemorySwap::new(32))).with_window_slots(4));
     let devices = [[1, 2, 3], [3, 2, 1], [4, 3, 5]].into_iter().zip(0..).map(|(pages, word)| {

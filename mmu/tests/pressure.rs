@@ -74,15 +74,8 @@ impl SwapDevice for Failing {
 }
 
 fn mmu(swap: Box<dyn SwapDevice>, shootdown: Box<dyn Shootdown>) -> Mmu {
-    let config = Config {
-        guest_pages: PAGES,
-        low_pages: LOW_PAGES,
-        reserved_frames: 0,
-        shadow_pages_max: 64,
-        roots_max: 4,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config =
+        Config { low_pages: LOW_PAGES, shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(PAGES) };
     Mmu::new(Machine::anonymous(2000), config, shootdown).with_swap(swap)
 }
 

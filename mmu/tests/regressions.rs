@@ -162,13 +162,10 @@ fn a_page_that_is_global_no_more_goes_with_a_cr3_load() {
 fn a_table_whose_slot_becomes_its_directory_is_not_linked_to_itself() {
     let (reserved, guest_pages, root, shadow) = (8, 4, 2, 1);
     let config = Config {
-        low_pages: 0,
-        guest_pages,
         reserved_frames: reserved,
         shadow_pages_max: 64,
         roots_max: 8,
-        firmware_entry: 0,
-        vcpus: 1,
+        ..Config::of_pages(guest_pages)
     };
     let frames = reserved + guest_pages + root + shadow;
     let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
@@ -186,15 +183,7 @@ fn a_table_whose_slot_becomes_its_directory_is_not_linked_to_itself() {
 /// tables of the shadow are there and a fault in them could be had without.
 #[test]
 fn a_fault_sets_a_of_the_directory_entry_that_it_is_behind() {
-    let config = Config {
-        low_pages: 0,
-        guest_pages: 16,
-        reserved_frames: 0,
-        shadow_pages_max: 64,
-        roots_max: 8,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(16) };
     let mmu = Mmu::new(Machine::anonymous(64), config, Box::new(NoVcpus));
     let stack = LocalStack::new(Context::Host);
     let store = |at: u64, entry: u64| mmu.store(&stack, Gpa(at), Width::B4, entry).expect("memory");

@@ -21,15 +21,7 @@ struct Guest {
 
 impl Guest {
     fn new() -> Guest {
-        let config = Config {
-            guest_pages: 64,
-            low_pages: 0,
-            reserved_frames: 1,
-            shadow_pages_max: 0,
-            roots_max: 0,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { reserved_frames: 1, ..Config::of_pages(64) };
         let mmu = Mmu::new(Machine::anonymous(400), config, Box::new(NoVcpus))
             .with_swap(Box::new(MemorySwap::new(64)));
         let mut guest = Guest { vcpu: mmu.vcpu(0), mmu };

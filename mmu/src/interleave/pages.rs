@@ -47,15 +47,7 @@ struct World {
 
 /// The page is in memory, and its first byte is 1.
 fn world() -> Arc<World> {
-    let config = Config {
-        guest_pages: 2,
-        low_pages: 0,
-        reserved_frames: 0,
-        shadow_pages_max: 0,
-        roots_max: 0,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config = Config::of_pages(2);
     let mmu = Mmu::new(Machine::anonymous(8), config, Box::new(NoVcpus));
     let mmu = mmu.with_swap(Box::new(MemorySwap::new(2))).with_window_slots(1);
     mmu.write_bytes(&LocalStack::new(Context::Host), PAGE.at(0), &[1]).expect("memory");

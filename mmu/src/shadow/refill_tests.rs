@@ -27,15 +27,7 @@ struct Guest {
 impl Guest {
     /// With PAE paging, in all of whose tables the page [`KEPT`] has been used by both privileges.
     fn new() -> Guest {
-        let config = Config {
-            guest_pages: 64,
-            low_pages: 0,
-            reserved_frames: 0,
-            shadow_pages_max: 64,
-            roots_max: 8,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(64) };
         let mmu = Mmu::new(Machine::anonymous(256), config, Box::new(NoVcpus));
         let vcpu = mmu.soft_vcpu(0, TlbKind::Sized);
         let mut guest = Guest { mmu, vcpu };

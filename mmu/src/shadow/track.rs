@@ -350,15 +350,7 @@ mod tests {
 
     #[test]
     fn a_table_that_becomes_unsync_while_it_is_tracked_again_is_listed_once() {
-        let config = Config {
-            low_pages: 0,
-            guest_pages: 4,
-            reserved_frames: 0,
-            shadow_pages_max: 64,
-            roots_max: 4,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(4) };
         let mmu = Mmu::new(Machine::anonymous(16), config, Box::new(NoVcpus));
         let (vcpu, gfn) = (mmu.vcpu(0), Gfn(1));
         let PageState::Resident(mfn) = mmu.resident(gfn) else { panic!("there are frames") };

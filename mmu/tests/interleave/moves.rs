@@ -38,15 +38,7 @@ const ROUNDS: u64 = 8;
 
 /// A guest of a few pages with paging off. Swap has no room.
 fn mmu(shootdown: Box<dyn Shootdown>) -> Mmu {
-    let config = Config {
-        guest_pages: PAGES,
-        low_pages: 0,
-        reserved_frames: 0,
-        shadow_pages_max: 64,
-        roots_max: 4,
-        firmware_entry: 0,
-        vcpus: 1,
-    };
+    let config = Config { shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(PAGES) };
     Mmu::new(Machine::anonymous(32), config, shootdown)
 }
 

@@ -103,13 +103,11 @@ impl Guest {
         let frames = RESERVED + LOW_PAGES + 2 * ROOTS + shadow_frames;
         let machine = Arc::new(MmapRegion::new(frames as usize * 4096).expect("memory"));
         let config = Config {
-            guest_pages: 64,
-            low_pages: 0,
             reserved_frames: RESERVED,
             shadow_pages_max: 64,
             roots_max: ROOTS,
-            firmware_entry: 0,
             vcpus: 2,
+            ..Config::of_pages(64)
         };
         let kicks: Arc<[AtomicBool; 2]> = Arc::default();
         let shootdown = Box::new(Kick { flags: kicks.clone() });

@@ -150,13 +150,11 @@ impl World {
         let machine =
             Arc::new(MmapRegion::new(sizes.machine_frames as usize * 4096).expect("memory for a test"));
         let config = Config {
-            guest_pages: sizes.guest_pages,
-            low_pages: 0,
             reserved_frames: 2,
             shadow_pages_max: sizes.shadow_pages_max,
             roots_max: 8,
-            firmware_entry: 0,
             vcpus: sizes.vcpus,
+            ..Config::of_pages(sizes.guest_pages)
         };
         let inside: Arc<[AtomicBool]> = (0..sizes.vcpus).map(|_| AtomicBool::new(false)).collect();
         let kick = Kick { mmu: Arc::default(), inside: inside.clone() };

@@ -159,13 +159,11 @@ mod tests {
     fn world() -> (Pool, Mmu) {
         let pool = Pool::mapped(1024, FIRMWARE, TABLES).expect("a pool");
         let config = Config {
-            guest_pages: 256,
             low_pages: 16,
             reserved_frames: FIRMWARE as u32,
             shadow_pages_max: 64,
             roots_max: 4,
-            firmware_entry: 0,
-            vcpus: 1,
+            ..Config::of_pages(256)
         };
         let views = pool.views().expect("mapped");
         let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(NoVcpus)).with_views(views);

@@ -29,15 +29,7 @@ impl Rig {
         let memory = MemoryMap::new(2 << 20).expect("a map");
         let board = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
         let devices = Devices::new(Board::new(board).expect("a board"), 1).expect("a timer");
-        let config = Config {
-            guest_pages: PAGES,
-            low_pages: 0,
-            reserved_frames: 0,
-            shadow_pages_max: 64,
-            roots_max: 8,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(PAGES) };
         let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
         let vcpu = match tlb {
             Some(kind) => mmu.soft_vcpu(0, kind),

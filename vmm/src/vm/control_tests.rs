@@ -66,15 +66,7 @@ impl Rig {
     fn vcpu(&self) -> JoinHandle<()> {
         let (ending, requests) = (self.ending.clone(), Arc::clone(&self.requests));
         thread::spawn(move || {
-            let config = Config {
-                guest_pages: 16,
-                low_pages: 0,
-                reserved_frames: 0,
-                shadow_pages_max: 64,
-                roots_max: 8,
-                firmware_entry: 0,
-                vcpus: 1,
-            };
+            let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(16) };
             let mmu = Mmu::new(Machine::anonymous(256), config, Box::new(NoVcpus));
             let vcpu = mmu.vcpu(0);
             while !ending.is_set() {

@@ -87,15 +87,7 @@ mod tests {
     }
 
     fn mmu() -> Mmu {
-        let config = Config {
-            guest_pages: 500,
-            low_pages: 0,
-            reserved_frames: 0,
-            shadow_pages_max: 64,
-            roots_max: 4,
-            firmware_entry: 0,
-            vcpus: 1,
-        };
+        let config = Config { shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(500) };
         Mmu::new(Machine::anonymous(600), config, Box::new(NoVcpus)).with_swap(Box::new(Mistaken))
     }
 
