@@ -285,6 +285,13 @@ impl<B: Bus> Bus for Journal<'_, B> {
         result
     }
 
+    fn set_apic_base(&mut self, value: u64) -> bool {
+        self.count();
+        let taken = self.bus.set_apic_base(value);
+        self.effects.extend(std::iter::repeat_n(Effect::Outside, usize::from(taken)));
+        taken
+    }
+
     fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4] {
         self.count();
         self.bus.cpuid(leaf, subleaf, cpu)

@@ -132,6 +132,12 @@ pub trait Bus {
     /// CPUID with EAX = `leaf`, ECX = `subleaf`; returns EAX, EBX, ECX, EDX.
     fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4];
 
+    /// IA32_APIC_BASE becomes `value`, whose reserved bits are 0; false where the local APIC does not have that, which is a #GP.
+    fn set_apic_base(&mut self, value: u64) -> bool {
+        let _ = value;
+        true
+    }
+
     /// The time-stamp counter's source, before the CPU's own offset.
     fn tsc(&mut self) -> u64;
 

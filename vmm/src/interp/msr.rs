@@ -1,7 +1,7 @@
 //! RDMSR and WRMSR: the few registers that this CPU has; any other is a #GP.
 //!
 //! Limits: there are no MTRRs (MTRRcap is zero) and no x2APIC; IA32_MISC_ENABLE has its fast-string bit only.
-//! APIC_BASE can be moved within 36 bits; whether the board's LAPIC follows is the bus's business.
+//! APIC_BASE can be moved within 36 bits where the bus has a local APIC that follows.
 //!
 //! See: Intel SDM vol. 4.
 
@@ -51,7 +51,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let value = u64::from(self.cpu.gpr[EDX]) << 32 | u64::from(self.cpu.gpr[EAX]);
         let legal = match self.cpu.gpr[ECX] {
             IA32_TIME_STAMP_COUNTER => true,
-            IA32_APIC_BASE => value & !APIC_BASE_BITS == 0,
+            IA32_APIC_BASE => value & !APIC_BASE_BITS == 0 && self.bus.set_apic_base(value),
             IA32_MISC_ENABLE => value & !MISC_ENABLE_BITS == 0,
             IA32_PAT => is_pat(value),
             IA32_MTRR_DEF_TYPE => value == 0,

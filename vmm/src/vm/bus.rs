@@ -530,6 +530,10 @@ impl Bus for GuestBus<'_> {
         }
     }
 
+    fn set_apic_base(&mut self, value: u64) -> bool {
+        self.board(|board, _, id| board.set_apic_base(id, value)).is_ok()
+    }
+
     fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4] {
         let model = CpuModel { vcpus: self.mmu.config().vcpus as u8, smap: false };
         model.cpuid(leaf, subleaf, self.vcpu.id() as u8, cpu)

@@ -124,6 +124,21 @@ fn an_access_at_the_end_of_the_address_space_wraps_to_page_zero() {
 }
 
 #[test]
+fn a_local_apic_that_is_switched_off_is_gone_and_it_cannot_be_moved() {
+    const VERSION: Gva = Gva(0xfee0_0030);
+    let mut rig = Rig::new(None);
+    let mut version = |base| {
+        let mut bus = rig.bus();
+        (bus.set_apic_base(base), bus.read(VERSION, Width::B4, READ).expect("no fault"))
+    };
+    let on = version(0xfee0_0900);
+    assert!(on.0 && on.1 != 0xffff_ffff, "{on:x?}");
+    assert_eq!(version(0xfee0_0100), (true, 0xffff_ffff), "nobody answers");
+    assert_eq!(version(0xfed0_0900), (false, 0xffff_ffff), "another address");
+    assert_eq!(version(0xfee0_0900), on);
+}
+
+#[test]
 fn what_no_memory_and_no_device_answers_reads_as_ones() {
     for tlb in TLBS {
         let mut rig = Rig::new(tlb);
