@@ -4,16 +4,17 @@
 //! soaks for so many seeds, each for so long.
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
 use serde_json::Value;
 
-use super::umbra::{SOFT, SOFT_STICKY, Way, expect_sentence, file_of, status, ways};
+use super::umbra::{SOFT, SOFT_STICKY, Way, expect_sentence, file_of, judge, program, status, ways};
 use crate::ensure;
 use crate::support::host::Need;
 use crate::support::noise::Noise;
-use crate::support::process::{End, Outcome};
+use crate::support::process::{self, End, Outcome};
 use crate::support::{Verdict, case};
 
 /// A guest under pressure: what it does, and what it has.
@@ -60,6 +61,7 @@ pub fn cases() -> Vec<Trial> {
         case("swap_in_a_file_leaves_nothing_behind", &[], swap_file),
         case("every_swap_operation_that_fails_is_a_clear_stop", &[], failing_swap),
         case("swap_that_is_full_is_a_clear_stop", &[], full_swap),
+        case("disk_of_the_swap_file_that_is_full_is_a_clear_stop", &[Need::Root], full_disk),
         case("budgets_that_cannot_be_are_refused_before_the_run", &[], refused),
         case("mapped_windows_that_the_host_has_no_room_for_are_refused", &[], too_many_mappings),
     ];
@@ -194,6 +196,20 @@ fn full_swap() -> Verdict {
     let (run, _) = run(SOFT, "workload=kmap scale=2000", &["--frames", "6M", "--low", "1M", "--swap", "1M"])?;
     ensure!(run.end == status::FAILURE, "expected {:?}:\n{run}", status::FAILURE);
     ensure!(run.stderr.contains("swap has 0 of 256 slots free"), "the reason is not said:\n{run}");
+    Ok(())
+}
+
+/// The file is sparse: that the disk has no room for it shows when a page is written, in part or not at all.
+fn full_disk() -> Verdict {
+    let mut command = Command::new("unshare");
+    let script = r#"mount -t tmpfs -o size=1m none /mnt && exec "$0" run --backend soft --frames 6M --low 1M \
+        --swap /mnt/swap --append 'workload=kmap scale=2000'"#;
+    command.args(["--mount", "sh", "-c", script]).arg(program()).stdin(Stdio::null());
+    let run = judge(process::run(&mut command, Duration::from_secs(80))?)?;
+    ensure!(run.end == status::FAILURE, "expected {:?}:\n{run}", status::FAILURE);
+    let said = run.stderr.contains("swap: writing") && run.stderr.contains("os error 28");
+    ensure!(said, "the reason is not said:\n{run}");
+    ensure!(!run.lines().join("\n").contains("verdict="), "the guest ran on:\n{run}");
     Ok(())
 }
 
