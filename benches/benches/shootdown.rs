@@ -283,9 +283,7 @@ fn run_on_kvm(mmu: &Mmu, mut kvm: KvmVcpu, stop: &AtomicBool) {
 }
 
 fn fix(mmu: &Mmu, vcpu: &Vcpu, gva: Gva, access: Access) {
-    match mmu.fault(vcpu, gva, access) {
-        Outcome::Gate(gfn) => mmu.wait_at_gate(vcpu, gfn),
-        Outcome::Need(gfn) => mmu.bring_in(Some(0), gfn).expect("frames are plenty"),
+    match mmu.fault_sleeping(vcpu, gva, access).expect("frames are plenty") {
         Outcome::Fixed | Outcome::Spurious | Outcome::Again => {}
         outcome => panic!("{outcome:?} at {gva}"),
     }

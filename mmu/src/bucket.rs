@@ -19,7 +19,7 @@
 //! bucket(gfn). INV-GATE-1, while a gate is closed no spte of its gfns is made.
 //!
 //! Whoever meets a closed gate sleeps at it ([`Buckets::wait`]). A fill that has met it too often in a row says so
-//! ([`Buckets::starve`]): who can do without the page then leaves it alone, and who cannot waits for that fill first.
+//! ([`Buckets::starve`]): who can do without the page then leaves it alone, and who cannot waits a while for that fill first.
 //!
 //! Limits: several gfns share a bucket and its gate when there are more than [`BUCKETS_MAX`] of them: a closed
 //! gate then makes a neighbour wait, which costs time and never correctness.
@@ -61,8 +61,15 @@ struct Bucket {
     /// Closings that were not opened yet, in the low bits; above them the sequence when it was last opened. While it is
     /// closed, the latter is no matter.
     gate: AtomicU64,
-    /// Fills that have met the gate closed too often.
-    starving: AtomicU32,
+}
+
+/// Who asks that a page be left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A fill of this vCPU, which has met a gate closed too often. It asks for that gate, whose page ever it is closed for.
+    Fill(u32),
+    /// Whoever has the turn ([`crate::pool`]): for pages, and their neighbours are no matter.
+    Turn,
 }
 
 /// The part of a gate that counts closings: each thread has a few batches' worth at most.
@@ -75,6 +82,9 @@ pub struct Buckets {
     buckets: Box<[Bucket]>,
     mask: u32,
     sequence: AtomicU64,
+    /// What is asked for, and how much that is.
+    asked: Lock<Vec<(Asker, Gfn)>>,
+    asking: AtomicU32,
     /// Calls of [`Buckets::close_all`] that were not followed by their [`Buckets::open_all`] yet.
     closings: AtomicU32,
     /// Threads that sleep at a gate, or are about to.
@@ -96,15 +106,13 @@ impl Buckets {
     /// Buckets for a guest of `pages` pages: one for sixteen, whose links take two lines of a cache.
     pub fn new(pages: u32) -> Buckets {
         let count = (pages / 16).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
-        let bucket = |_| Bucket {
-            links: Lock::new(lock_order::BUCKET, Vec::new()),
-            gate: AtomicU64::new(0),
-            starving: AtomicU32::new(0),
-        };
+        let bucket = |_| Bucket { links: Lock::new(lock_order::BUCKET, Vec::new()), gate: AtomicU64::new(0) };
         Buckets {
             buckets: (0..count).map(bucket).collect(),
             mask: count - 1,
             sequence: AtomicU64::new(1),
+            asked: Lock::new(lock_order::ASKED, Vec::new()),
+            asking: AtomicU32::new(0),
             closings: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             sleepers: Monitor::new(lock_order::SLEEPERS, ()),
@@ -178,20 +186,37 @@ impl Buckets {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// A fill asks to be let through: its gate will not be closed again before it says [`Buckets::fed`].
-    pub fn starve(&self, gfn: Gfn) {
-        self.bucket(gfn).starving.fetch_add(1, Ordering::SeqCst);
+    /// Asks that `gfn` be left alone until [`Buckets::fed`]: by all who can do without it, and for a while by all others.
+    pub fn starve(&self, asker: Asker, gfn: Gfn) {
+        let mut asked = self.asked.lock();
+        asked.push((asker, gfn));
+        self.asking.store(asked.len() as u32, Ordering::SeqCst);
     }
 
-    /// The fill is through, or has given up.
-    pub fn fed(&self, gfn: Gfn) {
-        let before = self.bucket(gfn).starving.fetch_sub(1, Ordering::SeqCst);
-        debug_assert!(before > 0, "INV-GATE-3: {gfn}'s fill fed more often than it starved");
+    /// It does not ask for `gfn` any more.
+    pub fn fed(&self, asker: Asker, gfn: Gfn) {
+        let mut asked = self.asked.lock();
+        let at = asked.iter().position(|one| *one == (asker, gfn));
+        debug_assert!(at.is_some(), "INV-GATE-3: {asker:?} did not ask for {gfn}");
+        at.map(|at| asked.swap_remove(at));
+        self.asking.store(asked.len() as u32, Ordering::SeqCst);
     }
 
-    /// True while a fill has asked to be let through.
+    /// True while somebody asks that `gfn` be left alone.
     pub fn is_starving(&self, gfn: Gfn) -> bool {
-        self.bucket(gfn).starving.load(Ordering::SeqCst) > 0
+        self.is_starving_beside(None, gfn)
+    }
+
+    /// The same, of anybody but the vCPU `own`.
+    pub(crate) fn is_starving_beside(&self, own: Option<u32>, gfn: Gfn) -> bool {
+        if self.asking.load(Ordering::SeqCst) == 0 {
+            return false;
+        }
+        let asks = |(asker, other): &(Asker, Gfn)| match *asker {
+            Asker::Fill(vcpu) => own != Some(vcpu) && self.place(*other) == self.place(gfn),
+            Asker::Turn => *other == gfn,
+        };
+        self.asked.lock().iter().any(asks)
     }
 
     /// True while an invalidation of `gfn` (or of a gfn that shares its bucket) is under way.
@@ -213,9 +238,14 @@ impl Buckets {
 
     #[inline]
     fn bucket(&self, gfn: Gfn) -> &Bucket {
+        &self.buckets[self.place(gfn)]
+    }
+
+    #[inline]
+    fn place(&self, gfn: Gfn) -> usize {
         // Neighbours stay neighbours; frames that are a power of two apart do not meet in one bucket.
         let mixed = gfn.0 ^ (gfn.0 >> 12).wrapping_mul(0x9e5);
-        &self.buckets[(mixed & self.mask) as usize]
+        (mixed & self.mask) as usize
     }
 }
 

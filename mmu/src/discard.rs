@@ -10,7 +10,7 @@ use std::ops::Range;
 use crate::Mmu;
 use crate::addr::Gfn;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
-use crate::invalidation::{BATCH_MAX, May, Settled, Settling, WouldBlock};
+use crate::invalidation::{BATCH_MAX, Caller, May, Settled, Settling, WouldBlock};
 use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::sync::thread;
@@ -57,12 +57,12 @@ impl Mmu {
         may: May,
     ) -> Result<(), NotDiscarded> {
         let end = pages.end.min(self.p2m.pages());
-        let mut first = pages.start;
+        let (mut first, mut caller) = (pages.start, Caller::new(own, may));
         while first < end {
             let last = end.min(first + BATCH_MAX as u32);
             let mut left: Vec<Gfn> = (first..last).map(Gfn).collect();
             for _ in 0..ROUNDS_MAX {
-                let done = self.discard_batch(own, &left, what, may)?;
+                let done = self.discard_batch(&left, what, &mut caller)?;
                 // A page that was touched again after it was discarded has been all the same.
                 left.retain(|gfn| done.binary_search(gfn).is_err() && !self.is_discarded(*gfn, what));
                 if left.is_empty() || may == May::NotSleep {
@@ -86,19 +86,18 @@ impl Mmu {
     /// Discards what can be had of `gfns`, which are in order; returns those that had a frame.
     fn discard_batch(
         &self,
-        own: Option<u32>,
         gfns: &[Gfn],
         what: Discard,
-        may: May,
+        caller: &mut Caller,
     ) -> Result<Vec<Gfn>, WouldBlock> {
         let (cause, settled) = match what {
             Discard::Zero => (Cause::Discard, Settled::Zero),
             Discard::Balloon => (Cause::Balloon, Settled::Ballooned),
         };
-        if may == May::Sleep {
+        if caller.may_sleep() {
             gfns.iter().filter(|gfn| self.is_table(**gfn)).for_each(|gfn| self.unshadow(*gfn));
         }
-        let mut settling = self.begin(cause, gfns).unmap(own, may)?.shoot_down(own, may)?;
+        let mut settling = self.begin(cause, gfns, caller)?.unmap()?.shoot_down()?;
         let mut done = Vec::with_capacity(gfns.len());
         settling.settle(|page| {
             done.push(page.gfn);

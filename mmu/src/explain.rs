@@ -131,6 +131,10 @@ impl Mmu {
         let Some(slot) = self.find_table(root, t.gva) else {
             return format!("{who} root: no shadow table for this address yet");
         };
+        let page = self.pages.lock(slot, false);
+        if page.key.is_none() {
+            return format!("{who} root: its shadow table for this address has just been taken away");
+        }
         let spte = self.spte(self.pages.mfn(slot).at(l1_index(t.gva) * 8));
         let reason = match (spte.is_present(), spte.is_writable()) {
             (false, _) => "nobody has touched it since it was last removed",

@@ -6,14 +6,18 @@
 use crate::Mmu;
 use crate::access::{Access, AccessKind, PageFault};
 use crate::addr::{Gfn, Gpa, Gva};
+use crate::bucket::Asker;
 use crate::events::Event;
 use crate::lock_order;
+use crate::reclaim::Shortage;
 use crate::shadow::leaf::Mapped;
 use crate::vcpu::{Ask, Hunger, Vcpu};
 use crate::walk::{Refusal, Touch};
 
-/// How often in a row a vCPU meets the closed gate of one page before it asks to be let through. An access to a range that is
-/// invalidated all the time so ends within one round more than this: the page stays until guest code has run with it.
+/// How often in a row a vCPU meets the closed gate of one page before it asks to be let through. A fault in a range that is
+/// invalidated all the time so ends within one round more than this, and the page stays until guest code has run with it. A
+/// vCPU asks for one page at a time: an instruction that needs several of such a range has that promise for each, and none
+/// for all together.
 pub const GATE_PATIENCE: u32 = 4;
 /// Races a fault may lose before it goes back to the guest to fault again. Each loss is another's progress.
 pub const RACES_MAX: u32 = 16;
@@ -53,6 +57,22 @@ impl Mmu {
             _ => self.pass_gate(vcpu),
         }
         outcome
+    }
+
+    /// [`Mmu::fault`], and then sleep for what it asks for: the outcome is never [`Outcome::Gate`] nor [`Outcome::Need`] but
+    /// [`Outcome::Again`]. All of it is one stay outside the guest: a vCPU that went in between would seem to have had
+    /// something else to do than the page.
+    ///
+    /// # Errors
+    ///
+    /// When a page cannot be brought in.
+    pub fn fault_sleeping(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Outcome, Shortage> {
+        match self.fault(vcpu, gva, access) {
+            Outcome::Gate(gfn) => self.wait_at_gate(vcpu, gfn),
+            Outcome::Need(gfn) => self.bring_in(Some(vcpu.id), gfn)?,
+            outcome => return Ok(outcome),
+        }
+        Ok(Outcome::Again)
     }
 
     fn try_fault(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Outcome {
@@ -108,30 +128,28 @@ impl Mmu {
     fn meet_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
         let last = vcpu.hunger.get();
         let again = last.gfn == gfn && last.runs < Hunger::ELSEWHERE;
-        if !again {
-            self.feed(vcpu);
-        }
         let met = if again { last.met + 1 } else { 1 };
         let ask = if met < GATE_PATIENCE { Ask::Not } else { Ask::Asked };
-        if ask == Ask::Asked && vcpu.hunger.get().ask == Ask::Not {
-            self.buckets.starve(gfn);
-        }
-        vcpu.hunger.set(Hunger { gfn, met, runs: 0, ask });
+        self.set_hunger(vcpu, Hunger { gfn, met, runs: 0, ask });
     }
 
     /// The fault is dealt with.
     #[inline]
-    pub(crate) fn pass_gate(&self, vcpu: &Vcpu) {
+    fn pass_gate(&self, vcpu: &Vcpu) {
         let last = vcpu.hunger.get();
         if last.met > 0 {
             let ask = if last.ask == Ask::Not { Ask::Not } else { Ask::Filled };
-            let met = if last.runs < Hunger::ELSEWHERE { last.met } else { 0 };
-            vcpu.hunger.set(Hunger { met, runs: 0, ask, ..last });
+            let elsewhere = last.runs == Hunger::ELSEWHERE;
+            self.set_hunger(
+                vcpu,
+                if elsewhere { Hunger::default() } else { Hunger { runs: 0, ask, ..last } },
+            );
         }
     }
 
     /// Into the guest: marks the vCPU as inside, and says whether it owes a flush, which the caller makes before guest code
-    /// runs.
+    /// runs. Never sleeps, takes no lock. Each call counts as a chance for guest code to run with what was filled: one that is
+    /// followed by [`Mmu::leave`] with nothing run in between makes a starving vCPU stop asking for its page too early.
     #[inline]
     pub fn enter(&self, vcpu: &Vcpu) -> bool {
         let last = vcpu.hunger.get();
@@ -141,7 +159,8 @@ impl Mmu {
         self.coherence.enter_guest(vcpu.id)
     }
 
-    /// Out of the guest, or when it was not entered after all.
+    /// Out of the guest, or when it was not entered after all. Never sleeps; takes [`lock_order::ASKED`] where the vCPU has
+    /// asked for a page.
     #[inline]
     pub fn leave(&self, vcpu: &Vcpu) {
         let last = vcpu.hunger.get();
@@ -149,18 +168,18 @@ impl Mmu {
         if last.ask == Ask::Filled && last.runs > 0
             || last.ask == Ask::Asked && last.runs == Hunger::ELSEWHERE
         {
-            self.feed(vcpu);
+            self.set_hunger(vcpu, Hunger { ask: Ask::Not, ..last });
         }
         self.coherence.leave_guest(vcpu.id);
     }
 
-    /// The vCPU does not ask any more.
-    #[cold]
-    fn feed(&self, vcpu: &Vcpu) {
-        let hunger = vcpu.hunger.get();
-        if hunger.ask != Ask::Not {
-            vcpu.hunger.set(Hunger { ask: Ask::Not, ..hunger });
-            self.buckets.fed(hunger.gfn);
+    /// The only place where a vCPU begins or ceases to ask for a page.
+    fn set_hunger(&self, vcpu: &Vcpu, new: Hunger) {
+        let (before, after) = (vcpu.hunger.replace(new).asks_for(), new.asks_for());
+        if before != after {
+            let asker = Asker::Fill(vcpu.id);
+            before.into_iter().for_each(|gfn| self.buckets.fed(asker, gfn));
+            after.into_iter().for_each(|gfn| self.buckets.starve(asker, gfn));
         }
     }
 }

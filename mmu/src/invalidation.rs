@@ -48,8 +48,8 @@ use crate::sync::{Ordering, spin_until, thread};
 /// The most pages of one invalidation.
 pub const BATCH_MAX: usize = 512;
 
-/// How often the gate of a starving fill is left open before it is closed all the same: its vCPU may have stopped. A vCPU
-/// that has lost its CPU to other work has it again in a fraction of the time that these take, 200 ms.
+/// How often the gates of starving fills are left open, for one [`Caller`], before they are closed all the same: their vCPUs
+/// may have stopped. A vCPU that has lost its CPU to other work has it again in a fraction of the time that these take, 200 ms.
 const NAPS_MAX: u32 = 2000;
 /// Instead of the first of every so many of them, vCPUs are made to leave the guest.
 const NAPS_A_KICK: u32 = 8;
@@ -76,7 +76,9 @@ pub(crate) enum Settled {
 
 /// A caller that may not sleep would have had to: nothing has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a vCPU that runs guest code would have to be waited for, and the caller may not sleep")]
+#[error(
+    "a vCPU that runs guest code, or a fill that starves, would have to be waited for, and the caller may not sleep"
+)]
 pub struct WouldBlock;
 
 /// Whether a caller may wait for vCPUs.
@@ -88,9 +90,31 @@ pub enum May {
     NotSleep,
 }
 
+/// On whose behalf pages are taken, by one invalidation or several.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    /// Its vCPU, which is outside.
+    own: Option<u32>,
+    may: May,
+    /// How often it may still leave a gate open for a starving fill.
+    naps: u32,
+}
+
+impl Caller {
+    pub fn new(own: Option<u32>, may: May) -> Caller {
+        Caller { own, may, naps: NAPS_MAX }
+    }
+
+    pub fn may_sleep(&self) -> bool {
+        self.may == May::Sleep
+    }
+}
+
 /// Gates closed, pages held, time measured: what every stage has. Dropped, it undoes what is not done.
 struct Hold<'m> {
     mmu: &'m Mmu,
+    own: Option<u32>,
+    may: May,
     gates: Vec<Gfn>,
     held: Vec<Held>,
     /// Clock of the last removal of an spte to a held page.
@@ -118,20 +142,36 @@ pub(crate) struct Settling<'m> {
 }
 
 impl Mmu {
-    /// Begins the invalidation of `gfns` (at most [`BATCH_MAX`], each once).
-    pub(crate) fn begin(&self, cause: Cause, gfns: &[Gfn]) -> Closed<'_> {
+    /// Begins the invalidation of `gfns` (at most [`BATCH_MAX`], each once). A cause that can do without a page leaves it to
+    /// a fill that starves; one that must have it waits until the fill is fed, which takes one walk, a fill with the gate
+    /// open, and a stretch of guest code.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`] where it would have to wait so, and may not.
+    pub(crate) fn begin(
+        &self,
+        cause: Cause,
+        gfns: &[Gfn],
+        caller: &mut Caller,
+    ) -> Result<Closed<'_>, WouldBlock> {
         lock_order::assert_may_sleep();
         debug_assert!(gfns.len() <= BATCH_MAX, "{} pages in one invalidation", gfns.len());
         let began = self.clock.now();
         let mut gates = Vec::with_capacity(gfns.len());
         for gfn in gfns {
-            if self.stands_back(cause, *gfn) {
-                gates.push(*gfn);
+            if !cause.may_skip() {
+                self.stand_back(*gfn, caller)?;
+            } else if self.buckets.is_starving(*gfn) || self.buckets.is_closed(*gfn) {
+                continue;
             }
+            gates.push(*gfn);
         }
         self.buckets.close_all(&gates);
         let mut hold = Hold {
             mmu: self,
+            own: caller.own,
+            may: caller.may,
             held: Vec::with_capacity(gates.len()),
             record: Record::new(cause, gfns),
             gates,
@@ -140,7 +180,7 @@ impl Mmu {
             lap: began,
         };
         hold.record.gate = hold.lap();
-        Closed(hold)
+        Ok(Closed(hold))
     }
 
     /// The shootdown of an invalidation of kind [`crate::records::Kind::WriteProtect`]. Its gate is the frame's mark, set
@@ -160,23 +200,21 @@ impl Mmu {
         self.records.push(record);
     }
 
-    /// False where the page is to be left to a fill that starves; a cause that must have it waits until the fill is fed,
-    /// which takes one walk, a fill with the gate open, and a stretch of guest code.
-    fn stands_back(&self, cause: Cause, gfn: Gfn) -> bool {
-        if cause.may_skip() {
-            return !self.buckets.is_starving(gfn) && !self.buckets.is_closed(gfn);
+    /// Waits for a fill that starves, while the caller has patience.
+    fn stand_back(&self, gfn: Gfn, caller: &mut Caller) -> Result<(), WouldBlock> {
+        let is_starving = || self.buckets.is_starving_beside(caller.own, gfn);
+        if caller.may == May::NotSleep {
+            return if is_starving() { Err(WouldBlock) } else { Ok(()) };
         }
-        for nap in 1..=NAPS_MAX {
-            if spin_until(|| !self.buckets.is_starving(gfn)) {
-                break;
-            }
+        while caller.naps > 0 && !spin_until(|| !is_starving()) {
             // A vCPU that runs with the page is fed when it leaves the guest.
-            match nap % NAPS_A_KICK {
-                1 => self.coherence.kick_out(),
+            match caller.naps % NAPS_A_KICK {
+                0 => self.coherence.kick_out(),
                 _ => thread::nap(),
             }
+            caller.naps -= 1;
         }
-        true
+        Ok(())
     }
 }
 
@@ -185,10 +223,11 @@ impl<'m> Closed<'m> {
     ///
     /// # Errors
     ///
-    /// [`WouldBlock`] where the caller may not sleep and `own` is not the only vCPU that runs guest code.
-    pub fn unmap(self, own: Option<u32>, may: May) -> Result<Unmapped<'m>, WouldBlock> {
+    /// [`WouldBlock`] where the caller may not sleep and its own vCPU is not the only one that runs guest code.
+    pub fn unmap(self) -> Result<Unmapped<'m>, WouldBlock> {
         let mut hold = self.0;
-        if may == May::NotSleep && hold.mmu.coherence.is_anyone_inside(own) && hold.has_mappings() {
+        let blocked = hold.may == May::NotSleep && hold.mmu.coherence.is_anyone_inside(hold.own);
+        if blocked && hold.has_mappings() {
             return Err(WouldBlock);
         }
         let mmu = hold.mmu;
@@ -206,18 +245,18 @@ impl<'m> Closed<'m> {
 }
 
 impl<'m> Unmapped<'m> {
-    /// Returns when no vCPU can reach the pages. `own` is the caller's vCPU, which is outside.
+    /// Returns when no vCPU can reach the pages.
     ///
     /// # Errors
     ///
     /// [`WouldBlock`] where the caller may not sleep and a vCPU has not flushed: the pages are put back.
-    pub fn shoot_down(self, own: Option<u32>, may: May) -> Result<Settling<'m>, WouldBlock> {
+    pub fn shoot_down(self) -> Result<Settling<'m>, WouldBlock> {
         let mut hold = self.0;
         let ledger = &hold.mmu.coherence;
         let mut notified = false;
         if !ledger.covered(hold.stamp) {
-            match may {
-                May::Sleep => (hold.record.kicked, notified) = ledger.shoot_down_frames(own, &hold.held),
+            match hold.may {
+                May::Sleep => (hold.record.kicked, notified) = ledger.shoot_down_frames(hold.own, &hold.held),
                 May::NotSleep => {
                     ledger.request_flush_of_all();
                     if !ledger.covered(hold.stamp) {

@@ -40,6 +40,8 @@ pub const SHADOW_L1: Level = Level::new(430, "shadow page, level 1");
 pub const SHADOW_FREE: Level = Level::new(450, "shadow page free list");
 /// A bucket of the reverse map.
 pub const BUCKET: Level = Level::new(500, "bucket");
+/// Which pages somebody asks to be left alone.
+pub const ASKED: Level = Level::new(560, "pages asked for");
 /// Which frames may be reclaimed, in what order.
 pub const LRU: Level = Level::new(580, "frame lists");
 /// The frame allocator.

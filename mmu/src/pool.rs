@@ -35,6 +35,7 @@ use vm_memory::{VolatileMemoryError, VolatileSlice};
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
+use crate::bucket::Asker;
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::physical::{NotReached, Width};
@@ -333,7 +334,7 @@ impl<'m> Turn<'m> {
     pub fn wait(mmu: &'m Mmu, pages: Vec<Gfn>) -> Turn<'m> {
         assert_none_held();
         mmu.pool.wait_until(|slots| !slots.turn).turn = true;
-        pages.iter().for_each(|gfn| mmu.buckets.starve(*gfn));
+        pages.iter().for_each(|gfn| mmu.buckets.starve(Asker::Turn, *gfn));
         Turn { mmu, pages }
     }
 
@@ -354,7 +355,7 @@ impl<'m> Turn<'m> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.pages.iter().for_each(|gfn| self.mmu.buckets.fed(*gfn));
+        self.pages.iter().for_each(|gfn| self.mmu.buckets.fed(Asker::Turn, *gfn));
         let mut slots = self.mmu.pool.slots.lock();
         (slots.turn, slots.kept) = (false, 0);
         drop(slots);

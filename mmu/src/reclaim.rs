@@ -26,7 +26,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn, PAGE_SIZE};
 use crate::frames::{DIRTY, Draw, FrameKind, SHADOWED, WATCHED};
-use crate::invalidation::{Held, May, Settled, Settling};
+use crate::invalidation::{Caller, Closed, Held, May, Settled, Settling, Unmapped};
 use crate::lock_order;
 use crate::lru::List;
 use crate::machine::Machine;
@@ -286,8 +286,8 @@ impl Mmu {
         if gfns.is_empty() {
             return Ok(0);
         }
-        let unmapped = self.begin(cause, gfns).unmap(own, May::Sleep);
-        let Ok(Ok(mut settling)) = unmapped.map(|unmapped| unmapped.shoot_down(own, May::Sleep)) else {
+        let closed = self.begin(cause, gfns, &mut Caller::new(own, May::Sleep));
+        let Ok(mut settling) = closed.and_then(Closed::unmap).and_then(Unmapped::shoot_down) else {
             return Ok(0);
         };
         let counters = &self.background.counters;

@@ -505,7 +505,7 @@ impl Mmu {
 
     /// Walks the shadow as hardware would; `None` where it has no leaf.
     fn tlb_walk(&self, root: RootRef, gva: Gva) -> Option<Entry> {
-        let slot = self.find_table(root, gva)?;
+        let slot = self.slot_of(self.find_link(root, gva)?)?;
         let at = self.pages.mfn(slot).at(l1_index(gva) * 8);
         let spte = self.spte(at);
         let gfn = spte.is_present().then(|| self.frames.gfn(spte.mfn())).flatten()?;

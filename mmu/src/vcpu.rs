@@ -77,6 +77,11 @@ pub(crate) struct Hunger {
 impl Hunger {
     /// So many entries without a fault: the guest does not wait for the page.
     pub const ELSEWHERE: u32 = 2;
+
+    /// The page that it asks for.
+    pub fn asks_for(self) -> Option<Gfn> {
+        (self.ask != Ask::Not).then_some(self.gfn)
+    }
 }
 
 /// What has become of asking to be let through.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::RngExt;
-use proptest::test_runner::{RngAlgorithm, TestRng};
+use proptest::test_runner::TestRng;
 use umbra_mmu::discard::{Discard, NotDiscarded};
 use umbra_mmu::dma::{NoSession, PAGES_MAX, Refused, Session};
 use umbra_mmu::invalidation::May;
@@ -19,6 +19,8 @@ use umbra_mmu::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
+use crate::model::run::{audit, rng, seconds};
+
 /// Pages of the guest.
 pub const PAGES: u32 = 600;
 pub const LOW_PAGES: u32 = 8;
@@ -29,14 +31,6 @@ pub fn mmu(slots: u32) -> Mmu {
         Config { low_pages: LOW_PAGES, shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(PAGES) };
     let mmu = Mmu::new(Machine::anonymous(1200), config, Box::new(NoVcpus));
     mmu.with_swap(Box::new(MemorySwap::new(SWAP))).with_window_slots(slots)
-}
-
-pub fn rng(seed: u8) -> TestRng {
-    TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32])
-}
-
-pub fn seconds() -> f64 {
-    std::env::var("UMBRA_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(0.5)
 }
 
 /// Stores as the guest or the loader would, by another way than a session.
@@ -53,13 +47,6 @@ pub fn peek(mmu: &Mmu, at: u64, count: usize) -> Vec<u8> {
 pub fn page_out(mmu: &Mmu, pages: impl IntoIterator<Item = u32>) -> u32 {
     let pages: Vec<Gfn> = pages.into_iter().map(Gfn).collect();
     mmu.page_out(None, &pages).expect("swap has room")
-}
-
-pub fn audit(mmu: &Mmu) {
-    let findings = mmu.audit();
-    assert!(findings.is_empty(), "{findings:#?}");
-    let stats = mmu.window_stats();
-    assert_eq!((stats.taken, stats.waiters), (0, 0), "{stats:?}");
 }
 
 fn page(number: u32) -> GuestAddress {
@@ -375,7 +362,7 @@ fn sessions_that_want_the_same_slots_in_opposite_order_all_get_them() {
 fn a_session_whose_pages_are_taken_away_all_the_time_gets_them() {
     let mmu = mmu(64);
     let pages: Vec<u32> = (100..100 + PAGES_MAX).collect();
-    let (over, end) = (AtomicBool::new(false), Instant::now() + Duration::from_secs_f64(seconds()));
+    let (over, end) = (AtomicBool::new(false), Instant::now() + seconds(0.5));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
@@ -452,7 +439,7 @@ fn random_requests_under_pressure_do_what_they_do_to_a_flat_memory() {
 
 fn random_requests(mmu: &Mmu) -> u32 {
     let (mut flat, mut rng) = (vec![0u8; (PAGES as usize) << 12], rng(8));
-    let end = Instant::now() + Duration::from_secs_f64(seconds());
+    let end = Instant::now() + seconds(0.5);
     let mut requests = 0;
     while Instant::now() < end {
         let parts = random_parts(&mut rng);

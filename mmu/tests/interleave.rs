@@ -36,7 +36,8 @@ use umbra_mmu::sync::{AtomicU64, Ordering, thread};
 use umbra_mmu::{Gfn, Machine, Mmu, NoVcpus};
 use vm_memory::{Bytes, GuestAddress, Permissions};
 
-use crate::model::cpus::{Cpu, Guest, rng};
+use crate::model::cpus::{Cpu, Guest};
+use crate::model::run::{audit, number, rng};
 
 /// Steps of each CPU, and invalidations.
 const STEPS: u32 = 16;
@@ -83,12 +84,7 @@ fn live(pae: bool, obeys: bool) {
     for cpu in cpus {
         cpu.join().expect("a CPU that panics ends the run");
     }
-    let findings = guest.mmu.audit();
-    assert!(findings.is_empty(), "{findings:#?}");
-}
-
-fn number(name: &str) -> Option<usize> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    audit(&guest.mmu);
 }
 
 fn run(scheduler: impl Scheduler + 'static, life: impl Fn() + Send + Sync + 'static) {
@@ -129,8 +125,7 @@ fn live_devices() {
     for device in devices {
         device.join().expect("a device that panics ends the run");
     }
-    let (findings, stats) = (mmu.audit(), mmu.window_stats());
-    assert!(findings.is_empty() && stats.taken + stats.waiters == 0, "{stats:?}, {findings:#?}");
+    audit(&mmu);
 }
 
 /// The schedule that is to be lived again.

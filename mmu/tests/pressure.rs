@@ -6,11 +6,11 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::RngExt;
-use proptest::test_runner::{RngAlgorithm, TestRng};
+use proptest::test_runner::TestRng;
 use umbra_mmu::discard::{Discard, NotDiscarded};
 use umbra_mmu::fault::GATE_PATIENCE;
 use umbra_mmu::invalidation::May;
@@ -18,23 +18,18 @@ use umbra_mmu::p2m::PageState;
 use umbra_mmu::records::Cause;
 use umbra_mmu::scope::NoIo;
 use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
+use umbra_mmu::sync::AtomicBool;
 use umbra_mmu::{
-    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Miss, Mmu, NoVcpus, NotReached, Outcome,
-    Shootdown, Shortage, TlbKind, Vcpu, Width,
+    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Mmu, NoVcpus, NotReached, Outcome, Shootdown,
+    Shortage, TlbKind,
 };
+
+use crate::model::run::{audit, rng, seconds};
+use crate::model::soft::{Kick, SoftCpu};
 
 /// Pages of the guest; its budget is a fraction of it.
 const PAGES: u32 = 1000;
 const LOW_PAGES: u32 = 16;
-
-#[derive(Debug, Default)]
-struct Kick(Arc<AtomicBool>);
-
-impl Shootdown for Kick {
-    fn kick(&self, _vcpu: u32) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
 
 /// A swap device that fails once, at the operation with that number.
 #[derive(Debug)]
@@ -86,64 +81,15 @@ fn pressed(over: u32) -> Mmu {
     mmu
 }
 
-/// A vCPU as the soft backend runs it.
-struct Guest<'m> {
-    mmu: &'m Mmu,
-    vcpu: Vcpu,
-    kicked: Arc<AtomicBool>,
-    /// Closed gates met by one access, at most.
-    gates_max: u32,
+type Guest<'m> = SoftCpu<&'m Mmu>;
+
+fn guest<'m>(mmu: &'m Mmu, kicked: &Arc<AtomicBool>) -> Guest<'m> {
+    SoftCpu::new(mmu, TlbKind::Sticky, kicked.clone())
 }
 
-impl<'m> Guest<'m> {
-    fn new(mmu: &'m Mmu, kicked: Arc<AtomicBool>) -> Guest<'m> {
-        Guest { mmu, vcpu: mmu.soft_vcpu(0, TlbKind::Sticky), kicked, gates_max: 0 }
-    }
-
-    fn access<T>(
-        &mut self,
-        at: Gva,
-        access: Access,
-        make: impl Fn(&Mmu, &Vcpu) -> Result<T, Miss>,
-    ) -> Result<T, Shortage> {
-        let mut gates = 0;
-        loop {
-            if self.kicked.swap(false, Ordering::SeqCst) {
-                self.mmu.leave(&self.vcpu);
-            }
-            self.mmu.tlb_enter(&self.vcpu);
-            match make(self.mmu, &self.vcpu) {
-                Ok(done) => return Ok(done),
-                Err(Miss::Incoherent(violation)) => panic!("{violation}"),
-                Err(Miss::Fault) => {}
-            }
-            self.mmu.leave(&self.vcpu);
-            match self.mmu.fault(&self.vcpu, at, access) {
-                Outcome::Need(gfn) => self.mmu.bring_in(Some(0), gfn)?,
-                Outcome::Gate(gfn) => {
-                    gates += 1;
-                    self.gates_max = self.gates_max.max(gates);
-                    self.mmu.wait_at_gate(&self.vcpu, gfn);
-                }
-                Outcome::Fixed | Outcome::Spurious | Outcome::Again => {}
-                outcome => panic!("{at:?}: {outcome:?}"),
-            }
-        }
-    }
-
-    fn store(&mut self, page: u32, word: u32, value: u64) -> Result<(), Shortage> {
-        let at = Gva((page << 12) + word * 8);
-        self.access(at, Access::write(false), |mmu, vcpu| mmu.tlb_store(vcpu, at, Width::B8, value, false))
-    }
-
-    fn load(&mut self, page: u32, word: u32) -> Result<u64, Shortage> {
-        let at = Gva((page << 12) + word * 8);
-        self.access(at, Access::read(false), |mmu, vcpu| mmu.tlb_load(vcpu, at, Width::B8, false))
-    }
-
-    fn leave(&self) {
-        self.mmu.leave(&self.vcpu);
-    }
+/// One that nobody kicks.
+fn alone(mmu: &Mmu) -> Guest<'_> {
+    guest(mmu, &Arc::default())
 }
 
 /// Lets the others end when a thread does, by a panic too.
@@ -155,10 +101,6 @@ impl Drop for Leave<'_> {
         self.0.stop_background();
         self.1.store(true, Ordering::SeqCst);
     }
-}
-
-fn rng(seed: u8) -> TestRng {
-    TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32])
 }
 
 /// Stores to pages and loads them back, each many times; what is read must be what was written last.
@@ -180,15 +122,10 @@ fn workload(guest: &mut Guest<'_>, steps: u32, rng: &mut TestRng) -> Result<(), 
     Ok(())
 }
 
-fn audit(mmu: &Mmu) {
-    let findings = mmu.audit();
-    assert!(findings.is_empty(), "{findings:#?}");
-}
-
 #[test]
 fn a_guest_larger_than_its_frames_keeps_every_word() {
     let mmu = pressed(100);
-    workload(&mut Guest::new(&mmu, Arc::default()), 20_000, &mut rng(1)).expect("swap has room");
+    workload(&mut alone(&mmu), 20_000, &mut rng(1)).expect("swap has room");
     audit(&mmu);
     let usage = mmu.usage();
     assert!(usage.refaults > 1000 && usage.swap_outs > 500 && usage.clean_drops > 100, "{usage:?}");
@@ -202,7 +139,7 @@ fn every_swap_operation_fails_once_and_none_gives_wrong_data() {
         let swap = Failing { inner: MemorySwap::new(PAGES), fail_at, done: Arc::clone(&done) };
         let mmu = mmu(Box::new(swap), Box::new(NoVcpus));
         mmu.set_budget(mmu.budget_min() + 100).expect("enough");
-        let mut guest = Guest::new(&mmu, Arc::default());
+        let mut guest = alone(&mmu);
         let result = workload(&mut guest, 1500, &mut rng(2));
         guest.leave();
         audit(&mmu);
@@ -222,7 +159,7 @@ fn every_swap_operation_fails_once_and_none_gives_wrong_data() {
 fn a_full_swap_is_a_shortage_with_its_numbers_and_loses_nothing() {
     let mmu = mmu(Box::new(MemorySwap::new(100)), Box::new(NoVcpus));
     mmu.set_budget(mmu.budget_min() + 100).expect("enough");
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     let stored =
         (0..PAGES).find_map(|page| guest.store(page, 0, u64::from(page) + 1).err().map(|e| (page, e)));
     let Some((last, shortage)) = stored else { panic!("1000 pages in 100 slots and 300 frames") };
@@ -241,7 +178,7 @@ fn a_full_swap_is_a_shortage_with_its_numbers_and_loses_nothing() {
 #[test]
 fn low_memory_stays() {
     let mmu = pressed(50);
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     for page in 0..PAGES {
         guest.store(page, 0, 1).expect("swap has room");
     }
@@ -255,7 +192,7 @@ fn low_memory_stays() {
 #[test]
 fn a_scope_without_io_drops_what_is_clean_and_writes_nothing() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     for page in 100..140 {
         guest.store(page, 0, 1).expect("enough frames");
     }
@@ -278,7 +215,7 @@ fn a_scope_without_io_drops_what_is_clean_and_writes_nothing() {
 #[test]
 fn a_page_that_is_only_read_goes_again_without_a_write() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     guest.store(200, 0, 5).expect("a frame");
     guest.leave();
     for round in 0..3 {
@@ -305,7 +242,7 @@ fn a_page_that_is_only_read_goes_again_without_a_write() {
 #[test]
 fn pages_of_zeros_cost_no_slot() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     guest.store(300, 0, 1).expect("a frame");
     guest.store(300, 0, 0).expect("a frame");
     assert_eq!(guest.load(301, 0), Ok(0));
@@ -319,7 +256,7 @@ fn pages_of_zeros_cost_no_slot() {
 #[test]
 fn a_caller_that_may_not_sleep_is_told_so_and_nothing_has_changed() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     guest.store(400, 0, 9).expect("a frame");
     let refused = mmu.discard(None, 400..401, Discard::Zero, May::NotSleep);
     assert!(matches!(refused, Err(NotDiscarded::WouldBlock(_))), "{refused:?}: the vCPU is in the guest");
@@ -338,7 +275,7 @@ fn a_caller_that_may_not_sleep_is_told_so_and_nothing_has_changed() {
 #[test]
 fn a_discarded_page_reads_as_zeros_wherever_it_was() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
-    let mut guest = Guest::new(&mmu, Arc::default());
+    let mut guest = alone(&mmu);
     for page in 500..520 {
         guest.store(page, 3, 1).expect("a frame");
     }
@@ -372,7 +309,7 @@ fn a_fault_under_continuous_invalidation_gets_through() {
             rounds
         });
         let _leave = Leave(&mmu, &stop);
-        let mut guest = Guest::new(&mmu, kicked);
+        let mut guest = guest(&mmu, &kicked);
         let end = Instant::now() + Duration::from_millis(500);
         while Instant::now() < end {
             guest.store(600 + faults % 32, 0, 1).expect("enough frames");
@@ -381,7 +318,7 @@ fn a_fault_under_continuous_invalidation_gets_through() {
         guest.leave();
         stop.store(true, Ordering::SeqCst);
         rounds = invalidator.join().expect("no panic");
-        assert!(guest.gates_max <= GATE_PATIENCE + 2, "{} closed gates in a row", guest.gates_max);
+        assert!(guest.gates_max <= u64::from(GATE_PATIENCE) + 2, "{} closed gates in a row", guest.gates_max);
     });
     println!("pressure: {faults} faults through {rounds} invalidations");
     assert!(faults > 100 && rounds > 10, "{faults} faults, {rounds} rounds");
@@ -428,10 +365,9 @@ fn a_starving_vcpu_asks_until_it_has_run() {
 /// A vCPU, a device, the background thread and an operator who changes the budget, all at once.
 #[test]
 fn guest_device_background_and_operator_lose_no_word_between_them() {
-    let seconds = std::env::var("UMBRA_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2.0);
     let kicked = Arc::new(AtomicBool::new(false));
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(Kick(Arc::clone(&kicked))));
-    let (least, end) = (mmu.budget_min(), Instant::now() + Duration::from_secs_f64(seconds));
+    let (least, end) = (mmu.budget_min(), Instant::now() + seconds(2.0));
     let (device_rounds, stop) = (AtomicU32::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let _leave = Leave(&mmu, &stop);
@@ -448,7 +384,7 @@ fn guest_device_background_and_operator_lose_no_word_between_them() {
             }
         });
         let device = scope.spawn(|| device(&mmu, end, &device_rounds));
-        let mut guest = Guest::new(&mmu, kicked);
+        let mut guest = guest(&mmu, &kicked);
         let mut rng = rng(4);
         let mut kept = vec![0u64; PAGES as usize];
         let mut steps = 0u64;

@@ -65,7 +65,8 @@ impl Guest {
     /// Where the leaf for `gva` is, and what it is.
     fn leaf(&self, gva: Gva) -> (Mpa, Spte) {
         let root = self.mmu.root(&self.vcpu, false).expect("a root");
-        let table = self.mmu.find_table(root, gva).expect("a table");
+        let link = self.mmu.find_link(root, gva).expect("a table");
+        let table = self.mmu.slot_of(link).expect("a table");
         let at = self.mmu.pages.mfn(table).at(crate::spte::l1_index(gva) * 8);
         (at, self.mmu.spte(at))
     }

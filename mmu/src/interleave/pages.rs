@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | a window's mapping | who takes the page | the mapping does not look again; the page is claimed after the look for pins |
 //! | a fill, and the guest behind it | the same | the fill looks where the page is before it has the bucket |
+//! | a walk of the shadow by who is outside the guest | who cuts tables | it goes by no lock |
 //! | swap-in | another swap-in of the page | it is not claimed |
 //! | a store | a swap-out | the page is written out before it is claimed |
 //! | a store to decoded code | who takes the page and puts it back | the page is looked up to be told, once it is mapped no more |
@@ -19,7 +20,7 @@
 use super::{Frame, explore};
 use crate::addr::{Gfn, Gva, Mfn};
 use crate::bucket::Link;
-use crate::invalidation::{May, Settled};
+use crate::invalidation::{Caller, Closed, May, Settled, Unmapped};
 use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::shadow::RootRef;
@@ -55,6 +56,12 @@ fn world() -> Arc<World> {
     Arc::new(World { mmu, mfn, frame: Frame::default() })
 }
 
+/// The page is taken from whoever maps it; nobody is waited for yet.
+fn unmap(mmu: &Mmu) -> Unmapped<'_> {
+    let closed = mmu.begin(Cause::PageOut, &[PAGE], &mut Caller::new(None, May::Sleep));
+    closed.and_then(Closed::unmap).expect("it may sleep")
+}
+
 impl World {
     /// The page's first frame is used by whoever believes that the page is in `mfn`.
     fn touch(&self, mfn: Mfn) {
@@ -65,10 +72,7 @@ impl World {
 
     /// Takes the page for good: no more is said of where it is.
     fn take(&self) -> bool {
-        let Ok(unmapped) = self.mmu.begin(Cause::PageOut, &[PAGE]).unmap(None, May::Sleep) else {
-            return false;
-        };
-        let Ok(mut settling) = unmapped.shoot_down(None, May::Sleep) else { return false };
+        let mut settling = unmap(&self.mmu).shoot_down().expect("it may sleep");
         settling.settle(|_| {
             self.frame.hand_on();
             Some(Settled::Swapped(GONE))
@@ -206,6 +210,35 @@ fn twin_the_fill_looks_before_it_has_the_bucket() {
     explore(None, || fill_against_taker(fill_that_looks_before_the_bucket));
 }
 
+/// Someone outside the guest walks tables that are killed, and whose frames are given back.
+fn walk_against_cut(walk: fn(&Mmu, RootRef) -> bool) {
+    let world = world();
+    let vcpu = world.mmu.vcpu(0);
+    assert_eq!(world.mmu.fault(&vcpu, AT, Access::read(false)), Outcome::Fixed);
+    let root = world.mmu.root(&vcpu, false).expect("there are frames");
+    let given_back = side_by_side(
+        &world,
+        move |world| _ = walk(&world.mmu, root),
+        |world| {
+            world.mmu.evict(2);
+            (0..2).filter(|_| world.mmu.give_back_dead(None)).count()
+        },
+    );
+    assert_eq!(given_back, 2, "a directory and a table");
+    world.audit();
+}
+
+#[test]
+fn a_directory_stays_while_it_is_walked() {
+    explore(3, || walk_against_cut(|mmu, root| mmu.find_table(root, AT).is_some()));
+}
+
+#[test]
+#[should_panic(expected = "INV-SHADOW-4")]
+fn twin_a_walk_outside_the_guest_that_goes_by_no_lock() {
+    explore(3, || walk_against_cut(|mmu, root| mmu.find_link(root, AT).is_some()));
+}
+
 fn swap_in_twice(bring_in: fn(&World)) {
     let world = world();
     assert_eq!(world.mmu.page_out(None, &[PAGE]), Ok(1));
@@ -269,8 +302,7 @@ fn swap_out_written_before_it_is_claimed(world: &World) {
     let mut page = vec![0; crate::PAGE_SIZE as usize];
     mmu.machine.read(world.mfn.at(0), &mut page);
     mmu.swap.write(SwapSlot(slots.start), &page).expect("memory");
-    let unmapped = mmu.begin(Cause::PageOut, &[PAGE]).unmap(None, May::Sleep).expect("it may sleep");
-    let mut settling = unmapped.shoot_down(None, May::Sleep).expect("it may sleep");
+    let mut settling = unmap(mmu).shoot_down().expect("it may sleep");
     settling.settle(|_| Some(Settled::Swapped(SwapSlot(slots.start))));
     if settling.end() == 0 {
         mmu.swap.free(slots);
@@ -291,9 +323,7 @@ fn twin_written_out_before_it_is_claimed() {
 fn store_to_code(store: fn(&World)) {
     let world = world();
     world.mmu.frames.mark_code(world.mfn);
-    side_by_side(&world, store, |world| {
-        drop(world.mmu.begin(Cause::PageOut, &[PAGE]).unmap(None, May::Sleep))
-    });
+    side_by_side(&world, store, |world| drop(unmap(&world.mmu)));
     assert_eq!(world.mmu.code_generation(world.mfn), 0, "stale code would run on");
 }
 

@@ -119,14 +119,23 @@ impl Mmu {
         Mapped::Done { changed: leaf.changed, writable: leaf.spte.is_writable() }
     }
 
-    /// The first-level page that the hardware would reach for `gva`, if there is one. Takes no lock: the caller
-    /// locks the slot and checks its key.
+    /// The first-level page that the hardware would reach for `gva`, if there is one. Holds the directory's lock, so that its
+    /// frame stays what it is; the caller locks the slot and checks its key.
     #[inline]
     pub(crate) fn find_table(&self, root: RootRef, gva: Gva) -> Option<u32> {
-        self.slot_of(self.find_link(root, gva)?)
+        self.table_below(self.child(root.pdpt.at(l3_index(gva) * 8))?, gva)
     }
 
-    /// The entry that links to that page. Takes no lock either.
+    /// The same below the directory in `slot`, if it still is one.
+    #[inline]
+    pub(crate) fn table_below(&self, slot: u32, gva: Gva) -> Option<u32> {
+        let page = self.pages.lock(slot, true);
+        let lives = page.key.is_some_and(|key| key.role.is_directory());
+        lives.then(|| self.child(self.pages.mfn(slot).at(l2_index(gva) * 8))).flatten()
+    }
+
+    /// The entry that links to that page. Takes no lock: for a vCPU that is inside the guest, where no frame of a table that
+    /// it may still reach is given back.
     #[inline]
     pub(crate) fn find_link(&self, root: RootRef, gva: Gva) -> Option<Spte> {
         let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
@@ -134,6 +143,10 @@ impl Mmu {
             return None;
         }
         point();
+        debug_assert!(
+            matches!(self.frames.kind(directory.mfn()), FrameKind::Shadow(_)),
+            "INV-SHADOW-4: the frame of a directory was given back under a walk"
+        );
         let table = self.spte(directory.mfn().at(l2_index(gva) * 8));
         table.is_present().then_some(table)
     }

@@ -330,17 +330,18 @@ impl Mmu {
             return 0;
         }
         self.evict(over as usize);
-        let mut freed = 0;
-        while freed < over {
-            let Some((slot, stamp)) = self.pages.take_dead() else { break };
-            if !self.coherence.covered(stamp) {
-                self.coherence.shoot_down(own);
-            }
-            self.release_table(self.pages.take_mfn(slot));
-            self.pages.put_fresh(slot);
-            freed += 1;
+        (0..over).take_while(|_| self.give_back_dead(own)).count() as u32
+    }
+
+    /// Gives back the frame of the page that has been dead for longest; false where none is. May sleep.
+    pub(crate) fn give_back_dead(&self, own: Option<u32>) -> bool {
+        let Some((slot, stamp)) = self.pages.take_dead() else { return false };
+        if !self.coherence.covered(stamp) {
+            self.coherence.shoot_down(own);
         }
-        freed
+        self.release_table(self.pages.take_mfn(slot));
+        self.pages.put_fresh(slot);
+        true
     }
 
     /// Kills every page of a guest table: it is one no more, or must change hands.

@@ -46,7 +46,8 @@ enum Linked {
 
 impl Mmu {
     /// Makes a leaf for `gva`, and an entry of the TLB, or finds that the access is a fault of the guest's, where the
-    /// shadow's tables are there and the guest's entry needs no A or D bit.
+    /// shadow's tables are there and the guest's entry needs no A or D bit. Says nothing of closed gates: who has asked for a
+    /// page asks until it has left the guest twice.
     pub fn tlb_refill(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Refill {
         let store = access.kind == AccessKind::Write;
         let refill = match self.map_linked(vcpu, gva, access) {
@@ -63,7 +64,6 @@ impl Mmu {
             _ => return Refill::Beyond,
         };
         vcpu.count(|s| s.taken += 1);
-        self.pass_gate(vcpu);
         refill
     }
 

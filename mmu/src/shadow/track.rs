@@ -23,7 +23,7 @@ use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::shadow::pages::{Page, Shard, find};
 use crate::shadow::role::{Key, Role, Shape, directory_key};
-use crate::spte::{l1_index, l2_index, l3_index};
+use crate::spte::{l1_index, l3_index};
 use crate::sync::{Ordering, fence};
 use crate::vcpu::Vcpu;
 use crate::window::{Intent, LocalMap, Tag};
@@ -153,11 +153,7 @@ impl Mmu {
     /// The first-level page for `gva` and code of privilege `user`, below a directory as above.
     #[inline]
     fn find_page(&self, vcpu: &Vcpu, user: bool, gva: Gva) -> Option<u32> {
-        let linked = vcpu.roots[usize::from(user)].get().and_then(|root| self.find_table(root, gva));
-        linked.or_else(|| {
-            let directory = self.find_directory(vcpu, user, gva)?;
-            self.child(self.pages.mfn(directory).at(l2_index(gva) * 8))
-        })
+        self.table_below(self.find_directory(vcpu, user, gva)?, gva)
     }
 
     fn sync_listed(&self, vcpu: &Vcpu, gfn: Gfn, directories: &[Option<Mfn>]) {

@@ -19,14 +19,16 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::scheduler::RandomScheduler;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::swap::MemorySwap;
-use umbra_mmu::sync::{AtomicBool, Ordering, thread};
+use umbra_mmu::sync::{AtomicBool, thread};
 use umbra_mmu::window::Intent;
 use umbra_mmu::{
-    Access, AccessKind, Config, Context, Gfn, Gva, LocalStack, Machine, Mfn, Miss, Mmu, NoVcpus, Outcome,
-    Shootdown, TlbKind, Vcpu, Width,
+    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Mfn, Mmu, NoVcpus, Outcome, Shootdown, TlbKind,
+    Vcpu, Width,
 };
 
 use super::{explore, run};
+use crate::model::run::audit;
+use crate::model::soft::{Kick, SoftCpu};
 
 /// The page in question.
 const PAGE: Gfn = Gfn(1);
@@ -73,73 +75,19 @@ fn a_store_to_a_page_that_is_put_back_ends_the_code_decoded_from_it() {
     });
 }
 
-struct Kick(Arc<AtomicBool>);
-
-impl Shootdown for Kick {
-    fn kick(&self, _vcpu: u32) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
-
-/// A vCPU as the soft backend runs it.
-struct Cpu {
-    mmu: Arc<Mmu>,
-    vcpu: Vcpu,
-    kicked: Arc<AtomicBool>,
-    /// It flushes when it is asked to.
-    obeys: bool,
-}
-
-impl Cpu {
-    fn enter(&self) {
-        if self.kicked.swap(false, Ordering::SeqCst) {
-            self.mmu.coherence().leave_guest(0);
-        }
-        if self.obeys {
-            self.mmu.tlb_enter(&self.vcpu);
-        } else if self.mmu.coherence().enter_guest(0) {
-            let epoch = self.mmu.coherence().begin_flush();
-            self.mmu.coherence().end_flush(0, epoch);
+/// Loads and stores its word of pages.
+fn run_cpu(mut cpu: SoftCpu<Arc<Mmu>>) {
+    let mut kept = [0; PAGES as usize];
+    for step in 1..=STEPS {
+        let page = thread_rng().gen_range(0..PAGES);
+        if thread_rng().r#gen() {
+            kept[page as usize] = step;
+            cpu.store(page, 1, step).expect("there are frames");
+        } else {
+            assert_eq!(cpu.load(page, 1), Ok(kept[page as usize]), "page {page} at step {step}");
         }
     }
-
-    /// The word at `at`, loaded or stored.
-    fn word(&self, at: Gva, store: Option<u64>) -> u64 {
-        let kind = if store.is_some() { AccessKind::Write } else { AccessKind::Read };
-        loop {
-            self.enter();
-            let done = match store {
-                Some(value) => self.mmu.tlb_store(&self.vcpu, at, Width::B8, value, false).map(|()| value),
-                None => self.mmu.tlb_load(&self.vcpu, at, Width::B8, false),
-            };
-            match done {
-                Ok(word) => return word,
-                Err(Miss::Incoherent(violation)) => panic!("{violation}"),
-                Err(Miss::Fault) => self.mmu.coherence().leave_guest(0),
-            }
-            match self.mmu.fault(&self.vcpu, at, Access { kind, user: false }) {
-                Outcome::Need(gfn) => self.mmu.bring_in(Some(0), gfn).expect("there are frames"),
-                Outcome::Gate(gfn) => self.mmu.wait_at_gate(&self.vcpu, gfn),
-                Outcome::Again => thread::yield_now(),
-                Outcome::Fixed | Outcome::Spurious => {}
-                outcome => panic!("{at:?}: {outcome:?}"),
-            }
-        }
-    }
-
-    fn run(self) {
-        let mut kept = [0; PAGES as usize];
-        for step in 1..=STEPS {
-            let page = thread_rng().gen_range(0..PAGES);
-            let at = Gva((page << 12) + 8);
-            if thread_rng().r#gen() {
-                kept[page as usize] = self.word(at, Some(step));
-            } else {
-                assert_eq!(self.word(at, None), kept[page as usize], "page {page} at step {step}");
-            }
-        }
-        self.mmu.coherence().leave_guest(0);
-    }
+    cpu.leave();
 }
 
 /// Adds one to its word of a page, through the pool.
@@ -159,8 +107,9 @@ fn live_under_pressure(obeys: bool) {
     let kicked = Arc::new(AtomicBool::new(false));
     let mmu = mmu(Box::new(Kick(kicked.clone()))).with_swap(Box::new(MemorySwap::new(8)));
     let mmu = Arc::new(mmu.with_window_slots(1));
-    let cpu = Cpu { vcpu: mmu.soft_vcpu(0, TlbKind::Sized), mmu: mmu.clone(), kicked, obeys };
-    let cpu = thread::spawn(move || cpu.run());
+    let mut cpu = SoftCpu::new(mmu.clone(), TlbKind::Sized, kicked);
+    cpu.obeys = obeys;
+    let cpu = thread::spawn(move || run_cpu(cpu));
     let own = mmu.clone();
     let device = thread::spawn(move || device(&own));
     for _ in 0..ROUNDS {
@@ -169,8 +118,7 @@ fn live_under_pressure(obeys: bool) {
     }
     cpu.join().expect("no panic");
     device.join().expect("no panic");
-    let findings = mmu.audit();
-    assert!(findings.is_empty(), "{findings:#?}");
+    audit(&mmu);
 }
 
 #[test]
@@ -179,7 +127,7 @@ fn lives_under_pressure_lose_no_word() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "INV-TLB-2")]
 fn twin_a_soft_cpu_that_does_not_flush() {
     run(RandomScheduler::new(1000), || live_under_pressure(false));
 }

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use proptest::prelude::RngExt;
-use proptest::test_runner::{RngAlgorithm, TestRng};
+use proptest::test_runner::TestRng;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, point, thread};
 use umbra_mmu::{
@@ -154,13 +154,6 @@ impl Guest {
         }
         self.mmu.buckets().open(gfn);
     }
-}
-
-/// Random numbers that are the same in each run.
-pub fn rng(seed: u64) -> TestRng {
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    TestRng::from_seed(RngAlgorithm::ChaCha, &bytes)
 }
 
 fn pool(cpu: u32, private: bool) -> u32 {

@@ -7,11 +7,9 @@
 //! ```text
 //! access in one page --TLB--> hit: the frame
 //!                      |
-//!                     miss: Mmu::fault --mapped--> again
+//!                     miss: Mmu::fault_sleeping --mapped, or there is a chance now--> again
 //!                             |-- the guest's fault: to be delivered
 //!                             |-- a device, or a store that must be seen: by walk and guest-physical address
-//!                             |-- a gate: sleep, again
-//!                             |-- a page that is not in memory: have it brought in, again
 //! ```
 //!
 //! Holds: an access is checked whole, over both of its pages, before any of it is made. Every store that the shadow has
@@ -171,18 +169,11 @@ impl<'a> GuestBus<'a> {
             Refill::Guest(fault) => return Err(fault.into()),
             Refill::Beyond => {}
         }
-        match self.outside(|mmu, vcpu| mmu.fault(vcpu, gva, access)) {
-            Outcome::Fixed | Outcome::Spurious | Outcome::Again => Ok(Road::Again),
+        let done = self.outside(|mmu, vcpu| mmu.fault_sleeping(vcpu, gva, access));
+        match done.map_err(|shortage| self.lack(shortage))? {
             Outcome::Guest(fault) => Err(fault.into()),
             Outcome::Mmio(_) | Outcome::Emulate(_) => Ok(Road::Walk),
-            Outcome::Gate(gfn) => {
-                self.outside(|mmu, vcpu| mmu.wait_at_gate(vcpu, gfn));
-                Ok(Road::Again)
-            }
-            Outcome::Need(gfn) => {
-                self.bring_in(gfn)?;
-                Ok(Road::Again)
-            }
+            _ => Ok(Road::Again),
         }
     }
 
@@ -275,10 +266,13 @@ impl<'a> GuestBus<'a> {
 
     /// Has a page brought in; the instruction goes on where it is.
     fn bring_in(&mut self, gfn: Gfn) -> Result<(), BusError> {
-        self.outside(|mmu, vcpu| mmu.bring_in(Some(vcpu.id()), gfn)).map_err(|shortage| {
-            self.aftermath.shortage = Some(shortage);
-            BusError::Again
-        })
+        self.outside(|mmu, vcpu| mmu.bring_in(Some(vcpu.id()), gfn)).map_err(|shortage| self.lack(shortage))
+    }
+
+    /// A page cannot be had: the instruction cannot go on.
+    fn lack(&mut self, shortage: Shortage) -> BusError {
+        self.aftermath.shortage = Some(shortage);
+        BusError::Again
     }
 
     /// The physical places of an access: one, or two where it crosses a page, with the bytes of the first.

@@ -173,8 +173,15 @@ impl Native {
 
     fn on_page_fault(&mut self, core: &mut Core, gva: Gva, error: u32) -> Option<End> {
         let access = access_of(error, core.cpu.cpl == 3);
-        match core.mmu.fault(&core.mmu_vcpu, gva, access) {
-            Outcome::Fixed | Outcome::Again => None,
+        match core.mmu.fault_sleeping(&core.mmu_vcpu, gva, access) {
+            Err(shortage) => Some(End::Shortage(shortage)),
+            Ok(outcome) => self.on_fault(core, gva, error, outcome),
+        }
+    }
+
+    fn on_fault(&mut self, core: &mut Core, gva: Gva, error: u32, outcome: Outcome) -> Option<End> {
+        match outcome {
+            Outcome::Fixed | Outcome::Again | Outcome::Gate(_) | Outcome::Need(_) => None,
             Outcome::Spurious if !self.is_stuck_at(core.cpu.eip, gva) => None,
             Outcome::Spurious | Outcome::Mmio(_) | Outcome::Emulate(_) => {
                 self.interpret(core, Why::Trap(vector::PF, error))
@@ -182,11 +189,6 @@ impl Native {
             // Perhaps an access that wraps at 4 GiB, which some hosts report so: the instruction itself decides.
             Outcome::Guest(fault) if gva.0 == 0 => self.interpret(core, Why::AtZero(fault.into())),
             Outcome::Guest(fault) => core.deliver(Event::Exception(fault.into())),
-            Outcome::Gate(gfn) => {
-                core.mmu.wait_at_gate(&core.mmu_vcpu, gfn);
-                None
-            }
-            Outcome::Need(gfn) => core.mmu.bring_in(Some(core.mmu_vcpu.id()), gfn).err().map(End::Shortage),
         }
     }
 
