@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::RngExt;
 use proptest::test_runner::TestRng;
+use umbra_mmu::bucket::Asker;
 use umbra_mmu::discard::{Discard, NotDiscarded};
 use umbra_mmu::fault::GATE_PATIENCE;
 use umbra_mmu::invalidation::May;
@@ -20,8 +21,8 @@ use umbra_mmu::scope::NoIo;
 use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
 use umbra_mmu::sync::AtomicBool;
 use umbra_mmu::{
-    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Mmu, NoVcpus, NotReached, Outcome, Shootdown,
-    Shortage, TlbKind,
+    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Mmu, NoVcpus, NotReached, Outcome, Refill, Shootdown,
+    Shortage, TlbKind, Vcpu,
 };
 
 use crate::model::run::{audit, rng, seconds};
@@ -290,6 +291,77 @@ fn a_discarded_page_reads_as_zeros_wherever_it_was() {
     assert_eq!(mmu.usage().ballooned, 0, "a touch takes a page back");
     guest.leave();
     audit(&mmu);
+}
+
+/// A vCPU that has met the closed gate of `page` until it asks to be let through, or is just about to.
+fn starving(mmu: &Mmu, page: Gfn, meet: u32) -> Vcpu {
+    let vcpu = mmu.soft_vcpu(0, TlbKind::Sticky);
+    mmu.buckets().close(page);
+    for _ in 0..meet {
+        mmu.tlb_enter(&vcpu);
+        mmu.leave(&vcpu);
+        assert_eq!(mmu.fault(&vcpu, Gva(page.0 << 12), Access::write(false)), Outcome::Gate(page));
+    }
+    mmu.buckets().open(page);
+    vcpu
+}
+
+#[test]
+fn a_page_that_a_fill_starves_for_is_not_waited_for_where_that_is_not_allowed() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let vcpu = starving(&mmu, Gfn(600), GATE_PATIENCE);
+    let discard = |own, pages, may| mmu.discard(own, pages, Discard::Balloon, may);
+    let refused = discard(None, 595..605, May::NotSleep);
+    assert!(matches!(refused, Err(NotDiscarded::WouldBlock(_))), "{refused:?}");
+    assert_eq!(mmu.usage().ballooned, 0, "nothing has changed");
+    assert_eq!(discard(None, 601..605, May::NotSleep), Ok(()), "its neighbours are no matter");
+    assert_eq!(discard(Some(vcpu.id()), 600..601, May::NotSleep), Ok(()), "it asks itself");
+    assert_eq!(mmu.usage().ballooned, 5);
+}
+
+/// Counts the kicks of a vCPU that does not heed them.
+struct Kicks(Arc<AtomicU64>);
+
+impl Shootdown for Kicks {
+    fn kick(&self, _vcpu: u32) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// However many of its pages are asked for by vCPUs that do not come: they may have stopped.
+#[test]
+fn a_discard_waits_for_starving_fills_once_and_not_for_each_page() {
+    let kicks = Arc::new(AtomicU64::new(0));
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(Kicks(kicks.clone())));
+    (600..632).for_each(|page| mmu.buckets().starve(Asker::Fill(0), Gfn(page)));
+    mmu.coherence().enter_guest(0);
+    let mut discard = |pages| {
+        assert_eq!(mmu.discard(None, pages, Discard::Balloon, May::Sleep), Ok(()));
+        kicks.swap(0, Ordering::SeqCst)
+    };
+    let one = discard(600..601);
+    assert_eq!((one > 100, discard(600..632)), (true, one), "{one} kicks for the first page");
+}
+
+/// Refills are made inside the guest, and are no entries.
+#[test]
+fn a_starving_vcpu_that_refills_another_page_has_left_for_good_all_the_same() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let (page, other) = (Gfn(600), Gva(601 << 12));
+    let vcpu = starving(&mmu, page, GATE_PATIENCE - 1);
+    assert_eq!(mmu.fault(&vcpu, other, Access::read(false)), Outcome::Fixed);
+    mmu.buckets().close(page);
+    assert_eq!(mmu.fault(&vcpu, Gva(page.0 << 12), Access::write(false)), Outcome::Gate(page));
+    for left in 0..2 {
+        assert!(mmu.buckets().is_starving(page), "after it has left {left} times");
+        mmu.tlb_enter(&vcpu);
+        assert_eq!(mmu.tlb_refill(&vcpu, other, Access::read(false)), Refill::Done);
+        mmu.leave(&vcpu);
+    }
+    assert!(!mmu.buckets().is_starving(page));
+    assert_eq!(mmu.fault(&vcpu, Gva(page.0 << 12), Access::write(false)), Outcome::Gate(page));
+    assert!(!mmu.buckets().is_starving(page), "the count has begun anew");
+    mmu.buckets().open(page);
 }
 
 /// A fault in a range that is invalidated all the time meets at most so many closed gates.

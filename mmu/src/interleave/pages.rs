@@ -7,7 +7,6 @@
 //! |---|---|---|
 //! | a window's mapping | who takes the page | the mapping does not look again; the page is claimed after the look for pins |
 //! | a fill, and the guest behind it | the same | the fill looks where the page is before it has the bucket |
-//! | a walk of the shadow by who is outside the guest | who cuts tables | it goes by no lock |
 //! | swap-in | another swap-in of the page | it is not claimed |
 //! | a store | a swap-out | the page is written out before it is claimed |
 //! | a store to decoded code | who takes the page and puts it back | the page is looked up to be told, once it is mapped no more |
@@ -208,35 +207,6 @@ fn a_page_is_filled_or_taken() {
 #[should_panic(expected = "the frame is")]
 fn twin_the_fill_looks_before_it_has_the_bucket() {
     explore(None, || fill_against_taker(fill_that_looks_before_the_bucket));
-}
-
-/// Someone outside the guest walks tables that are killed, and whose frames are given back.
-fn walk_against_cut(walk: fn(&Mmu, RootRef) -> bool) {
-    let world = world();
-    let vcpu = world.mmu.vcpu(0);
-    assert_eq!(world.mmu.fault(&vcpu, AT, Access::read(false)), Outcome::Fixed);
-    let root = world.mmu.root(&vcpu, false).expect("there are frames");
-    let given_back = side_by_side(
-        &world,
-        move |world| _ = walk(&world.mmu, root),
-        |world| {
-            world.mmu.evict(2);
-            (0..2).filter(|_| world.mmu.give_back_dead(None)).count()
-        },
-    );
-    assert_eq!(given_back, 2, "a directory and a table");
-    world.audit();
-}
-
-#[test]
-fn a_directory_stays_while_it_is_walked() {
-    explore(3, || walk_against_cut(|mmu, root| mmu.find_table(root, AT).is_some()));
-}
-
-#[test]
-#[should_panic(expected = "INV-SHADOW-4")]
-fn twin_a_walk_outside_the_guest_that_goes_by_no_lock() {
-    explore(3, || walk_against_cut(|mmu, root| mmu.find_link(root, AT).is_some()));
 }
 
 fn swap_in_twice(bring_in: fn(&World)) {

@@ -129,6 +129,22 @@ fn a_link_that_is_gone_once_its_page_is_held_leads_nowhere() {
     assert_eq!(go(), Linked::Beyond);
 }
 
+/// A walk outside the guest has found a directory; before it locks it, the directory is killed and its frame given back.
+#[test]
+fn a_directory_whose_frame_was_given_back_leads_nowhere() {
+    let guest = Guest::new();
+    guest.set_entry(PAGE, 0x7000 | ALL);
+    let mmu = &guest.mmu;
+    let root = guest.vcpu.roots[0].get().expect("loaded");
+    let directory = mmu.child(root.pdpt.at(0)).expect("linked");
+    assert_eq!(mmu.table_below(directory, PAGE), mmu.find_table(root, PAGE));
+    assert!(mmu.find_table(root, PAGE).is_some());
+    mmu.evict(8);
+    assert_eq!(mmu.table_below(directory, PAGE), None, "it is dead, and its frame is there");
+    while mmu.give_back_dead(None) {}
+    assert_eq!(mmu.table_below(directory, PAGE), None, "it has no frame");
+}
+
 /// SDM 4.10.4.1: a kernel that widens the entry after a fault owes no INVLPG.
 #[test]
 fn a_fault_of_the_guests_forgets_the_translation() {
