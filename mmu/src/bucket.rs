@@ -170,16 +170,20 @@ impl Buckets {
         }
     }
 
-    /// Sleeps until the gate of `gfn` has been seen open.
+    /// Sleeps until the gate of `gfn` is open or has been opened since, once, of however many closings: who comes too late
+    /// for a moment between two of them would else sleep on, and not even notice that it starves.
     pub fn wait(&self, gfn: Gfn) {
         lock_order::assert_may_sleep();
+        let bucket = self.bucket(gfn);
+        let before = bucket.opened();
+        let is_shut = || bucket.is_closed() && bucket.opened() == before;
         // Without a sleeper, nobody pays for waking one; a page that is not written out is soon done with.
-        if spin_until(|| !self.is_closed(gfn)) {
+        if spin_until(|| !is_shut()) {
             return;
         }
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
-        while self.is_closed(gfn) {
+        while is_shut() {
             sleepers = sleepers.wait();
         }
         drop(sleepers);
@@ -253,6 +257,11 @@ impl Bucket {
     #[inline]
     fn is_closed(&self) -> bool {
         self.gate.load(Ordering::SeqCst) & CLOSINGS != 0
+    }
+
+    /// The sequence of its last opening.
+    fn opened(&self) -> u64 {
+        self.gate.load(Ordering::SeqCst) >> CLOSINGS_BITS
     }
 
     #[inline]

@@ -113,7 +113,7 @@ impl Mmu {
         Outcome::Guest(fault)
     }
 
-    /// Sleeps until the gate of `gfn` has been seen open. Called with no lock held and nothing mapped.
+    /// Sleeps until the gate of `gfn` is open or has been opened since. Called with no lock held and nothing mapped.
     pub fn wait_at_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
         let began = self.clock.now();
         self.buckets.wait(gfn);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::bucket::Buckets;
 use crate::coherence::NoVcpus;
 use crate::discard::Discard;
 use crate::invalidation::May;
@@ -166,4 +167,33 @@ fn threads_and_reclaim_lose_no_store_and_no_sleeper() {
     assert_eq!(mmu.audit(), Vec::<String>::new());
     let mut word = [0; 8];
     mmu.read_bytes_sleeping(None, &LocalStack::new(Context::Host), Gfn(5).at(0), &mut word).expect("memory");
+}
+
+/// The pages of a turn are left alone, and not whatever shares their buckets: its own reclaim must find frames.
+#[test]
+fn a_turn_is_served_where_all_that_can_go_shares_its_buckets() {
+    let mmu = mmu(64);
+    mmu.set_budget(mmu.budget_min()).expect("enough");
+    let wanted = 500..548;
+    let shares = |page: &u32| {
+        let asked = Buckets::new(PAGES);
+        asked.starve(Asker::Fill(0), Gfn(*page));
+        wanted.clone().any(|other| asked.is_starving(Gfn(other)))
+    };
+    let others: Vec<u32> = (8..500).filter(shares).collect();
+    assert!(others.len() as u32 > mmu.budget_min(), "{} pages", others.len());
+    for page in others {
+        mmu.write_bytes_sleeping(None, &LocalStack::new(Context::Host), Gfn(page).at(0), &[1])
+            .expect("swap has room");
+    }
+    let turn = Turn::wait(&mmu, wanted.clone().map(Gfn).collect());
+    turn.claim();
+    let take = |page| {
+        mmu.bring_in(None, Gfn(page)).expect("there are frames");
+        turn.try_take_page(Gfn(page), Intent::Write).expect("claimed").pass_on()
+    };
+    let held: Vec<_> = wanted.map(take).collect();
+    assert_eq!(counts(&mmu).0, 48);
+    drop((held, turn));
+    assert_eq!(mmu.audit(), Vec::<String>::new());
 }

@@ -21,8 +21,8 @@ use umbra_mmu::scope::NoIo;
 use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
 use umbra_mmu::sync::AtomicBool;
 use umbra_mmu::{
-    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Mmu, NoVcpus, NotReached, Outcome, Refill, Shootdown,
-    Shortage, TlbKind, Vcpu,
+    Access, Config, Context, Gfn, Gva, LocalStack, Machine, Mmu, NoVcpus, NotReached, Outcome, Refill,
+    Shootdown, Shortage, TlbKind, Vcpu,
 };
 
 use crate::model::run::{audit, rng, seconds};

@@ -1,6 +1,7 @@
 //! Tests of the guest's bus over a small MMU and a board: no KVM.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use umbra_mmu::{AccessKind, Config, Machine, Shortage, TlbKind, coherence::NoVcpus};
 
@@ -222,5 +223,35 @@ fn invlpg_is_told_with_its_address() {
         let mut bus = rig.bus();
         bus.invalidate_page(Gva(0x1234));
         assert_eq!((bus.aftermath.invalidated, bus.aftermath.descriptors), (Some(Gva(0x1234)), false));
+    }
+}
+
+/// The gate of the page is closed again as soon as it is opened, until the vCPU asks to be let through.
+#[test]
+fn an_access_that_meets_a_closed_gate_too_often_asks_to_be_let_through() {
+    for kind in [TlbKind::Sized, TlbKind::Sticky] {
+        let mut rig = Rig::new(Some(kind));
+        let (mut bus, page) = (GuestBus::new(&rig.mmu, &mut rig.vcpu, &rig.devices, None), Gfn(5));
+        let gates = rig.mmu.buckets();
+        gates.close(page);
+        let asked = std::thread::scope(|scope| {
+            let closer = scope.spawn(|| {
+                let end = Instant::now() + Duration::from_secs(20);
+                while !gates.is_starving(page) && Instant::now() < end {
+                    std::thread::sleep(Duration::from_micros(20));
+                    gates.close(page);
+                    gates.open(page);
+                }
+                let asked = gates.is_starving(page);
+                gates.open(page);
+                asked
+            });
+            assert_eq!(bus.write(Gva(0x5000), Width::B4, 7, WRITE), Ok(()));
+            closer.join().expect("no panic")
+        });
+        assert!(asked, "{kind:?}: it met closed gates for 20 s");
+        drop(bus);
+        drop(GuestBus::new(&rig.mmu, &mut rig.vcpu, &rig.devices, None));
+        assert!(!gates.is_starving(page), "{kind:?}: it has run with the page");
     }
 }
