@@ -335,7 +335,7 @@ fn a_discard_waits_for_starving_fills_once_and_not_for_each_page() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(Kicks(kicks.clone())));
     (600..632).for_each(|page| mmu.buckets().starve(Asker::Fill(0), Gfn(page)));
     mmu.coherence().enter_guest(0);
-    let mut discard = |pages| {
+    let discard = |pages| {
         assert_eq!(mmu.discard(None, pages, Discard::Balloon, May::Sleep), Ok(()));
         kicks.swap(0, Ordering::SeqCst)
     };
