@@ -44,7 +44,8 @@ pub enum NotDiscarded {
 }
 
 impl Mmu {
-    /// Discards `pages`; what is no memory is passed over. `own` is the caller's vCPU, which is outside.
+    /// Discards `pages`; what is no memory is passed over. `own` is the caller's vCPU, which is outside. Where it may sleep, it
+    /// waits for vCPUs to flush, for others that have a page in hand, and a while, once, for fills that starve.
     ///
     /// # Errors
     ///

@@ -29,7 +29,7 @@
 //!
 //! Holds: INV-COH-1 (coherence). INV-GATE-1 (bucket). INV-P2M-3, a page is `Moving` only while an invalidation or a swap-in
 //! holds its gate closed. INV-WAIT-1, an invalidation for reclaim waits for nobody but vCPUs: pages that are pinned,
-//! gated or wanted by a starving fill are left alone.
+//! gated or asked for by somebody who starves are left alone.
 //!
 //! Locks: bucket(gfn), one at a time. The caller holds none, no window, and no other invalidation: it sleeps.
 //!

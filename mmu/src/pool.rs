@@ -418,7 +418,11 @@ impl PersistentMap<'_> {
     }
 
     /// `length` bytes from `offset`, all of them in the page, for `vm-memory`'s traits. To be written, they count as written from
-    /// now on: whoever has them may store at any time until the mapping goes. The mapping was taken to write then.
+    /// now on: whoever has them may store at any time until the mapping goes. The mapping was taken to write then. Never sleeps.
+    ///
+    /// # Errors
+    ///
+    /// When the range goes past the page.
     pub fn slice(
         &self,
         offset: u32,
