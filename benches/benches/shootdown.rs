@@ -263,7 +263,7 @@ fn run_on_kvm(mmu: &Mmu, mut kvm: KvmVcpu, stop: &AtomicBool) {
             let kicked = kvm.flush(&cpu, root).expect("a flush");
             ledger.end_flush(0, epoch);
             if kicked {
-                mmu.leave(&vcpu);
+                mmu.leave_unrun(&vcpu);
                 continue;
             }
         }

@@ -58,8 +58,8 @@ impl Link {
 #[derive(Debug)]
 struct Bucket {
     links: Lock<Vec<Link>>,
-    /// Closings that were not opened yet, in the low bits; above them the sequence when it was last opened. While it is
-    /// closed, the latter is no matter.
+    /// Closings that were not opened yet, in the low bits; above them the highest sequence that it was opened with. While it
+    /// is closed no fill looks at the latter, and sleepers see by it that it was opened meanwhile.
     gate: AtomicU64,
 }
 
@@ -259,7 +259,7 @@ impl Bucket {
         self.gate.load(Ordering::SeqCst) & CLOSINGS != 0
     }
 
-    /// The sequence of its last opening.
+    /// The highest sequence that it was opened with: of two that open at once, the later may leave it as it is.
     fn opened(&self) -> u64 {
         self.gate.load(Ordering::SeqCst) >> CLOSINGS_BITS
     }
@@ -361,6 +361,28 @@ mod tests {
         assert!(buckets.is_closed(Gfn(1)));
         buckets.open(Gfn(1));
         assert!(!buckets.is_closed(Gfn(1)));
+    }
+
+    #[test]
+    fn a_sleeper_goes_on_once_the_gate_was_opened_though_it_is_closed_still() {
+        let buckets = &Buckets::new(1024);
+        buckets.close(Gfn(1));
+        std::thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                buckets.wait(Gfn(1));
+                tell.send(()).expect("somebody listens");
+            });
+            while buckets.waiting.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            buckets.close(Gfn(1));
+            buckets.open(Gfn(1));
+            let heard = told.recv_timeout(std::time::Duration::from_secs(10));
+            let still = buckets.is_closed(Gfn(1));
+            buckets.open(Gfn(1));
+            assert!(heard.is_ok() && still, "{heard:?}, closed: {still}");
+        });
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl Mmu {
                 }
                 // What another has in hand comes back; whoever has it may have lost its CPU. A pin just goes.
                 match left.iter().find(|gfn| self.buckets.is_closed(**gfn)) {
-                    Some(gfn) => self.buckets.wait(*gfn),
+                    Some(gfn) => self.wait_while_moving(*gfn),
                     None => thread::yield_now(),
                 }
             }
@@ -108,6 +108,15 @@ impl Mmu {
         self.discard_absent(&settling, what);
         settling.end();
         Ok(done)
+    }
+
+    /// Sleeps until the page's gate has been opened, and on while the page is still on its way: others who share its bucket
+    /// open the gate as well.
+    fn wait_while_moving(&self, gfn: Gfn) {
+        self.buckets.wait(gfn);
+        while self.p2m.lookup(gfn) == PageState::Moving {
+            self.buckets.wait(gfn);
+        }
     }
 
     /// The page is shadowed as a table now.

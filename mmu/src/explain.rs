@@ -7,7 +7,7 @@ use crate::access::Access;
 use crate::addr::{Gfn, Gva, Mfn};
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
-use crate::shadow::role::{effective_mode, leaf_rights};
+use crate::shadow::role::{effective_mode, leaf_rights, table_key};
 use crate::spte::{Spte, l1_index};
 use crate::vcpu::Vcpu;
 use crate::walk::{PageSize, Refusal, Touch, Translation};
@@ -132,7 +132,7 @@ impl Mmu {
             return format!("{who} root: no shadow table for this address yet");
         };
         let page = self.pages.lock(slot, false);
-        if page.key.is_none() {
+        if page.key != table_key(vcpu.mode, user && vcpu.mode.paging, t) {
             return format!("{who} root: its shadow table for this address has just been taken away");
         }
         let spte = self.spte(self.pages.mfn(slot).at(l1_index(t.gva) * 8));

@@ -15,9 +15,9 @@ use crate::vcpu::{Ask, Hunger, Vcpu};
 use crate::walk::{Refusal, Touch};
 
 /// How often in a row a vCPU meets the closed gate of one page before it asks to be let through. A fault in a range that is
-/// invalidated all the time so ends within one round more than this, and the page stays until guest code has run with it. A
-/// vCPU asks for one page at a time: an instruction that needs several of such a range has that promise for each, and none
-/// for all together.
+/// invalidated all the time so ends within one round more than this, and the page stays until guest code has run with it or
+/// those who must have it have lost patience. A vCPU asks for one page at a time: an instruction that needs several of such a
+/// range has that promise for each, and none for all together.
 pub const GATE_PATIENCE: u32 = 4;
 /// Races a fault may lose before it goes back to the guest to fault again. Each loss is another's progress.
 pub const RACES_MAX: u32 = 16;
@@ -53,7 +53,7 @@ impl Mmu {
         match outcome {
             // A page that is on its way is behind a gate too, whichever of the two was seen.
             Outcome::Gate(gfn) | Outcome::Need(gfn) => self.meet_gate(vcpu, gfn),
-            Outcome::Again => {}
+            Outcome::Again => self.lose_race(vcpu),
             _ => self.pass_gate(vcpu),
         }
         outcome
@@ -133,6 +133,20 @@ impl Mmu {
         self.set_hunger(vcpu, Hunger { gfn, met, runs: 0, ask });
     }
 
+    /// The fault comes again: whatever was entered in between, it is still the same.
+    fn lose_race(&self, vcpu: &Vcpu) {
+        vcpu.hunger.set(Hunger { runs: 0, ..vcpu.hunger.get() });
+    }
+
+    /// A leaf of the page is there.
+    #[inline]
+    pub(crate) fn note_filled(&self, vcpu: &Vcpu, gfn: Gfn) {
+        let last = vcpu.hunger.get();
+        if last.asks_for() == Some(gfn) {
+            vcpu.hunger.set(Hunger { ask: Ask::Filled, ..last });
+        }
+    }
+
     /// The fault is dealt with.
     #[inline]
     fn pass_gate(&self, vcpu: &Vcpu) {
@@ -140,16 +154,14 @@ impl Mmu {
         if last.met > 0 {
             let ask = if last.ask == Ask::Not { Ask::Not } else { Ask::Filled };
             let elsewhere = last.runs == Hunger::ELSEWHERE;
-            self.set_hunger(
-                vcpu,
-                if elsewhere { Hunger::default() } else { Hunger { runs: 0, ask, ..last } },
-            );
+            let new = if elsewhere { Hunger::default() } else { Hunger { runs: 0, ask, ..last } };
+            self.set_hunger(vcpu, new);
         }
     }
 
     /// Into the guest: marks the vCPU as inside, and says whether it owes a flush, which the caller makes before guest code
-    /// runs. Never sleeps, takes no lock. Each call counts as a chance for guest code to run with what was filled: one that is
-    /// followed by [`Mmu::leave`] with nothing run in between makes a starving vCPU stop asking for its page too early.
+    /// runs. Never sleeps, takes no lock. Each call counts as a chance for guest code to run with what was filled, unless
+    /// [`Mmu::leave_unrun`] follows.
     #[inline]
     pub fn enter(&self, vcpu: &Vcpu) -> bool {
         let last = vcpu.hunger.get();
@@ -159,8 +171,8 @@ impl Mmu {
         self.coherence.enter_guest(vcpu.id)
     }
 
-    /// Out of the guest, or when it was not entered after all. Never sleeps; takes [`lock_order::ASKED`] where the vCPU has
-    /// asked for a page.
+    /// Out of the guest, some of whose code has run, or none for a fault. Never sleeps; takes [`lock_order::ASKED`] where the
+    /// vCPU has asked for a page.
     #[inline]
     pub fn leave(&self, vcpu: &Vcpu) {
         let last = vcpu.hunger.get();
@@ -171,6 +183,19 @@ impl Mmu {
             self.set_hunger(vcpu, Hunger { ask: Ask::Not, ..last });
         }
         self.coherence.leave_guest(vcpu.id);
+    }
+
+    /// The guest was not entered after all: what the vCPU asks for, it asks for still. Never sleeps, takes no lock.
+    pub fn leave_unrun(&self, vcpu: &Vcpu) {
+        let last = vcpu.hunger.get();
+        vcpu.hunger.set(Hunger { runs: last.runs.saturating_sub(1), ..last });
+        self.coherence.leave_guest(vcpu.id);
+    }
+
+    /// The vCPU, which is outside, will not run for a while, or not any more: it asks for nothing. Never sleeps; takes
+    /// [`lock_order::ASKED`] where it had asked.
+    pub fn rest(&self, vcpu: &Vcpu) {
+        self.set_hunger(vcpu, Hunger::default());
     }
 
     /// The only place where a vCPU begins or ceases to ask for a page.

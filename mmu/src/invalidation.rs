@@ -144,7 +144,7 @@ pub(crate) struct Settling<'m> {
 impl Mmu {
     /// Begins the invalidation of `gfns` (at most [`BATCH_MAX`], each once). A cause that can do without a page leaves it to
     /// a fill that starves; one that must have it waits until the fill is fed, which takes one walk, a fill with the gate
-    /// open, and a stretch of guest code.
+    /// open, and a stretch of guest code, or until the caller's patience is at an end.
     ///
     /// # Errors
     ///

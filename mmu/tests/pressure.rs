@@ -314,7 +314,9 @@ fn a_page_that_a_fill_starves_for_is_not_waited_for_where_that_is_not_allowed() 
     let refused = discard(None, 595..605, May::NotSleep);
     assert!(matches!(refused, Err(NotDiscarded::WouldBlock(_))), "{refused:?}");
     assert_eq!(mmu.usage().ballooned, 0, "nothing has changed");
-    assert_eq!(discard(None, 601..605, May::NotSleep), Ok(()), "its neighbours are no matter");
+    assert_eq!(discard(None, 601..605, May::NotSleep), Ok(()), "pages with other gates");
+    let refused = discard(None, 664..665, May::NotSleep);
+    assert!(matches!(refused, Err(NotDiscarded::WouldBlock(_))), "{refused:?}, with the same gate");
     assert_eq!(discard(Some(vcpu.id()), 600..601, May::NotSleep), Ok(()), "it asks itself");
     assert_eq!(mmu.usage().ballooned, 5);
 }
@@ -341,6 +343,39 @@ fn a_discard_waits_for_starving_fills_once_and_not_for_each_page() {
     };
     let one = discard(600..601);
     assert_eq!((one > 100, discard(600..632)), (true, one), "{one} kicks for the first page");
+}
+
+/// What it asked for is there: it needs no second stay in the guest, which may never come.
+#[test]
+fn a_starving_vcpu_that_refills_its_page_has_it() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let (page, other) = (Gfn(600), Gva(601 << 12));
+    let vcpu = starving(&mmu, page, GATE_PATIENCE - 1);
+    assert_eq!(mmu.fault(&vcpu, other, Access::read(false)), Outcome::Fixed);
+    mmu.buckets().close(page);
+    assert_eq!(mmu.fault(&vcpu, Gva(page.0 << 12), Access::write(false)), Outcome::Gate(page));
+    mmu.buckets().open(page);
+    mmu.tlb_enter(&vcpu);
+    assert_eq!(mmu.tlb_refill(&vcpu, Gva(page.0 << 12), Access::write(false)), Refill::Done);
+    assert!(mmu.buckets().is_starving(page), "it has not used it yet");
+    mmu.leave(&vcpu);
+    assert!(!mmu.buckets().is_starving(page));
+}
+
+/// A vCPU that was kicked before it ran asks on; one that will not run asks for nothing.
+#[test]
+fn a_starving_vcpu_that_did_not_run_asks_on_and_one_that_rests_does_not() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let page = Gfn(600);
+    let vcpu = starving(&mmu, page, GATE_PATIENCE);
+    assert_eq!(mmu.fault(&vcpu, Gva(page.0 << 12), Access::write(false)), Outcome::Fixed);
+    for _ in 0..3 {
+        mmu.tlb_enter(&vcpu);
+        mmu.leave_unrun(&vcpu);
+        assert!(mmu.buckets().is_starving(page));
+    }
+    mmu.rest(&vcpu);
+    assert!(!mmu.buckets().is_starving(page));
 }
 
 /// Refills are made inside the guest, and are no entries.

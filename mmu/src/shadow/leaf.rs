@@ -113,6 +113,7 @@ impl Mmu {
             Ok(leaf) => leaf,
             Err(end) => return end,
         };
+        self.note_filled(vcpu, gfn);
         if let Some(tlb) = &vcpu.tlb {
             tlb.learn(place.root, gva, &leaf, place.key.role.shape == Shape::Linear);
         }
@@ -145,7 +146,7 @@ impl Mmu {
         point();
         debug_assert!(
             matches!(self.frames.kind(directory.mfn()), FrameKind::Shadow(_)),
-            "INV-SHADOW-4: the frame of a directory was given back under a walk"
+            "INV-SHADOW-5: the frame of a directory was given back under a walk"
         );
         let table = self.spte(directory.mfn().at(l2_index(gva) * 8));
         table.is_present().then_some(table)

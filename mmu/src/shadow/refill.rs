@@ -8,7 +8,7 @@
 //! accessed, this table, these rights), whoever changes that entry takes the link away, and a link changes only under
 //! the lock of the page it leads to (INV-SHADOW-2).
 //!
-//! Holds: no guest entry is changed: what wants an A or D bit goes the long way. Never sleeps; the vCPU may be in the guest.
+//! Holds: no guest entry is changed: what wants an A or D bit goes the long way. Never sleeps.
 //!
 //! Locks: the first-level page, then bucket(gfn). The link is looked at again once the page is held: before, its slot may
 //! have served another.
@@ -46,8 +46,8 @@ enum Linked {
 
 impl Mmu {
     /// Makes a leaf for `gva`, and an entry of the TLB, or finds that the access is a fault of the guest's, where the
-    /// shadow's tables are there and the guest's entry needs no A or D bit. Says nothing of closed gates: who has asked for a
-    /// page asks until it has left the guest twice.
+    /// shadow's tables are there and the guest's entry needs no A or D bit. The vCPU is inside the guest (INV-SHADOW-5), or
+    /// nothing else runs. Who has asked for this page has it now, and asks until it leaves; of others a refill says nothing.
     pub fn tlb_refill(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Refill {
         let store = access.kind == AccessKind::Write;
         let refill = match self.map_linked(vcpu, gva, access) {

@@ -40,5 +40,5 @@ pub use error::{Dump, KvmError, KvmExit, Stop};
 pub use host::{Features, Host, HostError};
 pub use kick::Kicker;
 pub use registers::{CannotRun, can_run};
-pub use vcpu::KvmVcpu;
+pub use vcpu::{KvmVcpu, Left};
 pub use vm::{KvmVm, Options};

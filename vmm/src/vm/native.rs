@@ -28,7 +28,7 @@ use super::vcpu::{Backend, Core, lacking};
 use crate::cpu::eflags;
 use crate::interp::engine::Extent;
 use crate::interp::{Event, Exception, Step, UnknownInstruction, vector};
-use crate::kvm::{KvmError, KvmExit, KvmVcpu, can_run};
+use crate::kvm::{KvmError, KvmExit, KvmVcpu, Left, can_run};
 
 /// Page faults at one place in a row that change nothing, after which the instruction is interpreted: some hosts
 /// fault for ever on what they cannot do (an access that wraps at 4 GiB).
@@ -112,7 +112,10 @@ impl Native {
             true => Ok(None),
             false => self.kvm.run_guest(&core.cpu, root).map(Some),
         });
-        core.mmu.leave(&core.mmu_vcpu);
+        match left {
+            Ok(Some(Left::Out | Left::Guest)) => core.mmu.leave(&core.mmu_vcpu),
+            Ok(Some(Left::NotEntered) | None) | Err(_) => core.mmu.leave_unrun(&core.mmu_vcpu),
+        }
         let exit = left.and_then(|left| match left {
             Some(left) => self.kvm.take(&mut core.cpu, left),
             None => Ok(KvmExit::Kicked),

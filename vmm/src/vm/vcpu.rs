@@ -130,7 +130,7 @@ impl Core {
         loop {
             backend.take_kick();
             if self.ending.is_set() {
-                return;
+                return self.mmu.rest(&self.mmu_vcpu);
             }
             self.requests.serve(&self.mmu, &self.mmu_vcpu);
             if let Some(end) = self.pass(backend) {
@@ -195,6 +195,7 @@ impl Core {
         if (never || !open) && !self.requests.may_come() {
             return Some(End::Stuck(Box::new(self.cpu.clone())));
         }
+        self.mmu.rest(&self.mmu_vcpu);
         self.devices.waker(id).sleep();
         None
     }
