@@ -345,6 +345,66 @@ fn a_discard_waits_for_starving_fills_once_and_not_for_each_page() {
     assert_eq!((one > 100, discard(600..632)), (true, one), "{one} kicks for the first page");
 }
 
+/// A swap device whose reads wait to be let through.
+#[derive(Debug)]
+struct Held {
+    inner: MemorySwap,
+    reading: Arc<AtomicU64>,
+    go: Arc<AtomicBool>,
+}
+
+impl SwapDevice for Held {
+    fn slots(&self) -> u32 {
+        self.inner.slots()
+    }
+
+    fn write(&self, first: SwapSlot, pages: &[u8]) -> io::Result<()> {
+        self.inner.write(first, pages)
+    }
+
+    fn read(&self, first: SwapSlot, pages: &mut [u8]) -> io::Result<()> {
+        self.reading.fetch_add(1, Ordering::SeqCst);
+        while !self.go.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        self.inner.read(first, pages)
+    }
+
+    fn discard(&self, slots: Range<u32>) {
+        self.inner.discard(slots);
+    }
+}
+
+/// However often others who share its gate open that: what counts is the page.
+#[test]
+fn a_discard_waits_for_a_page_that_is_read_back_slowly() {
+    let (reading, go) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let swap = Held { inner: MemorySwap::new(PAGES), reading: reading.clone(), go: go.clone() };
+    let mmu = mmu(Box::new(swap), Box::new(NoVcpus));
+    let mut guest = alone(&mmu);
+    guest.store(600, 0, 7).expect("a frame");
+    guest.leave();
+    assert_eq!(mmu.page_out(None, &[Gfn(600)]), Ok(1));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| mmu.bring_in(None, Gfn(600)));
+        while reading.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let discard = scope.spawn(|| mmu.discard(None, 600..601, Discard::Zero, May::Sleep));
+        let end = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < end {
+            mmu.buckets().close(Gfn(664));
+            mmu.buckets().open(Gfn(664));
+            std::thread::yield_now();
+        }
+        go.store(true, Ordering::SeqCst);
+        assert_eq!(reader.join().expect("no panic"), Ok(()));
+        assert_eq!(discard.join().expect("no panic"), Ok(()));
+    });
+    assert_eq!(mmu.p2m().lookup(Gfn(600)), PageState::Zero);
+    audit(&mmu);
+}
+
 /// What it asked for is there: it needs no second stay in the guest, which may never come.
 #[test]
 fn a_starving_vcpu_that_refills_its_page_has_it() {
