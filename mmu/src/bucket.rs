@@ -202,7 +202,9 @@ impl Buckets {
         let mut asked = self.asked.lock();
         let at = asked.iter().position(|one| *one == (asker, gfn));
         debug_assert!(at.is_some(), "INV-GATE-3: {asker:?} did not ask for {gfn}");
-        at.map(|at| asked.swap_remove(at));
+        if let Some(at) = at {
+            asked.swap_remove(at);
+        }
         self.asking.store(asked.len() as u32, Ordering::SeqCst);
     }
 

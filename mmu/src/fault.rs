@@ -147,7 +147,7 @@ impl Mmu {
         }
     }
 
-    /// The fault is dealt with.
+    /// The fault is dealt with, and with it whatever was asked for: a page that is mapped, or a table that was read.
     #[inline]
     fn pass_gate(&self, vcpu: &Vcpu) {
         let last = vcpu.hunger.get();

@@ -184,6 +184,7 @@ impl Native {
 
     fn on_fault(&mut self, core: &mut Core, gva: Gva, error: u32, outcome: Outcome) -> Option<End> {
         match outcome {
+            // It has slept for the last two.
             Outcome::Fixed | Outcome::Again | Outcome::Gate(_) | Outcome::Need(_) => None,
             Outcome::Spurious if !self.is_stuck_at(core.cpu.eip, gva) => None,
             Outcome::Spurious | Outcome::Mmio(_) | Outcome::Emulate(_) => {
