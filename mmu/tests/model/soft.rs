@@ -44,12 +44,6 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
     }
 
     fn enter(&mut self) {
-        if self.kicked.swap(false, Ordering::SeqCst) {
-            self.leave();
-        }
-        if self.inside {
-            return;
-        }
         self.inside = true;
         if self.obeys {
             self.mmu.tlb_enter(&self.vcpu);
@@ -68,8 +62,14 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
     ) -> Result<T, Shortage> {
         let access = Access { kind, user: false };
         let waits = self.vcpu.stats().gate_waits;
-        let done = loop {
+        // A kick is heeded between two accesses, and not between a refill and the access that it is for.
+        if self.kicked.swap(false, Ordering::SeqCst) {
+            self.leave();
+        }
+        if !self.inside {
             self.enter();
+        }
+        let done = loop {
             match make(&self.mmu, &self.vcpu) {
                 Ok(done) => break done,
                 Err(Miss::Incoherent(violation)) => panic!("{violation}"),
@@ -85,6 +85,7 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
                 Outcome::Again => thread::yield_now(),
                 outcome => panic!("{at:?}: {outcome:?}"),
             }
+            self.enter();
         };
         self.gates_max = self.gates_max.max(self.vcpu.stats().gate_waits - waits);
         Ok(done)
