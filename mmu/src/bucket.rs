@@ -55,7 +55,9 @@ impl Link {
     }
 }
 
+/// On a line of the cache for itself, for the same reason as [`Traffic`].
 #[derive(Debug)]
+#[repr(align(64))]
 struct Bucket {
     links: Lock<Vec<Link>>,
     /// Closings that were not opened yet, in the low bits; above them the highest sequence that it was opened with. While it
@@ -81,15 +83,23 @@ const CLOSINGS_BITS: u32 = 16;
 pub struct Buckets {
     buckets: Box<[Bucket]>,
     mask: u32,
-    sequence: AtomicU64,
     /// What is asked for, and how much that is.
     asked: Lock<Vec<(Asker, Gfn)>>,
     asking: AtomicU32,
+    traffic: Traffic,
+    sleepers: Monitor<()>,
+}
+
+/// What every invalidation writes and every fill reads: on a line of the cache for itself, so that one of them is all that goes
+/// to and fro.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Traffic {
+    sequence: AtomicU64,
     /// Calls of [`Buckets::close_all`] that were not followed by their [`Buckets::open_all`] yet.
     closings: AtomicU32,
     /// Threads that sleep at a gate, or are about to.
     waiting: AtomicU32,
-    sleepers: Monitor<()>,
 }
 
 /// What a fill read before its walk; the gate compares it in the critical section.
@@ -110,11 +120,13 @@ impl Buckets {
         Buckets {
             buckets: (0..count).map(bucket).collect(),
             mask: count - 1,
-            sequence: AtomicU64::new(1),
             asked: Lock::new(lock_order::ASKED, Vec::new()),
             asking: AtomicU32::new(0),
-            closings: AtomicU32::new(0),
-            waiting: AtomicU32::new(0),
+            traffic: Traffic {
+                sequence: AtomicU64::new(1),
+                closings: AtomicU32::new(0),
+                waiting: AtomicU32::new(0),
+            },
             sleepers: Monitor::new(lock_order::SLEEPERS, ()),
         }
     }
@@ -122,7 +134,7 @@ impl Buckets {
     /// The gates' sequence: to be read before the walk that leads to a fill.
     #[inline]
     pub fn sequence(&self) -> Sequence {
-        Sequence(self.sequence.load(Ordering::Acquire))
+        Sequence(self.traffic.sequence.load(Ordering::Acquire))
     }
 
     /// Takes bucket(gfn).
@@ -139,7 +151,7 @@ impl Buckets {
 
     /// Closes the gates of `gfns`, each as often as it comes.
     pub fn close_all(&self, gfns: &[Gfn]) {
-        self.closings.fetch_add(1, Ordering::Relaxed);
+        self.traffic.closings.fetch_add(1, Ordering::Relaxed);
         for gfn in gfns {
             self.bucket(*gfn).gate.fetch_add(1, Ordering::SeqCst);
         }
@@ -153,18 +165,18 @@ impl Buckets {
 
     /// True while any gate is closed: somebody has pages in hand, and will have done with them.
     pub(crate) fn is_any_closed(&self) -> bool {
-        self.closings.load(Ordering::Relaxed) > 0
+        self.traffic.closings.load(Ordering::Relaxed) > 0
     }
 
     /// Ends one closing of each of the `gfns` of a [`Buckets::close_all`], and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
-        let now = self.sequence.fetch_add(1, Ordering::SeqCst) + 1;
+        let now = self.traffic.sequence.fetch_add(1, Ordering::SeqCst) + 1;
         for gfn in gfns {
             self.bucket(*gfn).open(now, *gfn);
         }
-        self.closings.fetch_sub(1, Ordering::Relaxed);
+        self.traffic.closings.fetch_sub(1, Ordering::Relaxed);
         // Opened, then looked for sleepers; they are counted, then look at the gate.
-        if self.waiting.load(Ordering::SeqCst) > 0 {
+        if self.traffic.waiting.load(Ordering::SeqCst) > 0 {
             drop(self.sleepers.lock());
             self.sleepers.notify_all();
         }
@@ -181,13 +193,13 @@ impl Buckets {
         if spin_until(|| !is_shut()) {
             return;
         }
-        self.waiting.fetch_add(1, Ordering::SeqCst);
+        self.traffic.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while is_shut() {
             sleepers = sleepers.wait();
         }
         drop(sleepers);
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.traffic.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Asks that `gfn` be left alone until [`Buckets::fed`]: by all who can do without it, and for a while by all others.
@@ -375,7 +387,7 @@ mod tests {
                 buckets.wait(Gfn(1));
                 tell.send(()).expect("somebody listens");
             });
-            while buckets.waiting.load(Ordering::SeqCst) == 0 {
+            while buckets.traffic.waiting.load(Ordering::SeqCst) == 0 {
                 std::thread::yield_now();
             }
             buckets.close(Gfn(1));
