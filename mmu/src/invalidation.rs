@@ -49,7 +49,7 @@ use crate::sync::{Ordering, spin_until, thread};
 pub const BATCH_MAX: usize = 512;
 
 /// How often the gates of starving fills are left open, for one [`Caller`], before they are closed all the same: their vCPUs
-/// may have stopped. A vCPU that has lost its CPU to other work has it again in a fraction of the time that these take, 200 ms.
+/// may have stopped. A vCPU that has lost its CPU to other work has it again in a fraction of the time that these take, about 0.3 s.
 const NAPS_MAX: u32 = 2000;
 /// Instead of the first of every so many of them, vCPUs are made to leave the guest.
 const NAPS_A_KICK: u32 = 8;
