@@ -38,6 +38,8 @@ struct known {
 static const struct known known[] = {FPU_KNOWN};
 
 static u32 workers_preempted;
+/* How often the registers had gone to another process before the workers came. */
+static u32 takes_before;
 
 /* Where all start: numbers that every precision holds exactly; those that stay need all their bits. */
 static struct fpu_numbers start_of(const struct known *way)
@@ -165,12 +167,15 @@ static void test_lazy(void)
 
 /* workers */
 
+static bool went_round(void) { return fpu_takes() - takes_before >= 2 * ARRAY_SIZE(known); }
+
+/* On a slow machine the first is preempted often enough before the second is forked: it waits for the others. */
 static void worker(const struct known *way)
 {
     const struct fpu_numbers start = start_of(way);
     u32 rounds = 0, wrong = 0;
     tally_forget();
-    while (preemptions() < workers_preempted && rounds++ < ROUNDS_MAX) {
+    while ((preemptions() < workers_preempted || !went_round()) && rounds++ < ROUNDS_MAX) {
         fpu_load(&start);
         fpu_steps(FPU_STEPS);
         wrong += !store_is_known_end(way);
@@ -242,7 +247,8 @@ static bool punish(const struct crime *crime, u32 flags, u32 *workers_ended)
 
 static void test_workers_and_crimes(u32 flags)
 {
-    u32 ended = 0, killed = 0, takes = fpu_takes();
+    u32 ended = 0, killed = 0;
+    takes_before = fpu_takes();
     for (u32 i = 0; i < ARRAY_SIZE(known); i++) {
         u32 pid = fork();
         expect(pid != SYS_ERROR, "a worker is forked");
@@ -253,7 +259,7 @@ static void test_workers_and_crimes(u32 flags)
         killed += punish(&crimes[i], flags, &ended);
     status_of(0, &ended);
     expect(ended == ARRAY_SIZE(known), "every worker ends");
-    expect(fpu_takes() - takes >= 2 * ARRAY_SIZE(known), "the registers went round");
+    expect(went_round(), "the registers went round");
     say("pager: fpu workers=", ended, " steps=", FPU_STEPS, " crimes=", ARRAY_SIZE(crimes), " deviations=",
         ARRAY_SIZE(crimes) - killed, NULL);
 }
