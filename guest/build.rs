@@ -52,6 +52,7 @@ const PROGRAMS: &[Program] = &[
     Program { name: "storm", files: &["storm.c"] },
     Program { name: "fpu", files: &["fpu.c", "fpu_loop.S"] },
     Program { name: "fpu_fresh", files: &["fpu_fresh.c"] },
+    Program { name: "reclaim", files: &["reclaim.c", "reclaim_pattern.c"] },
     Program {
         name: "mix",
         files: &[

@@ -1,4 +1,4 @@
-/* Interrupt controllers: everything masked but the LAPIC's timer.
+/* Interrupt controllers: everything masked but the LAPIC's timer and what drivers ask for.
  *
  * Limits: the timer's input is taken as 1 GHz, which is what QEMU's and Umbra's LAPIC have; it is not measured. Nothing
  * that the guest prints depends on it. */
@@ -27,6 +27,7 @@
 #define LAPIC_INPUT_HZ 1000000000u
 
 #define IOAPIC_PHYSICAL 0xfec00000
+#define IOAPIC2_PHYSICAL 0xfec10000
 #define IOAPIC_SELECT 0x00
 #define IOAPIC_DATA 0x10
 #define IOAPIC_VERSION 1
@@ -36,23 +37,43 @@ volatile u32 ticks;
 
 static void lapic_write(u32 offset, u32 value) { *(volatile u32 *)(LAPIC_BASE + offset) = value; }
 
-static void ioapic_write(u32 reg, u32 value)
+/* Redirection entry, low word. */
+#define PIN_LEVEL (1u << 15)
+
+/* Without a second IOAPIC virtio has the first one's pins from 5 on, as on QEMU's microvm. */
+#define VIRTIO_FIRST_PIN_ALONE 5
+
+static void ioapic_write(u32 base, u32 reg, u32 value)
 {
-    *(volatile u32 *)(IOAPIC_BASE + IOAPIC_SELECT) = reg;
-    *(volatile u32 *)(IOAPIC_BASE + IOAPIC_DATA) = value;
+    *(volatile u32 *)(base + IOAPIC_SELECT) = reg;
+    *(volatile u32 *)(base + IOAPIC_DATA) = value;
 }
 
-static u32 ioapic_read(u32 reg)
+static u32 ioapic_read(u32 base, u32 reg)
 {
-    *(volatile u32 *)(IOAPIC_BASE + IOAPIC_SELECT) = reg;
-    return *(volatile u32 *)(IOAPIC_BASE + IOAPIC_DATA);
+    *(volatile u32 *)(base + IOAPIC_SELECT) = reg;
+    return *(volatile u32 *)(base + IOAPIC_DATA);
 }
 
-static void ioapic_mask_all(void)
+/* Where there is none, the bus reads as ones or as zeros. */
+static bool ioapic_is_there(u32 base)
 {
-    u32 last = ioapic_read(IOAPIC_VERSION) >> 16 & 0xff;
+    u32 version = ioapic_read(base, IOAPIC_VERSION);
+    return version != 0 && version != ~0u;
+}
+
+static void ioapic_mask_all(u32 base)
+{
+    u32 last = ioapic_read(base, IOAPIC_VERSION) >> 16 & 0xff;
     for (u32 i = 0; i <= last; i++)
-        ioapic_write(IOAPIC_REDIRECTION + 2 * i, LVT_MASKED);
+        ioapic_write(base, IOAPIC_REDIRECTION + 2 * i, LVT_MASKED);
+}
+
+void apic_unmask_virtio(u32 slot)
+{
+    bool second = ioapic_is_there(IOAPIC2_BASE);
+    u32 pin = second ? slot : slot + VIRTIO_FIRST_PIN_ALONE;
+    ioapic_write(second ? IOAPIC2_BASE : IOAPIC_BASE, IOAPIC_REDIRECTION + 2 * pin, PIN_LEVEL | VECTOR_VIRTIO);
 }
 
 void apic_init(void)
@@ -60,8 +81,11 @@ void apic_init(void)
     out8(PIC1_MASK, 0xff);
     out8(PIC2_MASK, 0xff);
     kpt_map_device(IOAPIC_BASE, IOAPIC_PHYSICAL);
+    kpt_map_device(IOAPIC2_BASE, IOAPIC2_PHYSICAL);
     kpt_map_device(LAPIC_BASE, LAPIC_PHYSICAL);
-    ioapic_mask_all();
+    ioapic_mask_all(IOAPIC_BASE);
+    if (ioapic_is_there(IOAPIC2_BASE))
+        ioapic_mask_all(IOAPIC2_BASE);
     lapic_write(LAPIC_LVT_LINT0, LVT_MASKED);
     lapic_write(LAPIC_LVT_LINT1, LVT_MASKED);
     lapic_write(LAPIC_TASK_PRIORITY, 0);

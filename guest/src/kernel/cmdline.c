@@ -4,6 +4,7 @@
  * build. Holds: this file is linked at its physical address and so calls nothing outside itself. */
 #include "boot.h"
 #include "layout.h"
+#include "paging.h"
 
 static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
 
@@ -109,6 +110,8 @@ static bool parse_word(const char *word, struct options *options)
     if ((value = value_of(word, "lowmem=")))
         return parse_number(value, LOWMEM_MAX, &options->lowmem) && options->lowmem >= LOWMEM_MIN &&
                options->lowmem % 4 == 0;
+    if ((value = value_of(word, "ram=")))
+        return parse_number(value, FRAMES_MAX / (MIB / PAGE_SIZE), &options->ram);
     if ((value = value_of(word, "hz=")))
         return parse_number(value, TIMER_HZ_MAX, &options->hz) && options->hz > 0;
     if ((value = value_of(word, "allow=")))
@@ -133,6 +136,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->scale = 100;
     options->lowmem = LOWMEM_DEFAULT;
     options->hz = TIMER_HZ_DEFAULT;
+    options->ram = 0;
     options->allow = 0;
     bool first = true;
     while (*line) {

@@ -1,19 +1,28 @@
-/* Page faults at user addresses: demand-zero, demand-load, copy on write, stack growth.
+/* Page faults at user addresses: demand-zero, demand-load, copy on write, stack growth, swap-in.
  *
  *              no region allows it --> BAD_ACCESS
+ *              a region of the file -> file.c
  *   absent --> anonymous, read ------> the zero page, read-only
  *          \-> else -----------------> a fresh frame, filled from the image or with zeros
+ *   in swap -------------------------> brought in, with nothing held; then, if it is still the page: mapped
  *   present, write, read-only -------> sole holder: made writable; else a private copy
  *
- * Holds: no entry gets W before its frame has this space as the only holder. */
+ * Holds: no entry gets W before its frame has this space as the only holder. Room is made before anything is held. */
 #include "check.h"
 #include "cpu.h"
+#include "file.h"
 #include "frames.h"
+#include "lru.h"
+#include "reclaim.h"
 #include "space.h"
 #include "string.h"
+#include "swap.h"
 #include "tlb.h"
 #include "trap.h"
 #include "window.h"
+
+/* A page, a table and a directory. */
+#define ROOM 3
 
 static pte_t region_bits(const struct region *region)
 {
@@ -42,6 +51,18 @@ static SELDOM void fill_from_image(u8 *to, const struct region *region, u32 offs
     memset(to + bytes, 0, PAGE_SIZE - bytes);
 }
 
+/* A frame for the page, which reclaim may take again. */
+static u32 alloc_page(u32 page)
+{
+    u32 frame = frame_alloc(ZONE_HIGH);
+    if (frame == FRAME_NONE)
+        return FRAME_NONE;
+    frame_of(frame)->flags = FRAME_ANON;
+    frame_of(frame)->index = page >> PAGE_SHIFT;
+    lru_add(frame, LRU_INACTIVE);
+    return frame;
+}
+
 /* The page's initial contents. */
 static void fill_page(u32 frame, const struct region *region, u32 page)
 {
@@ -65,7 +86,7 @@ static enum fault_result fix_absent(struct leaf *leaf, const struct region *regi
     bool anonymous = page - region->start >= region->image_bytes;
     if (anonymous && !write && !(region->flags & REGION_EXEC))
         return fix_by_zero_page(leaf, region);
-    u32 frame = frame_alloc(ZONE_HIGH);
+    u32 frame = alloc_page(page);
     if (frame == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
     fill_page(frame, region, page);
@@ -80,11 +101,13 @@ static SELDOM enum fault_result fix_write(struct leaf *leaf, u32 page)
 {
     pte_t entry = upt_get(leaf);
     u32 shared = pte_frame(entry);
-    if ((entry & PTE_W) || (shared != zero_frame && frame_of(shared)->refs == 1)) {
+    if ((entry & PTE_W) || (shared != zero_frame && swap_is_sole_holder(shared))) {
+        if (in_swap_cache(shared))
+            swap_forget(shared);
         upt_change(leaf, writable(entry));
         return FAULT_FIXED;
     }
-    u32 own = frame_alloc(ZONE_HIGH);
+    u32 own = alloc_page(page);
     if (own == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
     void *to = kmap_local(own, "copy on write, to");
@@ -98,7 +121,39 @@ static SELDOM enum fault_result fix_write(struct leaf *leaf, u32 page)
     kunmap_local(to);
     upt_change(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
     invlpg(page);
-    frame_put(shared);
+    swap_put(shared);
+    return FAULT_FIXED;
+}
+
+/* Puts the page of a slot, with its reference, where its entry was. */
+static void enter_swapped(struct leaf *leaf, const struct region *region, u32 page, u32 frame)
+{
+    struct frame *entry = frame_of(frame);
+    entry->index = page >> PAGE_SHIFT;
+    entry->flags &= ~FRAME_READ_AHEAD;
+    u32 slot = swap_entry_slot(upt_get(leaf));
+    upt_change(leaf, pte_make(frame, region_bits(region)));
+    swap_entry_dropped(slot);
+}
+
+/* A write faults once more, and has a copy or its right then. */
+static SELDOM enum fault_result fix_swapped(struct space *space, const struct region *region, u32 page, pte_t entry)
+{
+    u32 frame;
+    switch (swap_in(swap_entry_slot(entry), &frame)) {
+    case SWAP_NO_MEMORY: return FAULT_OUT_OF_MEMORY;
+    case SWAP_LOST: return FAULT_LOST;
+    case SWAP_STALE: return FAULT_FIXED;
+    case SWAP_DONE: break;
+    }
+    struct leaf leaf;
+    bool there = upt_open(&space->upt, page, false, &leaf);
+    if (there && upt_get(&leaf) == entry)
+        enter_swapped(&leaf, region, page, frame);
+    else
+        swap_put(frame);
+    if (there)
+        upt_close(&leaf);
     return FAULT_FIXED;
 }
 
@@ -115,11 +170,19 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
         return FAULT_BAD_ACCESS;
     u32 page = va & PAGE_MASK;
     struct leaf leaf;
+    if (!make_room(ROOM))
+        return FAULT_OUT_OF_MEMORY;
+    if (region->flags & REGION_FILE)
+        return file_fault(space, region, page);
     if (!upt_open(&space->upt, page, true, &leaf))
         return FAULT_OUT_OF_MEMORY;
     enum fault_result result = FAULT_FIXED;
     bool write = error & FAULT_W;
     pte_t entry = upt_get(&leaf);
+    if (is_swap_entry(entry)) {
+        upt_close(&leaf);
+        return fix_swapped(space, region, page, entry);
+    }
     if (!entry)
         result = fix_absent(&leaf, region, page, write);
     else if (write)

@@ -14,6 +14,7 @@
 #include "boot.h"
 #include "check.h"
 #include "kpt.h"
+#include "lru.h"
 #include "string.h"
 
 struct frontier {
@@ -21,6 +22,7 @@ struct frontier {
     u32 range, next; /* where the frontier is: a memory range and a frame in it */
     u32 free;        /* head of the free list */
     u32 in_use;
+    u32 available;   /* beyond the frontier, and on the free list */
 };
 
 static struct frontier zones[ZONES];
@@ -41,6 +43,7 @@ static u32 frontier_advance(struct frontier *zone)
         u32 frame = max_u32(max_u32(range->start, zone->first), zone->next);
         if (frame < min_u32(range->end, zone->end)) {
             zone->next = frame + 1;
+            zone->available--;
             return frame;
         }
     }
@@ -63,9 +66,24 @@ static void back_entry(u32 frame)
         kpt_set(va, pte_make(frame_alloc_untracked(), kpt_data_bits()));
 }
 
+static u32 count_ram(const struct frontier *zone)
+{
+    u32 count = 0;
+    for (u32 i = 0; i < boot.range_count; i++) {
+        u32 start = max_u32(boot.ranges[i].start, zone->first), end = min_u32(boot.ranges[i].end, zone->end);
+        count += end > start ? end - start : 0;
+    }
+    return count;
+}
+
 void frames_init(void)
 {
     u32 end = 0, limit = paging.pae ? FRAMES_MAX : 1u << 20;
+    u32 ram = boot.options.ram;
+    if (!ram && boot.options.workload == WORKLOAD_RECLAIM)
+        ram = RAM_OF_RECLAIM;
+    if (ram)
+        limit = min_u32(limit, ram * (MIB / PAGE_SIZE));
     for (u32 i = 0; i < boot.range_count; i++)
         end = max_u32(end, boot.ranges[i].end);
     end = min_u32(end, limit);
@@ -74,6 +92,8 @@ void frames_init(void)
     zones[ZONE_LOW].end = frames_low_end = low_end;
     zones[ZONE_HIGH].first = low_end;
     zones[ZONE_HIGH].end = end;
+    zones[ZONE_LOW].available = count_ram(&zones[ZONE_LOW]);
+    zones[ZONE_HIGH].available = count_ram(&zones[ZONE_HIGH]);
     kpt_cover(FRAME_TABLE_BASE, (u32)&table[end]);
 }
 
@@ -83,13 +103,14 @@ u32 frame_alloc(enum zone which)
     u32 frame = zone->free;
     if (frame != FRAME_NONE) {
         zone->free = table[frame].link;
+        zone->available--;
     } else {
         frame = frontier_advance(zone);
         if (frame == FRAME_NONE)
             return which == ZONE_HIGH ? frame_alloc(ZONE_LOW) : FRAME_NONE;
         back_entry(frame);
     }
-    table[frame] = (struct frame){.refs = 1, .link = 0};
+    table[frame] = (struct frame){.refs = 1};
     zone->in_use++;
     return frame;
 }
@@ -106,10 +127,15 @@ void frame_put(u32 frame)
     ASSERT(table[frame].refs);
     if (--table[frame].refs)
         return;
+    if (table[frame].flags & FRAME_LISTED)
+        lru_remove(frame);
     struct frontier *zone = &zones[zone_of(frame)];
     table[frame].link = zone->free;
     zone->free = frame;
     zone->in_use--;
+    zone->available++;
 }
 
 u32 frames_in_use(void) { return zones[ZONE_LOW].in_use + zones[ZONE_HIGH].in_use; }
+u32 frames_free(void) { return zones[ZONE_LOW].available + zones[ZONE_HIGH].available; }
+u32 frames_total(void) { return frames_free() + frames_in_use(); }

@@ -10,8 +10,13 @@ enum zone { ZONE_LOW, ZONE_HIGH, ZONES };
 
 /* One for every frame that was ever handed out. */
 struct frame {
-    u32 refs; /* who holds it: mappings, tables, the witness; 0 on the free list */
-    u32 link; /* free: the next free frame. A user page table: how many of its entries are in use. */
+    u32 refs;  /* who holds it: mappings, tables, the swap cache, I/O, the witness; 0 on the free list */
+    u32 link;  /* free: the next free frame. A user page table: how many of its entries are in use. On a list: the next */
+    u32 prev;  /* on a list: the one before */
+    u32 flags; /* FRAME_* of pages that can be reclaimed (lru.h); 0 for all others */
+    u32 index; /* of such a page: its number among the pages of the address spaces, or of the file */
+    u32 slot;  /* its slot in swap and one more, or 0 (swap.h) */
+    u32 unused[2];
 };
 
 /* No frame: also what an allocation that failed returns. Frame 0 is never handed out. */
@@ -19,14 +24,18 @@ struct frame {
 
 void frames_init(void);
 
-/* One frame with one reference, its contents whatever they were. ZONE_HIGH falls back to ZONE_LOW. */
+/* One frame with one reference, its contents whatever they were. ZONE_HIGH falls back to ZONE_LOW. Never sleeps: whoever can
+ * makes room before (reclaim.h). */
 u32 frame_alloc(enum zone zone);
 void frame_get(u32 frame);
-/* Drops a reference; with the last one the frame is free. */
+/* Drops a reference; with the last one the frame is free, and off its list. */
 void frame_put(u32 frame);
 static inline struct frame *frame_of(u32 frame) { return (struct frame *)FRAME_TABLE_BASE + frame; }
 /* Frames held now, over both zones: the same before and after a workload that leaks nothing. */
 u32 frames_in_use(void);
+/* Frames that can be had, and all that there are for tables and pages. */
+u32 frames_free(void);
+u32 frames_total(void);
 
 extern u32 frames_low_end;
 static inline bool frame_is_low(u32 frame) { return frame < frames_low_end; }

@@ -33,6 +33,7 @@ PROGRAM(storm, "storm")
 PROGRAM(mix, "mix")
 PROGRAM(fpu, "fpu")
 PROGRAM(fpu_fresh, "fpu_fresh")
+PROGRAM(reclaim, "reclaim")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

@@ -2,14 +2,16 @@
  *
  *   00000000 - bfffffff   user
  *   c0000000 - dfffffff   low memory, physical address + KERNEL_BASE, large pages
- *   e0000000 - e7ffffff   frame table: 8 bytes a frame, backed only as far as frames were handed out
+ *   e0000000 - f7ffffff   frame table: 32 bytes a frame, backed only as far as frames were handed out
+ *   f8000000 - fbffffff   swap map: 16 bytes a slot, as many as the swap disk has
  *   ffc00000 - ffc7ffff   kernel stacks: an absent guard page, then two pages each
- *   ffd00000 - ffd01fff   LAPIC, IOAPIC
+ *   ffd00000 - ffd02fff   LAPIC, two IOAPICs
+ *   ffd08000 - ffd0afff   virtio-mmio transports
  *   ffe00000 - ffe0ffff   slots of the temporary window (kmap_local)
  *   ffe80000 - ffe9ffff   slots of the persistent pool (kmap)
  *   ffec0000 - ffedffff   slots of the storm workload
  *
- * The last five share the top 4 MiB, whose page tables exist from boot on. So every kernel directory entry is final
+ * Those from ffc00000 on share the top 4 MiB, whose page tables exist from boot on. So every kernel directory entry is final
  * before the first process is made, and a copy of one in a process's root never goes stale.
  *
  * Also read by the assembler: nothing but #define here. */
@@ -20,10 +22,14 @@
 #define KERNEL_LOAD 0x00100000
 
 #define FRAME_TABLE_BASE 0xe0000000
+#define SWAP_MAP_BASE 0xf8000000
+#define SWAP_MAP_END 0xfc000000
 #define TOP_BASE 0xffc00000
 #define STACKS_BASE 0xffc00000
 #define LAPIC_BASE 0xffd00000
 #define IOAPIC_BASE 0xffd01000
+#define IOAPIC2_BASE 0xffd02000
+#define VIRTIO_BASE 0xffd08000
 #define WINDOW_BASE 0xffe00000
 #define POOL_BASE 0xffe80000
 #define STORM_BASE 0xffec0000
@@ -37,6 +43,9 @@
 #define LOWMEM_DEFAULT 8
 #define LOWMEM_MIN 4
 #define LOWMEM_MAX 512
+
+/* MiB that the kernel uses of what there is, with workload=reclaim: small, so that a slow CPU too can fill it twice. */
+#define RAM_OF_RECLAIM 12
 
 /* Percent of the default work: so much that the count of what a timed workload does fits 32 bits. */
 #define SCALE_MAX 4000
@@ -64,6 +73,7 @@
 
 /* Vectors above the exceptions. */
 #define VECTOR_TIMER 0x20
+#define VECTOR_VIRTIO 0x21
 #define VECTOR_SYSCALL 0x80
 #define VECTOR_SPURIOUS 0xff
 

@@ -11,6 +11,7 @@
 #include "task.h"
 #include "tick.h"
 #include "umbra_abi.h"
+#include "virtio.h"
 #include "witness.h"
 #include "work.h"
 
@@ -52,6 +53,8 @@ static void run(enum workload workload)
         work_mix();
     if (workload == WORKLOAD_FPU)
         work_fpu();
+    if (workload == WORKLOAD_RECLAIM)
+        work_reclaim();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }
@@ -70,6 +73,7 @@ void kernel_main(void)
     space_init();
     tick_init();
     apic_init();
+    virtio_init();
     apic_timer_start(boot.options.hz);
     irq_on();
     run(boot.options.workload);

@@ -30,8 +30,8 @@
 #define CR4_PGE (1u << 7)
 #define CR4_SMEP (1u << 20)
 
-/* Frames with numbers from here on are never used: 36 address bits. */
-#define FRAMES_MAX (1u << 24)
+/* Frames with numbers from here on are never used: the frame table has room for these, 48 GiB. */
+#define FRAMES_MAX (12u << 20)
 
 typedef u64 pte_t;
 

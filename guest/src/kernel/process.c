@@ -4,6 +4,7 @@
 #include "boot.h"
 #include "check.h"
 #include "frames.h"
+#include "reclaim.h"
 #include "syscalls.h"
 #include "task.h"
 #include "witness.h"
@@ -22,6 +23,7 @@ u32 process_run(const struct program *program)
     struct task *task = task_spawn(program, &arguments);
     if (task)
         pid = task_wait_child(&status);
+    reclaim_settle();
     check(task && pid, "the program runs");
     check(frames_in_use() - witness_frames() == held_before, "the program's frames are free again");
     return status;

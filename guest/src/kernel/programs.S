@@ -17,3 +17,4 @@ program_\name\()_elf_end:
     program mix
     program fpu
     program fpu_fresh
+    program reclaim

@@ -8,12 +8,15 @@
 
 #include "check.h"
 #include "cpu.h"
+#include "file.h"
 #include "frames.h"
 #include "string.h"
+#include "swap.h"
 #include "tlb.h"
 #include "window.h"
 
 u32 zero_frame;
+struct space *spaces;
 
 void space_init(void)
 {
@@ -28,7 +31,24 @@ bool space_create(struct space *space)
 {
     space->region_count = 0;
     space->brk_start = space->brk = 0;
-    return upt_create(&space->upt);
+    if (!upt_create(&space->upt))
+        return false;
+    space->previous = NULL;
+    space->next = spaces;
+    if (spaces)
+        spaces->previous = space;
+    spaces = space;
+    return true;
+}
+
+static void forget_space(const struct space *space)
+{
+    if (space->previous)
+        space->previous->next = space->next;
+    else
+        spaces = space->next;
+    if (space->next)
+        space->next->previous = space->previous;
 }
 
 /* Job 1: regions. */
@@ -128,7 +148,7 @@ static void zap_finish(struct zap *zap)
                 invlpg(zap->va[i]);
     }
     for (u32 i = 0; i < zap->count; i++)
-        frame_put(zap->frame[i]);
+        swap_put(zap->frame[i]);
     zap->count = 0;
 }
 
@@ -153,8 +173,14 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
         if (!entry)
             continue;
         upt_clear(&leaf);
-        zap_add(zap, va, pte_frame(entry));
         left--;
+        if (is_swap_entry(entry)) {
+            swap_entry_dropped(swap_entry_slot(entry));
+            continue;
+        }
+        if (entry & PTE_D)
+            file_note_dirty(pte_frame(entry));
+        zap_add(zap, va, pte_frame(entry));
     }
     upt_close(&leaf);
     if (left == 0)
@@ -199,6 +225,7 @@ void space_destroy(struct space *space)
     for (u32 i = 0; i < space->region_count; i++)
         zap_range(space, space->regions[i].start, space->regions[i].end);
     space->region_count = 0;
+    forget_space(space);
     upt_destroy(&space->upt);
 }
 
@@ -232,7 +259,7 @@ u32 space_brk(struct space *space, u32 end)
 
 /* Shares the pages of one table's part of a region. The child's entry and the parent's become read-only alike; the parent's
  * old, writable translation is flushed once, at the end of space_fork. */
-static bool fork_table(struct space *parent, struct space *child, u32 start, u32 end)
+static bool fork_table(struct space *parent, struct space *child, u32 start, u32 end, bool shared)
 {
     struct leaf from, to;
     if (!upt_open(&parent->upt, start, false, &from))
@@ -244,9 +271,13 @@ static bool fork_table(struct space *parent, struct space *child, u32 start, u32
             if (!entry)
                 continue;
             left--;
-            if (entry & PTE_W)
-                upt_change(&from, entry &= ~(pte_t)PTE_W);
-            frame_get(pte_frame(entry));
+            if (is_swap_entry(entry)) {
+                swap_entry_copied(swap_entry_slot(entry));
+            } else {
+                if (entry & PTE_W && !shared)
+                    upt_change(&from, entry &= ~(pte_t)PTE_W);
+                frame_get(pte_frame(entry));
+            }
             upt_enter(&to, entry);
         }
         upt_close(&to);
@@ -258,7 +289,7 @@ static bool fork_table(struct space *parent, struct space *child, u32 start, u32
 static bool fork_region(struct space *parent, struct space *child, const struct region *region)
 {
     for (u32 va = region->start; va < region->end; va = table_end(va, region->end))
-        if (!fork_table(parent, child, va, table_end(va, region->end)))
+        if (!fork_table(parent, child, va, table_end(va, region->end), region->flags & REGION_FILE))
             return false;
     return true;
 }

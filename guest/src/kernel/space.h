@@ -8,6 +8,7 @@
 #define REGION_WRITE (1u << 0)
 #define REGION_EXEC (1u << 1)
 #define REGION_GROWS_DOWN (1u << 2)
+#define REGION_FILE (1u << 3) /* the shared file's first pages, by all who map them together (file.h) */
 
 /* [start, end), page aligned. Pages appear when they are touched: from the image as far as it reaches, then zeros. */
 struct region {
@@ -18,11 +19,15 @@ struct region {
 };
 
 struct space {
+    struct space *next, *previous; /* all there are: spaces */
     struct upt upt;
     u32 brk_start, brk;
     u32 region_count;
     struct region regions[REGIONS_MAX]; /* unsorted, disjoint */
 };
+
+/* All address spaces, for whoever looks for the mappings of a page. */
+extern struct space *spaces;
 
 /* Makes the zero page. */
 void space_init(void);
@@ -50,9 +55,10 @@ enum fault_result {
     FAULT_FIXED,
     FAULT_BAD_ACCESS,    /* no region, or one that does not allow it */
     FAULT_OUT_OF_MEMORY,
+    FAULT_LOST,          /* the page cannot be read back */
 };
 
-/* fault.c: a page fault at a user address, from user or kernel mode. */
+/* fault.c: a page fault at a user address, from user or kernel mode. May sleep, and holds nothing then. */
 enum fault_result space_fault(struct space *space, u32 va, u32 error);
 
 /* The page of zeros that untouched memory reads from; it is never freed. */

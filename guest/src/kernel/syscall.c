@@ -6,8 +6,11 @@
 #include "access.h"
 #include "check.h"
 #include "console.h"
+#include "file.h"
 #include "fpu.h"
 #include "frames.h"
+#include "reclaim.h"
+#include "swap.h"
 #include "syscalls.h"
 #include "task.h"
 #include "witness.h"
@@ -76,6 +79,23 @@ static u32 sys_tally(u32 checks, u32 errors)
     return 0;
 }
 
+/* The frames of `pages` pages, each with a reference, so that they stay while the next is brought in. Returns how many it has:
+ * fewer where one cannot be had. */
+static u32 hold_pages(u32 start, u32 pages, u32 *frames)
+{
+    for (u32 i = 0; i < pages; i++) {
+        u32 page = start + i * PAGE_SIZE;
+        u8 byte;
+        if (!copy_from_user(&byte, page, 1))
+            return i;
+        frames[i] = upt_frame_at(&current->space.upt, page);
+        if (frames[i] == FRAME_NONE)
+            return i;
+        frame_get(frames[i]);
+    }
+    return pages;
+}
+
 static u32 sys_witness(u32 name_address, u32 start, u32 pages)
 {
     char name[WITNESS_NAME_BYTES];
@@ -84,16 +104,20 @@ static u32 sys_witness(u32 name_address, u32 start, u32 pages)
         return SYS_ERROR;
     if (!copy_from_user(name, name_address, sizeof(name)))
         return SYS_ERROR;
-    for (u32 i = 0; i < pages; i++) {
-        frames[i] = upt_frame_at(&current->space.upt, start + i * PAGE_SIZE);
-        if (frames[i] == FRAME_NONE)
-            return SYS_ERROR;
-    }
-    return witness_publish(name, frames, pages) ? 0 : SYS_ERROR;
+    u32 held = hold_pages(start, pages, frames);
+    bool published = held == pages && witness_publish(name, frames, pages);
+    for (u32 i = 0; i < held; i++)
+        swap_put(frames[i]);
+    return published ? 0 : SYS_ERROR;
 }
+
+/* What a fork takes: tables and directories. */
+#define FORK_ROOM 16
 
 static u32 sys_fork(const struct trap_frame *frame)
 {
+    if (!make_room(FORK_ROOM))
+        return SYS_ERROR;
     u32 pid = task_fork(frame);
     return pid ? pid : SYS_ERROR;
 }
@@ -127,6 +151,10 @@ static u32 call(struct trap_frame *frame)
     case SYS_PREEMPTIONS: return current->preemptions;
     case SYS_SLEEP: return sys_sleep(frame->ebx);
     case SYS_FPU_TAKES: return fpu_takes;
+    case SYS_MEMORY: return frames_total();
+    case SYS_FILE_MAP: return frame->ebx % PAGE_SIZE == 0 && file_map(&current->space, frame->ebx) ? 0 : SYS_ERROR;
+    case SYS_FILE_TRUNCATE: return file_truncate(frame->ebx) ? 0 : SYS_ERROR;
+    case SYS_FILE_SYNC: return file_sync() ? 0 : SYS_ERROR;
     default: return SYS_ERROR;
     }
 }

@@ -18,6 +18,10 @@
 
 #define SYS_PROBE 14      /* what the read in EDX gave; EAX = what to do next, at the address in ECX (access.c) */
 #define SYS_FPU_TAKES 15  /* how often the FPU's registers went to another process */
+#define SYS_MEMORY 16     /* frames that there are for tables and pages */
+#define SYS_FILE_MAP 17   /* start; maps the shared file from there on, FILE_PAGES_MAX pages of room */
+#define SYS_FILE_TRUNCATE 18 /* pages; the file's new length */
+#define SYS_FILE_SYNC 19  /* 0 when all of the file is on its disk */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0

@@ -28,6 +28,8 @@ struct task {
     u32 esp;       /* while switched away */
     u32 irq_depth; /* while switched away */
     u32 preemptions;
+    bool makes_room; /* it is reclaiming: may take the last frames, and does not reclaim for itself */
+    u32 gfp_denied;  /* what reclaim may not do for it: GFP_* (reclaim.h) */
     const void *channel;
     u32 wake_tick;
 };
@@ -41,6 +43,8 @@ extern bool need_resched;
 #define STATUS_KILLED 0x100
 /* Killed because memory ran out, whatever the vector. */
 #define STATUS_NO_MEMORY 0x200
+/* Killed because a page could not be read back, or was not what had been written. */
+#define STATUS_LOST_PAGE 0x300
 
 /* Makes the running code task 1, and its window stack the current one. */
 void task_init(void);
@@ -67,6 +71,9 @@ u32 task_wait_child(u32 *status);
 /* Sleep until task_wake with the same channel. The caller checks its condition again. */
 void task_wait_on(const void *channel);
 void task_wake(const void *channel);
+/* Says that an interrupt will wake somebody: while one is to come, everybody may wait. task_wake_expected is that waking. */
+void task_expect(void);
+void task_wake_expected(const void *channel);
 void task_sleep(u32 for_ticks);
 
 /* Lets others run. */

@@ -1,6 +1,7 @@
 /* Traps: where each goes.
  *
  *   timer          tick, end of interrupt
+ *   virtio         the devices are asked, end of interrupt
  *   int 0x80       system call
  *   page fault     one that the access workload provoked: noted there
  *                  at a user address, from user code or user_copy: the address space may repair it
@@ -21,6 +22,7 @@
 #include "syscall.h"
 #include "task.h"
 #include "tick.h"
+#include "virtio.h"
 
 static const char *const names[] = {
     "divide error", "debug", "NMI", "breakpoint", "overflow", "bound range", "invalid opcode", "no coprocessor",
@@ -40,15 +42,32 @@ static void timer_interrupt(void)
     apic_end_of_interrupt();
 }
 
+static void device_interrupt(void)
+{
+    u32 depth = window_irq_enter();
+    virtio_interrupt();
+    window_irq_leave(depth);
+    apic_end_of_interrupt();
+}
+
 /* The process cannot go on. The line says nothing that differs between machines. */
 static void kill(const struct trap_frame *frame, u32 cr2, u32 status)
 {
     printk("pager: process %u (%s) killed: %s", current->pid, current->name,
-           status == STATUS_NO_MEMORY ? "out of memory" : trap_name(frame->vector));
-    if (frame->vector == TRAP_PAGE_FAULT)
+           status == STATUS_NO_MEMORY ? "out of memory" : status == STATUS_LOST_PAGE ? "its page is lost" : trap_name(frame->vector));
+    if (frame->vector == TRAP_PAGE_FAULT && status < STATUS_NO_MEMORY)
         printk(", %s of %08x, %s", fault_access_text(frame->error), cr2, fault_reason_text(frame->error));
     printk("\n");
     task_exit(status);
+}
+
+static u32 killed_by(enum fault_result result)
+{
+    switch (result) {
+    case FAULT_OUT_OF_MEMORY: return STATUS_NO_MEMORY;
+    case FAULT_LOST: return STATUS_LOST_PAGE;
+    default: return STATUS_KILLED + TRAP_PAGE_FAULT;
+    }
 }
 
 static void page_fault(struct trap_frame *frame)
@@ -65,7 +84,7 @@ static void page_fault(struct trap_frame *frame)
     if (copying && !user)
         frame->eip = (u32)user_copy_failed;
     else
-        kill(frame, cr2, result == FAULT_OUT_OF_MEMORY ? STATUS_NO_MEMORY : STATUS_KILLED + TRAP_PAGE_FAULT);
+        kill(frame, cr2, killed_by(result));
 }
 
 static void exception(struct trap_frame *frame)
@@ -93,6 +112,7 @@ void trap_dispatch(struct trap_frame *frame)
     irq_depth++;
     switch (frame->vector) {
     case VECTOR_TIMER: timer_interrupt(); break;
+    case VECTOR_VIRTIO: device_interrupt(); break;
     case VECTOR_SYSCALL: syscall_dispatch(frame); break;
     case TRAP_PAGE_FAULT: page_fault(frame); break;
     case TRAP_NO_FPU: no_fpu(frame); break;

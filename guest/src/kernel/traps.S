@@ -5,6 +5,8 @@
  * Holds: interrupts are off from the gate to the IRET. */
 #include "layout.h"
 
+#define TRAP_STUBS 34 /* trap.h */
+
     .text
 
 /* Exceptions that push an error code: #DF #TS #NP #SS #GP #PF #AC #CP. */
@@ -22,7 +24,7 @@ stub_\n:
     .endm
 
     .set n, 0
-    .rept 33
+    .rept TRAP_STUBS
     stub %n
     .set n, n + 1
     .endr
@@ -106,7 +108,7 @@ trap_stubs:
     .long stub_\n
     .endm
     .set n, 0
-    .rept 33
+    .rept TRAP_STUBS
     stub_address %n
     .set n, n + 1
     .endr

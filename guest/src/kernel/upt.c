@@ -136,7 +136,7 @@ u32 upt_frame_at(struct upt *upt, u32 va)
     struct leaf leaf;
     if (!upt_open(upt, va, false, &leaf))
         return FRAME_NONE;
-    u32 frame = pte_frame(upt_get(&leaf));
+    pte_t entry = upt_get(&leaf);
     upt_close(&leaf);
-    return frame;
+    return entry & PTE_P ? pte_frame(entry) : FRAME_NONE;
 }

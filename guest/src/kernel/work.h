@@ -11,6 +11,7 @@ void work_sweep(void);
 void work_storm(void);
 void work_mix(void);
 void work_fpu(void);
+void work_reclaim(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

@@ -35,6 +35,10 @@ static inline u32 witness(const char *name, u32 start, u32 pages)
 }
 static inline u32 preemptions(void) { return system_call(SYS_PREEMPTIONS, 0, 0, 0); }
 static inline u32 fpu_takes(void) { return system_call(SYS_FPU_TAKES, 0, 0, 0); }
+static inline u32 memory(void) { return system_call(SYS_MEMORY, 0, 0, 0); }
+static inline u32 file_map(u32 start) { return system_call(SYS_FILE_MAP, start, 0, 0); }
+static inline u32 file_truncate(u32 pages) { return system_call(SYS_FILE_TRUNCATE, pages, 0, 0); }
+static inline u32 file_sync(void) { return system_call(SYS_FILE_SYNC, 0, 0, 0); }
 static inline void sleep(u32 ticks) { system_call(SYS_SLEEP, ticks, 0, 0); }
 
 /* Builds one line: text and numbers in turn, until NULL. say("a=", 1, " b=", 2, NULL) */

@@ -1,0 +1,246 @@
+/* Disks: virtio block devices.
+ *
+ * Story: a request has one of a few places of its disk, in low memory, which hold the header and the status that the device
+ * reads and writes. Whoever waits for it sleeps on that place; the interrupt handler wakes it.
+ * Holds: a place belongs to one caller from blk_start to blk_wait; its frames have a reference each for as long.
+ * Locks: interrupts off around the ring. May sleep; needs no memory.
+ * See: virtio 1.2, 5.2. */
+#include "blk.h"
+
+#include "check.h"
+#include "frames.h"
+#include "irq.h"
+#include "string.h"
+#include "task.h"
+#include "virtio.h"
+
+#define DISKS_MAX 4
+#define PLACES 8
+#define PARTS_MAX (BLK_PAGES_MAX + 2)
+
+#define FEATURE_RO (1u << 5)
+#define FEATURE_FLUSH (1u << 9)
+#define FEATURE_DISCARD (1u << 13)
+#define FEATURE_WRITE_ZEROES (1u << 14)
+
+#define STATUS_OK 0
+#define STATUS_PENDING 0xff
+
+/* What the device reads first, and what it may read instead of pages. */
+struct header {
+    u32 type, reserved;
+    u64 sector;
+    struct {
+        u64 sector;
+        u32 sectors, flags;
+    } range;
+};
+
+static const u32 types[BLK_OPERATIONS] = {
+    [BLK_READ] = 0, [BLK_WRITE] = 1, [BLK_FLUSH] = 4, [BLK_IDENTIFY] = 8, [BLK_DISCARD] = 11, [BLK_WRITE_ZEROES] = 13,
+};
+
+struct blk_request {
+    struct blk *disk; /* NULL: free */
+    volatile bool done;
+    volatile u8 status;
+    u32 count;
+    u32 frames[BLK_PAGES_MAX];
+    struct header header;
+    char name[BLK_NAME_BYTES];
+};
+
+struct blk {
+    struct virtio_device *device;
+    struct virtq queue;
+    u32 features, pages;
+    char name[BLK_NAME_BYTES + 1];
+    struct blk_counts counts;
+    struct blk_request places[PLACES];
+};
+
+static struct blk disks[DISKS_MAX];
+static u32 disk_count;
+
+static void interrupt(struct virtio_device *device)
+{
+    for (struct blk *disk = disks; disk < disks + disk_count; disk++) {
+        u32 bytes;
+        struct blk_request *request;
+        while (disk->device == device && (request = virtq_take(&disk->queue, &bytes))) {
+            request->done = true;
+            task_wake_expected(request);
+        }
+    }
+}
+
+/* A place, and descriptors for the longest request; NULL when there is none. */
+static struct blk_request *try_claim(struct blk *disk)
+{
+    for (struct blk_request *request = disk->places; request < disk->places + PLACES; request++) {
+        if (request->disk || disk->queue.free_count < PARTS_MAX)
+            continue;
+        request->disk = disk;
+        return request;
+    }
+    return NULL;
+}
+
+static struct blk_request *claim(struct blk *disk)
+{
+    struct blk_request *request;
+    while (!(request = try_claim(disk)))
+        task_wait_on(disk);
+    return request;
+}
+
+static struct virtq_part part_of(const volatile void *low, u32 bytes)
+{
+    return (struct virtq_part){low_physical((const void *)low), bytes};
+}
+
+/* Offers a claimed request: header, what the device reads, what it writes, status. */
+static struct blk_request *offer(struct blk_request *request, const struct virtq_part *middle, u32 count, bool device_writes)
+{
+    struct virtq_part parts[PARTS_MAX];
+    struct blk *disk = request->disk;
+    parts[0] = part_of(&request->header, 16);
+    for (u32 i = 0; i < count; i++)
+        parts[1 + i] = middle[i];
+    parts[1 + count] = part_of(&request->status, 1);
+    request->done = false;
+    request->status = STATUS_PENDING;
+    irq_off();
+    bool offered = virtq_add(&disk->queue, parts, device_writes ? 1 : 1 + count, device_writes ? count + 1 : 1, request);
+    ASSERT(offered);
+    task_expect();
+    virtq_kick(disk->device, &disk->queue);
+    irq_on();
+    return request;
+}
+
+static struct blk_request *fill_in(struct blk_request *request, enum blk_operation operation, u32 page)
+{
+    request->count = 0;
+    request->header = (struct header){.type = types[operation], .sector = (u64)page * SECTORS_PER_PAGE};
+    request->disk->counts.requests[operation]++;
+    return request;
+}
+
+static struct blk_request *prepare(struct blk *disk, enum blk_operation operation, u32 page)
+{
+    return fill_in(claim(disk), operation, page);
+}
+
+struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u32 page, const u32 *frames, u32 count,
+                              bool may_wait)
+{
+    ASSERT(count > 0 && count <= BLK_PAGES_MAX && page + count <= disk->pages);
+    struct virtq_part middle[BLK_PAGES_MAX];
+    struct blk_request *request = may_wait ? claim(disk) : try_claim(disk);
+    if (!request)
+        return NULL;
+    fill_in(request, operation, page);
+    disk->counts.pages[operation] += count;
+    request->count = count;
+    for (u32 i = 0; i < count; i++) {
+        frame_get(frames[i]);
+        request->frames[i] = frames[i];
+        middle[i] = (struct virtq_part){(u64)frames[i] << PAGE_SHIFT, PAGE_SIZE};
+    }
+    return offer(request, middle, count, operation == BLK_READ);
+}
+
+bool blk_wait(struct blk_request *request)
+{
+    struct blk *disk = request->disk;
+    irq_off();
+    while (!request->done)
+        task_wait_on(request);
+    irq_on();
+    bool ok = request->status == STATUS_OK;
+    disk->counts.errors += !ok;
+    for (u32 i = 0; i < request->count; i++)
+        frame_put(request->frames[i]);
+    request->disk = NULL;
+    task_wake(disk);
+    return ok;
+}
+
+bool blk_transfer(struct blk *disk, enum blk_operation operation, u32 page, const u32 *frames, u32 count)
+{
+    return blk_wait(blk_start(disk, operation, page, frames, count, true));
+}
+
+bool blk_transfer_kernel(struct blk *disk, enum blk_operation operation, u32 page, u32 frame)
+{
+    struct blk_request *request = prepare(disk, operation, page);
+    struct virtq_part part = {(u64)frame << PAGE_SHIFT, PAGE_SIZE};
+    disk->counts.pages[operation]++;
+    return blk_wait(offer(request, &part, 1, operation == BLK_READ));
+}
+
+bool blk_flush(struct blk *disk)
+{
+    if (!(disk->features & FEATURE_FLUSH))
+        return true;
+    return blk_wait(offer(prepare(disk, BLK_FLUSH, 0), NULL, 0, false));
+}
+
+bool blk_discard(struct blk *disk, enum blk_operation operation, u32 page, u32 pages)
+{
+    if (!(disk->features & (operation == BLK_DISCARD ? FEATURE_DISCARD : FEATURE_WRITE_ZEROES)))
+        return false;
+    struct blk_request *request = prepare(disk, operation, 0);
+    disk->counts.pages[operation] += pages;
+    request->header.range.sector = (u64)page * SECTORS_PER_PAGE;
+    request->header.range.sectors = pages * SECTORS_PER_PAGE;
+    struct virtq_part range = part_of(&request->header.range, sizeof(request->header.range));
+    return blk_wait(offer(request, &range, 1, false));
+}
+
+static bool identify(struct blk *disk)
+{
+    struct blk_request *request = prepare(disk, BLK_IDENTIFY, 0);
+    struct virtq_part name = part_of(request->name, BLK_NAME_BYTES);
+    bool ok = blk_wait(offer(request, &name, 1, true));
+    memcpy(disk->name, request->name, BLK_NAME_BYTES);
+    return ok;
+}
+
+/* The name is asked for once interrupts can come: blk_find. */
+bool blk_attach(struct virtio_device *device)
+{
+    if (disk_count == DISKS_MAX)
+        return false;
+    struct blk *disk = &disks[disk_count];
+    disk->device = device;
+    u32 wanted = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
+    if (!virtio_negotiate(device, wanted, &disk->features) || !virtq_init(device, 0, &disk->queue))
+        return false;
+    disk->pages = (u32)(virtio_config64(device, 0) / SECTORS_PER_PAGE);
+    device->interrupt = interrupt;
+    virtio_ready(device);
+    disk_count++;
+    return true;
+}
+
+static bool is_named(struct blk *disk, const char *name)
+{
+    if (!disk->name[0] && !identify(disk))
+        return false;
+    u32 bytes = strlen(name);
+    return memcmp(disk->name, name, bytes) == 0 && disk->name[bytes] == 0;
+}
+
+struct blk *blk_find(const char *name)
+{
+    for (struct blk *disk = disks; disk < disks + disk_count; disk++)
+        if (is_named(disk, name))
+            return disk;
+    return NULL;
+}
+
+u32 blk_pages(const struct blk *disk) { return disk->pages; }
+bool blk_read_only(const struct blk *disk) { return disk->features & FEATURE_RO; }
+const struct blk_counts *blk_counts(const struct blk *disk) { return &disk->counts; }

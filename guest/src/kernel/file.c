@@ -1,0 +1,382 @@
+/* One shared writable file.
+ *
+ *   disk page 0   superblock: magic, pages of the file, sum of the contents
+ *             1   bitmap of the pages in use
+ *             2   block map: for each page of the file the disk page that has it, 0 for none (a hole: zeros)
+ *             3.. contents
+ *
+ * Jobs: 1. blocks, 2. the page cache, 3. write-out, 4. truncate, 5. sync.
+ *
+ * Story: a page gets its block when it is first written out, which is what file systems do to lay it well, and why reclaim
+ * comes to want the file system's lock: the thread of 1999 begins here. Two locks, and who may wait for them:
+ *
+ *   sb_lock        the bitmap and the block map; I/O and an allocation happen under it
+ *   truncate_lock  the file's length; held over everything that a truncation waits for
+ *
+ * Reclaim waits for sb_lock, but only for a task that holds neither (GFP_FS); it never waits for truncate_lock, and leaves the
+ * page alone. Whoever holds one is in a scope without GFP_FS: the allocation under it then does not come back here.
+ *
+ * Holds: INV-G-FILE-1: a page of the cache that is neither dirty nor mapped with D is what the disk has. INV-G-FILE-2: no page
+ * beyond the file's length is in the cache once a truncation is over, and no block is its. */
+#include "file.h"
+
+#include "check.h"
+#include "console.h"
+#include "irq.h"
+#include "lru.h"
+#include "mutex.h"
+#include "reclaim.h"
+#include "rmap.h"
+#include "string.h"
+#include "swap.h"
+#include "window.h"
+
+#define MAGIC 0x53464d55 /* "UMFS" */
+#define SUPERBLOCK 0
+#define BITMAP 1
+#define BLOCK_MAP 2
+#define FIRST_BLOCK 3
+#define BLOCKS_MAX (PAGE_SIZE * 8)
+
+struct superblock {
+    u32 magic, pages, sum, blocks_used;
+};
+
+static struct blk *disk;
+static u32 length; /* in pages */
+static u32 cached[FILE_PAGES_MAX];
+static u32 block_map[FILE_PAGES_MAX] __attribute__((aligned(PAGE_SIZE)));
+static u8 bitmap[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
+static u32 block_count, blocks_used, next_block;
+static struct mutex sb_lock, truncate_lock;
+struct file_counts file_counts;
+
+static bool write_low(u32 page, const void *low)
+{
+    u32 frame = low_physical(low) >> PAGE_SHIFT;
+    return blk_transfer_kernel(disk, BLK_WRITE, page, frame);
+}
+
+/* Job 1: blocks. sb_lock is held, in a scope without GFP_FS. */
+
+static bool in_use(u32 block) { return bitmap[block / 8] & 1u << block % 8; }
+static void flip(u32 block) { bitmap[block / 8] ^= (u8)(1u << block % 8); }
+
+static u32 find_block(void)
+{
+    for (u32 step = 0; step < block_count - FIRST_BLOCK; step++) {
+        u32 block = FIRST_BLOCK + (next_block + step) % (block_count - FIRST_BLOCK);
+        if (in_use(block))
+            continue;
+        next_block = block + 1 - FIRST_BLOCK;
+        return block;
+    }
+    return 0;
+}
+
+/* What is on the disk is a copy, as a journal would have it: the bitmap may change while it is written. */
+static bool write_bitmap(void)
+{
+    if (!make_room(1))
+        return false;
+    u32 copy = frame_alloc(ZONE_HIGH);
+    if (copy == FRAME_NONE)
+        return false;
+    void *to = kmap_local(copy, "bitmap");
+    copy_page(to, bitmap);
+    kunmap_local(to);
+    bool ok = blk_transfer(disk, BLK_WRITE, BITMAP, &copy, 1);
+    frame_put(copy);
+    return ok;
+}
+
+/* The block of a page, a new one if it has none; 0 when the disk is full or fails. */
+static u32 block_for(u32 index)
+{
+    if (block_map[index])
+        return block_map[index];
+    u32 before = reclaim_scope(GFP_FS);
+    mutex_lock(&sb_lock);
+    u32 block = block_map[index] ? 0 : find_block();
+    if (block) {
+        flip(block);
+        blocks_used++;
+        file_counts.blocks_allocated++;
+        block_map[index] = block;
+        if (!write_bitmap())
+            tally.errors++;
+    }
+    block = block_map[index];
+    mutex_unlock(&sb_lock);
+    reclaim_restore(before);
+    return block;
+}
+
+static void free_blocks(u32 first, u32 end)
+{
+    u32 before = reclaim_scope(GFP_FS);
+    mutex_lock(&sb_lock);
+    for (u32 index = first; index < end; index++) {
+        if (!block_map[index])
+            continue;
+        flip(block_map[index]);
+        block_map[index] = 0;
+        blocks_used--;
+        file_counts.blocks_freed++;
+    }
+    if (!write_bitmap())
+        tally.errors++;
+    mutex_unlock(&sb_lock);
+    reclaim_restore(before);
+}
+
+bool file_mount(struct blk *on, u32 pages)
+{
+    u32 blocks = min_u32(blk_pages(on), BLOCKS_MAX);
+    if (blk_read_only(on) || pages > FILE_PAGES_MAX || pages + FIRST_BLOCK > blocks)
+        return false;
+    disk = on;
+    length = pages;
+    block_count = blocks;
+    for (u32 block = 0; block < FIRST_BLOCK; block++)
+        flip(block);
+    return file_sync();
+}
+
+/* Job 2: the page cache. */
+
+bool file_map(struct space *space, u32 start)
+{
+    struct region region = {.start = start, .end = start + FILE_PAGES_MAX * PAGE_SIZE, .flags = REGION_WRITE | REGION_FILE};
+    return disk && space_map(space, region);
+}
+
+bool file_address(struct space *space, u32 index, u32 *va)
+{
+    for (u32 i = 0; i < space->region_count; i++) {
+        const struct region *region = &space->regions[i];
+        *va = region->start + (index << PAGE_SHIFT);
+        if (region->flags & REGION_FILE && *va < region->end)
+            return true;
+    }
+    return false;
+}
+
+bool file_has(u32 frame)
+{
+    const struct frame *page = frame_of(frame);
+    return page->flags & FRAME_FILE && cached[page->index] == frame;
+}
+
+void file_forget(u32 frame)
+{
+    ASSERT(file_has(frame));
+    cached[frame_of(frame)->index] = FRAME_NONE;
+    frame_put(frame);
+}
+
+void file_note_dirty(u32 frame)
+{
+    if (frame_of(frame)->flags & FRAME_FILE)
+        frame_of(frame)->flags |= FRAME_DIRTY;
+}
+
+static void clear_frame(u32 frame)
+{
+    void *page = kmap_local(frame, "hole");
+    clear_page(page);
+    kunmap_local(page);
+}
+
+/* Has the cache have the page. False when it cannot be read. */
+static bool fill(u32 index)
+{
+    u32 frame = frame_alloc(ZONE_HIGH), block = block_map[index];
+    if (frame == FRAME_NONE)
+        return true;
+    struct frame *page = frame_of(frame);
+    page->flags = FRAME_FILE | (block ? FRAME_READING : 0);
+    page->index = index;
+    cached[index] = frame;
+    bool ok = true;
+    if (block) {
+        file_counts.reads++;
+        ok = blk_transfer(disk, BLK_READ, block, &frame, 1);
+        page->flags &= ~FRAME_READING;
+        task_wake(page);
+    } else {
+        clear_frame(frame);
+    }
+    if (ok)
+        lru_add(frame, LRU_INACTIVE);
+    else
+        file_forget(frame);
+    return ok;
+}
+
+static void wait_while(u32 frame, u32 flags)
+{
+    irq_off();
+    while (frame_of(frame)->flags & flags)
+        task_wait_on(frame_of(frame));
+    irq_on();
+}
+
+/* The page, with a reference; FRAME_NONE with the reason in `why`. */
+static u32 get_page(u32 index, enum fault_result *why)
+{
+    while (index < length) {
+        u32 frame = cached[index];
+        if (frame == FRAME_NONE) {
+            *why = FAULT_OUT_OF_MEMORY;
+            if (!make_room(1))
+                return FRAME_NONE;
+            *why = FAULT_LOST;
+            if (cached[index] == FRAME_NONE && index < length && !fill(index))
+                return FRAME_NONE;
+            continue;
+        }
+        frame_get(frame);
+        wait_while(frame, FRAME_READING);
+        if (cached[index] == frame)
+            return frame;
+        frame_put(frame);
+    }
+    *why = FAULT_BAD_ACCESS;
+    return FRAME_NONE;
+}
+
+/* Every mapping may be written through: D tells whether it was. */
+enum fault_result file_fault(struct space *space, const struct region *region, u32 page)
+{
+    u32 index = (page - region->start) >> PAGE_SHIFT;
+    enum fault_result why = FAULT_FIXED;
+    struct leaf leaf;
+    file_counts.faults++;
+    u32 frame = get_page(index, &why);
+    if (frame == FRAME_NONE)
+        return why;
+    if (!upt_open(&space->upt, page, true, &leaf)) {
+        frame_put(frame);
+        return FAULT_OUT_OF_MEMORY;
+    }
+    if (upt_get(&leaf))
+        frame_put(frame);
+    else
+        upt_enter(&leaf, pte_make(frame, PTE_P | PTE_U | PTE_W | PTE_A | paging.nx));
+    upt_close(&leaf);
+    return FAULT_FIXED;
+}
+
+/* Job 3: write-out. */
+
+static void write_one(u32 frame)
+{
+    struct frame *page = frame_of(frame);
+    page->flags = (page->flags | FRAME_WRITING) & ~FRAME_DIRTY;
+    u32 block = block_for(page->index);
+    bool written = block && blk_transfer(disk, BLK_WRITE, block, &frame, 1);
+    file_counts.writes++;
+    file_counts.pages_written += written;
+    page->flags = (page->flags & ~FRAME_WRITING) | (written ? 0 : FRAME_DIRTY);
+    task_wake(page);
+}
+
+void file_write_out(const u32 *frames, u32 count)
+{
+    for (u32 i = 0; i < count; i++) {
+        if (!(frame_of(frames[i])->flags & FRAME_DIRTY))
+            continue;
+        if (!file_has(frames[i]) || !mutex_try_lock(&truncate_lock)) {
+            file_counts.lock_waits++;
+            continue;
+        }
+        write_one(frames[i]);
+        mutex_unlock(&truncate_lock);
+    }
+}
+
+/* Job 4: truncate. */
+
+static void drop(u32 index)
+{
+    u32 frame = cached[index];
+    if (frame == FRAME_NONE)
+        return;
+    frame_get(frame);
+    rmap_unmap(frame);
+    wait_while(frame, FRAME_READING | FRAME_WRITING);
+    rmap_unmap(frame);
+    frame_of(frame)->flags &= ~FRAME_DIRTY;
+    if (file_has(frame))
+        file_forget(frame);
+    frame_put(frame);
+}
+
+bool file_truncate(u32 pages)
+{
+    if (!disk || pages > FILE_PAGES_MAX || pages + FIRST_BLOCK > block_count)
+        return false;
+    u32 before = reclaim_scope(GFP_FS);
+    mutex_lock(&truncate_lock);
+    u32 end = length;
+    length = pages;
+    for (u32 index = pages; index < end; index++)
+        drop(index);
+    if (pages < end)
+        free_blocks(pages, end);
+    file_counts.truncations++;
+    mutex_unlock(&truncate_lock);
+    reclaim_restore(before);
+    return true;
+}
+
+/* Job 5: sync. */
+
+static u32 sum_of(u32 sum, const u32 *words)
+{
+    for (u32 at = 0; at < PAGE_SIZE / 4; at++)
+        sum = (sum << 1 | sum >> 31) + words[at];
+    return sum;
+}
+
+/* Writes the page if it is dirty, and adds it to the sum. */
+static bool sync_page(u32 index, u32 *sum)
+{
+    enum fault_result why;
+    u32 frame = get_page(index, &why);
+    if (frame == FRAME_NONE)
+        return false;
+    if (rmap_unmap(frame))
+        frame_of(frame)->flags |= FRAME_DIRTY;
+    wait_while(frame, FRAME_WRITING);
+    if (frame_of(frame)->flags & FRAME_DIRTY)
+        write_one(frame);
+    bool ok = !(frame_of(frame)->flags & FRAME_DIRTY);
+    const u32 *words = kmap_local(frame, "sync");
+    *sum = sum_of(*sum, words);
+    kunmap_local(words);
+    /* Nobody maps it: it need not wait for reclaim. */
+    if (ok && frame_of(frame)->refs == 2)
+        file_forget(frame);
+    frame_put(frame);
+    return ok;
+}
+
+static struct superblock superblock __attribute__((aligned(PAGE_SIZE)));
+
+bool file_sync(void)
+{
+    bool ok = true;
+    u32 sum = 0, before = reclaim_scope(GFP_FS);
+    mutex_lock(&truncate_lock);
+    for (u32 index = 0; index < length; index++)
+        if (cached[index] || block_map[index])
+            ok &= sync_page(index, &sum);
+    superblock = (struct superblock){MAGIC, length, sum, blocks_used};
+    ok &= write_low(BITMAP, bitmap) && write_low(BLOCK_MAP, block_map) && write_low(SUPERBLOCK, &superblock);
+    ok &= blk_flush(disk);
+    mutex_unlock(&truncate_lock);
+    reclaim_restore(before);
+    return ok;
+}

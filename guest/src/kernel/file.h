@@ -1,0 +1,40 @@
+/* One shared writable file, on a disk of its own: pages in memory, blocks on the disk, and a file system of the smallest kind. */
+#ifndef FILE_H
+#define FILE_H
+
+#include "blk.h"
+#include "space.h"
+
+#define FILE_PAGES_MAX 1024
+
+struct file_counts {
+    u32 faults, reads, writes, pages_written;
+    u32 blocks_allocated, blocks_freed, truncations;
+    u32 lock_waits; /* write-outs that left a page alone because the file was being truncated */
+};
+extern struct file_counts file_counts;
+
+/* Makes an empty file system on the disk, with a file of `pages` pages that read as zeros; false if it cannot be. */
+bool file_mount(struct blk *disk, u32 pages);
+/* A region that maps the file from `start` on, shared. */
+bool file_map(struct space *space, u32 start);
+
+/* A fault in a region of the file. May sleep. */
+enum fault_result file_fault(struct space *space, const struct region *region, u32 page);
+/* Where the space has a page of the file; false if nowhere. */
+bool file_address(struct space *space, u32 index, u32 *va);
+/* A frame that a mapping with D had is let go of. */
+void file_note_dirty(u32 frame);
+
+/* The file's cache has the frame; and takes it out, which must be unmapped and clean. */
+bool file_has(u32 frame);
+void file_forget(u32 frame);
+/* Writes those that are dirty; sleeps. They are unmapped; one that could not be written stays dirty. For reclaim. */
+void file_write_out(const u32 *frames, u32 count);
+
+/* The file has `pages` pages; what lies beyond is gone, and reads as zeros when the file has become longer again. Sleeps. */
+bool file_truncate(u32 pages);
+/* Everything is on the disk: contents, block map, superblock. Sleeps. False after an I/O error. */
+bool file_sync(void);
+
+#endif

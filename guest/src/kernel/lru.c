@@ -1,0 +1,59 @@
+/* The two lists of pages that can be reclaimed.
+ *
+ * Holds: a page is on a list only while somebody holds it (frame_put takes it off), and then FRAME_LISTED is set.
+ * Locks: none; never sleeps, and no interrupt handler comes here. */
+#include "lru.h"
+
+#include "check.h"
+
+/* FRAME_NONE ends a list at both ends. */
+struct list {
+    u32 young, old;
+};
+
+static struct list lists[LRU_LISTS];
+u32 lru_count[LRU_LISTS];
+
+static enum lru list_of(const struct frame *frame) { return frame->flags & FRAME_ACTIVE ? LRU_ACTIVE : LRU_INACTIVE; }
+
+void lru_add(u32 number, enum lru which)
+{
+    struct frame *frame = frame_of(number);
+    struct list *list = &lists[which];
+    ASSERT(!(frame->flags & FRAME_LISTED));
+    frame->flags = (frame->flags & ~FRAME_ACTIVE) | FRAME_LISTED | (which == LRU_ACTIVE ? FRAME_ACTIVE : 0);
+    frame->prev = FRAME_NONE;
+    frame->link = list->young;
+    if (list->young == FRAME_NONE)
+        list->old = number;
+    else
+        frame_of(list->young)->prev = number;
+    list->young = number;
+    lru_count[which]++;
+}
+
+void lru_remove(u32 number)
+{
+    struct frame *frame = frame_of(number);
+    struct list *list = &lists[list_of(frame)];
+    if (frame->prev == FRAME_NONE)
+        list->young = frame->link;
+    else
+        frame_of(frame->prev)->link = frame->link;
+    if (frame->link == FRAME_NONE)
+        list->old = frame->prev;
+    else
+        frame_of(frame->link)->prev = frame->prev;
+    lru_count[list_of(frame)]--;
+    frame->flags &= ~FRAME_LISTED;
+}
+
+u32 lru_isolate(enum lru which)
+{
+    u32 frame = lists[which].old;
+    if (frame != FRAME_NONE) {
+        frame_get(frame);
+        lru_remove(frame);
+    }
+    return frame;
+}

@@ -1,0 +1,28 @@
+/* The two lists of pages that can be reclaimed: used lately, and not. */
+#ifndef LRU_H
+#define LRU_H
+
+#include "frames.h"
+
+/* Flags of a page that can be reclaimed. */
+#define FRAME_LISTED (1u << 0)     /* on a list */
+#define FRAME_ACTIVE (1u << 1)     /* on the active one */
+#define FRAME_ANON (1u << 2)       /* of a process: what is lost goes to swap */
+#define FRAME_FILE (1u << 3)       /* of the shared file */
+#define FRAME_DIRTY (1u << 4)      /* its copy on disk is old, or there is none */
+#define FRAME_READING (1u << 5)    /* on its way in: its contents mean nothing yet */
+#define FRAME_WRITING (1u << 6)    /* on its way out */
+#define FRAME_FAILED (1u << 7)     /* it could not be read, or not what was written was */
+#define FRAME_READ_AHEAD (1u << 8) /* read because its neighbour was, and not used so far */
+
+enum lru { LRU_INACTIVE, LRU_ACTIVE, LRU_LISTS };
+
+extern u32 lru_count[LRU_LISTS];
+
+/* Puts a page that is on no list at the young end of one. */
+void lru_add(u32 frame, enum lru list);
+void lru_remove(u32 frame);
+/* The oldest page of a list, taken off it with a reference; FRAME_NONE when it is empty. */
+u32 lru_isolate(enum lru list);
+
+#endif

@@ -1,0 +1,18 @@
+/* Locks that are waited for asleep. Kernel code is not preempted, so nothing comes between a look and a change. */
+#include "mutex.h"
+
+#include "check.h"
+
+void mutex_lock(struct mutex *mutex)
+{
+    ASSERT(mutex->owner != current);
+    while (!mutex_try_lock(mutex))
+        task_wait_on(mutex);
+}
+
+void mutex_unlock(struct mutex *mutex)
+{
+    ASSERT(mutex->owner == current);
+    mutex->owner = NULL;
+    task_wake(mutex);
+}

@@ -1,0 +1,83 @@
+/* Who maps a page.
+ *
+ * Story: nothing is kept but the page's number (struct frame, index). Processes share a page only by fork, and have it at the
+ * same address then; a file's page is where each region of the file says. So its mappings are found by looking there in
+ * every address space.
+ * Holds: INV-G-RMAP-1: an entry is taken away, and its A and D with it, before its translation is flushed, and nothing is done
+ * with the page before that.
+ * Locks: none; never sleeps. One CPU: no other can set A or D in between. */
+#include "rmap.h"
+
+#include "cpu.h"
+#include "file.h"
+#include "lru.h"
+#include "space.h"
+#include "swap.h"
+#include "tlb.h"
+
+/* Calls for each entry that maps the frame; `change` returns what the entry is to be. */
+typedef pte_t (*change_t)(u32 frame, pte_t entry);
+
+/* Where the space would have the page; false if nowhere. */
+static bool place_of(struct space *space, const struct frame *page, u32 *va)
+{
+    if (page->flags & FRAME_FILE)
+        return file_address(space, page->index, va);
+    *va = page->index << PAGE_SHIFT;
+    return true;
+}
+
+/* All bits that the entries had, together. */
+static pte_t visit(u32 frame, change_t change)
+{
+    pte_t all = 0;
+    for (struct space *space = spaces; space; space = space->next) {
+        u32 va;
+        struct leaf leaf;
+        if (!place_of(space, frame_of(frame), &va) || !upt_open(&space->upt, va, false, &leaf))
+            continue;
+        pte_t entry = upt_get(&leaf);
+        if ((entry & PTE_P) && pte_frame(entry) == frame) {
+            pte_t now = change(frame, entry);
+            all |= entry;
+            if (now == 0)
+                upt_clear(&leaf);
+            else if (now != entry)
+                upt_change(&leaf, now);
+            if (now != entry && tlb_is_loaded(space->upt.cr3))
+                invlpg(va);
+        }
+        upt_close(&leaf);
+    }
+    return all;
+}
+
+static pte_t without_accessed(u32 frame, pte_t entry)
+{
+    (void)frame;
+    return entry & ~(pte_t)PTE_A;
+}
+
+bool rmap_take_referenced(u32 frame) { return visit(frame, without_accessed) & PTE_A; }
+
+/* The reference goes here too: whoever asks has one of its own. */
+static pte_t in_swap(u32 frame, pte_t entry)
+{
+    (void)entry;
+    u32 slot = swap_slot_of(frame);
+    swap_entry_copied(slot);
+    frame_put(frame);
+    return swap_entry(slot);
+}
+
+static pte_t absent(u32 frame, pte_t entry)
+{
+    (void)entry;
+    frame_put(frame);
+    return 0;
+}
+
+bool rmap_unmap(u32 frame)
+{
+    return visit(frame, frame_of(frame)->flags & FRAME_FILE ? absent : in_swap) & PTE_D;
+}

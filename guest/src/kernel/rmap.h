@@ -1,0 +1,13 @@
+/* Who maps a page: all user page-table entries for a frame. */
+#ifndef RMAP_H
+#define RMAP_H
+
+#include "types.h"
+
+/* True if the CPU has used the page since this was last asked; forgets it. */
+bool rmap_take_referenced(u32 frame);
+/* Takes all mappings of an anonymous page away, an entry for its slot in the place of each, or of a file's page; and every
+ * TLB's memory of them. True if one was written through. Each mapping's reference is dropped. */
+bool rmap_unmap(u32 frame);
+
+#endif

@@ -1,0 +1,352 @@
+/* Swap.
+ *
+ * Jobs: 1. slots, 2. the cache, 3. in, 4. out.
+ *
+ * Story: a slot is free if no page-table entry names it and the cache has no page for it. A page gets its slot when reclaim
+ * first picks it, next to those of the pages picked before, so that what was used together is written together and read
+ * ahead together. While a page is in the cache its slot's entries and its mappings may both exist: whoever faults finds it.
+ *
+ *   mapped only --picked--> mapped, cached, dirty --unmapped, written--> cached, clean --dropped--> in swap alone
+ *        ^                                                                    |                         |
+ *        +------------------------- sole holder writes to it -----------------+<------- swap_in --------+
+ *
+ * Holds: INV-G-SWAP-1: a slot's contents are those of its cached page unless the page is FRAME_DIRTY or an entry that maps
+ * it has D. INV-G-SWAP-2: a page is changed through a mapping only by its sole holder, so a slot that an entry names keeps
+ * what the entry's owner had. INV-G-SWAP-3: a page that comes in has the sum that went out.
+ * Locks: none; kernel code is not preempted. swap_in and swap_out sleep, and hold references alone then. */
+#include "swap.h"
+
+#include "check.h"
+#include "console.h"
+#include "irq.h"
+#include "kpt.h"
+#include "lru.h"
+#include "reclaim.h"
+#include "string.h"
+#include "task.h"
+#include "window.h"
+
+/* Pages read at once: those of an aligned group. */
+#define READ_AHEAD 8
+/* New slots come from an aligned group of so many free ones, while there is one. */
+#define CLUSTER 32
+
+struct slot {
+    u32 entries; /* of page tables that name it */
+    u32 frame;   /* in the cache */
+    u32 sum;     /* of what was written to it last */
+    u32 unused;
+};
+
+static struct blk *disk;
+static struct slot *const slots = (struct slot *)SWAP_MAP_BASE;
+static u32 slot_count, used, cursor, cluster_left;
+struct swap_counts swap_counts;
+
+/* Job 1: slots. */
+
+bool swap_on(struct blk *on)
+{
+    u32 count = min_u32(blk_pages(on), (SWAP_MAP_END - SWAP_MAP_BASE) / sizeof(struct slot));
+    if (blk_read_only(on) || count < CLUSTER)
+        return false;
+    u32 end = ALIGN_UP(SWAP_MAP_BASE + count * sizeof(struct slot), PAGE_SIZE);
+    kpt_cover(SWAP_MAP_BASE, end);
+    for (u32 va = SWAP_MAP_BASE; va < end; va += PAGE_SIZE) {
+        u32 frame = frame_alloc(ZONE_HIGH);
+        if (frame == FRAME_NONE)
+            return false;
+        kpt_set(va, pte_make(frame, kpt_data_bits()));
+        clear_page((void *)va);
+    }
+    disk = on;
+    slot_count = count;
+    return true;
+}
+
+bool swap_is_on(void) { return disk; }
+u32 swap_slots(void) { return slot_count; }
+u32 swap_slots_used(void) { return used; }
+
+static bool is_free(u32 slot) { return slots[slot].entries == 0 && slots[slot].frame == FRAME_NONE; }
+
+static bool cluster_is_free(u32 first)
+{
+    for (u32 slot = first; slot < first + CLUSTER; slot++)
+        if (!is_free(slot))
+            return false;
+    return true;
+}
+
+static void find_cluster(void)
+{
+    u32 clusters = slot_count / CLUSTER, first = ALIGN_DOWN(cursor, CLUSTER) / CLUSTER;
+    for (u32 step = 1; step <= clusters; step++) {
+        u32 at = (first + step) % clusters * CLUSTER;
+        if (!cluster_is_free(at))
+            continue;
+        cursor = at;
+        cluster_left = CLUSTER;
+        return;
+    }
+}
+
+static u32 alloc_slot(void)
+{
+    if (used == slot_count)
+        return SLOT_NONE;
+    if (cluster_left == 0)
+        find_cluster();
+    while (!is_free(cursor))
+        cursor = (cursor + 1) % slot_count;
+    u32 slot = cursor;
+    cursor = (cursor + 1) % slot_count;
+    cluster_left -= cluster_left > 0;
+    used++;
+    return slot;
+}
+
+static void free_if_unused(u32 slot) { used -= is_free(slot); }
+
+void swap_entry_copied(u32 slot) { slots[slot].entries++; }
+
+void swap_entry_dropped(u32 slot)
+{
+    ASSERT(slots[slot].entries);
+    slots[slot].entries--;
+    u32 frame = slots[slot].frame;
+    if (frame == FRAME_NONE)
+        free_if_unused(slot);
+    else
+        frame_get(frame), swap_put(frame);
+}
+
+/* Job 2: the cache. */
+
+static void cache(u32 frame, u32 slot)
+{
+    frame_get(frame);
+    frame_of(frame)->slot = slot + 1;
+    slots[slot].frame = frame;
+}
+
+void swap_forget(u32 frame)
+{
+    u32 slot = swap_slot_of(frame);
+    ASSERT(slots[slot].frame == frame);
+    slots[slot].frame = FRAME_NONE;
+    frame_of(frame)->slot = 0;
+    free_if_unused(slot);
+    frame_put(frame);
+}
+
+static bool is_moving(u32 frame) { return frame_of(frame)->flags & (FRAME_READING | FRAME_WRITING); }
+
+void swap_put(u32 frame)
+{
+    struct frame *entry = frame_of(frame);
+    bool alone = entry->slot && entry->refs == 2 && !is_moving(frame) && slots[entry->slot - 1].entries == 0;
+    if (alone)
+        swap_forget(frame);
+    frame_put(frame);
+}
+
+u32 swap_slot_for(u32 frame)
+{
+    if (in_swap_cache(frame))
+        return swap_slot_of(frame);
+    u32 slot = alloc_slot();
+    if (slot != SLOT_NONE) {
+        cache(frame, slot);
+        frame_of(frame)->flags |= FRAME_DIRTY;
+    }
+    return slot;
+}
+
+bool swap_is_sole_holder(u32 frame)
+{
+    const struct frame *entry = frame_of(frame);
+    return entry->slot ? entry->refs == 2 && slots[entry->slot - 1].entries == 0 : entry->refs == 1;
+}
+
+/* Job 3: in. */
+
+void swap_lost(const char *what, u32 number)
+{
+    if (swap_counts.lost++ < 4)
+        printk("pager: swap: slot %u %s\n", number, what);
+    tally.errors++;
+}
+
+u32 page_sum(u32 frame, u32 salt)
+{
+    const u32 *page = kmap_local(frame, "sum");
+    u32 sum = salt;
+    for (u32 at = salt % 16; at < PAGE_SIZE / 4; at += 16)
+        sum = (sum << 1 | sum >> 31) + page[at];
+    kunmap_local(page);
+    return sum;
+}
+
+/* A frame for a slot that has none, marked as on its way; FRAME_NONE if there is none to be had. */
+static u32 begin_in(u32 slot)
+{
+    u32 frame = frame_alloc(ZONE_HIGH);
+    if (frame == FRAME_NONE)
+        return FRAME_NONE;
+    frame_of(frame)->flags = FRAME_ANON | FRAME_READING;
+    cache(frame, slot);
+    return frame;
+}
+
+static void end_in(u32 frame, bool read)
+{
+    struct frame *entry = frame_of(frame);
+    u32 slot = entry->slot - 1;
+    swap_counts.checked++;
+    bool same = read && page_sum(frame, slot) == slots[slot].sum;
+    if (!same)
+        swap_lost(read ? "is not what was written" : "could not be read", slot);
+    entry->flags = (entry->flags & ~FRAME_READING) | (same ? 0 : FRAME_FAILED);
+    lru_add(frame, LRU_INACTIVE);
+    task_wake(entry);
+    swap_put(frame);
+}
+
+static bool wants_reading(u32 slot) { return slots[slot].entries && slots[slot].frame == FRAME_NONE; }
+
+/* Reads the slot and those beside it in its group that are wanted too, as far as there are frames to spare. */
+static void read_group(u32 slot)
+{
+    u32 first = slot, end = slot + 1, group = ALIGN_DOWN(slot, READ_AHEAD), frames[READ_AHEAD], count = 0;
+    bool spare = frames_free() > READ_AHEAD + reclaim_min();
+    while (spare && first > group && wants_reading(first - 1))
+        first--;
+    while (spare && end < min_u32(group + READ_AHEAD, slot_count) && wants_reading(end))
+        end++;
+    for (u32 at = first; at < end; at++) {
+        u32 frame = begin_in(at);
+        if (frame == FRAME_NONE)
+            break;
+        if (at != slot)
+            frame_of(frame)->flags |= FRAME_READ_AHEAD;
+        frames[count++] = frame;
+    }
+    if (count == 0)
+        return;
+    swap_counts.reads++;
+    swap_counts.pages_read += count;
+    swap_counts.read_ahead += count - 1;
+    bool read = blk_transfer(disk, BLK_READ, first, frames, count);
+    for (u32 i = 0; i < count; i++)
+        end_in(frames[i], read);
+}
+
+static void wait_while_reading(u32 frame)
+{
+    irq_off();
+    while (frame_of(frame)->flags & FRAME_READING)
+        task_wait_on(frame_of(frame));
+    irq_on();
+}
+
+/* Sees to it that the cache has the slot's page. */
+static enum swap_result bring_in(u32 slot)
+{
+    if (!make_room(1))
+        return SWAP_NO_MEMORY;
+    if (wants_reading(slot))
+        read_group(slot);
+    return slots[slot].entries && slots[slot].frame == FRAME_NONE ? SWAP_NO_MEMORY : SWAP_DONE;
+}
+
+/* Whoever else waits for it may take it, write to it and have it written out again before this one runs: hence the loop. */
+enum swap_result swap_in(u32 slot, u32 *frame)
+{
+    swap_counts.ins++;
+    swap_counts.hits += slots[slot].frame != FRAME_NONE;
+    while (slots[slot].entries) {
+        *frame = slots[slot].frame;
+        if (*frame == FRAME_NONE) {
+            if (bring_in(slot) == SWAP_NO_MEMORY)
+                return SWAP_NO_MEMORY;
+            continue;
+        }
+        frame_get(*frame);
+        wait_while_reading(*frame);
+        bool failed = frame_of(*frame)->flags & FRAME_FAILED;
+        if (slots[slot].frame == *frame && !failed)
+            return SWAP_DONE;
+        swap_put(*frame);
+        if (failed)
+            return SWAP_LOST;
+    }
+    return SWAP_STALE;
+}
+
+/* Job 4: out. */
+
+static u32 run_length(const u32 *frames, u32 count)
+{
+    u32 length = 1;
+    while (length < count && swap_slot_of(frames[length]) == swap_slot_of(frames[0]) + length)
+        length++;
+    return min_u32(length, BLK_PAGES_MAX);
+}
+
+#define REQUESTS_MAX 4
+
+struct run {
+    struct blk_request *request;
+    const u32 *frames;
+    u32 count;
+};
+
+static bool begin_run(struct run *run, bool may_wait)
+{
+    u32 first = swap_slot_of(run->frames[0]);
+    run->request = blk_start(disk, BLK_WRITE, first, run->frames, run->count, may_wait);
+    if (!run->request)
+        return false;
+    swap_counts.writes++;
+    swap_counts.pages_written += run->count;
+    return true;
+}
+
+static void end_run(const struct run *run)
+{
+    bool written = blk_wait(run->request);
+    for (u32 i = 0; i < run->count; i++) {
+        struct frame *entry = frame_of(run->frames[i]);
+        entry->flags = (entry->flags & ~FRAME_WRITING) | (written ? 0 : FRAME_DIRTY);
+        task_wake(entry);
+    }
+}
+
+/* They are unmapped, and nobody stores to a page that others hold: what is summed is what goes out. */
+static void sum_all(const u32 *frames, u32 count)
+{
+    for (u32 i = 0; i < count; i++) {
+        u32 slot = swap_slot_of(frames[i]);
+        frame_of(frames[i])->flags &= ~FRAME_DIRTY;
+        slots[slot].sum = page_sum(frames[i], slot);
+    }
+}
+
+void swap_out(const u32 *frames, u32 count)
+{
+    struct run runs[REQUESTS_MAX];
+    sum_all(frames, count);
+    for (u32 done = 0; done < count;) {
+        u32 begun = 0;
+        for (; begun < REQUESTS_MAX && done < count; begun++) {
+            struct run run = {.frames = frames + done, .count = run_length(frames + done, count - done)};
+            if (!begin_run(&run, begun == 0))
+                break;
+            runs[begun] = run;
+            done += run.count;
+        }
+        for (u32 i = 0; i < begun; i++)
+            end_run(&runs[i]);
+    }
+}

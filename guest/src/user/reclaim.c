@@ -1,0 +1,232 @@
+/* Program `reclaim`: more memory than there is.
+ *
+ *   workers    one process for each pattern of access, with twice the machine's memory between them; each page carries the
+ *              number of its last version in sixteen words, which are compared at every touch
+ *   common     pages that all have from the parent, read by all and written by each: shared in swap, and copied
+ *   file       two processes with a shared file, each the other's neighbour; a third that cuts it off and makes it longer again
+ *
+ * Holds: only the first process prints, after the others have ended, and nothing that hangs on the timer. */
+#include "reclaim_pattern.h"
+#include "user.h"
+
+#define BASE 0x40000000u
+#define COMMON 0x30000000u
+#define COMMON_PAGES 48
+#define FILE_BASE 0x80000000u
+#define FILE_PAGES 192
+#define FILE_STEADY 128 /* pages that are never cut off */
+#define FILE_WRITERS 2
+#define WITNESSED 8
+
+#define WORDS 16
+#define WORD_STEP (PAGE_SIZE / 4 / WORDS)
+#define STATUS_WRONG 1
+
+static u32 wrong;
+
+static u32 *page_at(u32 base, u32 page) { return (u32 *)(base + page * PAGE_SIZE); }
+
+static u32 first_word(u32 key, u32 page, u32 version) { return (page + 1) * 0x9e3779b9u ^ version * 0x85ebca6bu ^ key; }
+
+/* Where in the page its words are: in another place of each sixteenth for each page. */
+static u32 place(u32 page) { return page * 7 % WORD_STEP; }
+
+static void stamp(u32 base, u32 page, u32 key, u32 version)
+{
+    u32 *words = page_at(base, page) + place(page), word = first_word(key, page, version);
+    for (u32 i = 0; i < WORDS; i++, word += 0x27d4eb2fu)
+        words[i * WORD_STEP] = word;
+}
+
+static void verify(u32 base, u32 page, u32 key, u32 version)
+{
+    const u32 *words = page_at(base, page) + place(page);
+    u32 word = first_word(key, page, version), differ = 0;
+    for (u32 i = 0; i < WORDS; i++, word += 0x27d4eb2fu)
+        differ |= words[i * WORD_STEP] ^ word;
+    wrong += differ != 0;
+}
+
+/* It reads as zeros where it will be stamped, and beside. */
+static void verify_zero(u32 base, u32 page)
+{
+    const u32 *words = page_at(base, page);
+    u32 any = words[0] | words[PAGE_SIZE / 4 - 1];
+    for (u32 i = 0; i < WORDS; i++)
+        any |= words[place(page) + i * WORD_STEP];
+    wrong += any != 0;
+}
+
+static void leave(const char *what)
+{
+    expect(wrong == 0, what);
+    tally_report();
+    exit(wrong ? STATUS_WRONG : 0);
+}
+
+/* workers */
+
+/* All are to be under way at once, whatever the timer does. */
+#define TURN 32
+
+static void take_turns(u32 step)
+{
+    if (step % TURN == TURN - 1)
+        yield();
+}
+
+/* The versions are in the heap: they go to swap like everything else. */
+static u8 *versions_of(u32 pages)
+{
+    u32 start = brk(0);
+    expect(brk(start + pages) == start + pages, "the heap grows");
+    return (u8 *)start;
+}
+
+static void touch(struct walk *walk, u8 *versions, u32 key)
+{
+    u32 page = walk_next(walk);
+    verify(BASE, page, key, versions[page]);
+    if (walk_draw(walk) & 1)
+        stamp(BASE, page, key, ++versions[page]);
+}
+
+static void use_common(u32 key, u32 seed)
+{
+    for (u32 page = 0; page < COMMON_PAGES; page++) {
+        verify(COMMON, page, seed, 0);
+        if ((page + key) % 3 == 0)
+            stamp(COMMON, page, key, 1);
+    }
+}
+
+static void verify_common(u32 key, u32 seed)
+{
+    for (u32 page = 0; page < COMMON_PAGES; page++)
+        if ((page + key) % 3 == 0)
+            verify(COMMON, page, key, 1);
+        else
+            verify(COMMON, page, seed, 0);
+}
+
+static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
+{
+    u32 key = seed + 1 + pattern;
+    struct walk walk = walk_begin(pattern, pages, key);
+    tally_forget();
+    expect(map(BASE, pages * PAGE_SIZE) == 0, "a worker has its memory");
+    u8 *versions = versions_of(pages);
+    for (u32 page = 0; page < pages; page++) {
+        verify_zero(BASE, page);
+        stamp(BASE, page, key, 0);
+        take_turns(page);
+    }
+    use_common(key, seed);
+    for (u32 i = 0; i < touches; i++) {
+        touch(&walk, versions, key);
+        take_turns(i);
+    }
+    verify_common(key, seed);
+    for (u32 page = 0; page < pages; page++) {
+        verify(BASE, page, key, versions[page]);
+        take_turns(page);
+    }
+    leave("what a worker reads is what it wrote");
+}
+
+/* file */
+
+/* Writes every second page of what is never cut off, again and again, and looks at what it wrote before. */
+static void file_writer(u32 which, u32 rounds, u32 seed)
+{
+    u32 key = seed + 100 + which;
+    tally_forget();
+    expect(file_map(FILE_BASE) == 0, "a writer has the file");
+    for (u32 round = 0; round < rounds; round++)
+        for (u32 page = which; page < FILE_STEADY; page += FILE_WRITERS) {
+            if (round)
+                verify(FILE_BASE, page, key, round - 1);
+            else
+                verify_zero(FILE_BASE, page);
+            stamp(FILE_BASE, page, key, round);
+            take_turns(page);
+        }
+    leave("what a writer reads in the file is what it wrote");
+}
+
+/* Writes beyond that, cuts it off, and finds zeros there when the file is longer again. */
+static void file_cutter(u32 rounds, u32 seed)
+{
+    tally_forget();
+    expect(file_map(FILE_BASE) == 0, "the cutter has the file");
+    for (u32 round = 0; round < rounds; round++) {
+        for (u32 page = FILE_STEADY; page < FILE_PAGES; page++) {
+            verify_zero(FILE_BASE, page);
+            stamp(FILE_BASE, page, seed, round);
+            take_turns(page);
+        }
+        expect(file_truncate(FILE_STEADY) == 0, "the file is cut off");
+        yield();
+        expect(file_truncate(FILE_PAGES) == 0, "the file is made longer");
+    }
+    leave("what was cut off reads as zeros");
+}
+
+/* the first process */
+
+static void fork_workers(u32 pages, u32 touches, u32 seed)
+{
+    for (u32 pattern = 0; pattern < PATTERNS; pattern++) {
+        u32 pid = fork();
+        expect(pid != SYS_ERROR, "a worker is forked");
+        if (pid == 0)
+            worker(pattern, pages, touches, seed);
+    }
+}
+
+static void fork_file_users(u32 rounds, u32 seed)
+{
+    for (u32 which = 0; which <= FILE_WRITERS; which++) {
+        u32 pid = fork();
+        expect(pid != SYS_ERROR, "a user of the file is forked");
+        if (pid != 0)
+            continue;
+        if (which < FILE_WRITERS)
+            file_writer(which, rounds, seed);
+        else
+            file_cutter(rounds, seed);
+    }
+}
+
+static u32 wait_for_all(void)
+{
+    u32 status, failed = 0, ended = 0;
+    while (wait(&status) != SYS_ERROR) {
+        failed += status != 0;
+        ended++;
+    }
+    expect(failed == 0, "every process ends well");
+    return ended;
+}
+
+u32 program_main(u32 seed, u32 scale, u32 flags)
+{
+    (void)flags;
+    u32 pages = memory() * 2 / PATTERNS, touches = (u32)((u64)pages * scale / 200), rounds = 2 + scale / 100;
+    expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
+    for (u32 page = 0; page < COMMON_PAGES; page++)
+        stamp(COMMON, page, seed, 0);
+    stopwatch_start("reclaim", "touches", PATTERNS * (2 * pages + touches));
+    fork_workers(pages, touches, seed);
+    fork_file_users(rounds, seed);
+    u32 ended = wait_for_all();
+    stopwatch_stop("reclaim");
+    for (u32 page = 0; page < COMMON_PAGES; page++)
+        verify(COMMON, page, seed, 0);
+    expect(wrong == 0, "the parent's pages are as they were");
+    expect(witness("reclaim.common", COMMON, WITNESSED) == 0, "pages are published");
+    expect(file_sync() == 0, "the file is on its disk");
+    say("pager: reclaim processes=", ended, " wrong=", wrong, NULL);
+    tally_report();
+    return 0;
+}
