@@ -17,4 +17,6 @@ pub mod probe;
 pub mod status;
 pub mod swap;
 pub mod units;
+#[forbid(unsafe_code)]
+pub mod virtio;
 pub mod vm;

@@ -1,0 +1,3 @@
+//! Devices behind rings laid by hand.
+
+mod blk;
