@@ -17,6 +17,5 @@ pub mod probe;
 pub mod status;
 pub mod swap;
 pub mod units;
-#[forbid(unsafe_code)]
 pub mod virtio;
 pub mod vm;

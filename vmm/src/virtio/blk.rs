@@ -219,7 +219,7 @@ impl Blk {
     /// The number of whole sectors in so many bytes, all of which are on the disk.
     fn sectors_of(&self, sector: u64, bytes: u64) -> Result<u64, Refusal> {
         let count = bytes / SECTOR_BYTES;
-        if bytes % SECTOR_BYTES != 0 || !self.disk.has(sector, count) {
+        if !bytes.is_multiple_of(SECTOR_BYTES) || !self.disk.has(sector, count) {
             return Err(Refusal::Error);
         }
         Ok(count)
@@ -273,7 +273,7 @@ impl Blk {
     /// Discard and write-zeroes: all ranges are looked at before anything is done.
     fn ranges(&mut self, mmu: &Mmu, chain: &Chain, kind: u32, given: u64) -> Result<(u32, u64), Refusal> {
         let sane = given != 0
-            && given % RANGE_BYTES as u64 == 0
+            && given.is_multiple_of(RANGE_BYTES as u64)
             && given <= u64::from(RANGES_MAX) * RANGE_BYTES as u64
             && !self.disk.is_read_only();
         if !sane {

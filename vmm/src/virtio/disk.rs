@@ -23,7 +23,7 @@ pub const ID_BYTES: usize = 20;
 /// The most disks of a guest.
 pub const DISKS_MAX: usize = 8;
 /// Zeros that are written at once, where nothing else makes them.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// What `--disk` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,7 +84,7 @@ pub fn parse_disk(text: &str) -> Result<DiskSpec, String> {
 fn whole_sectors(text: &str, bytes: u64) -> Result<u64, String> {
     match bytes {
         0 => Err(format!("'{text}' is no disk; give it at least a sector, {SECTOR_BYTES} bytes")),
-        _ if bytes % SECTOR_BYTES != 0 => Err(format!(
+        _ if !bytes.is_multiple_of(SECTOR_BYTES) => Err(format!(
             "'{text}' is no whole number of sectors of {SECTOR_BYTES} bytes; write a size such as 64M"
         )),
         _ => Ok(bytes),
@@ -270,7 +270,7 @@ impl Disk {
             TryLockError::Error(source) => failed("locking")(source),
         })?;
         let bytes = file.seek(SeekFrom::End(0)).map_err(failed("measuring"))?;
-        if bytes == 0 || bytes % SECTOR_BYTES != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::Size { path: path.to_owned(), bytes });
         }
         Ok(Disk::new(Box::new(file), bytes / SECTOR_BYTES, read_only, id))

@@ -41,6 +41,12 @@ impl Waker {
         }
     }
 
+    /// Ends the vCPU's sleep, or its next one, without making it leave the guest.
+    fn nudge(&self) {
+        *lock(&self.woken) = true;
+        self.changed.notify_all();
+    }
+
     /// Sleeps until woken; for the vCPU's own thread. A wake since the last sleep ends it at once.
     pub fn sleep(&self) {
         let mut woken = lock(&self.woken);
@@ -130,6 +136,11 @@ impl Devices {
             self.ring_bells(notifies);
         }
         result
+    }
+
+    /// Has vCPUs that sleep look once more whether anything could still wake them.
+    pub fn nudge_sleepers(&self) {
+        self.wakers.iter().for_each(Waker::nudge);
     }
 
     fn ring_bells(&self, slots: u32) {

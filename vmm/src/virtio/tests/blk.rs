@@ -8,7 +8,7 @@ use umbra_mmu::Gfn;
 
 use super::super::blk::{Blk, BlkHandle, REQUEST_BYTES_MAX};
 use super::super::disk::{Disk, Medium};
-use super::super::fuzz::{BUFFERS, Bench, INDIRECT, Layout, NEXT, PAGES, Part, WRITE};
+use super::super::fuzz::{BUFFERS, Bench, INDIRECT, Layout, NEXT, PAGES, Part, Registers, WRITE};
 use crate::board::{F_EVENT_IDX, F_INDIRECT_DESC};
 
 const SECTORS: u64 = 4096;
