@@ -9,6 +9,8 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use umbra::board::{Board, BoardConfig, MemoryMap, Nanos};
 use umbra::interp::Width;
+use umbra::virtio::Device;
+use umbra::virtio::balloon::BalloonDevice;
 use umbra_mmu::Gpa;
 
 const VCPUS: usize = 3;
@@ -16,7 +18,7 @@ const VCPUS: usize = 3;
 /// Ports and pages that belong to somebody; a random address would miss them nearly always.
 const PORTS: [u16; 14] =
     [0x20, 0x40, 0x43, 0x60, 0x61, 0x70, 0x71, 0x92, 0xa0, 0xf4, 0x3f8, 0x3fc, 0x4d0, 0xcf9];
-const PAGES: [u64; 4] = [0xfea0_0000, 0xfec0_0000, 0xfec1_0000, 0xfee0_0000];
+const PAGES: [u64; 5] = [0xfea0_0000, 0xfeb0_0000, 0xfec0_0000, 0xfec1_0000, 0xfee0_0000];
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Port {
@@ -54,6 +56,8 @@ enum Operation {
     Signals,
     Init,
     Nmi,
+    /// What a virtio device's worker does.
+    Worker(u8),
     ApicBase(u64),
     Reset,
 }
@@ -71,7 +75,9 @@ fn board() -> Board {
     let memory = MemoryMap::new(64 << 20).expect("64 MiB is a fine size");
     let config =
         BoardConfig { memory, vcpus: VCPUS, serial: Box::new(std::io::sink()), epoch_seconds: 1_000_000_000 };
-    Board::new(config).expect("three vCPUs are allowed")
+    let mut board = Board::new(config).expect("three vCPUs are allowed");
+    assert!(board.plug(1, BalloonDevice::new().spec()), "an empty slot");
+    board
 }
 
 fn port(port: Port) -> u16 {
@@ -111,6 +117,13 @@ fn apply(board: &mut Board, now: Nanos, step: Step) -> u64 {
         Operation::Signals => return u64::from(board.take_signals(vcpu).is_empty()),
         Operation::Init => board.init_vcpu(now, vcpu),
         Operation::Nmi => board.raise_nmi(vcpu),
+        Operation::Worker(what) => match what % 5 {
+            0 => return board.virtio_begin(1).map_or(0, |snapshot| snapshot.features),
+            1 => board.virtio_used(now, 1),
+            2 => board.virtio_set_config(now, 1, 0, &[what; 4]),
+            3 => board.virtio_failed(now, 1),
+            _ => board.virtio_end(now, 1, what & 0x80 != 0),
+        },
         Operation::ApicBase(value) => return u64::from(board.set_apic_base(vcpu, value).is_ok()),
         Operation::Reset => board.reset(now),
     }
@@ -122,7 +135,11 @@ fuzz_target!(|steps: Vec<Step>| {
     let mut latest = Nanos(0);
     for step in steps {
         let now = match step.operation {
-            Operation::Pending | Operation::Signals | Operation::Nmi | Operation::ApicBase(_) => latest,
+            Operation::Pending
+            | Operation::Signals
+            | Operation::Nmi
+            | Operation::Worker(_)
+            | Operation::ApicBase(_) => latest,
             Operation::Wait => boards[0].next_deadline().unwrap_or(latest),
             // vCPUs race to be the next: one may come with a time that is over.
             _ if step.later_log2 & 0x80 != 0 => Nanos(latest.0 >> (step.later_log2 % 8)),
@@ -131,7 +148,8 @@ fuzz_target!(|steps: Vec<Step>| {
         latest = latest.max(now);
         let [one, two] = boards.each_mut().map(|board| {
             let answer = apply(board, now, step);
-            (answer, board.take_wakes(), board.next_deadline(), board.take_exit(), board.counters())
+            let told = (board.take_wakes(), board.take_notifies());
+            (answer, told, board.next_deadline(), board.take_exit(), board.counters())
         });
         assert_eq!(one, two, "the same calls gave different answers at {step:?}");
         assert!(

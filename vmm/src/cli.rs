@@ -9,6 +9,7 @@ use umbra_mmu::TlbKind;
 use crate::boot::notes::Notes;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
+use crate::virtio::disk::{DiskSpec, parse_disk};
 use crate::vm::budget::{Schedule, parse_schedule};
 
 /// Umbra: a KVM-based VMM whose MMU lives in userspace.
@@ -41,6 +42,7 @@ pub enum Command {
     ///   umbra run --append 'workload=kmap paging=legacy'
     ///   umbra run my-kernel.elf --mem 128M --timeout 30s --json summary.json
     ///   umbra run --mem 64M --frames 24M@0s,8M@2s --status --plot memory.svg
+    ///   umbra run my-kernel.elf --disk root.img,ro --disk 64M,id=scratch
     #[command(verbatim_doc_comment)]
     Run(Box<RunArgs>),
     /// Look at this host: what its KVM can do, what it costs, what will be slow or missing.
@@ -165,6 +167,10 @@ pub struct RunArgs {
     /// Have an operation of the swap device fail: read@N or write@N, the first being 1; may be given several times.
     #[arg(long, value_name = "OPERATION", requires = "frames", value_parser = parse_fault)]
     pub swap_fault: Vec<Fault>,
+    /// A disk: FILE, a raw image or a block device, or SIZE of memory; with ,ro the guest may only read it, and ,id=NAME is what
+    /// it sees as the serial number. May be given 8 times; the first is the first virtio slot's.
+    #[arg(long, value_name = "FILE[,ro][,id=NAME]|SIZE[,id=NAME]", value_parser = parse_disk)]
+    pub disk: Vec<DiskSpec>,
     /// How Umbra's own code touches guest memory.
     #[arg(long, value_enum, default_value = "pinned")]
     pub window: Window,

@@ -17,4 +17,5 @@ pub mod probe;
 pub mod status;
 pub mod swap;
 pub mod units;
+pub mod virtio;
 pub mod vm;

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Story: a vCPU that touches a port or a device's page calls in here with the time; so does the loop that sleeps
-//! until [`Board::next_deadline`]. Afterwards [`Board::take_wakes`] says which vCPUs have something to look at.
+//! until [`Board::next_deadline`]. Afterwards [`Board::take_wakes`] says which vCPUs have something to look at, and
+//! [`Board::take_notifies`] which virtio devices' workers.
 //!
 //! Holds: a pure state machine. It has no thread, no clock, no file; the serial sink is its only way out. The same
 //! calls give the same answers. Every operation takes bounded time and memory, whatever the guest writes and
@@ -28,7 +29,7 @@
 //! - what nobody owns reads as ones also in memory; the 8259s begin masked, and reach the boot processor while its
 //!   local APIC is disabled; there are ports 0x60, 0x61, 0x64, 0x92 and 0xcf9.
 //!
-//! Not here: fw_cfg and virtio-mmio (0xfeb00000 is free for it), MSIs, SMIs.
+//! Not here: fw_cfg, MSIs, SMIs; what virtio devices do beyond their registers ([`crate::virtio`]).
 //!
 //! See: Intel SDM vol. 3A chapter 11, the data sheets named in each file; what microvm answers was read from QEMU
 //! 7.2 by a probing kernel.
@@ -54,11 +55,16 @@ mod rtc;
 mod serial;
 mod time;
 mod vectors;
+mod virtio;
 
 pub use exits::{BoardExit, ResetCause};
 pub use lapic::Signals;
 pub use memory_map::{MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryMap, MemorySizeError, RangeKind};
 pub use time::Nanos;
+pub use virtio::{
+    CONFIG_BYTES_MAX, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QUEUES_MAX, QueueConfig,
+    SLOTS as VIRTIO_SLOTS, VirtioSnapshot, VirtioSpec,
+};
 
 use bus::ApicBus;
 use exits::Exits;
@@ -67,6 +73,7 @@ use pic::PicPair;
 use pit::Pit;
 use rtc::Rtc;
 use serial::Uart;
+use virtio::VirtioSlots;
 
 /// The most vCPUs of a guest: what a mask of them holds.
 pub const VCPUS_MAX: usize = 64;
@@ -75,6 +82,8 @@ pub const VCPUS_MAX: usize = 64;
 const GSI_PIT: u32 = 0;
 const GSI_UART: u32 = 4;
 const GSI_RTC: u32 = 8;
+/// The first virtio slot's; the others' follow.
+const GSI_VIRTIO: u32 = 24;
 /// GSIs below this reach the 8259 as well.
 const GSI_ISA_END: u32 = 16;
 /// The PIT's line goes to this pin of the first IOAPIC.
@@ -82,6 +91,9 @@ const PIN_OF_GSI_0: usize = 2;
 
 /// Pages of the devices.
 const ACPI_PAGE: u64 = 0xfea0_0000;
+const VIRTIO_PAGE: u64 = 0xfeb0_0000;
+/// All of them: the slots fill whole pages.
+const VIRTIO_BYTES: u64 = virtio::SLOTS as u64 * virtio::SLOT_BYTES;
 const IOAPIC_PAGES: [u64; 2] = [0xfec0_0000, 0xfec1_0000];
 const LAPIC_PAGE: u64 = lapic::BASE_ADDRESS;
 const PAGE_BYTES: u64 = 0x1000;
@@ -137,6 +149,7 @@ pub struct Board {
     rtc: Rtc,
     uart: Uart,
     exits: Exits,
+    virtio: VirtioSlots,
     counters: BoardCounters,
     /// vCPUs that `take_wakes` has named and that have not acknowledged since.
     woken: u64,
@@ -157,6 +170,7 @@ impl Board {
             rtc: Rtc::new(config.epoch_seconds, &config.memory),
             uart: Uart::new(config.serial),
             exits: Exits::new(),
+            virtio: VirtioSlots::new(),
             counters: BoardCounters::default(),
             woken: 0,
         })
@@ -174,14 +188,17 @@ impl Board {
         self.rtc.reset();
         self.uart.reset();
         self.exits = Exits::new();
+        self.virtio.reset();
         self.woken = 0;
         self.settle();
     }
 
     /// The pages that belong to devices, ascending. The rest of what is not memory belongs to nobody.
-    pub fn device_ranges() -> [Range<Gpa>; 4] {
-        [ACPI_PAGE, IOAPIC_PAGES[0], IOAPIC_PAGES[1], LAPIC_PAGE]
-            .map(|page| Gpa(page)..Gpa(page + PAGE_BYTES))
+    pub fn device_ranges() -> [Range<Gpa>; 5] {
+        let page = |page| (page, PAGE_BYTES);
+        let [first, second] = IOAPIC_PAGES.map(page);
+        [page(ACPI_PAGE), (VIRTIO_PAGE, VIRTIO_BYTES), first, second, page(LAPIC_PAGE)]
+            .map(|(at, bytes)| Gpa(at)..Gpa(at + bytes))
     }
 
     /// True if `gpa` lies in a page of [`Board::device_ranges`].
@@ -224,6 +241,9 @@ impl Board {
         self.drive(GSI_PIT, self.pit.output(self.now));
         self.drive(GSI_UART, self.uart.output());
         self.drive(GSI_RTC, self.rtc.output());
+        for (gsi, level) in self.virtio.take_changes() {
+            self.drive(gsi, level);
+        }
         self.bus.set_lint0(self.pic.output());
     }
 
@@ -238,10 +258,10 @@ impl Board {
     }
 
     /// Drives an interrupt line for a device outside the board: GSI 0..=23 are pins of the first IOAPIC (below 16
-    /// lines of the 8259 too), 24..=47 those of the second. Others do nothing.
+    /// lines of the 8259 too), 24..=47 those of the second. Others do nothing, nor do lines that the board's own devices drive.
     pub fn set_gsi(&mut self, now: Nanos, gsi: u32, level: bool) {
         self.advance(now);
-        if !matches!(gsi, GSI_PIT | GSI_UART | GSI_RTC) {
+        if !matches!(gsi, GSI_PIT | GSI_UART | GSI_RTC) && !self.virtio.drives(gsi) {
             self.drive(gsi, level);
             self.settle();
         }
@@ -344,6 +364,9 @@ impl Board {
     pub fn mmio_read(&mut self, now: Nanos, vcpu: usize, gpa: Gpa, width: Width) -> u64 {
         self.advance(now);
         let mask = u64::MAX >> (64 - 8 * width.bytes());
+        if let Some(offset) = virtio_offset(gpa) {
+            return self.virtio.read(offset, width);
+        }
         let Some(low) = self.register_in(vcpu, gpa) else {
             note(&mut self.counters.unowned_mmio_reads, || format!("vCPU {vcpu} reads {gpa}"));
             return mask;
@@ -372,12 +395,14 @@ impl Board {
     }
 
     /// Writes device memory on behalf of `vcpu`: the low `width` bytes of `value`. APICs take aligned 32-bit writes
-    /// alone (of a 64-bit one its low half); others are dropped and counted. The access lies within a page.
+    /// alone (of a 64-bit one its low half), virtio registers aligned 32-bit ones; others are dropped and counted. The
+    /// access lies within a page.
     pub fn mmio_write(&mut self, now: Nanos, vcpu: usize, gpa: Gpa, width: Width, value: u64) {
         self.advance(now);
         let whole = matches!(width, Width::B4 | Width::B8) && gpa.0 & 3 == 0;
-        let taken = match gpa.0 & !(PAGE_BYTES - 1) {
-            ACPI_PAGE => self.acpi_out(gpa.offset(), width, value),
+        let taken = match (gpa.0 & !(PAGE_BYTES - 1), virtio_offset(gpa)) {
+            (_, Some(offset)) => self.virtio.write(offset, width, value),
+            (ACPI_PAGE, _) => self.acpi_out(gpa.offset(), width, value),
             _ if whole => self.register_out(vcpu, gpa, value as u32),
             _ => false,
         };
@@ -500,6 +525,11 @@ impl Board {
         let written = self.bus.lapic_mut(vcpu).is_some_and(|lapic| lapic.set_base(value));
         written.then_some(()).ok_or(Exception { vector: 13, error: Some(0), cr2: None })
     }
+}
+
+/// Where in the registers of all virtio slots an address lies.
+fn virtio_offset(gpa: Gpa) -> Option<u32> {
+    gpa.0.checked_sub(VIRTIO_PAGE).filter(|offset| *offset < VIRTIO_BYTES).map(|offset| offset as u32)
 }
 
 /// The pin of its IOAPIC that a GSI drives.

@@ -27,7 +27,7 @@ const TIMER_DIVIDE: u64 = 0x3e0;
 /// Typed, since other crates can compare bytes too.
 const NONE: [u8; 0] = [];
 
-fn board(vcpus: usize) -> Board {
+pub(super) fn board(vcpus: usize) -> Board {
     Board::new(BoardConfig {
         memory: MemoryMap::new(64 << 20).unwrap(),
         vcpus,
@@ -496,10 +496,10 @@ fn dword_to_the_pci_address_port_is_no_reset() {
 fn what_nobody_owns_reads_as_ones_and_is_counted() {
     let mut board = board(1);
     assert_eq!(board.port_in(Nanos(0), 0, 0x300, Width::B2), 0xffff);
-    assert_eq!(board.mmio_read(Nanos(0), 0, Gpa(0xfeb0_0000), Width::B4), 0xffff_ffff);
+    assert_eq!(board.mmio_read(Nanos(0), 0, Gpa(0xfeb0_3000), Width::B4), 0xffff_ffff);
     assert_eq!(board.mmio_read(Nanos(0), 0, Gpa(0xf_0000_0000), Width::B8), u64::MAX);
     board.port_out(Nanos(0), 0, 0x300, Width::B1, 0);
-    board.mmio_write(Nanos(0), 0, Gpa(0xfeb0_0000), Width::B4, 0);
+    board.mmio_write(Nanos(0), 0, Gpa(0xfeb0_3000), Width::B4, 0);
     board.mmio_write(Nanos(0), 0, Gpa(LAPIC_PAGE + TPR), Width::B1, 0x20);
     assert_eq!(board.get(0, TPR), 0, "APICs take aligned 32-bit writes alone");
     let counters = board.counters();

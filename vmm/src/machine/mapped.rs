@@ -8,6 +8,7 @@
 //!
 //! Limits: [`SLOTS`] windows open at once. A window costs two system calls.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -25,13 +26,13 @@ pub const SLOTS: u32 = 1024;
 const OTHER_MAPPINGS: u64 = 4096;
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// A file of `bytes` zeros in memory.
+/// A file of `bytes` zeros in memory; `name` is for whoever lists a process's files.
 ///
 /// # Errors
 /// What the host says.
-pub fn memory_file(bytes: u64) -> io::Result<File> {
+pub fn memory_file(name: &CStr, bytes: u64) -> io::Result<File> {
     // SAFETY: the name is a C string; the call touches no memory of ours but that.
-    let fd = unsafe { libc::memfd_create(c"umbra-pool".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

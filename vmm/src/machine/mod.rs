@@ -24,6 +24,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use mapped::MappedViews;
+pub use mapped::memory_file;
 
 /// Why the pool cannot be made, or an access to it is not possible.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +112,7 @@ impl Pool {
     /// When the host does not map it, or has not as many mappings.
     pub fn mapped(frames: u64, firmware: u64, tables: u64) -> Result<Pool, PoolError> {
         let bytes = frames.saturating_mul(PAGE_SIZE);
-        let file = mapped::memory_file(bytes).map_err(|source| PoolError::File { frames, source })?;
+        let file = memory_file(c"umbra-pool", bytes).map_err(|source| PoolError::File { frames, source })?;
         let file = Arc::new(file);
         let region = MmapRegionBuilder::new(usize::try_from(bytes).unwrap_or(usize::MAX))
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), 0))

@@ -1,19 +1,21 @@
 //! The board behind its lock, with real time, an alarm for its next deadline, and the means to wake vCPUs.
 //!
 //! Story: vCPU loops and the event loop reach the board through [`Devices::with`] alone. After each call the
-//! alarm is set to the board's next deadline if that changed, and vCPUs that have something to look at are woken.
+//! alarm is set to the board's next deadline if that changed, and vCPUs that have something to look at are woken; so are
+//! the workers of virtio devices, by their bells.
 //!
 //! Locks: the board's lock is a leaf: nothing else is taken under it.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::kick::Kick;
-use crate::board::{Board, Nanos};
+use crate::board::{Board, Nanos, VIRTIO_SLOTS};
+use crate::virtio::worker::Bell;
 
 /// How a sleeping or running vCPU is made to look up.
 #[derive(Default)]
@@ -39,6 +41,12 @@ impl Waker {
         }
     }
 
+    /// Ends the vCPU's sleep, or its next one, without making it leave the guest.
+    fn nudge(&self) {
+        *lock(&self.woken) = true;
+        self.changed.notify_all();
+    }
+
     /// Sleeps until woken; for the vCPU's own thread. A wake since the last sleep ends it at once.
     pub fn sleep(&self) {
         let mut woken = lock(&self.woken);
@@ -55,6 +63,8 @@ pub struct Devices {
     started: Instant,
     alarm: RawFd,
     wakers: Box<[Waker]>,
+    /// By slot: what the virtio devices' workers sleep on.
+    bells: [OnceLock<Arc<Bell>>; VIRTIO_SLOTS],
 }
 
 struct State {
@@ -79,12 +89,19 @@ impl Devices {
             state: Mutex::new(State { board, latest: Nanos(0), timer, deadline: None }),
             started: Instant::now(),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
+            bells: Default::default(),
         })
     }
 
     /// Guest time.
     pub fn now(&self) -> Nanos {
         Nanos(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// What the worker of a virtio device sleeps on.
+    pub fn set_bell(&self, slot: usize, bell: Arc<Bell>) {
+        let first = self.bells[slot].set(bell);
+        debug_assert!(first.is_ok(), "a slot has one worker");
     }
 
     /// Calls the board with the time, then sets the alarm and wakes whom it concerns.
@@ -107,7 +124,7 @@ impl Devices {
         let now = now.max(state.latest);
         state.latest = now;
         let result = call(&mut state.board, now);
-        let wakes = state.board.take_wakes();
+        let (wakes, notifies) = (state.board.take_wakes(), state.board.take_notifies());
         self.set_alarm(&mut state);
         drop(state);
         for (vcpu, waker) in self.wakers.iter().enumerate() {
@@ -115,7 +132,20 @@ impl Devices {
                 waker.wake();
             }
         }
+        if notifies != 0 {
+            self.ring_bells(notifies);
+        }
         result
+    }
+
+    /// Has vCPUs that sleep look once more whether anything could still wake them.
+    pub fn nudge_sleepers(&self) {
+        self.wakers.iter().for_each(Waker::nudge);
+    }
+
+    fn ring_bells(&self, slots: u32) {
+        let named = self.bells.iter().enumerate().filter(|(slot, _)| slots & 1 << slot != 0);
+        named.filter_map(|(_, bell)| bell.get()).for_each(|bell| bell.ring());
     }
 
     /// The waker of one vCPU.

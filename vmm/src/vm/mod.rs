@@ -12,6 +12,7 @@
 //! | flush | how this host's TLBs are flushed |
 //! | budget, reclaimer | how many frames there are to be over time; the thread that makes frames free |
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
+//! | virtio | the disks and the balloon: their slots, their threads |
 //! | control, ask, requests | the control socket and its client; questions to a vCPU's thread |
 //! | serial | the guest's output |
 //! | series, live | what memory did over time; the line that shows it |
@@ -43,6 +44,7 @@ mod soft;
 mod summary;
 mod tables;
 mod vcpu;
+mod virtio;
 mod witness;
 
 use std::fs::File;
@@ -73,6 +75,7 @@ use crate::machine::{Pool, PoolError};
 use crate::probe::ProbeError;
 use crate::swap::SwapFileError;
 use crate::units::format_duration;
+use crate::virtio::disk::{Disk, DiskError};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
 use control::{ControlSocket, Controls};
@@ -87,6 +90,7 @@ use requests::Requests;
 use serial::{Console, FirstByte};
 use series::Recorder;
 use vcpu::{Core, Surroundings};
+use virtio::VirtioDevices;
 
 /// The largest file that is read as an image or a module.
 pub const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -140,6 +144,9 @@ pub enum RunError {
     /// The swap file cannot be made.
     #[error(transparent)]
     Swap(#[from] SwapFileError),
+    /// A disk cannot be had.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// /dev/kvm cannot be used.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -199,6 +206,7 @@ struct Guest {
     /// Why this backend, in a line.
     why: Option<String>,
     overcommit: Overcommit,
+    virtio: VirtioDevices,
     /// Where its output and `--status` meet.
     screen: Screen,
 }
@@ -221,6 +229,7 @@ impl Guest {
         let image = Image::parse(&bytes).map_err(failed)?;
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
+        let disks = Disk::open_all(&args.disk)?;
 
         let mut plan = Plan::make(args)?;
         let why = plan.take_reason();
@@ -230,6 +239,7 @@ impl Guest {
         let runner = Runner::new(plan, &pool, VCPUS, args.supervisor.interprets(image.notes()))?;
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         devices.waker(0).set_kicker(runner.kick());
+        let virtio = VirtioDevices::plug(disks, &devices);
         let mmu = Arc::new(overcommit.apply(build_mmu(config, &runner, &pool), args)?);
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
         memory::extent(&memory).1.map(Gfn).for_each(|gfn| {
@@ -253,6 +263,7 @@ impl Guest {
             shootdown,
             why,
             overcommit,
+            virtio,
             screen,
         })
     }
@@ -279,6 +290,7 @@ impl Guest {
         let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
             .map_err(RunError::Setup)?;
+        let workers = self.virtio.start(&self.mmu, &ending).map_err(RunError::Setup)?;
         let around = Surroundings {
             mmu: Arc::clone(&self.mmu),
             devices: Arc::clone(&self.devices),
@@ -291,12 +303,14 @@ impl Guest {
         let guest_started = micros();
         core.run(&mut *backend);
         drop(events);
+        // Before the reclaimer: a worker may wait for a frame.
+        let (disks, balloon) = workers.finish();
         drop(reclaimer);
         let end = ending.take().unwrap_or(End::Quit);
         // Before the witnesses are heard: they bring pages in.
         let series = recorder.map(|recorder| recorder.finish());
         let judged = judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started);
-        Ok(Summary { series, ..judged })
+        Ok(Summary { series, disks, balloon, ..judged })
     }
 
     /// What the event loop serves beside the board.
@@ -421,6 +435,8 @@ fn judge(
         faults: core.mmu_vcpu.stats().into(),
         vcpu: core.stats.into(),
         memory: summary::Memory::of(mmu),
+        disks: Vec::new(),
+        balloon: Default::default(),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
         series: None,
     }

@@ -13,6 +13,8 @@ use super::vcpu::VcpuStats;
 use crate::board::BoardExit;
 use crate::boot::witness::Witness;
 use crate::status::Status;
+use crate::virtio::balloon::BalloonState;
+use crate::virtio::blk::DiskSummary;
 
 /// Memory in use at the end.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -175,6 +177,10 @@ pub struct Summary {
     pub vcpu: Counts,
     /// Memory.
     pub memory: Memory,
+    /// Disks, in order.
+    pub disks: Vec<DiskSummary>,
+    /// The balloon.
+    pub balloon: BalloonState,
     /// Times.
     pub times: Times,
     /// Memory over time, if anybody asked for it.

@@ -186,9 +186,10 @@ impl Core {
     fn sleep(&mut self) -> Option<End> {
         let id = self.mmu_vcpu.id();
         let open = self.cpu.eflags & eflags::IF != 0;
-        let (pending, never) = self
-            .devices
-            .with_as(id, |board, _| (board.interrupt_pending(id as usize), board.next_deadline().is_none()));
+        let (pending, never) = self.devices.with_as(id, |board, _| {
+            let idle = board.next_deadline().is_none() && !board.virtio_owes();
+            (board.interrupt_pending(id as usize), idle)
+        });
         if open && pending {
             return None;
         }

@@ -23,6 +23,12 @@ enum Poke {
     Signals,
     Init,
     ApicBase(u64),
+    /// What a virtio device's worker does: takes it in hand, says something, lets go.
+    Begin(usize),
+    Used(usize),
+    Configure(usize, usize),
+    Failed(usize),
+    Done(usize, bool),
     Reset,
 }
 
@@ -42,8 +48,10 @@ fn any_port() -> impl Strategy<Value = u16> {
 fn any_gpa() -> impl Strategy<Value = u64> {
     let lapic = (0u64..0x40).prop_map(|register| LAPIC_PAGE + register * 16);
     let ioapic = proptest::sample::select(vec![0u64, 0x10, 0x40, 0x1_0000, 0x1_0010]);
+    let virtio = (0u64..26, 0u64..0x50).prop_map(|(slot, register)| VIRTIO_PAGE + 512 * slot + 4 * register);
     prop_oneof![
         10 => lapic,
+        10 => virtio,
         10 => ioapic.prop_map(|offset| IOAPIC_PAGES[0] + offset),
         1 => any::<u64>(),
         1 => ACPI_PAGE..ACPI_PAGE + 0x300,
@@ -62,6 +70,14 @@ fn any_value() -> impl Strategy<Value = u32> {
         Just(0x1ff),
         any::<u32>(),
     ]
+}
+
+/// One of the writes by which a driver gets its device going.
+fn start_virtio() -> impl Strategy<Value = Poke> {
+    let steps = [(0x70, 0), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 0xb), (0x44, 1), (0x70, 0xf), (0x50, 0)];
+    (0u64..3, proptest::sample::select(steps.to_vec())).prop_map(|(slot, (register, value))| {
+        Poke::Write(VIRTIO_PAGE + 512 * slot + register, Width::B4, value)
+    })
 }
 
 fn any_poke() -> impl Strategy<Value = Poke> {
@@ -83,6 +99,12 @@ fn any_poke() -> impl Strategy<Value = Poke> {
         8 => Just(Poke::Acknowledge),
         1 => Just(Poke::Signals),
         1 => Just(Poke::Init),
+        2 => (0usize..3).prop_map(Poke::Begin),
+        1 => (0usize..3).prop_map(Poke::Used),
+        1 => (0usize..3, 0usize..80).prop_map(|(slot, offset)| Poke::Configure(slot, offset)),
+        1 => (0usize..3).prop_map(Poke::Failed),
+        2 => (0usize..3, any::<bool>()).prop_map(|(slot, more)| Poke::Done(slot, more)),
+        3 => start_virtio(),
         1 => any_value().prop_map(|value| Poke::ApicBase(u64::from(value) & 0xfff | 0xfee0_0000)),
         1 => Just(Poke::Reset),
     ]
@@ -115,6 +137,11 @@ fn check_acknowledge(board: &mut Board, vcpu: usize) {
 /// What must hold of a board at any time.
 fn check_board(board: &mut Board) {
     assert!(board.next_deadline().is_none_or(|deadline| deadline > board.now));
+    for slot in 0..3 {
+        let gpa = Gpa(VIRTIO_PAGE + 512 * slot + 0x60);
+        let status = board.mmio_read(board.now, 0, gpa, Width::B4);
+        assert_eq!(board.virtio.line(slot as u32), status != 0, "BOARD-VIRTIO-1");
+    }
     for lapic in board.bus.lapics() {
         assert_eq!(lapic.base() & !0x900, LAPIC_PAGE);
     }
@@ -134,6 +161,9 @@ proptest! {
         pokes in proptest::collection::vec((0usize..3, any_poke()), 1..300),
     ) {
         let mut board = board(3);
+        for slot in 0..2 {
+            prop_assert!(board.plug(slot, super::super::virtio::tests::spec()));
+        }
         for (vcpu, poke) in pokes {
             let now = board.now;
             match poke {
@@ -166,9 +196,18 @@ proptest! {
                 Poke::ApicBase(value) => {
                     let _ = board.set_apic_base(vcpu, value);
                 }
+                Poke::Begin(slot) => {
+                    let begun = board.virtio_begin(slot);
+                    prop_assert!(begun.is_none() || board.virtio_owes(), "BOARD-VIRTIO-2");
+                }
+                Poke::Used(slot) => board.virtio_used(now, slot),
+                Poke::Configure(slot, offset) => board.virtio_set_config(now, slot, offset, &[7; 8]),
+                Poke::Failed(slot) => board.virtio_failed(now, slot),
+                Poke::Done(slot, more) => board.virtio_end(now, slot, more),
                 Poke::Reset => board.reset(now),
             }
             check_board(&mut board);
+            board.take_notifies();
         }
     }
 

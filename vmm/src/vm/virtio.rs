@@ -1,0 +1,307 @@
+//! The guest's virtio devices: their slots, their threads, and their way to the board.
+//!
+//! Story: disks are plugged in order into the first slots, the balloon behind them, before the guest runs. Each has a thread then,
+//! which sleeps until [`Devices`] rings its bell.
+//!
+//! Holds: a panic of such a thread, or a page that cannot be had, ends the run. A vCPU that waits for a device looks again once
+//! the device has nothing more to do, so that a wait for ever is seen.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use umbra_mmu::Mmu;
+
+use super::devices::Devices;
+use super::ending::{End, Ending};
+use crate::board::VirtioSnapshot;
+use crate::virtio::balloon::{Balloon, BalloonDevice, BalloonState};
+use crate::virtio::blk::{Blk, BlkHandle, DiskSummary};
+use crate::virtio::disk::Disk;
+use crate::virtio::worker::{Bell, Worker};
+use crate::virtio::{Device, Port};
+
+/// A slot of the board behind its lock.
+struct SlotPort {
+    devices: Arc<Devices>,
+    slot: usize,
+}
+
+impl Port for SlotPort {
+    fn begin(&self) -> Option<VirtioSnapshot> {
+        let begun = self.devices.with(|board, _| board.virtio_begin(self.slot));
+        if begun.is_none() {
+            self.devices.nudge_sleepers();
+        }
+        begun
+    }
+
+    fn end(&self, used: bool, more: bool) {
+        self.devices.with(|board, now| {
+            if used {
+                board.virtio_used(now, self.slot);
+            }
+            board.virtio_end(now, self.slot, more);
+        });
+        if !more {
+            self.devices.nudge_sleepers();
+        }
+    }
+
+    fn fail(&self) {
+        self.devices.with(|board, now| {
+            board.virtio_failed(now, self.slot);
+            board.virtio_end(now, self.slot, false);
+        });
+        self.devices.nudge_sleepers();
+    }
+
+    fn set_config(&self, offset: usize, bytes: &[u8]) {
+        self.devices.with(|board, now| board.virtio_set_config(now, self.slot, offset, bytes));
+    }
+}
+
+/// A device in its slot.
+struct Plugged<D> {
+    worker: Worker<D>,
+    port: Arc<SlotPort>,
+    bell: Arc<Bell>,
+}
+
+impl<D: Device + 'static> Plugged<D> {
+    fn new(device: D, name: String, slot: usize, devices: &Arc<Devices>) -> Plugged<D> {
+        let plugged = devices.with(|board, _| board.plug(slot, device.spec()));
+        assert!(plugged, "virtio slot {slot} is free");
+        let bell = Arc::new(Bell::default());
+        devices.set_bell(slot, Arc::clone(&bell));
+        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot });
+        Plugged { worker: Worker::new(device, name), port, bell }
+    }
+
+    fn start(self, thread: &'static str, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<Thread> {
+        let Plugged { mut worker, port, bell } = self;
+        let (mmu, ending, own) = (Arc::clone(mmu), ending.clone(), Arc::clone(&bell));
+        let work = move || {
+            ending.watch(thread, || {
+                if let Err(short) = worker.run(&mmu, &*port, &own) {
+                    ending.set(End::Shortage(short));
+                }
+            });
+        };
+        let thread = std::thread::Builder::new().name(thread.into()).spawn(work)?;
+        Ok(Thread { bell, thread: Some(thread) })
+    }
+}
+
+/// A running thread; dropping it ends it.
+struct Thread {
+    bell: Arc<Bell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.bell.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A guest's virtio devices, before it runs.
+pub struct VirtioDevices {
+    disks: Vec<Plugged<Blk>>,
+    balloon: Plugged<BalloonDevice>,
+}
+
+impl VirtioDevices {
+    /// Puts disks and balloon into the slots of a board that has none in them.
+    pub fn plug(disks: Vec<Disk>, devices: &Arc<Devices>) -> VirtioDevices {
+        let plug = |(slot, disk): (usize, Disk)| {
+            let name = format!("disk '{}'", disk.id());
+            Plugged::new(Blk::new(disk), name, slot, devices)
+        };
+        let disks: Vec<_> = disks.into_iter().enumerate().map(plug).collect();
+        let balloon = Plugged::new(BalloonDevice::new(), "balloon".into(), disks.len(), devices);
+        VirtioDevices { disks, balloon }
+    }
+
+    /// Starts their threads.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no thread left.
+    pub fn start(self, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<VirtioThreads> {
+        let VirtioDevices { disks, balloon } = self;
+        let handles = disks.iter().map(|disk| disk.worker.device().handle()).collect();
+        let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
+        let handle = balloon.worker.device().handle(port, Arc::clone(&balloon.bell));
+        let mut threads = vec![balloon.start("balloon", mmu, ending)?];
+        for disk in disks {
+            threads.push(disk.start("disk", mmu, ending)?);
+        }
+        Ok(VirtioThreads { threads, disks: handles, balloon: handle })
+    }
+}
+
+/// The same while it runs.
+pub struct VirtioThreads {
+    threads: Vec<Thread>,
+    disks: Vec<BlkHandle>,
+    /// The host's side of the balloon.
+    pub balloon: Balloon,
+}
+
+impl VirtioThreads {
+    /// Ends the threads; what the devices have done.
+    pub fn finish(mut self) -> (Vec<DiskSummary>, BalloonState) {
+        self.threads.clear();
+        (self.disks.iter().map(BlkHandle::summary).collect(), self.balloon.state())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use umbra_mmu::{Gpa, Mmu};
+
+    use super::*;
+    use crate::board::{Board, BoardConfig, F_EVENT_IDX, MemoryMap};
+    use crate::interp::Width;
+    use crate::virtio::disk::{DiskSource, DiskSpec, Medium};
+    use crate::virtio::fuzz::{self, BUFFERS, Driver, Registers, WRITE};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    struct Slot<'d>(&'d Devices, u64);
+
+    impl Slot<'_> {
+        fn gpa(&self, register: u32) -> Gpa {
+            Gpa(0xfeb0_0000 + 512 * self.1 + u64::from(register))
+        }
+    }
+
+    impl Registers for Slot<'_> {
+        fn read(&self, register: u32) -> u32 {
+            self.0.with(|board, now| board.mmio_read(now, 0, self.gpa(register), Width::B4)) as u32
+        }
+
+        fn write(&self, register: u32, value: u32) {
+            self.0.with(|board, now| board.mmio_write(now, 0, self.gpa(register), Width::B4, value.into()));
+        }
+    }
+
+    struct Run {
+        mmu: Arc<Mmu>,
+        devices: Arc<Devices>,
+        ending: Ending,
+        threads: VirtioThreads,
+    }
+
+    fn run(disks: Vec<Disk>) -> Run {
+        let board = Board::new(BoardConfig {
+            memory: MemoryMap::new(2 << 20).expect("enough"),
+            vcpus: 1,
+            serial: Box::new(io::sink()),
+            epoch_seconds: 0,
+        });
+        let devices = Arc::new(Devices::new(board.expect("a board"), 1).expect("timers"));
+        let ending = Ending::new(Arc::clone(&devices), 1);
+        let mmu = Arc::new(fuzz::mmu());
+        let threads = VirtioDevices::plug(disks, &devices).start(&mmu, &ending).expect("threads");
+        Run { mmu, devices, ending, threads }
+    }
+
+    fn memory_disks(count: usize) -> Vec<Disk> {
+        let disk = DiskSpec { source: DiskSource::Memory(1 << 20), read_only: false, id: None };
+        Disk::open_all(&vec![disk; count]).expect("memory")
+    }
+
+    fn wait_for(what: impl Fn() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !what() {
+            assert!(Instant::now() < end, "it takes too long");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Offers a request to write a sector of the disk in slot 0, and notifies.
+    fn write_a_sector(run: &Run, driver: &mut Driver) {
+        fuzz::poke(&run.mmu, BUFFERS, &[&1u32.to_le_bytes()[..], &[0; 12]].concat());
+        let parts = [(BUFFERS, 16, 0), (BUFFERS + 0x1000, 512, 0), (BUFFERS + 0x2000, 1, WRITE)];
+        driver.offer_chain(&run.mmu, 0, 1, &parts, false);
+        Slot(&run.devices, 0).write(0x50, 0);
+    }
+
+    #[test]
+    fn disks_come_first_and_the_balloon_behind_them() {
+        for count in [0, 2, 8] {
+            let run = run(memory_disks(count));
+            let ids: Vec<u32> = (0..24).map(|slot| Slot(&run.devices, slot).read(8)).collect();
+            let want = [vec![2; count], vec![5], vec![0; 23 - count]].concat();
+            assert_eq!(ids, want);
+            assert_eq!(run.threads.finish().0.len(), count);
+        }
+    }
+
+    #[test]
+    fn a_disk_serves_on_its_own_thread_and_a_wait_for_it_ends() {
+        let run = run(memory_disks(1));
+        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
+        driver.set_up(&run.mmu, &slot, 0, F_EVENT_IDX);
+        for round in 1..100u16 {
+            write_a_sector(&run, &mut driver);
+            wait_for(|| slot.read(0x60) == 1);
+            slot.write(0x64, 1);
+            assert_eq!(driver.used(&run.mmu, 0), (round, 1, 1));
+            // As a halted vCPU does that nothing else could wake.
+            while run.devices.with(|board, _| board.virtio_owes()) {
+                run.devices.waker(0).sleep();
+            }
+        }
+        run.threads.balloon.set_target(5);
+        assert_eq!(Slot(&run.devices, 1).read(0x100), 5);
+        let (disks, balloon) = run.threads.finish();
+        assert_eq!((disks[0].write.requests, disks[0].write.errors, balloon.target), (99, 0, 5));
+    }
+
+    /// A medium with a mistake in it.
+    struct Mistaken;
+
+    impl Medium for Mistaken {
+        fn read(&self, _offset: u64, _buffer: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write(&self, offset: u64, _data: &[u8]) -> io::Result<()> {
+            panic!("the first write is at {offset}")
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn punch(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn zero(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_disks_thread_ends_the_run_with_what_it_said() {
+        let run = run(vec![Disk::new(Box::new(Mistaken), 8, false, "disk0".into())]);
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        write_a_sector(&run, &mut driver);
+        wait_for(|| run.ending.is_set());
+        let end = run.ending.take().expect("the run has ended").to_string();
+        assert!(end.contains("disk thread has panicked: the first write is at 0"), "{end}");
+        run.threads.finish();
+    }
+}
