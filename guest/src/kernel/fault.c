@@ -52,13 +52,14 @@ static SELDOM void fill_from_image(u8 *to, const struct region *region, u32 offs
 }
 
 /* A frame for the page, which reclaim may take again. */
-static u32 alloc_page(u32 page)
+static u32 alloc_page(const struct space *space, u32 page)
 {
     u32 frame = frame_alloc(ZONE_HIGH);
     if (frame == FRAME_NONE)
         return FRAME_NONE;
     frame_of(frame)->flags = FRAME_ANON;
     frame_of(frame)->index = page >> PAGE_SHIFT;
+    frame_of(frame)->space = (u32)space;
     lru_add(frame, LRU_INACTIVE);
     return frame;
 }
@@ -81,12 +82,12 @@ static SELDOM enum fault_result fix_by_zero_page(struct leaf *leaf, const struct
     return FAULT_FIXED;
 }
 
-static enum fault_result fix_absent(struct leaf *leaf, const struct region *region, u32 page, bool write)
+static enum fault_result fix_absent(const struct space *space, struct leaf *leaf, const struct region *region, u32 page, bool write)
 {
     bool anonymous = page - region->start >= region->image_bytes;
     if (anonymous && !write && !(region->flags & REGION_EXEC))
         return fix_by_zero_page(leaf, region);
-    u32 frame = alloc_page(page);
+    u32 frame = alloc_page(space, page);
     if (frame == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
     fill_page(frame, region, page);
@@ -97,7 +98,7 @@ static enum fault_result fix_absent(struct leaf *leaf, const struct region *regi
 
 /* Making an entry more permissive needs no flush: a stale read-only translation only brings the CPU back here, and the fault
  * itself has dropped it. A new frame behind a present entry does need one. */
-static SELDOM enum fault_result fix_write(struct leaf *leaf, u32 page)
+static SELDOM enum fault_result fix_write(const struct space *space, struct leaf *leaf, u32 page)
 {
     pte_t entry = upt_get(leaf);
     u32 shared = pte_frame(entry);
@@ -107,7 +108,7 @@ static SELDOM enum fault_result fix_write(struct leaf *leaf, u32 page)
         upt_change(leaf, writable(entry));
         return FAULT_FIXED;
     }
-    u32 own = alloc_page(page);
+    u32 own = alloc_page(space, page);
     if (own == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
     void *to = kmap_local(own, "copy on write, to");
@@ -126,10 +127,11 @@ static SELDOM enum fault_result fix_write(struct leaf *leaf, u32 page)
 }
 
 /* Puts the page of a slot, with its reference, where its entry was. */
-static void enter_swapped(struct leaf *leaf, const struct region *region, u32 page, u32 frame)
+static void enter_swapped(const struct space *space, struct leaf *leaf, const struct region *region, u32 page, u32 frame)
 {
     struct frame *entry = frame_of(frame);
     entry->index = page >> PAGE_SHIFT;
+    entry->space = (u32)space;
     entry->flags &= ~FRAME_READ_AHEAD;
     u32 slot = swap_entry_slot(upt_get(leaf));
     upt_change(leaf, pte_make(frame, region_bits(region)));
@@ -149,7 +151,7 @@ static SELDOM enum fault_result fix_swapped(struct space *space, const struct re
     struct leaf leaf;
     bool there = upt_open(&space->upt, page, false, &leaf);
     if (there && upt_get(&leaf) == entry)
-        enter_swapped(&leaf, region, page, frame);
+        enter_swapped(space, &leaf, region, page, frame);
     else
         swap_put(frame);
     if (there)
@@ -184,9 +186,9 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
         return fix_swapped(space, region, page, entry);
     }
     if (!entry)
-        result = fix_absent(&leaf, region, page, write);
+        result = fix_absent(space, &leaf, region, page, write);
     else if (write)
-        result = fix_write(&leaf, page);
+        result = fix_write(space, &leaf, page);
     upt_close(&leaf);
     return result;
 }

@@ -137,5 +137,11 @@ void frame_put(u32 frame)
 }
 
 u32 frames_in_use(void) { return zones[ZONE_LOW].in_use + zones[ZONE_HIGH].in_use; }
-u32 frames_free(void) { return zones[ZONE_LOW].available + zones[ZONE_HIGH].available; }
-u32 frames_total(void) { return frames_free() + frames_in_use(); }
+/* Low memory is for the kernel, unless there is next to nothing else. */
+#define HIGH_MIN 256
+
+static u32 ever(enum zone zone) { return zones[zone].available + zones[zone].in_use; }
+static bool high_alone(void) { return ever(ZONE_HIGH) >= HIGH_MIN; }
+
+u32 frames_free(void) { return zones[ZONE_HIGH].available + (high_alone() ? 0 : zones[ZONE_LOW].available); }
+u32 frames_total(void) { return ever(ZONE_HIGH) + (high_alone() ? 0 : ever(ZONE_LOW)); }

@@ -16,7 +16,8 @@ struct frame {
     u32 flags; /* FRAME_* of pages that can be reclaimed (lru.h); 0 for all others */
     u32 index; /* of such a page: its number among the pages of the address spaces, or of the file */
     u32 slot;  /* its slot in swap and one more, or 0 (swap.h) */
-    u32 unused[2];
+    u32 space; /* of an anonymous page: whose table was the last to get it, as a place to look first (rmap.c) */
+    u32 unused;
 };
 
 /* No frame: also what an allocation that failed returns. Frame 0 is never handed out. */
@@ -33,7 +34,7 @@ void frame_put(u32 frame);
 static inline struct frame *frame_of(u32 frame) { return (struct frame *)FRAME_TABLE_BASE + frame; }
 /* Frames held now, over both zones: the same before and after a workload that leaks nothing. */
 u32 frames_in_use(void);
-/* Frames that can be had, and all that there are for tables and pages. */
+/* Frames for pages and their tables: those that can be had, and all. High ones, unless there are next to none. */
 u32 frames_free(void);
 u32 frames_total(void);
 

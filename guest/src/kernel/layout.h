@@ -45,7 +45,7 @@
 #define LOWMEM_MAX 512
 
 /* MiB that the kernel uses of what there is, with workload=reclaim: small, so that a slow CPU too can fill it twice. */
-#define RAM_OF_RECLAIM 12
+#define RAM_OF_RECLAIM 9
 
 /* Percent of the default work: so much that the count of what a timed workload does fits 32 bits. */
 #define SCALE_MAX 4000

@@ -134,9 +134,9 @@ static u32 free_or_put_back(u32 frame)
     struct frame *page = frame_of(frame);
     u32 cached = in_swap_cache(frame) || file_has(frame);
     if (page->refs == 1 + cached && !(page->flags & FRAME_DIRTY)) {
-        if (page->flags & FRAME_FILE)
+        if (file_has(frame))
             file_forget(frame);
-        else if (in_swap_cache(frame))
+        if (in_swap_cache(frame))
             swap_forget(frame);
         frame_put(frame);
         return 1;
@@ -205,7 +205,7 @@ void reclaim_settle(void)
 
 bool reclaim_start(void)
 {
-    mark_min = max_u32(24, frames_total() / 64);
+    mark_min = max_u32(16, frames_total() / 64);
     mark_low = 2 * mark_min;
     mark_high = 3 * mark_min;
     started = task_start_thread("kswapd", kswapd, 0) != NULL;

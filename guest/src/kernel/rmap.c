@@ -27,27 +27,43 @@ static bool place_of(struct space *space, const struct frame *page, u32 *va)
     return true;
 }
 
+/* The entry in this space, changed; 0 if it does not map the frame. */
+static pte_t visit_one(struct space *space, u32 frame, change_t change)
+{
+    u32 va;
+    struct leaf leaf;
+    if (!place_of(space, frame_of(frame), &va) || !upt_open(&space->upt, va, false, &leaf))
+        return 0;
+    pte_t entry = upt_get(&leaf);
+    bool maps = (entry & PTE_P) && pte_frame(entry) == frame;
+    if (maps) {
+        pte_t now = change(frame, entry);
+        if (now == 0)
+            upt_clear(&leaf);
+        else if (now != entry)
+            upt_change(&leaf, now);
+        if (now != entry && tlb_is_loaded(space->upt.cr3))
+            invlpg(va);
+    }
+    upt_close(&leaf);
+    return maps ? entry : 0;
+}
+
+/* Mappings, if nobody else holds the page but who asks and the cache: at least as many as there are. */
+static u32 mappings(u32 frame) { return frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame)); }
+
 /* All bits that the entries had, together. */
 static pte_t visit(u32 frame, change_t change)
 {
+    struct space *likely = (struct space *)frame_of(frame)->space;
+    u32 left = mappings(frame);
     pte_t all = 0;
-    for (struct space *space = spaces; space; space = space->next) {
-        u32 va;
-        struct leaf leaf;
-        if (!place_of(space, frame_of(frame), &va) || !upt_open(&space->upt, va, false, &leaf))
-            continue;
-        pte_t entry = upt_get(&leaf);
-        if ((entry & PTE_P) && pte_frame(entry) == frame) {
-            pte_t now = change(frame, entry);
-            all |= entry;
-            if (now == 0)
-                upt_clear(&leaf);
-            else if (now != entry)
-                upt_change(&leaf, now);
-            if (now != entry && tlb_is_loaded(space->upt.cr3))
-                invlpg(va);
-        }
-        upt_close(&leaf);
+    if (left && space_is_live(likely) && (all = visit_one(likely, frame, change)))
+        left--;
+    for (struct space *space = spaces; space && left; space = space->next) {
+        pte_t entry = space == likely ? 0 : visit_one(space, frame, change);
+        all |= entry;
+        left -= entry != 0;
     }
     return all;
 }

@@ -38,11 +38,15 @@ bool space_create(struct space *space)
     if (spaces)
         spaces->previous = space;
     spaces = space;
+    space->live = true;
     return true;
 }
 
-static void forget_space(const struct space *space)
+bool space_is_live(const struct space *space) { return space && space->live; }
+
+static void forget_space(struct space *space)
 {
+    space->live = false;
     if (space->previous)
         space->previous->next = space->next;
     else

@@ -20,6 +20,7 @@ struct region {
 
 struct space {
     struct space *next, *previous; /* all there are: spaces */
+    bool live;                     /* one of them: spaces stand in the task table, so an old pointer can be asked */
     struct upt upt;
     u32 brk_start, brk;
     u32 region_count;
@@ -28,6 +29,8 @@ struct space {
 
 /* All address spaces, for whoever looks for the mappings of a page. */
 extern struct space *spaces;
+/* True while it is one of them: of a pointer that may be old. */
+bool space_is_live(const struct space *space);
 
 /* Makes the zero page. */
 void space_init(void);

@@ -30,6 +30,10 @@
 #define READ_AHEAD 8
 /* New slots come from an aligned group of so many free ones, while there is one. */
 #define CLUSTER 32
+/* At most so many slots for a frame of memory: the map of a large disk would fill a small machine. */
+#define SLOTS_A_FRAME 8
+/* Of so many words one goes into the sum: not all, for the slowest CPUs' sake. Which, hangs on the slot. */
+#define SUM_STEP 32
 
 struct slot {
     u32 entries; /* of page tables that name it */
@@ -48,6 +52,7 @@ struct swap_counts swap_counts;
 bool swap_on(struct blk *on)
 {
     u32 count = min_u32(blk_pages(on), (SWAP_MAP_END - SWAP_MAP_BASE) / sizeof(struct slot));
+    count = min_u32(count, SLOTS_A_FRAME * frames_total());
     if (blk_read_only(on) || count < CLUSTER)
         return false;
     u32 end = ALIGN_UP(SWAP_MAP_BASE + count * sizeof(struct slot), PAGE_SIZE);
@@ -182,7 +187,7 @@ u32 page_sum(u32 frame, u32 salt)
 {
     const u32 *page = kmap_local(frame, "sum");
     u32 sum = salt;
-    for (u32 at = salt % 16; at < PAGE_SIZE / 4; at += 16)
+    for (u32 at = salt % SUM_STEP; at < PAGE_SIZE / 4; at += SUM_STEP)
         sum = (sum << 1 | sum >> 31) + page[at];
     kunmap_local(page);
     return sum;

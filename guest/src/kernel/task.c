@@ -24,6 +24,8 @@
 #define EFLAGS_IF (1u << 9)
 
 static struct task tasks[TASKS_MAX];
+/* Beyond the last that was ever in use. */
+static struct task *tasks_end = tasks + 1;
 struct task *current = &tasks[0];
 bool need_resched;
 u32 irq_depth = 1; /* boot.S left interrupts off */
@@ -70,6 +72,8 @@ static struct task *new_task(const char *name)
     for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
         if (task->state != TASK_FREE)
             continue;
+        if (task >= tasks_end)
+            tasks_end = task + 1;
         back_stack(task);
         *stack_bottom(task) = STACK_MARK;
         task->pid = ++last_pid;
@@ -174,7 +178,7 @@ u32 task_fork(const struct trap_frame *frame)
 
 static void abandon_children(void)
 {
-    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
+    for (struct task *task = tasks; task < tasks_end; task++) {
         if (task->state == TASK_FREE || task->parent != current)
             continue;
         task->parent = NULL;
@@ -203,7 +207,7 @@ void task_exit(u32 status)
 static struct task *find_child(void)
 {
     struct task *child = NULL;
-    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
+    for (struct task *task = tasks; task < tasks_end; task++) {
         if (task->state == TASK_FREE || task->parent != current)
             continue;
         child = task;
@@ -238,7 +242,7 @@ void task_wait_on(const void *channel)
 
 void task_wake(const void *channel)
 {
-    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++)
+    for (struct task *task = tasks; task < tasks_end; task++)
         if (task->state == TASK_WAITING && task->channel == channel)
             task->state = TASK_RUNNABLE;
 }
@@ -271,18 +275,19 @@ static bool can_run(struct task *task)
 /* The next in turn after the current one, which itself comes last. */
 static struct task *find_next(void)
 {
-    u32 index = (u32)(current - tasks);
-    for (u32 step = 1; step <= TASKS_MAX; step++) {
-        struct task *task = &tasks[(index + step) % TASKS_MAX];
+    struct task *task = current;
+    do {
+        if (++task == tasks_end)
+            task = tasks;
         if (can_run(task))
             return task;
-    }
+    } while (task != current);
     return NULL;
 }
 
 static bool anyone_sleeps(void)
 {
-    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++)
+    for (struct task *task = tasks; task < tasks_end; task++)
         if (task->state == TASK_SLEEPING)
             return true;
     return false;

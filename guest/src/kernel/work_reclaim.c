@@ -15,7 +15,7 @@
 #include "witness.h"
 #include "work.h"
 
-#define FILE_PAGES 192
+#define FILE_PAGES 96
 
 static void print_disk(const char *name, const struct blk *disk)
 {

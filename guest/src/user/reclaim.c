@@ -1,7 +1,7 @@
 /* Program `reclaim`: more memory than there is.
  *
  *   workers    one process for each pattern of access, with twice the machine's memory between them; each page carries the
- *              number of its last version in sixteen words, which are compared at every touch
+ *              number of its last version in eight words, which are compared at every touch
  *   common     pages that all have from the parent, read by all and written by each: shared in swap, and copied
  *   file       two processes with a shared file, each the other's neighbour; a third that cuts it off and makes it longer again
  *
@@ -11,14 +11,14 @@
 
 #define BASE 0x40000000u
 #define COMMON 0x30000000u
-#define COMMON_PAGES 48
+#define COMMON_PAGES 32
 #define FILE_BASE 0x80000000u
-#define FILE_PAGES 192
-#define FILE_STEADY 128 /* pages that are never cut off */
+#define FILE_PAGES 96
+#define FILE_STEADY 64 /* pages that are never cut off */
 #define FILE_WRITERS 2
 #define WITNESSED 8
 
-#define WORDS 16
+#define WORDS 8
 #define WORD_STEP (PAGE_SIZE / 4 / WORDS)
 #define STATUS_WRONG 1
 
@@ -28,7 +28,7 @@ static u32 *page_at(u32 base, u32 page) { return (u32 *)(base + page * PAGE_SIZE
 
 static u32 first_word(u32 key, u32 page, u32 version) { return (page + 1) * 0x9e3779b9u ^ version * 0x85ebca6bu ^ key; }
 
-/* Where in the page its words are: in another place of each sixteenth for each page. */
+/* Where in the page its words are: in another place of each eighth for each page. */
 static u32 place(u32 page) { return page * 7 % WORD_STEP; }
 
 static void stamp(u32 base, u32 page, u32 key, u32 version)
@@ -54,6 +54,16 @@ static void verify_zero(u32 base, u32 page)
     u32 any = words[0] | words[PAGE_SIZE / 4 - 1];
     for (u32 i = 0; i < WORDS; i++)
         any |= words[place(page) + i * WORD_STEP];
+    wrong += any != 0;
+}
+
+/* The same of a page that has been stamped, but for the words next to the stamp's. */
+static void verify_zero_beside(u32 base, u32 page)
+{
+    const u32 *words = page_at(base, page) + (place(page) ^ 1);
+    u32 any = 0;
+    for (u32 i = 0; i < WORDS; i++)
+        any |= words[i * WORD_STEP];
     wrong += any != 0;
 }
 
@@ -117,8 +127,8 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
     expect(map(BASE, pages * PAGE_SIZE) == 0, "a worker has its memory");
     u8 *versions = versions_of(pages);
     for (u32 page = 0; page < pages; page++) {
-        verify_zero(BASE, page);
         stamp(BASE, page, key, 0);
+        verify_zero_beside(BASE, page);
         take_turns(page);
     }
     use_common(key, seed);
@@ -212,7 +222,7 @@ static u32 wait_for_all(void)
 u32 program_main(u32 seed, u32 scale, u32 flags)
 {
     (void)flags;
-    u32 pages = memory() * 2 / PATTERNS, touches = (u32)((u64)pages * scale / 200), rounds = 2 + scale / 100;
+    u32 pages = memory() * 2 / PATTERNS, touches = (u32)((u64)pages * scale / 200), rounds = 2 + scale / 200;
     expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
     for (u32 page = 0; page < COMMON_PAGES; page++)
         stamp(COMMON, page, seed, 0);
