@@ -153,6 +153,11 @@ impl Background {
             self.stop.notify_all();
         }
     }
+
+    /// Whether its thread has been woken and has not begun; whether swap has failed.
+    pub fn state(&self) -> (bool, bool) {
+        (self.wanted.load(Ordering::SeqCst), self.failed.lock().is_some())
+    }
 }
 
 /// (1) Victims.

@@ -195,9 +195,13 @@ pub struct RunArgs {
     /// Show what memory does while the guest runs: one line on standard error, or one a second where that is no terminal.
     #[arg(long)]
     pub status: bool,
-    /// Listen on a Unix socket for QMP: query-status, query-version, query-commands, x-explain, quit.
+    /// Listen on a Unix socket for QMP, QEMU's control protocol: stop, cont, quit, query-status, x-memory, x-frames and more;
+    /// query-commands lists them, and the manual explains them.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,
+    /// The guest's name, for those who ask by QMP.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
 }
 
 /// Where swapped pages are kept.

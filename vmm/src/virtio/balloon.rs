@@ -83,6 +83,23 @@ pub struct GuestStats {
 }
 
 impl GuestStats {
+    /// Those that the guest says, under the names that QEMU gives them.
+    pub fn named(&self) -> Vec<(&'static str, u64)> {
+        let all = [
+            ("stat-swap-in", self.swap_in),
+            ("stat-swap-out", self.swap_out),
+            ("stat-major-faults", self.major_faults),
+            ("stat-minor-faults", self.minor_faults),
+            ("stat-free-memory", self.free),
+            ("stat-total-memory", self.total),
+            ("stat-available-memory", self.available),
+            ("stat-disk-caches", self.caches),
+            ("stat-htlb-pgalloc", self.huge_page_allocations),
+            ("stat-htlb-pgfail", self.huge_page_failures),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+
     /// Reads tags and values; tags that are not known are passed over.
     fn parse(bytes: &[u8]) -> GuestStats {
         let mut stats = GuestStats::default();

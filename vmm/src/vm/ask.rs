@@ -1,7 +1,7 @@
 //! The client's side of the control socket: what `umbra explain` does.
 //!
-//! Holds: a server that is slow, silent or hostile costs [`PATIENCE`] and [`ANSWER_MAX`] bytes, and nothing that it
-//! sends reaches the terminal but printable text.
+//! Holds: a server that is slow, silent or hostile costs [`PATIENCE`] for each question and [`ANSWER_MAX`] bytes, and nothing that
+//! it sends reaches the terminal but printable text.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,18 +10,20 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::control::{ANSWER_WAIT, LINE_MAX};
+use super::control::{ANSWER_WAIT, OUTPUT_MAX};
 
-/// How long the whole exchange may take.
+/// How long a question and its answer may take.
 pub const PATIENCE: Duration = ANSWER_WAIT.saturating_mul(3);
 /// The longest line that is taken from a server.
-pub const ANSWER_MAX: usize = 4 * LINE_MAX;
+pub const ANSWER_MAX: usize = OUTPUT_MAX;
 
-/// A connection, and how long it may go on.
-struct Connection<'a> {
+/// A connection to a guest that has greeted us: commands may be sent.
+pub struct Connection<'a> {
     stream: UnixStream,
     path: &'a Path,
     received: Vec<u8>,
+    patience: Duration,
+    /// Of the question that is under way.
     deadline: Instant,
 }
 
@@ -36,27 +38,43 @@ pub fn ask_explain(socket: &Path, gva: u32) -> Result<Vec<String>, String> {
 
 fn ask(socket: &Path, gva: u32, patience: Duration) -> Result<Vec<String>, String> {
     let mut connection = Connection::open(socket, patience)?;
-    connection.receive()?;
-    connection.call(&json!({"execute": "qmp_capabilities"}))?;
-    let answer = connection.call(&json!({"execute": "x-explain", "arguments": {"gva": gva}}))?;
+    let answer = connection.call("x-explain", &json!({ "gva": gva }))?;
     let lines = answer.pointer("/lines").and_then(Value::as_array);
     let lines = lines.ok_or_else(|| format!("{} sent no explanation; is it Umbra's?", socket.display()))?;
     Ok(lines.iter().filter_map(Value::as_str).map(printable).collect())
 }
 
 impl Connection<'_> {
-    fn open(path: &Path, patience: Duration) -> Result<Connection<'_>, String> {
+    /// Connects, and takes the greeting. Each question may take `patience` from then on.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that says what went wrong and what to do.
+    pub fn open(path: &Path, patience: Duration) -> Result<Connection<'_>, String> {
         let stream = UnixStream::connect(path).map_err(|error| {
             let path = path.display();
             format!(
                 "cannot connect to {path}: {error}; is a guest running that was started with --qmp {path}?"
             )
         })?;
-        Ok(Connection { stream, path, received: Vec::new(), deadline: Instant::now() + patience })
+        let deadline = Instant::now() + patience;
+        let mut connection = Connection { stream, path, received: Vec::new(), patience, deadline };
+        let greeting = connection.receive()?;
+        if let Some(desc) = greeting.pointer("/error/desc").and_then(Value::as_str) {
+            return Err(printable(desc));
+        }
+        connection.call("qmp_capabilities", &json!({}))?;
+        Ok(connection)
     }
 
     /// Sends a command and returns what its answer returns; events that come in between are passed over.
-    fn call(&mut self, command: &Value) -> Result<Value, String> {
+    ///
+    /// # Errors
+    ///
+    /// A sentence: the server's own where it refuses, else what went wrong.
+    pub fn call(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
+        self.deadline = Instant::now() + self.patience;
+        let command = json!({"execute": command, "arguments": arguments});
         let sent = self.time_left().and_then(|left| {
             self.stream.set_write_timeout(Some(left))?;
             self.stream.write_all(format!("{command}\n").as_bytes())

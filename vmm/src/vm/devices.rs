@@ -4,10 +4,14 @@
 //! alarm is set to the board's next deadline if that changed, and vCPUs that have something to look at are woken; so are
 //! the workers of virtio devices, by their bells.
 //!
+//! Guest time is real time less what the guest has stood still for ([`Devices::freeze`] to [`Devices::thaw`]): no timer of
+//! the board finds itself late after that.
+//!
 //! Locks: the board's lock is a leaf: nothing else is taken under it.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -61,11 +65,18 @@ impl Waker {
 pub struct Devices {
     state: Mutex<State>,
     started: Instant,
+    /// Nanoseconds that the guest has stood still, those of now left out. Changed with the state locked, as is the next.
+    stood: AtomicU64,
+    /// The time at which guest time stands, or [`GOING`].
+    frozen: AtomicU64,
     alarm: RawFd,
     wakers: Box<[Waker]>,
     /// By slot: what the virtio devices' workers sleep on.
     bells: [OnceLock<Arc<Bell>>; VIRTIO_SLOTS],
 }
+
+/// Guest time goes on.
+const GOING: u64 = u64::MAX;
 
 struct State {
     board: Board,
@@ -88,6 +99,8 @@ impl Devices {
             alarm: timer.as_raw_fd(),
             state: Mutex::new(State { board, latest: Nanos(0), timer, deadline: None }),
             started: Instant::now(),
+            stood: AtomicU64::new(0),
+            frozen: AtomicU64::new(GOING),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
             bells: Default::default(),
         })
@@ -95,7 +108,36 @@ impl Devices {
 
     /// Guest time.
     pub fn now(&self) -> Nanos {
-        Nanos(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
+        match self.frozen.load(Ordering::SeqCst) {
+            GOING => Nanos(self.elapsed().saturating_sub(self.stood.load(Ordering::SeqCst))),
+            frozen => Nanos(frozen),
+        }
+    }
+
+    fn elapsed(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Guest time stands still from now on, and no alarm rings. For a vCPU's thread that is about to do so too.
+    pub fn freeze(&self) {
+        let mut state = lock(&self.state);
+        let now = self.now().max(state.latest);
+        self.frozen.store(now.0, Ordering::SeqCst);
+        if let Err(error) = state.timer.clear() {
+            log::warn!("silencing the board's timer: {error}");
+        }
+        state.deadline = None;
+    }
+
+    /// Guest time goes on from where it stands.
+    pub fn thaw(&self) {
+        let mut state = lock(&self.state);
+        let frozen = self.frozen.load(Ordering::SeqCst);
+        if frozen != GOING {
+            self.stood.store(self.elapsed().saturating_sub(frozen), Ordering::SeqCst);
+            self.frozen.store(GOING, Ordering::SeqCst);
+        }
+        self.set_alarm(&mut state);
     }
 
     /// What the worker of a virtio device sleeps on.
@@ -172,7 +214,8 @@ impl Devices {
 
     fn set_alarm(&self, state: &mut State) {
         let next = state.board.next_deadline();
-        if state.deadline == next {
+        let frozen = self.frozen.load(Ordering::SeqCst) != GOING;
+        if frozen || state.deadline == next {
             return;
         }
         let set = match next {
@@ -288,6 +331,26 @@ mod tests {
         assert!(devices.with_as(0, |board, _| board.interrupt_pending(0)));
         assert_eq!(lock(&devices.state).deadline, None);
         assert!(*lock(&devices.waker(0).woken));
+    }
+
+    #[test]
+    fn time_that_the_guest_stands_still_is_no_guest_time_and_rings_no_alarm() {
+        const STOP: Duration = Duration::from_millis(300);
+        let devices = devices();
+        let ending = Ending::new(Arc::clone(&devices), 1);
+        let events = EventLoop::start(Arc::clone(&devices), ending, None, Vec::new()).expect("a loop");
+        devices.freeze();
+        start_timer(&devices, 0, 1_000_000);
+        let frozen = devices.now();
+        thread::sleep(STOP);
+        assert_eq!(devices.now(), frozen);
+        assert!(!devices.with_as(0, |board, _| board.interrupt_pending(0)), "an alarm has rung");
+        let asleep = sleeper(&devices);
+        devices.thaw();
+        devices.thaw();
+        assert!(devices.now().since(frozen) < STOP.as_nanos() as u64, "the stop was made up for");
+        assert_eq!(asleep.recv_timeout(LONG), Ok(()), "the alarm is lost");
+        drop(events);
     }
 
     #[test]

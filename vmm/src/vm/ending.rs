@@ -27,6 +27,8 @@ pub enum End {
     Timeout(Duration),
     /// An operator asked for it.
     Quit,
+    /// An operator asked for a reset, which ends the run.
+    HostReset,
     /// An instruction that the host's KVM trapped on and the interpreter does not know.
     Unknown {
         /// What and where.
@@ -66,6 +68,26 @@ impl End {
             _ => None,
         }
     }
+
+    /// The reason in QMP's words (`ShutdownCause`), and whether it was the guest's doing.
+    pub fn shutdown_cause(&self) -> (&'static str, bool) {
+        match self {
+            End::Board(BoardExit::DebugExit(_) | BoardExit::PowerOff) => ("guest-shutdown", true),
+            End::Board(BoardExit::ResetRequested { .. }) | End::TripleFault(_) | End::Init(_) => {
+                ("guest-reset", true)
+            }
+            End::Stuck(_) => ("guest-panic", true),
+            End::Quit => ("host-qmp-quit", false),
+            End::HostReset => ("host-qmp-system-reset", false),
+            // What would come of `timeout` around the whole of it.
+            End::Timeout(_) => ("host-signal", false),
+            End::Unknown { .. }
+            | End::Backend { .. }
+            | End::Shortage(_)
+            | End::Incoherent(_)
+            | End::Panic { .. } => ("host-error", false),
+        }
+    }
 }
 
 impl fmt::Display for End {
@@ -88,6 +110,7 @@ impl fmt::Display for End {
             }
             End::Timeout(after) => write!(f, "the guest did not end within --timeout {after:?}"),
             End::Quit => write!(f, "ended by the operator"),
+            End::HostReset => write!(f, "reset by the operator; a reset ends the run"),
             End::Unknown { instruction, trap, cpu } => {
                 write!(f, "{instruction}")?;
                 if let Some((vector, error)) = trap {
@@ -144,6 +167,11 @@ impl Ending {
     /// True once the run has ended.
     pub fn is_set(&self) -> bool {
         self.lock().is_some()
+    }
+
+    /// How the end is told to QMP's clients, once there is one.
+    pub fn shutdown_cause(&self) -> Option<(&'static str, bool)> {
+        self.lock().as_ref().map(End::shutdown_cause)
     }
 
     /// Takes the reason.

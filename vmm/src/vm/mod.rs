@@ -13,7 +13,8 @@
 //! | budget, reclaimer | how many frames there are to be over time; the thread that makes frames free |
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | virtio | the disks and the balloon: their slots, their threads |
-//! | control, ask, requests | the control socket and its client; questions to a vCPU's thread |
+//! | control, ask | the control socket and its client |
+//! | requests, stops | questions to a vCPU's thread; whether it is to stand still |
 //! | serial | the guest's output |
 //! | series, live | what memory did over time; the line that shows it |
 //! | sink | the files that a run leaves |
@@ -41,6 +42,7 @@ mod serial;
 mod series;
 mod sink;
 mod soft;
+mod stops;
 mod summary;
 mod tables;
 mod vcpu;
@@ -78,7 +80,7 @@ use crate::units::format_duration;
 use crate::virtio::disk::{Disk, DiskError};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
-use control::{ControlSocket, Controls};
+use control::{ANSWER_WAIT, Attempts, ControlSocket, Controls, News};
 use devices::Devices;
 use ending::Ending;
 use events::{EventLoop, Subscriber};
@@ -89,8 +91,9 @@ use reclaimer::Reclaimer;
 use requests::Requests;
 use serial::{Console, FirstByte};
 use series::Recorder;
+use stops::Stops;
 use vcpu::{Core, Surroundings};
-use virtio::VirtioDevices;
+use virtio::{GuestBalloon, VirtioDevices};
 
 /// The largest file that is read as an image or a module.
 pub const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -280,9 +283,16 @@ impl Guest {
                  --supervisor native to have it interpreted"
             );
         }
-        let requests = Arc::new(Requests::default());
         let ending = Ending::new(Arc::clone(&self.devices), VCPUS);
-        let mut subscribers = self.subscribers(args, &ending, &requests)?;
+        let news = Arc::new(News::default());
+        let around = Surroundings {
+            mmu: Arc::clone(&self.mmu),
+            devices: Arc::clone(&self.devices),
+            ending: ending.clone(),
+            requests: Arc::new(Requests::default()),
+            stops: Arc::new(Stops::new(Arc::clone(&news))),
+        };
+        let mut subscribers = self.subscribers(args, &around, &news)?;
         let recorder = self.recorder(args);
         if let Some(recorder) = &recorder {
             subscribers.push(Box::new(recorder.timer().map_err(RunError::Setup)?));
@@ -291,17 +301,14 @@ impl Guest {
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
             .map_err(RunError::Setup)?;
         let workers = self.virtio.start(&self.mmu, &ending).map_err(RunError::Setup)?;
-        let around = Surroundings {
-            mmu: Arc::clone(&self.mmu),
-            devices: Arc::clone(&self.devices),
-            ending: ending.clone(),
-            requests,
-        };
         let ways = (self.runner.name(), self.shootdown);
         let mut core = Core::new(self.start, self.runner.mmu_vcpu(&self.mmu, 0, args.tlb), around);
         let mut backend = self.runner.into_backend(&self.mmu);
         let guest_started = micros();
         core.run(&mut *backend);
+        if let Some(cause) = ending.shutdown_cause() {
+            news.shutdown(cause);
+        }
         drop(events);
         // Before the reclaimer: a worker may wait for a frame.
         let (disks, balloon) = workers.finish();
@@ -313,20 +320,16 @@ impl Guest {
         Ok(Summary { series, disks, balloon, ..judged })
     }
 
-    /// What the event loop serves beside the board.
+    /// What the event loop serves beside the board. On the thread that will be the vCPU's.
     fn subscribers(
         &self,
         args: &RunArgs,
-        ending: &Ending,
-        requests: &Arc<Requests>,
+        around: &Surroundings,
+        news: &Arc<News>,
     ) -> Result<Vec<Subscriber>, RunError> {
         let mut subscribers: Vec<Subscriber> = Vec::new();
         if let Some(path) = &args.qmp {
-            let controls = Controls {
-                ending: ending.clone(),
-                requests: Arc::clone(requests),
-                devices: Arc::clone(&self.devices),
-            };
+            let controls = self.controls(args, around.clone(), Arc::clone(news));
             let socket = ControlSocket::bind(path, controls);
             let socket = socket.map_err(|source| RunError::Control { path: path.clone(), source })?;
             subscribers.push(Box::new(socket));
@@ -336,6 +339,24 @@ impl Guest {
             subscribers.push(Box::new(timer));
         }
         Ok(subscribers)
+    }
+
+    fn controls(&self, args: &RunArgs, around: Surroundings, news: Arc<News>) -> Controls {
+        let Surroundings { mmu, devices, ending, requests, stops } = around;
+        Controls {
+            ending,
+            requests,
+            devices,
+            mmu,
+            stops,
+            balloon: Some(Arc::new(GuestBalloon::new(self.virtio.balloon(), args.mem, &news))),
+            news,
+            name: args.name.clone(),
+            vcpu_thread: rustix::thread::gettid().as_raw_nonzero().get(),
+            swap: self.overcommit.schedule.is_some(),
+            answer_wait: ANSWER_WAIT,
+            attempts: Attempts::default(),
+        }
     }
 
     /// What keeps a series, if anybody asks for one.

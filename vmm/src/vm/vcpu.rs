@@ -5,9 +5,9 @@
 //! interpreter); between their calls the guest's state is [`Core::cpu`], whole.
 //!
 //! ```text
-//! run: take the kick back --> ended? --> requests --> board: exit, NMI, interrupt --> halted? --> Backend::run
-//!        ^                                                                             sleep        |
-//!        +----------------------------------------------------------------------------+------------+
+//! run: take the kick back --> ended? --> requests --> stopped? --> board: exit, NMI, interrupt --> halted? --> Backend::run
+//!        ^                                             stand                                        sleep        |
+//!        +--------------------------------------------------------------------------------------------+----------+
 //! ```
 //!
 //! Locks: none held while the guest runs or sleeps.
@@ -20,6 +20,7 @@ use super::bus::{Aftermath, FpuUse, GuestBus};
 use super::devices::Devices;
 use super::ending::{End, Ending};
 use super::requests::Requests;
+use super::stops::Stops;
 use super::tables::DescriptorTables;
 use crate::board::Nanos;
 use crate::cpu::{CpuState, eflags};
@@ -70,6 +71,8 @@ pub struct Surroundings {
     pub ending: Ending,
     /// What others want of the vCPU's thread.
     pub requests: Arc<Requests>,
+    /// Whether the guest is to run.
+    pub stops: Arc<Stops>,
 }
 
 /// One vCPU, but for who runs it.
@@ -97,6 +100,7 @@ pub struct Core {
     pub hardware_owes_flush: bool,
     ending: Ending,
     requests: Arc<Requests>,
+    stops: Arc<Stops>,
     /// What has come and the guest cannot take yet. Like silicon, it remembers one NMI.
     pub waiting: Waiting,
 }
@@ -104,7 +108,7 @@ pub struct Core {
 impl Core {
     /// A vCPU that will start as `cpu` says.
     pub fn new(cpu: CpuState, mmu_vcpu: Vcpu, around: Surroundings) -> Core {
-        let Surroundings { mmu, devices, ending, requests } = around;
+        let Surroundings { mmu, devices, ending, requests, stops } = around;
         Core {
             cpu,
             mmu_vcpu,
@@ -118,6 +122,7 @@ impl Core {
             hardware_owes_flush: false,
             ending,
             requests,
+            stops,
             waiting: Waiting::default(),
         }
     }
@@ -130,13 +135,29 @@ impl Core {
         loop {
             backend.take_kick();
             if self.ending.is_set() {
+                self.stops.end();
                 return self.mmu.rest(&self.mmu_vcpu);
             }
             self.requests.serve(&self.mmu, &self.mmu_vcpu);
+            if self.stops.stand() {
+                self.stand_still();
+                continue;
+            }
             if let Some(end) = self.pass(backend) {
                 self.ending.set(end);
             }
         }
+    }
+
+    /// Outside the guest, and guest time with it, until somebody says otherwise.
+    fn stand_still(&mut self) {
+        self.mmu.rest(&self.mmu_vcpu);
+        self.devices.freeze();
+        while self.stops.stand() && !self.ending.is_set() {
+            self.requests.serve(&self.mmu, &self.mmu_vcpu);
+            self.devices.waker(self.mmu_vcpu.id()).sleep();
+        }
+        self.devices.thaw();
     }
 
     /// One round: what the board wants, then the guest, then what it left for.

@@ -12,8 +12,9 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use umbra_mmu::Mmu;
+use umbra_mmu::{Mmu, PAGE_SIZE};
 
+use super::control::{BalloonControl, News};
 use super::devices::Devices;
 use super::ending::{End, Ending};
 use crate::board::VirtioSnapshot;
@@ -128,6 +129,11 @@ impl VirtioDevices {
         VirtioDevices { disks, balloon }
     }
 
+    /// The host's side of the balloon.
+    pub fn balloon(&self) -> Balloon {
+        host_side(&self.balloon)
+    }
+
     /// Starts their threads.
     ///
     /// # Errors
@@ -136,8 +142,7 @@ impl VirtioDevices {
     pub fn start(self, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<VirtioThreads> {
         let VirtioDevices { disks, balloon } = self;
         let handles = disks.iter().map(|disk| disk.worker.device().handle()).collect();
-        let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
-        let handle = balloon.worker.device().handle(port, Arc::clone(&balloon.bell));
+        let handle = host_side(&balloon);
         let mut threads = vec![balloon.start("balloon", mmu, ending)?];
         for disk in disks {
             threads.push(disk.start("disk", mmu, ending)?);
@@ -146,12 +151,54 @@ impl VirtioDevices {
     }
 }
 
+fn host_side(balloon: &Plugged<BalloonDevice>) -> Balloon {
+    let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
+    balloon.worker.device().handle(port, Arc::clone(&balloon.bell))
+}
+
+/// The balloon as the control socket has it: in bytes of what the guest keeps.
+pub struct GuestBalloon {
+    balloon: Balloon,
+    memory: u64,
+}
+
+impl GuestBalloon {
+    /// Of a guest with so many bytes of memory; its changes are told to `news`.
+    pub fn new(balloon: Balloon, memory: u64, news: &Arc<News>) -> GuestBalloon {
+        let told = Arc::clone(news);
+        balloon.on_change(Box::new(move |pages| told.balloon_changed(kept(memory, pages))));
+        GuestBalloon { balloon, memory }
+    }
+}
+
+/// What a guest with `memory` bytes has left of them without so many pages.
+fn kept(memory: u64, pages: u32) -> u64 {
+    memory.saturating_sub(u64::from(pages) * PAGE_SIZE)
+}
+
+impl BalloonControl for GuestBalloon {
+    fn set_target(&self, bytes: u64) -> Result<(), String> {
+        let pages = self.memory.saturating_sub(bytes) / PAGE_SIZE;
+        self.balloon.set_target(u32::try_from(pages).unwrap_or(u32::MAX));
+        Ok(())
+    }
+
+    fn actual_bytes(&self) -> u64 {
+        kept(self.memory, self.balloon.state().actual)
+    }
+
+    /// The latest that there are; newer ones are asked for.
+    fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
+        self.balloon.ask_for_stats();
+        self.balloon.state().stats.map(|stats| stats.named())
+    }
+}
+
 /// The same while it runs.
 pub struct VirtioThreads {
     threads: Vec<Thread>,
     disks: Vec<BlkHandle>,
-    /// The host's side of the balloon.
-    pub balloon: Balloon,
+    balloon: Balloon,
 }
 
 impl VirtioThreads {

@@ -1,0 +1,18 @@
+//! What the control socket asks of a balloon device.
+
+/// A guest's balloon, as an operator has it. Called on the event loop's thread: nothing here may sleep.
+pub trait BalloonControl: Send + Sync {
+    /// Asks the guest to keep no more than `bytes` of its memory. It does so in its own time, and `News::balloon_changed`
+    /// tells of it.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that says why that cannot be asked.
+    fn set_target(&self, bytes: u64) -> Result<(), String>;
+
+    /// What the guest has of its memory now, in bytes.
+    fn actual_bytes(&self) -> u64;
+
+    /// What the guest last said of its memory; `None` before it has.
+    fn stats(&self) -> Option<Vec<(&'static str, u64)>>;
+}

@@ -1,0 +1,227 @@
+//! Commands about the guest's memory: `x-frames`, `x-memory`, `x-counters`, `x-discard`, `x-page-out`.
+//!
+//! Story: the guest's pages are the MMU's; here are an operator's ways to ask for them, in pieces that end soon, so that the
+//! end of the run and the time limit are seen between two.
+//!
+//! Limits: [`WORK_MAX`] for a command, seen between pieces.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use umbra_mmu::discard::{Discard, NotDiscarded};
+use umbra_mmu::invalidation::May;
+use umbra_mmu::{Gfn, PAGE_SIZE, Shortage};
+
+use super::Controls;
+use super::commands::Arguments;
+use super::protocol::{Answer, Class, Refusal};
+use crate::vm::ending::End;
+use crate::vm::summary::Memory;
+
+/// How long a command may work on pages. What it has not come to by then, it leaves.
+pub const WORK_MAX: Duration = Duration::from_secs(2);
+/// Pages of a piece: few, for each may wait for the swap device or a gate.
+const PIECE: u32 = 32;
+/// Pages of a piece where nothing may be waited for: one invalidation.
+const ATOMIC_PIECE: u32 = umbra_mmu::invalidation::BATCH_MAX as u32;
+
+/// Discards that might not sleep.
+#[derive(Debug, Default)]
+pub struct Attempts {
+    /// All of them.
+    atomic: AtomicU64,
+    /// Those that would have had to.
+    would_block: AtomicU64,
+}
+
+/// Queries the budget, or sets it.
+pub fn frames(controls: &Controls, arguments: &Arguments) -> Answer {
+    if let Some(bytes) = arguments.unsigned("bytes") {
+        set_budget(controls, bytes)?;
+    }
+    let usage = controls.mmu.usage();
+    Ok(json!({
+        "budget": bytes(usage.budget),
+        "budget-min": bytes(controls.mmu.budget_min()),
+        "used": bytes(usage.frames_used),
+        "free": bytes(usage.frames_free),
+    }))
+}
+
+fn set_budget(controls: &Controls, bytes: u64) -> Result<(), Refusal> {
+    let least = controls.mmu.budget_min();
+    if bytes % PAGE_SIZE != 0 {
+        return Err(Refusal::generic("Parameter 'bytes' expects a multiple of 4096"));
+    }
+    if !controls.swap {
+        return Err(Refusal::generic(
+            "this guest has no swap, and would end for want of a frame; start it with --frames, which may be as much as --mem",
+        ));
+    }
+    let frames = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
+    controls.mmu.set_budget(frames).map_err(|error| {
+        Refusal::generic(format!("{error}; the smallest possible is {} bytes", u64::from(least) * PAGE_SIZE))
+    })
+}
+
+/// Where the guest's pages are, and what reclaim is up against. It looks at every page.
+pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
+    let mmu = &controls.mmu;
+    let (pressure, usage, reclaim, window) =
+        (mmu.pressure(), mmu.usage(), mmu.reclaim_stats(), mmu.window_stats());
+    Ok(json!({
+        "page-size": PAGE_SIZE,
+        "guest-pages": mmu.p2m().pages(),
+        "resident": usage.resident,
+        "swapped": usage.swapped,
+        "zero": pressure.zero,
+        "ballooned": usage.ballooned,
+        "pinned": pressure.pinned,
+        "shadow-pages": usage.shadow_pages,
+        "frames-free": usage.frames_free,
+        "frames-used": usage.frames_used,
+        "budget": usage.budget,
+        "budget-min": mmu.budget_min(),
+        "reclaim": {
+            "wanted": pressure.wanted,
+            "short": pressure.short,
+            "over-budget": pressure.over,
+            "failed": pressure.failed,
+            "reserve": pressure.marks.reserve,
+            "low": pressure.marks.low,
+            "high": pressure.marks.high,
+            "inactive": pressure.inactive,
+            "active": pressure.active,
+            "refaults": reclaim.refaults,
+            "direct": reclaim.direct,
+            "given-back": reclaim.given_back,
+            "stall-nanos-max": reclaim.stall_nanos_max,
+        },
+        "swap": {"slots": pressure.swap_slots, "used": pressure.swap_used},
+        "window": {
+            "slots": window.slots,
+            "taken": window.taken,
+            "idle": window.idle,
+            "waiters": window.waiters,
+        },
+    }))
+}
+
+/// What has been done so far.
+pub fn counters(controls: &Controls, _: &Arguments) -> Answer {
+    let reclaim = controls.mmu.reclaim_stats();
+    let memory = serde_json::to_value(Memory::of(&controls.mmu)).map_err(Refusal::generic)?;
+    let attempts = &controls.attempts;
+    Ok(json!({
+        "memory": memory,
+        "reclaim": {
+            "scanned": reclaim.scanned,
+            "reclaimed": reclaim.reclaimed,
+            "unshadowed": reclaim.unshadowed,
+        },
+        "discard": {
+            "atomic": attempts.atomic.load(Ordering::Relaxed),
+            "would_block": attempts.would_block.load(Ordering::Relaxed),
+        },
+    }))
+}
+
+/// Discards pages: they read as zeros from then on.
+pub fn discard(controls: &Controls, arguments: &Arguments) -> Answer {
+    let pages = Pages::of(controls, arguments)?;
+    let (may, piece) = match arguments.flag("atomic") {
+        true => (May::NotSleep, ATOMIC_PIECE),
+        false => (May::Sleep, PIECE),
+    };
+    if may == May::NotSleep {
+        controls.attempts.atomic.fetch_add(1, Ordering::Relaxed);
+    }
+    let done = pages.in_pieces(controls, piece, |first, last| {
+        let discarded = controls.mmu.discard(None, first..last, Discard::Zero, may);
+        discarded.map(|()| last - first).map_err(|why| not_discarded(controls, why, first))
+    })?;
+    Ok(json!({"discarded": done.worked, "left": done.left}))
+}
+
+fn not_discarded(controls: &Controls, why: NotDiscarded, first: u32) -> Refusal {
+    let class = match why {
+        NotDiscarded::WouldBlock(_) => Class::WouldBlock,
+        NotDiscarded::Held { .. } => Class::Generic,
+    };
+    if class == Class::WouldBlock {
+        controls.attempts.would_block.fetch_add(1, Ordering::Relaxed);
+    }
+    let before = u64::from(first) * PAGE_SIZE;
+    Refusal { class, desc: format!("{why}; all pages before {before:#x} are discarded") }
+}
+
+/// Has pages go to swap, those that can be had.
+pub fn page_out(controls: &Controls, arguments: &Arguments) -> Answer {
+    let pages = Pages::of(controls, arguments)?;
+    let done = pages.in_pieces(controls, PIECE, |first, last| {
+        let gfns: Vec<Gfn> = (first..last).map(Gfn).collect();
+        controls.mmu.page_out(None, &gfns).map_err(|failed| {
+            let refusal =
+                Refusal::generic(format!("{} pages could not go to swap: {}", failed.pages, failed.why));
+            controls.ending.set(End::Shortage(Shortage::Swap(failed)));
+            refusal
+        })
+    })?;
+    Ok(json!({"freed": done.worked, "left": done.left}))
+}
+
+fn bytes(frames: u32) -> u64 {
+    u64::from(frames) * PAGE_SIZE
+}
+
+/// A range of guest memory.
+struct Pages {
+    first: u32,
+    end: u32,
+}
+
+/// What became of a range.
+struct Done {
+    /// Pages of which something has come.
+    worked: u32,
+    /// Pages that there was no time for.
+    left: u32,
+}
+
+impl Pages {
+    fn of(controls: &Controls, arguments: &Arguments) -> Result<Pages, Refusal> {
+        let (gpa, bytes) = (arguments.number("gpa")?, arguments.number("bytes")?);
+        for (name, value) in [("gpa", gpa), ("bytes", bytes)] {
+            if value % PAGE_SIZE != 0 {
+                return Err(Refusal::generic(format!("Parameter '{name}' expects a multiple of 4096")));
+            }
+        }
+        let all = controls.mmu.p2m().pages();
+        let end = gpa.checked_add(bytes).map(|end| end / PAGE_SIZE).filter(|end| *end <= u64::from(all));
+        match end {
+            Some(end) => Ok(Pages { first: (gpa / PAGE_SIZE) as u32, end: end as u32 }),
+            None => Err(Refusal::generic(format!(
+                "guest memory ends at {:#x}; 'gpa' and 'bytes' go beyond it",
+                u64::from(all) * PAGE_SIZE
+            ))),
+        }
+    }
+
+    /// Calls `work` for one piece after the other, until the time is over or the run ends.
+    fn in_pieces(
+        &self,
+        controls: &Controls,
+        piece: u32,
+        mut work: impl FnMut(u32, u32) -> Result<u32, Refusal>,
+    ) -> Result<Done, Refusal> {
+        let deadline = Instant::now() + WORK_MAX;
+        let (mut first, mut worked) = (self.first, 0);
+        while first < self.end && Instant::now() < deadline && !controls.ending.is_set() {
+            let last = self.end.min(first + piece);
+            worked += work(first, last)?;
+            first = last;
+        }
+        Ok(Done { worked, left: self.end - first })
+    }
+}
