@@ -40,13 +40,14 @@ const fn timed(name: &'static str) -> Workload {
     Workload { name, scale: 1, timed: true }
 }
 
-const WORKLOADS: [Workload; 10] = [
+const WORKLOADS: [Workload; 11] = [
     tested("hello"),
     tested("mm"),
     tested("kmap"),
     tested("access"),
     tested("all"),
     tested("fpu"),
+    tested("reclaim"),
     timed("spin"),
     timed("sweep"),
     timed("storm"),

@@ -130,7 +130,7 @@ static bool is_image_name(const char *word, u32 length)
 
 bool command_line_parse(const char *line, struct options *options, char *bad_word, u32 bad_word_bytes)
 {
-    options->workload = WORKLOAD_ALL;
+    options->workload = WORKLOAD_RECLAIM;
     options->legacy = false;
     options->seed = 1;
     options->scale = 100;

@@ -131,9 +131,28 @@ void frame_put(u32 frame)
         lru_remove(frame);
     struct frontier *zone = &zones[zone_of(frame)];
     table[frame].link = zone->free;
+    table[frame].reported = false;
     zone->free = frame;
     zone->in_use--;
     zone->available++;
+}
+
+/* Those before it on the list are the newest: what lies behind a reported one has been reported, mostly. */
+u32 frames_take_unreported(u32 *frames, u32 most)
+{
+    u32 count = 0;
+    const struct frontier *zone = &zones[ZONE_HIGH];
+    while (count < most && zone->free != FRAME_NONE && !table[zone->free].reported)
+        frames[count++] = frame_alloc(ZONE_HIGH);
+    return count;
+}
+
+void frames_put_reported(const u32 *frames, u32 count)
+{
+    for (u32 i = 0; i < count; i++) {
+        frame_put(frames[i]);
+        table[frames[i]].reported = true;
+    }
 }
 
 u32 frames_in_use(void) { return zones[ZONE_LOW].in_use + zones[ZONE_HIGH].in_use; }

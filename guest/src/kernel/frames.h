@@ -17,7 +17,7 @@ struct frame {
     u32 index; /* of such a page: its number among the pages of the address spaces, or of the file */
     u32 slot;  /* its slot in swap and one more, or 0 (swap.h) */
     u32 space; /* of an anonymous page: whose table was the last to get it, as a place to look first (rmap.c) */
-    u32 unused;
+    bool reported; /* on the free list, and the host knows */
 };
 
 /* No frame: also what an allocation that failed returns. Frame 0 is never handed out. */
@@ -32,6 +32,9 @@ void frame_get(u32 frame);
 /* Drops a reference; with the last one the frame is free, and off its list. */
 void frame_put(u32 frame);
 static inline struct frame *frame_of(u32 frame) { return (struct frame *)FRAME_TABLE_BASE + frame; }
+/* Frames off the free list that the host has not been told of since they came there, with a reference each; and back. */
+u32 frames_take_unreported(u32 *frames, u32 most);
+void frames_put_reported(const u32 *frames, u32 count);
 /* Frames held now, over both zones: the same before and after a workload that leaks nothing. */
 u32 frames_in_use(void);
 /* Frames for pages and their tables: those that can be had, and all. High ones, unless there are next to none. */

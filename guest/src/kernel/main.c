@@ -1,5 +1,6 @@
 /* The kernel's main: bring everything up in order, run the workloads, close. */
 #include "apic.h"
+#include "balloon.h"
 #include "boot.h"
 #include "check.h"
 #include "console.h"
@@ -76,6 +77,7 @@ void kernel_main(void)
     virtio_init();
     apic_timer_start(boot.options.hz);
     irq_on();
+    balloon_start();
     run(boot.options.workload);
     irq_off();
     witness_seal();

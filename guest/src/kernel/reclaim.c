@@ -16,6 +16,7 @@
  * Locks: none held; sleeps for I/O. */
 #include "reclaim.h"
 
+#include "balloon.h"
 #include "check.h"
 #include "file.h"
 #include "frames.h"
@@ -226,6 +227,9 @@ bool make_room(u32 frames)
             task_sleep(1);
     }
     current->makes_room = false;
+    /* Better the host's wish unheeded than a process killed; but the balloon itself does not take from itself. */
+    while (frames_free() < mark_min / 2 + frames && balloon_give_back(frames))
+        barrier();
     bool room = frames_free() >= mark_min / 2 + frames;
     reclaim_counts.out_of_memory += !room;
     return room;

@@ -5,6 +5,7 @@
 #include "tick.h"
 
 #include "apic.h"
+#include "balloon.h"
 #include "check.h"
 #include "frames.h"
 #include "irq.h"
@@ -21,6 +22,7 @@ void tick_init(void)
 void tick(void)
 {
     ticks++;
+    balloon_tick();
     u32 *page = kmap_local(stamp_frame, "tick");
     page[ticks % (PAGE_SIZE / 4)] = ticks;
     kunmap_local(page);

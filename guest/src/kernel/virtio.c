@@ -8,6 +8,7 @@
 #include "virtio.h"
 
 #include "apic.h"
+#include "balloon.h"
 #include "blk.h"
 #include "check.h"
 #include "console.h"
@@ -92,6 +93,8 @@ static void attach(struct virtio_device *device, u32 slot)
     bool taken = false;
     if (device->id == VIRTIO_ID_BLOCK)
         taken = blk_attach(device);
+    else if (device->id == VIRTIO_ID_BALLOON)
+        taken = balloon_attach(device);
     if (taken)
         apic_unmask_virtio(slot);
 }

@@ -3,6 +3,7 @@
  * Story: swap goes to the disk that calls itself `swap`, the shared file to `file`. Afterwards the counts are printed, in lines
  * that begin with "reclaim:", since they hang on the timer and on the disks; what went over the disks can be compared with
  * what the disks say. */
+#include "balloon.h"
 #include "blk.h"
 #include "boot.h"
 #include "check.h"
@@ -37,6 +38,8 @@ static void print_counts(const struct blk *swap, const struct blk *file)
     printk("reclaim: file faults=%u reads=%u writes=%u blocks=%u freed=%u truncations=%u left=%u\n", file_counts.faults,
            file_counts.reads, file_counts.writes, file_counts.blocks_allocated, file_counts.blocks_freed,
            file_counts.truncations, file_counts.lock_waits);
+    printk("reclaim: balloon inflated=%u deflated=%u for_want=%u reported=%u\n", balloon_counts.inflated,
+           balloon_counts.deflated, balloon_counts.deflated_for_want, balloon_counts.reported);
     print_disk("swap", swap);
     print_disk("file", file);
 }

@@ -45,6 +45,18 @@ pub enum DiskSource {
     Memory(u64),
 }
 
+impl DiskSpec {
+    /// The disks of the built-in guest, where the command line has none: one to swap to and one for its file.
+    pub fn built_in() -> Vec<DiskSpec> {
+        let memory = |bytes, id: &str| DiskSpec {
+            source: DiskSource::Memory(bytes),
+            read_only: false,
+            id: Some(id.into()),
+        };
+        vec![memory(256 << 20, "swap"), memory(16 << 20, "file")]
+    }
+}
+
 /// Reads `FILE[,ro][,id=NAME]` or `SIZE[,id=NAME]`.
 ///
 /// # Errors

@@ -77,7 +77,7 @@ use crate::machine::{Pool, PoolError};
 use crate::probe::ProbeError;
 use crate::swap::SwapFileError;
 use crate::units::format_duration;
-use crate::virtio::disk::{Disk, DiskError};
+use crate::virtio::disk::{Disk, DiskError, DiskSpec};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
 use control::{ANSWER_WAIT, Attempts, ControlSocket, Controls, News};
@@ -232,7 +232,10 @@ impl Guest {
         let image = Image::parse(&bytes).map_err(failed)?;
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
-        let disks = Disk::open_all(&args.disk)?;
+        let disks = match args.image.is_none() && args.disk.is_empty() {
+            true => Disk::open_all(&DiskSpec::built_in())?,
+            false => Disk::open_all(&args.disk)?,
+        };
 
         let mut plan = Plan::make(args)?;
         let why = plan.take_reason();

@@ -1,0 +1,294 @@
+/* virtio-balloon.
+ *
+ * Jobs: 1. inflate and deflate, 2. statistics, 3. report free pages, 4. the thread.
+ *
+ * Story: the host writes how many pages it wants and interrupts. The thread allocates them like anybody, making room by reclaim
+ * first, and tells the host their numbers; it is told of pages that go back before they are used. What cannot be had without
+ * killing somebody is not given: the next second it is tried again. Once a second the thread also names pages on the free list,
+ * those that it has not named since they came there.
+ * Holds: a frame of the balloon has one reference and is linked by frame.link.
+ * Locks: a queue belongs to the thread, but the deflate queue, which has a mutex: whoever is short of memory uses it too.
+ * See: virtio 1.2, 5.5. */
+#include "balloon.h"
+
+#include "apic.h"
+#include "boot.h"
+#include "check.h"
+#include "frames.h"
+#include "irq.h"
+#include "mutex.h"
+#include "reclaim.h"
+#include "swap.h"
+#include "task.h"
+#include "virtio.h"
+
+#define FEATURE_MUST_TELL_HOST (1u << 0)
+#define FEATURE_STATS (1u << 1)
+#define FEATURE_DEFLATE_ON_OOM (1u << 2)
+#define FEATURE_REPORTING (1u << 5)
+
+#define CONFIG_NUM_PAGES 0
+#define CONFIG_ACTUAL 4
+
+#define BATCH 256
+#define REPORT_BATCH 32
+
+enum { INFLATE, DEFLATE, STATS, QUEUES };
+
+#define STATS_COUNT 6
+struct stat {
+    u16 tag;
+    u64 value;
+} __attribute__((packed));
+
+/* Tags. */
+#define STAT_SWAP_IN 0
+#define STAT_SWAP_OUT 1
+#define STAT_MAJOR_FAULTS 2
+#define STAT_MINOR_FAULTS 3
+#define STAT_FREE 4
+#define STAT_TOTAL 5
+
+static struct {
+    struct virtio_device *device;
+    u32 features;
+    struct virtq queues[QUEUES];
+    struct virtq reporting;
+    u32 head, held;
+    const struct task *thread;
+    bool awake, second;
+    volatile bool answered[QUEUES + 1];
+    u32 pfns[QUEUES][BATCH];
+    struct stat stats[STATS_COUNT];
+    struct mutex deflating;
+} balloon;
+
+struct balloon_counts balloon_counts;
+
+u32 balloon_held(void) { return balloon.held; }
+
+static void wake(void)
+{
+    balloon.awake = true;
+    task_wake(&balloon);
+}
+
+static void take_answers(struct virtq *queue, u32 which)
+{
+    u32 bytes;
+    while (virtq_take(queue, &bytes)) {
+        balloon.answered[which] = true;
+        if (which == STATS)
+            wake();
+        else
+            task_wake_expected(queue);
+    }
+}
+
+static void interrupt(struct virtio_device *device)
+{
+    static u32 changes;
+    take_answers(&balloon.queues[INFLATE], INFLATE);
+    take_answers(&balloon.queues[DEFLATE], DEFLATE);
+    if (balloon.features & FEATURE_STATS)
+        take_answers(&balloon.queues[STATS], STATS);
+    if (balloon.features & FEATURE_REPORTING)
+        take_answers(&balloon.reporting, QUEUES);
+    if (device->config_changes != changes) {
+        changes = device->config_changes;
+        wake();
+    }
+}
+
+static bool init_queue(u32 index, struct virtq *queue) { return virtq_init(balloon.device, index, queue); }
+
+bool balloon_attach(struct virtio_device *device)
+{
+    u32 wanted = FEATURE_MUST_TELL_HOST | FEATURE_STATS | FEATURE_DEFLATE_ON_OOM | FEATURE_REPORTING;
+    if (balloon.device || !virtio_negotiate(device, wanted, &balloon.features))
+        return false;
+    balloon.device = device;
+    bool ok = init_queue(INFLATE, &balloon.queues[INFLATE]) && init_queue(DEFLATE, &balloon.queues[DEFLATE]);
+    if (balloon.features & FEATURE_STATS)
+        ok = ok && init_queue(STATS, &balloon.queues[STATS]);
+    /* The queue of free page hints, which we have no use for, has no number where it is not agreed on. */
+    if (balloon.features & FEATURE_REPORTING)
+        ok = ok && init_queue(balloon.features & FEATURE_STATS ? 3 : 2, &balloon.reporting);
+    if (!ok) {
+        balloon.device = NULL;
+        return false;
+    }
+    device->interrupt = interrupt;
+    virtio_ready(device);
+    return true;
+}
+
+/* Offers parts in a queue and sleeps until the device has answered. */
+static void exchange(struct virtq *queue, u32 which, const struct virtq_part *parts, u32 out, u32 in)
+{
+    irq_off();
+    balloon.answered[which] = false;
+    bool offered = virtq_add(queue, parts, out, in, queue);
+    ASSERT(offered);
+    task_expect();
+    virtq_kick(balloon.device, queue);
+    while (!balloon.answered[which])
+        task_wait_on(queue);
+    irq_on();
+}
+
+/* Job 1: inflate and deflate. */
+
+static void tell(u32 which, u32 count)
+{
+    struct virtq_part part = {low_physical(balloon.pfns[which]), count * 4};
+    exchange(&balloon.queues[which], which, &part, 1, 0);
+}
+
+static void publish(void) { virtio_set_config32(balloon.device, CONFIG_ACTUAL, balloon.held); }
+
+/* False when there is no room for even one more page. */
+static bool inflate(u32 want)
+{
+    u32 count = 0, most = min_u32(want, BATCH);
+    while (count < most && make_room(1)) {
+        u32 frame = frame_alloc(ZONE_HIGH);
+        if (frame == FRAME_NONE)
+            break;
+        frame_of(frame)->link = balloon.head;
+        balloon.head = frame;
+        balloon.pfns[INFLATE][count++] = frame;
+    }
+    if (count == 0)
+        return false;
+    balloon.held += count;
+    balloon_counts.inflated += count;
+    tell(INFLATE, count);
+    publish();
+    return true;
+}
+
+/* Whoever else wants frames back waits meanwhile, and finds fewer. */
+static u32 deflate(u32 want)
+{
+    mutex_lock(&balloon.deflating);
+    u32 count = 0, first = balloon.head;
+    while (count < min_u32(want, BATCH) && balloon.head != FRAME_NONE) {
+        balloon.pfns[DEFLATE][count++] = balloon.head;
+        balloon.head = frame_of(balloon.head)->link;
+    }
+    if (count) {
+        tell(DEFLATE, count);
+        balloon.held -= count;
+        balloon_counts.deflated += count;
+    }
+    for (u32 i = 0, frame = first, next; i < count; i++, frame = next) {
+        next = frame_of(frame)->link;
+        frame_of(frame)->link = 0;
+        frame_put(frame);
+    }
+    if (count)
+        publish();
+    mutex_unlock(&balloon.deflating);
+    return count;
+}
+
+u32 balloon_give_back(u32 frames)
+{
+    if (!(balloon.features & FEATURE_DEFLATE_ON_OOM) || current == balloon.thread)
+        return 0;
+    u32 given = deflate(max_u32(frames, BATCH / 4));
+    balloon_counts.deflated_for_want += given;
+    return given;
+}
+
+/* Job 2: statistics. */
+
+static void offer_stats(void)
+{
+    if (!(balloon.features & FEATURE_STATS))
+        return;
+    const struct stat stats[STATS_COUNT] = {
+        {STAT_SWAP_IN, (u64)swap_counts.pages_read << PAGE_SHIFT},
+        {STAT_SWAP_OUT, (u64)swap_counts.pages_written << PAGE_SHIFT},
+        {STAT_MAJOR_FAULTS, swap_counts.reads},
+        {STAT_MINOR_FAULTS, swap_counts.hits},
+        {STAT_FREE, (u64)frames_free() << PAGE_SHIFT},
+        {STAT_TOTAL, (u64)(frames_total() - balloon.held) << PAGE_SHIFT},
+    };
+    for (u32 i = 0; i < STATS_COUNT; i++)
+        balloon.stats[i] = stats[i];
+    struct virtq_part part = {low_physical(balloon.stats), sizeof(balloon.stats)};
+    irq_off();
+    balloon.answered[STATS] = false;
+    if (virtq_add(&balloon.queues[STATS], &part, 1, 0, &balloon.queues[STATS]))
+        virtq_kick(balloon.device, &balloon.queues[STATS]);
+    irq_on();
+}
+
+/* Job 3: report free pages. */
+
+static bool report(void)
+{
+    u32 frames[REPORT_BATCH];
+    struct virtq_part parts[REPORT_BATCH];
+    u32 count = frames_take_unreported(frames, REPORT_BATCH);
+    for (u32 i = 0; i < count; i++)
+        parts[i] = (struct virtq_part){(u64)frames[i] << PAGE_SHIFT, PAGE_SIZE};
+    if (count)
+        exchange(&balloon.reporting, QUEUES, parts, 0, count);
+    balloon_counts.reported += count;
+    frames_put_reported(frames, count);
+    return count == REPORT_BATCH;
+}
+
+/* Job 4: the thread. */
+
+static void wait_for_work(void)
+{
+    irq_off();
+    while (!balloon.awake)
+        task_wait_on(&balloon);
+    balloon.awake = false;
+    irq_on();
+}
+
+static void adjust(void)
+{
+    while (1) {
+        u32 target = virtio_config32(balloon.device, CONFIG_NUM_PAGES);
+        if (balloon.held < target ? !inflate(target - balloon.held)
+                                  : balloon.held == target || !deflate(balloon.held - target))
+            return;
+    }
+}
+
+static void run(u32 argument)
+{
+    (void)argument;
+    balloon.thread = current;
+    offer_stats();
+    while (1) {
+        wait_for_work();
+        if (balloon.answered[STATS])
+            offer_stats();
+        adjust();
+        while (balloon.features & FEATURE_REPORTING && balloon.second && report())
+            barrier();
+        balloon.second = false;
+    }
+}
+
+void balloon_start(void)
+{
+    if (balloon.device)
+        check(task_start_thread("balloon", run, 0), "the balloon's thread starts");
+}
+
+void balloon_tick(void)
+{
+    if (!balloon.device || ticks % boot.options.hz)
+        return;
+    balloon.second = true;
+    wake();
+}
