@@ -106,6 +106,9 @@ const LINK_FLAGS: &[&str] = &[
 /// Arguments in registers, as other kernels for this CPU have them. traps.S and its like know.
 const KERNEL_CALLS: &str = "-mregparm=3";
 
+/// For the program whose stack the kernel's sampler walks.
+const FRAME_POINTERS: &[&str] = &["-fno-omit-frame-pointer", "-mno-omit-leaf-frame-pointer"];
+
 /// Where things are, and which compiler.
 struct Tree {
     kernel: PathBuf,
@@ -183,9 +186,10 @@ impl Tree {
 
     fn link_program(&self, program: &Program) -> Result<()> {
         let mut objects = Vec::new();
+        let flags: &[&str] = if program.name == "reclaim" { FRAME_POINTERS } else { &[] };
         for file in ["start.S", "user.c"].iter().chain(program.files) {
             let object = self.out.join(format!("user-{file}.o"));
-            self.compile(&self.user.join(file), &object, &[])?;
+            self.compile(&self.user.join(file), &object, flags)?;
             objects.push(object);
         }
         let image = self.out.join(format!("{}.user", program.name));

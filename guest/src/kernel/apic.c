@@ -39,6 +39,9 @@ static void lapic_write(u32 offset, u32 value) { *(volatile u32 *)(LAPIC_BASE + 
 
 /* Redirection entry, low word. */
 #define PIN_LEVEL (1u << 15)
+#define PIN_NMI (4u << 8)
+
+#define PIT_PIN 2
 
 /* Without a second IOAPIC virtio has the first one's pins from 5 on, as on QEMU's microvm. */
 #define VIRTIO_FIRST_PIN_ALONE 5
@@ -67,6 +70,11 @@ static void ioapic_mask_all(u32 base)
     u32 last = ioapic_read(base, IOAPIC_VERSION) >> 16 & 0xff;
     for (u32 i = 0; i <= last; i++)
         ioapic_write(base, IOAPIC_REDIRECTION + 2 * i, LVT_MASKED);
+}
+
+void apic_pit_as_nmi(bool on)
+{
+    ioapic_write(IOAPIC_BASE, IOAPIC_REDIRECTION + 2 * PIT_PIN, on ? PIN_NMI : LVT_MASKED);
 }
 
 void apic_unmask_virtio(u32 slot)

@@ -57,6 +57,7 @@ struct options {
     u32 scale;  /* percent of the default work */
     u32 lowmem; /* MiB, a multiple of 4 */
     u32 hz;     /* timer interrupts a second */
+    u32 nmi;    /* samples a second */
     u32 ram;    /* MiB that the kernel uses of what there is; 0: the workload decides */
     u32 allow;  /* set of enum quirk */
 };

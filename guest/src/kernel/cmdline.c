@@ -110,6 +110,8 @@ static bool parse_word(const char *word, struct options *options)
     if ((value = value_of(word, "lowmem=")))
         return parse_number(value, LOWMEM_MAX, &options->lowmem) && options->lowmem >= LOWMEM_MIN &&
                options->lowmem % 4 == 0;
+    if ((value = value_of(word, "nmi=")))
+        return parse_number(value, NMI_HZ_MAX, &options->nmi);
     if ((value = value_of(word, "ram=")))
         return parse_number(value, FRAMES_MAX / (MIB / PAGE_SIZE), &options->ram);
     if ((value = value_of(word, "hz=")))
@@ -136,6 +138,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->scale = 100;
     options->lowmem = LOWMEM_DEFAULT;
     options->hz = TIMER_HZ_DEFAULT;
+    options->nmi = NMI_HZ_DEFAULT;
     options->ram = 0;
     options->allow = 0;
     bool first = true;

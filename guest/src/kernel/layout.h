@@ -54,10 +54,11 @@
 #define STACK_PAGES 2
 #define REGIONS_MAX 16
 
-/* Window slots a context may hold: what the deepest kernel path needs and what an interrupt on top of it needs. */
+/* Window slots a context may hold: what the deepest kernel path needs, an interrupt on top of it, and an NMI on top of that. */
 #define WINDOW_TASK_DEPTH_MAX 8
 #define WINDOW_IRQ_DEPTH_MAX 4
-#define WINDOW_DEPTH_MAX (WINDOW_TASK_DEPTH_MAX + WINDOW_IRQ_DEPTH_MAX)
+#define WINDOW_NMI_DEPTH_MAX 1
+#define WINDOW_DEPTH_MAX (WINDOW_TASK_DEPTH_MAX + WINDOW_IRQ_DEPTH_MAX + WINDOW_NMI_DEPTH_MAX)
 /* One more slot, outside the stack, for the walk that a crash dump does. */
 #define WINDOW_DUMP_SLOT WINDOW_DEPTH_MAX
 
@@ -80,5 +81,8 @@
 /* Timer interrupts a second. */
 #define TIMER_HZ_DEFAULT 100
 #define TIMER_HZ_MAX 1000
+/* Samples a second, with workload=reclaim. Not a part of the timer's, so that the two drift along each other. */
+#define NMI_HZ_DEFAULT 23
+#define NMI_HZ_MAX 1000
 
 #endif

@@ -95,6 +95,8 @@ static struct trap_frame *first_frame(const struct task *task)
     return (struct trap_frame *)(stack_top(task) - sizeof(struct trap_frame));
 }
 
+const struct trap_frame *task_user_frame(void) { return first_frame(current); }
+
 /* Puts what switch_stacks expects below the task's first frame, and lets it run. */
 static void make_runnable(struct task *task)
 {

@@ -76,6 +76,9 @@ void task_expect(void);
 void task_wake_expected(const void *channel);
 void task_sleep(u32 for_ticks);
 
+/* What the current process left user mode with. */
+const struct trap_frame *task_user_frame(void);
+
 /* Lets others run. */
 void schedule(void);
 

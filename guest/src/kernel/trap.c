@@ -1,6 +1,7 @@
 /* Traps: where each goes.
  *
  *   timer          tick, end of interrupt
+ *   NMI            a sample, if the sampler is on (nmi.c)
  *   virtio         the devices are asked, end of interrupt
  *   int 0x80       system call
  *   page fault     one that the access workload provoked: noted there
@@ -19,6 +20,7 @@
 #include "dump.h"
 #include "fpu.h"
 #include "irq.h"
+#include "nmi.h"
 #include "syscall.h"
 #include "task.h"
 #include "tick.h"
@@ -109,6 +111,9 @@ static void preempt(void)
 
 void trap_dispatch(struct trap_frame *frame)
 {
+    /* It may have come anywhere, also to the code below: nothing of that may be done for it. */
+    if (frame->vector == TRAP_NMI && nmi_sample(frame))
+        return;
     irq_depth++;
     switch (frame->vector) {
     case VECTOR_TIMER: timer_interrupt(); break;

@@ -79,18 +79,23 @@ void kunmap_local(const void *address)
 u32 window_high_water(void) { return high_water; }
 void window_reset_high_water(void) { high_water = 0; }
 
-u32 window_irq_enter(void)
+static u32 enter(u32 share)
 {
-    depth_max += WINDOW_IRQ_DEPTH_MAX;
+    depth_max += share;
     return current_windows->depth;
 }
 
-void window_irq_leave(u32 depth_at_entry)
+static void leave(u32 share, u32 depth_at_entry, const char *what)
 {
     if (current_windows->depth != depth_at_entry)
-        panic("interrupt handler entered at window depth %u and left at %u", depth_at_entry, current_windows->depth);
-    depth_max -= WINDOW_IRQ_DEPTH_MAX;
+        panic("%s handler entered at window depth %u and left at %u", what, depth_at_entry, current_windows->depth);
+    depth_max -= share;
 }
+
+u32 window_irq_enter(void) { return enter(WINDOW_IRQ_DEPTH_MAX); }
+void window_irq_leave(u32 depth_at_entry) { leave(WINDOW_IRQ_DEPTH_MAX, depth_at_entry, "interrupt"); }
+u32 window_nmi_enter(void) { return enter(WINDOW_NMI_DEPTH_MAX); }
+void window_nmi_leave(u32 depth_at_entry) { leave(WINDOW_NMI_DEPTH_MAX, depth_at_entry, "NMI"); }
 
 void window_init(struct window_stack *stack) { current_windows = stack; }
 

@@ -39,6 +39,10 @@ void window_reset_high_water(void);
 u32 window_irq_enter(void);
 void window_irq_leave(u32 depth_at_entry);
 
+/* The same around an NMI's, on top of either. */
+u32 window_nmi_enter(void);
+void window_nmi_leave(u32 depth_at_entry);
+
 /* Names the first context. */
 void window_init(struct window_stack *stack);
 /* Moves the CPU's slots from one context's mappings to another's. */

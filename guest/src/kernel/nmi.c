@@ -1,0 +1,116 @@
+/* A sampler by NMI.
+ *
+ * Story: the PIT's channel 0 goes through the first IOAPIC's pin 2 as an NMI, so a sample comes wherever the CPU happens to be: in
+ * the middle of a window's map or release, of a switch of tasks, of reclaim. The handler may wait for nothing and must leave
+ * everything as it was; user memory it reaches by the page tables and its own window slots, never by a user address, since a
+ * fault would end the blocking of NMIs.
+ * Holds: INV-G-NMI-1: a walk changes nothing (not even which table was found last) and uses one window slot at a time, beyond
+ * those of the task and the interrupt under it. An entry is written so that no walk can meet half of it (paging.h), and leads to a
+ * frame that is in use. */
+#include "nmi.h"
+
+#include "apic.h"
+#include "cpu.h"
+#include "frames.h"
+#include "task.h"
+#include "window.h"
+
+#define PIT_CHANNEL_0 0x40
+#define PIT_COMMAND 0x43
+#define PIT_RATE_GENERATOR 0x34 /* channel 0, both bytes, mode 2 */
+#define PIT_INPUT_HZ 1193182u
+
+#define FRAMES_WALKED_MAX 32
+
+struct nmi_counts nmi_counts;
+static bool armed;
+
+void nmi_start(u32 hz)
+{
+    if (hz == 0)
+        return;
+    u32 divisor = min_u32(PIT_INPUT_HZ / hz, 0xffff);
+    armed = true;
+    apic_pit_as_nmi(true);
+    out8(PIT_COMMAND, PIT_RATE_GENERATOR);
+    out8(PIT_CHANNEL_0, (u8)divisor);
+    out8(PIT_CHANNEL_0, (u8)(divisor >> 8));
+}
+
+/* One may be under way still, so it stays armed. */
+void nmi_stop(void)
+{
+    if (armed)
+        apic_pit_as_nmi(false);
+}
+
+/* An entry of a table that is reached through the window; 0 where there is no table. */
+static pte_t entry_of(u32 table_frame, u32 index)
+{
+    if (table_frame == FRAME_NONE)
+        return 0;
+    const void *table = kmap_local(table_frame, "nmi: table");
+    pte_t entry = table_get(table, index);
+    kunmap_local(table);
+    return entry & PTE_P ? entry : 0;
+}
+
+static bool read_user_word(const struct upt *upt, u32 va, u32 *word)
+{
+    u32 directory = paging.pae ? pte_frame(upt->pdpt[va >> 30]) : upt->root;
+    u32 frame = pte_frame(entry_of(pte_frame(entry_of(directory, directory_index(va))), table_index(va)));
+    if (frame == FRAME_NONE)
+        return false;
+    const u32 *page = kmap_local(frame, "nmi: stack");
+    *word = page[va % PAGE_SIZE / 4];
+    kunmap_local(page);
+    return true;
+}
+
+/* A frame pointer leads to the caller's, and the stack only grows down: else it is none. */
+static bool may_follow(u32 ebp, u32 before) { return ebp > before && ebp % 4 == 0 && ebp < USER_END - 8; }
+
+static void walk_stack(const struct upt *upt, u32 ebp)
+{
+    u32 before = 0, next, return_address;
+    for (u32 depth = 0; ebp && depth < FRAMES_WALKED_MAX; depth++) {
+        if (!may_follow(ebp, before)) {
+            nmi_counts.broken++;
+            return;
+        }
+        if (!read_user_word(upt, ebp, &next) || !read_user_word(upt, ebp + 4, &return_address)) {
+            nmi_counts.absent++;
+            return;
+        }
+        nmi_counts.frames++;
+        before = ebp;
+        ebp = next;
+    }
+    nmi_counts.whole++;
+}
+
+/* The frame pointer that the process left user mode with. On the way in or out, where its frame is not whole, EBP still has it:
+ * traps.S leaves it alone. What lies above an NMI's frame in kernel mode is where the stack was. */
+static u32 user_frame_pointer(const struct trap_frame *frame)
+{
+    bool on_the_way = (u32)&frame->user_esp >= (u32)task_user_frame();
+    return trap_from_user(frame) || on_the_way ? frame->ebp : task_user_frame()->ebp;
+}
+
+bool nmi_sample(const struct trap_frame *frame)
+{
+    if (!armed)
+        return false;
+    u32 depth = window_nmi_enter();
+    bool user = trap_from_user(frame);
+    nmi_counts.samples++;
+    if (!current->is_process || !current->space.live) {
+        nmi_counts.threads++;
+    } else {
+        nmi_counts.user += user;
+        nmi_counts.kernel += !user;
+        walk_stack(&current->space.upt, user_frame_pointer(frame));
+    }
+    window_nmi_leave(depth);
+    return true;
+}
