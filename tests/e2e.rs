@@ -19,6 +19,8 @@ mod memory;
 mod peer;
 #[path = "e2e/pressure.rs"]
 mod pressure;
+#[path = "e2e/qmp.rs"]
+mod qmp;
 #[path = "e2e/rig.rs"]
 mod rig;
 #[path = "e2e/series.rs"]
@@ -53,6 +55,7 @@ fn test() -> ExitCode {
         memory::cases(),
         peer::cases(),
         pressure::cases(),
+        qmp::cases(),
         rig::cases(),
         series::cases(),
         soak::cases(),

@@ -30,6 +30,8 @@ pub mod status {
     pub const TIMEOUT: End = End::Status(10);
     /// The guest reset the machine or waits for ever.
     pub const RESET: End = End::Status(12);
+    /// Ended by an operator.
+    pub const QUIT: End = End::Status(14);
 }
 
 /// Longer than any run here takes, also on a busy machine and inside the rig.

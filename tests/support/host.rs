@@ -6,7 +6,12 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::process;
 
 /// Something that not every machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,8 @@ pub enum Need {
     Release,
     /// The superuser, who can become another user and give a child file systems of its own.
     Root,
+    /// A Python with the package `qemu.qmp`, in an environment of its own that is made on the spot.
+    Qmp,
 }
 
 impl Need {
@@ -34,6 +41,7 @@ impl Need {
             Need::Rig => "rig",
             Need::Release => "release",
             Need::Root => "root",
+            Need::Qmp => "qmp",
         }
     }
 
@@ -60,6 +68,7 @@ impl Need {
                 Ok(myself) if myself.uid() == 0 => Ok(()),
                 _ => Err("only the superuser can become another user".into()),
             },
+            Need::Qmp => qmp_client(),
         }
     }
 }
@@ -67,6 +76,33 @@ impl Need {
 /// The folder with QEMU's lines, `WORKLOAD-PAGING.lines`, where QEMU itself is not at hand.
 pub fn recorded() -> Option<PathBuf> {
     std::env::var_os("UMBRA_RECORDED").map(PathBuf::from)
+}
+
+/// The folder with the environment that [`Need::Qmp`] has found or made; for one test, with which it goes.
+pub fn take_qmp_client() -> Option<TempDir> {
+    QMP_CLIENT.lock().ok()?.take()
+}
+
+static QMP_CLIENT: Mutex<Option<TempDir>> = Mutex::new(None);
+
+fn qmp_client() -> Result<(), String> {
+    /// A registry that does not answer is one that is missing.
+    const LIMIT: Duration = Duration::from_secs(120);
+    let folder = tempfile::tempdir().map_err(|error| format!("there is no folder for it: {error}"))?;
+    let run = |command: &mut Command, what: &str| {
+        let run = process::run(command, LIMIT)?;
+        let last = run.stderr.lines().last().unwrap_or_default().to_owned();
+        match run.end {
+            process::End::Status(0) => Ok(()),
+            end => Err(format!("{what} ended with {end:?}: {last}")),
+        }
+    };
+    let environment = folder.path().join("python");
+    run(Command::new("python3").args(["-m", "venv"]).arg(&environment), "python3 -m venv")?;
+    let mut pip = Command::new(environment.join("bin/pip"));
+    run(pip.args(["install", "--quiet", "--retries", "1", "qemu.qmp>=0.0.3"]), "pip install qemu.qmp")?;
+    *QMP_CLIENT.lock().map_err(|_| "another test has panicked")? = Some(folder);
+    Ok(())
 }
 
 fn kvm() -> Result<(), String> {

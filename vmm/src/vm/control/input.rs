@@ -103,6 +103,11 @@ impl Input {
         None
     }
 
+    /// Bytes that are kept.
+    pub fn kept(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// Drops what has been looked at and is part of no value.
     fn trim(&mut self) {
         let done = if self.is_inside() { self.start } else { self.seen };
@@ -218,7 +223,7 @@ mod tests {
             input.feed(piece);
             found.extend(std::iter::from_fn(|| input.next()));
         }
-        assert!(input.bytes.len() <= VALUE_MAX, "{} bytes are kept", input.bytes.len());
+        assert!(input.kept() <= VALUE_MAX, "{} bytes are kept", input.kept());
         found
     }
 

@@ -21,6 +21,7 @@
 
 mod balloon;
 mod commands;
+pub mod fuzz;
 mod input;
 mod memory;
 mod news;
