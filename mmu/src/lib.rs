@@ -22,7 +22,7 @@
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb | flush epochs and the ack ledger; a TLB in software |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
-//! | explain, audit | why an address is as it is; is everything as it must be |
+//! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
 //! | lock_order, sync | the order of locks, and the one door to them |
 #![forbid(unsafe_code)]
 

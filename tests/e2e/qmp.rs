@@ -245,10 +245,12 @@ async def main(path):
         assert (await events.get())["event"] == "STOP"
         assert (await qmp.execute("query-status"))["status"] == "paused"
         try:
-            await qmp.execute("balloon", {"value": 4096})
-            raise AssertionError("there is no balloon")
+            await qmp.execute("balloon", {"value": "much"})
+            raise AssertionError("a word is no number")
         except ExecuteError as error:
-            assert error.error_class == "DeviceNotActive", error
+            assert error.error_class == "GenericError", error
+        actual = (await qmp.execute("query-balloon"))["actual"]
+        assert await qmp.execute("balloon", {"value": actual}) == {}
         answers = await asyncio.gather(*(qmp.execute("query-name") for _ in range(100)))
         assert answers == [{"name": "packaged"}] * 100, answers
         await qmp.execute("cont")
