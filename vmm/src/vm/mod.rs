@@ -39,7 +39,7 @@ mod paging;
 mod reclaimer;
 mod requests;
 mod serial;
-mod series;
+pub mod series;
 mod sink;
 mod soft;
 mod stops;
