@@ -14,6 +14,8 @@ use crate::vm::ask::{Connection, PATIENCE, Refused};
 
 /// How often a guest is asked for its statistics.
 const STATS_PERIOD: Duration = Duration::from_secs(1);
+/// How often it is asked at most what a balloon has that moves.
+const LEARN_MAX: u32 = 20;
 /// QMP's class of an error where something would have had to sleep.
 const WOULD_BLOCK: &str = "WouldBlock";
 
@@ -99,6 +101,8 @@ pub struct Guest<'a> {
     connection: Connection<'a>,
     path: &'a Path,
     begun: Instant,
+    /// All of its memory, if it has a balloon.
+    memory: Option<u64>,
     /// When its statistics are due.
     stats_due: Duration,
     /// Free pages and swap-ins as it last said.
@@ -114,7 +118,7 @@ impl Guest<'_> {
     pub fn open(path: &Path) -> Result<Guest<'_>, String> {
         let connection = Connection::open(path, PATIENCE)?;
         let (begun, stats_due) = (Instant::now(), Duration::ZERO);
-        Ok(Guest { connection, path, begun, stats_due, stats: None })
+        Ok(Guest { connection, path, begun, memory: None, stats_due, stats: None })
     }
 
     /// Since the connection was made.
@@ -175,15 +179,19 @@ impl Guest<'_> {
     ///
     /// When an answer is missing, or not what such a server says.
     pub fn look(&mut self) -> Result<Seen, String> {
+        if self.memory.is_none() {
+            self.memory = self.learn_memory()?;
+        }
         let memory = self.connection.call("x-memory", &json!({}))?;
         let counters = self.connection.call("x-counters", &json!({}))?;
-        let kept = self.connection.try_call("query-balloon", &json!({}))?.ok();
         self.ask_for_stats()?;
         let at = self.time();
         let pages = |path: &str| self.number(&memory, path).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let count = |path: &str| self.number(&counters, path);
-        let given = memory.pointer("/balloon/actual").and_then(Value::as_u64);
-        let given = given.map_or(0, |given| u32::try_from(given).unwrap_or(u32::MAX));
+        let balloon = memory.get("balloon").filter(|balloon| !balloon.is_null());
+        let balloon =
+            balloon.map(|_| Ok::<_, String>((pages("/balloon/target")?, pages("/balloon/actual")?)));
+        let balloon = balloon.transpose()?;
         let (guest_free, guest_swap_ins) = self.stats.unwrap_or_default();
         let sample = Sample {
             at,
@@ -202,7 +210,7 @@ impl Guest<'_> {
             invalidations: invalidations(&counters),
             direct_reclaims: self.number(&memory, "/reclaim/direct")?,
             gate_waits: self.number(&memory, "/reclaim/gate-waits")?,
-            balloon_actual: given,
+            balloon_actual: balloon.map_or(0, |(_, given)| given),
             guest_free,
             guest_swap_ins,
         };
@@ -219,16 +227,29 @@ impl Guest<'_> {
             wanted: memory["reclaim"]["wanted"] == true,
             evicted: sample.swap_outs.saturating_add(dropped),
             given_back: self.number(&memory, "/reclaim/given-back")?,
-            balloon: kept.map(|kept| self.kept(&kept, given, &memory)).transpose()?,
+            balloon: balloon.zip(self.memory).map(|((wanted, given), memory)| Kept {
+                target: memory.saturating_sub(bytes(wanted)),
+                actual: memory.saturating_sub(bytes(given)),
+                memory,
+            }),
         })
     }
 
-    fn kept(&self, answer: &Value, given: u32, memory: &Value) -> Result<Kept, String> {
-        let actual = self.number(answer, "/actual")?;
-        let all = actual.saturating_add(bytes(given));
-        let wanted = memory.pointer("/balloon/target").and_then(Value::as_u64);
-        let target = wanted.map_or(actual, |pages| all.saturating_sub(pages.saturating_mul(PAGE_SIZE)));
-        Ok(Kept { target, actual, memory: all })
+    /// How much memory there is with what the balloon has. That may move between two questions: they are asked until it has not.
+    fn learn_memory(&mut self) -> Result<Option<u64>, String> {
+        let mut all = None;
+        for _ in 0..LEARN_MAX {
+            let Ok(first) = self.connection.try_call("query-balloon", &json!({}))? else { return Ok(None) };
+            let memory = self.connection.call("x-memory", &json!({}))?;
+            let second = self.connection.call("query-balloon", &json!({}))?;
+            let (first, second) = (self.number(&first, "/actual")?, self.number(&second, "/actual")?);
+            let given = self.number(&memory, "/balloon/actual")?;
+            all = Some(second.saturating_add(given.saturating_mul(PAGE_SIZE)));
+            if first == second {
+                break;
+            }
+        }
+        Ok(all)
     }
 
     fn ask_for_stats(&mut self) -> Result<(), String> {

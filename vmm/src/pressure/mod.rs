@@ -25,6 +25,8 @@ pub mod judge;
 pub mod plan;
 pub mod progress;
 pub mod signals;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 pub use args::PressureArgs;

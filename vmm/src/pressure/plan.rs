@@ -169,7 +169,7 @@ mod tests {
             ("0..24M", "not 0"),
             ("24M..24576K", "goes nowhere"),
             ("5000..24M", "whole number"),
-            ("1M..2M..3M", "not a size"),
+            ("1M..2M..3M", "unit that is not known"),
             ("1M...2M", "not a size"),
             ("1MB..2M", "decimal"),
         ] {

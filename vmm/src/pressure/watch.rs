@@ -359,7 +359,8 @@ struct Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tally { pages, would_block, rounds, .. } = self;
-        write!(f, "{pages} pages in {rounds} rounds, WouldBlock {would_block} times")
+        let plural = if *rounds == 1 { "" } else { "s" };
+        write!(f, "{pages} pages in {rounds} round{plural}, WouldBlock {would_block} times")
     }
 }
 
