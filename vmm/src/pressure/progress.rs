@@ -21,7 +21,7 @@ pub struct Progress {
 
 impl Progress {
     /// A bar if standard error is a terminal, or else lines.
-    pub fn new() -> Progress {
+    pub fn on_stderr() -> Progress {
         let bar = io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(WAY), ProgressDrawTarget::stderr_with_hz(BAR_HZ));
             // Without a style it is drawn as the library likes.

@@ -64,7 +64,7 @@ pub fn run(order: &Order, interrupts: &dyn Fn() -> u32) -> Result<Report, String
         guest,
         order,
         interrupts: &|| interrupts().saturating_sub(ignored),
-        progress: Progress::new(),
+        progress: Progress::on_stderr(),
         series: Series::default(),
         recent: None,
     };

@@ -51,7 +51,7 @@ pub fn frames(controls: &Controls, arguments: &Arguments) -> Answer {
 
 fn set_budget(controls: &Controls, bytes: u64) -> Result<(), Refusal> {
     let least = controls.mmu.budget_min();
-    if bytes % PAGE_SIZE != 0 {
+    if !bytes.is_multiple_of(PAGE_SIZE) {
         return Err(Refusal::generic("Parameter 'bytes' expects a multiple of 4096"));
     }
     if !controls.swap {

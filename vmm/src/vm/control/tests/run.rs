@@ -132,7 +132,8 @@ fn a_stop_that_no_vcpu_heeds_is_an_error_in_time() {
 
 #[test]
 fn every_end_is_told_with_its_reason_and_the_connection_ends_then() {
-    let ends: [(&str, fn(&mut Peer, &Rig)); 4] = [
+    type Ends = fn(&mut Peer, &Rig);
+    let ends: [(&str, Ends); 4] = [
         ("host-qmp-quit", |peer, _| drop(peer.ask("quit"))),
         ("host-qmp-system-reset", |peer, _| drop(peer.ask("system_reset"))),
         ("host-signal", |_, rig| rig.parts.ending.set(End::Timeout(LONG))),
@@ -200,7 +201,7 @@ struct Balloon {
 
 impl BalloonControl for Balloon {
     fn set_target(&self, bytes: u64) -> Result<(), String> {
-        if bytes % 4096 != 0 {
+        if !bytes.is_multiple_of(4096) {
             return Err("no whole pages".into());
         }
         self.actual.store(bytes, Ordering::SeqCst);
