@@ -15,6 +15,8 @@ mod cli;
 mod images;
 #[path = "e2e/memory.rs"]
 mod memory;
+#[path = "e2e/operator.rs"]
+mod operator;
 #[path = "e2e/peer.rs"]
 mod peer;
 #[path = "e2e/pressure.rs"]
@@ -53,6 +55,7 @@ fn test() -> ExitCode {
         cli::cases(),
         images::cases(),
         memory::cases(),
+        operator::cases(),
         peer::cases(),
         pressure::cases(),
         qmp::cases(),

@@ -3,6 +3,8 @@
 //! Story: a backend calls [`Mmu::fault`] for each page fault of guest code and acts on the [`Outcome`]. This
 //! function shows every branch; its helpers are straight.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use crate::Mmu;
 use crate::access::{Access, AccessKind, PageFault};
 use crate::addr::{Gfn, Gpa, Gva};
@@ -118,6 +120,7 @@ impl Mmu {
         let began = self.clock.now();
         self.buckets.wait(gfn);
         let slept = self.clock.now() - began;
+        self.background.counters.gate_waits.fetch_add(1, Relaxed);
         vcpu.count(|s| {
             s.gate_waits += 1;
             s.gate_nanos_max = s.gate_nanos_max.max(slept);

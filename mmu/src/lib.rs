@@ -203,6 +203,8 @@ pub struct Usage {
     pub clean_drops: u64,
     /// Times so far that a vCPU had to reclaim for itself.
     pub direct_reclaims: u64,
+    /// Times so far that a vCPU slept at the gate of a page that was changing hands.
+    pub gate_waits: u64,
     /// Invalidations so far.
     pub invalidations: u64,
     /// Shadow pages in use.
@@ -329,6 +331,7 @@ impl Mmu {
             zero_drops: reclaim.zero_drops,
             clean_drops: reclaim.clean_drops,
             direct_reclaims: reclaim.direct,
+            gate_waits: reclaim.gate_waits,
             invalidations: self.records.count(),
             shadow_pages: self.pages.in_use(),
             evictions: self.evictions.load(Ordering::Relaxed),

@@ -104,6 +104,8 @@ pub struct ReclaimStats {
     pub read_ahead: u64,
     /// Times that a vCPU had to reclaim for itself.
     pub direct: u64,
+    /// Times that a vCPU slept at the gate of a page that was changing hands.
+    pub gate_waits: u64,
     /// Guest tables taken out of the shadow to be reclaimed.
     pub unshadowed: u64,
     /// Frames that the host has back.
@@ -121,6 +123,7 @@ pub(crate) struct Counters {
     refaults: AtomicU64,
     read_ahead: AtomicU64,
     direct: AtomicU64,
+    pub gate_waits: AtomicU64,
     unshadowed: AtomicU64,
     given_back: AtomicU64,
     stall_nanos_max: AtomicU64,
@@ -584,6 +587,7 @@ impl Mmu {
             refaults: c.refaults.load(Relaxed),
             read_ahead: c.read_ahead.load(Relaxed),
             direct: c.direct.load(Relaxed),
+            gate_waits: c.gate_waits.load(Relaxed),
             unshadowed: c.unshadowed.load(Relaxed),
             given_back: c.given_back.load(Relaxed),
             stall_nanos_max: c.stall_nanos_max.load(Relaxed),

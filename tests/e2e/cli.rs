@@ -38,7 +38,7 @@ fn help() -> Verdict {
     let run = umbra(["--help"])?;
     let text = run.lines().join("\n");
     ensure!(run.end == End::Status(0), "help is no failure:\n{run}");
-    for word in ["run", "explain", "Exit status"] {
+    for word in ["run", "explain", "pressure", "Exit status"] {
         ensure!(text.contains(word), "--help does not name {word}:\n{run}");
     }
     Ok(())

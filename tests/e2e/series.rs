@@ -13,11 +13,27 @@ use crate::support::{Verdict, case};
 /// More guest than frames.
 const PRESSED: [&str; 4] = ["--frames", "8M", "--low", "1M"];
 /// The columns that count from the start on.
-const COUNTS: [&str; 7] =
-    ["refaults", "swap_outs", "swap_writes", "zero_drops", "clean_drops", "invalidations", "direct_reclaims"];
+const COUNTS: [&str; 8] = [
+    "refaults",
+    "swap_outs",
+    "swap_writes",
+    "zero_drops",
+    "clean_drops",
+    "invalidations",
+    "direct_reclaims",
+    "gate_waits",
+];
 /// Those of a moment.
-const LEVELS: [&str; 7] =
-    ["budget", "frames_used", "frames_free", "resident", "swapped", "ballooned", "shadow_pages"];
+const LEVELS: [&str; 8] = [
+    "budget",
+    "frames_used",
+    "frames_free",
+    "resident",
+    "swapped",
+    "ballooned",
+    "shadow_pages",
+    "balloon_actual",
+];
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
@@ -67,6 +83,11 @@ fn check_series(summary: &Value) -> Verdict {
         ensure!(values.len() == at.len(), "{name} has {} values of {}", values.len(), at.len());
         ensure!(!COUNTS.contains(name) || values.is_sorted(), "{name} counts backwards: {values:?}");
     }
+    for name in ["guest_free", "guest_swap_ins"] {
+        let values = summary["series"][name].as_array();
+        let silent = values.is_some_and(|all| all.len() == at.len() && all.iter().all(Value::is_null));
+        ensure!(silent, "{name} of a guest without a balloon driver: {values:?}");
+    }
     let budget = column(summary, "budget")?;
     ensure!(budget.iter().all(|frames| *frames == 2048), "8M are 2048 frames, not {budget:?}");
     for name in ["resident", "swapped", "refaults", "swap_outs", "invalidations"] {
@@ -85,7 +106,17 @@ fn check_plot(plot: &str, words: &[&str]) -> Verdict {
     for word in words {
         ensure!(plot.contains(word), "the plot does not have {word}:\n{plot}");
     }
-    for class in ["resident", "swapped", "free", "budget", "refaults", "swap-outs", "invalidations"] {
+    for class in [
+        "resident",
+        "swapped",
+        "free",
+        "budget",
+        "refaults",
+        "swap-outs",
+        "invalidations",
+        "backed",
+        "stalls",
+    ] {
         let class = format!("curve {class}");
         let curves = document.descendants().filter(|node| node.attribute("class") == Some(&class)).count();
         ensure!(curves == 2, "{class}: {curves} lines, not the legend's and its own:\n{plot}");

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use umbra_mmu::TlbKind;
 
 use crate::boot::notes::Notes;
+use crate::pressure::PressureArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
 use crate::virtio::disk::{DiskSpec, parse_disk};
@@ -22,7 +23,7 @@ use crate::vm::budget::{Schedule, parse_schedule};
     version,
     after_help = "Exit status: 0 when the guest ended with 0 and every witness agrees, (v << 1) | 1 when it ended with v;\n\
                   2 usage, 4 input or host, 6 Umbra could not go on, 8 a witness contradicts the guest, 10 timeout,\n\
-                  12 guest reset, 14 ended by an operator.\n\n\
+                  12 guest reset, 14 ended by an operator. Of pressure: 10 not reached in time, 14 interrupted.\n\n\
                   Set UMBRA_LOG=debug for what Umbra does in detail."
 )]
 pub struct Cli {
@@ -54,6 +55,16 @@ pub enum Command {
     ///   umbra explain --qmp /tmp/umbra.sock 0xc0101000
     #[command(verbatim_doc_comment)]
     Explain(ExplainArgs),
+    /// Put a running guest under memory pressure, and say what came of it.
+    ///
+    /// The guest must have been started with --qmp SOCKET, and for `frames` with --frames. Examples:
+    ///
+    ///   umbra pressure --qmp /tmp/umbra.sock frames 12M
+    ///   umbra pressure --qmp /tmp/umbra.sock frames --ramp 24M..12M --over 5s --plot ramp.svg
+    ///   umbra pressure --qmp /tmp/umbra.sock balloon --wave 32M..64M --period 2s --for 10s
+    ///   umbra pressure --qmp /tmp/umbra.sock discard 0x1000000 1M --atomic --every 100ms --for 2s
+    #[command(verbatim_doc_comment)]
+    Pressure(PressureArgs),
 }
 
 /// Which backend runs the guest.
@@ -227,7 +238,7 @@ fn parse_swap(text: &str) -> Result<Swap, String> {
 }
 
 /// A file: standard error is for words, and standard output the guest's.
-fn parse_plot(text: &str) -> Result<PathBuf, String> {
+pub fn parse_plot(text: &str) -> Result<PathBuf, String> {
     match text {
         "" | "-" => {
             Err("a picture goes to a file; name one, such as memory.svg (one called - is ./-)".into())

@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod machine;
 #[forbid(unsafe_code)]
 pub mod plot;
+pub mod pressure;
 pub mod probe;
 pub mod status;
 pub mod swap;

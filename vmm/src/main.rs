@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use umbra::cli::{Cli, Command, DoctorArgs, ExplainArgs, RunArgs};
+use umbra::pressure::{self, End, PressureArgs};
 use umbra::status::Status;
-use umbra::{probe, vm};
+use umbra::{plot, probe, vm};
 
 fn main() -> ExitCode {
     vm::process_start();
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(&args, &screen),
         Command::Doctor(args) => doctor(&args),
         Command::Explain(args) => explain(&args),
+        Command::Pressure(args) => press(&args),
     };
     ExitCode::from(code)
 }
@@ -81,6 +83,45 @@ fn explain(args: &ExplainArgs) -> u8 {
             Status::Operator.code()
         }
     }
+}
+
+fn press(args: &PressureArgs) -> u8 {
+    let order = match args.order() {
+        Ok(order) => order,
+        Err(error) => {
+            say!("{error}");
+            return Status::Usage.code();
+        }
+    };
+    let mut sink = match args.plot.as_deref().map(vm::PlotSink::open).transpose() {
+        Ok(sink) => sink,
+        Err(error) => return refuse(&error),
+    };
+    if let Err(error) = pressure::signals::catch() {
+        return refuse(&error);
+    }
+    let report = match pressure::run(&order, &pressure::signals::count) {
+        Ok(report) => report,
+        Err(error) => {
+            say!("{error}");
+            return Status::Operator.code();
+        }
+    };
+    match &report.end {
+        End::Reached => {}
+        End::NotReached(why) => {
+            say!("not reached: {why}");
+        }
+        End::Interrupted(now) => {
+            say!("interrupted: {now}");
+        }
+    }
+    say!("{}", report.summary);
+    let drawn = sink.as_mut().map_or(Ok(()), |sink| {
+        let image = plot::svg_since(report.series.samples(), &report.summary, "the command");
+        sink.write_image(&image)
+    });
+    drawn.err().map_or(report.status().code(), |error| refuse(&error))
 }
 
 /// Says why, with those causes that the message does not name itself.

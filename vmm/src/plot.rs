@@ -1,7 +1,7 @@
-//! Memory over time as a picture: the SVG of `--plot`.
+//! Memory over time as a picture: the SVG of `--plot`, of a run or of `umbra pressure`.
 //!
-//! Story: two panels over one axis of time. The upper one has memory in MiB, the lower one what happened in a second. The
-//! picture stands alone: no script, no font, no other file; its colours follow the reader's scheme.
+//! Story: two panels over one axis of time. The upper one has memory in MiB, the lower one what happened in a second. Host and
+//! guest are in one picture; what a guest does not say has no curve. The picture stands alone: no script, no font, no other file; its colours follow the reader's scheme.
 //!
 //! Holds: any samples and any title make a well-formed picture of bounded size, with all of it in sight.
 
@@ -20,6 +20,8 @@ const MEMORY: (f64, f64) = (76.0, 306.0);
 const RATES: (f64, f64) = (350.0, 540.0);
 /// Lines of the grid at most, across and along.
 const TICKS: (f64, f64) = (10.0, 5.0);
+/// From one curve's name to the next, at most.
+const LEGEND: f64 = 130.0;
 /// Characters of the title that are in sight; all of it is in the picture's name.
 const TITLE_MAX: usize = 100;
 /// From here on a number is written with an exponent.
@@ -32,22 +34,30 @@ svg{color-scheme:light dark;background:#fff;font:12px system-ui,sans-serif}
 .curve{fill:none;stroke-width:1.6;stroke-linecap:round;stroke-linejoin:round}
 .resident{stroke:#0969da}.swapped,.swap-outs{stroke:#bc4c00}.free{stroke:#1a7f37}
 .budget{stroke:#57606a;stroke-dasharray:8 4}.refaults{stroke:#8250df}.invalidations{stroke:#0a7c86}
+.backed{stroke:#953800;stroke-dasharray:2 4}.balloon,.stalls{stroke:#cf222e}
+.guest-free,.guest-swap-ins{stroke:#116329;stroke-dasharray:6 4}
 @media(prefers-color-scheme:dark){
 svg{background:#0d1117}.paper{fill:#0d1117}text{fill:#e6edf3}
 .grid{stroke:#30363d}.frame{stroke:#8b949e}
 .resident{stroke:#58a6ff}.swapped,.swap-outs{stroke:#f0883e}.free{stroke:#3fb950}
-.budget{stroke:#8b949e}.refaults{stroke:#bc8cff}.invalidations{stroke:#39c5cf}}
+.budget{stroke:#8b949e}.refaults{stroke:#bc8cff}.invalidations{stroke:#39c5cf}
+.backed{stroke:#ffa657}.balloon,.stalls{stroke:#ff7b72}.guest-free,.guest-swap-ins{stroke:#7ee787}}
 ";
 
-/// Draws `samples`, which are in order of time.
+/// Draws `samples` of a whole run, which are in order of time.
 pub fn svg(samples: &[Sample], title: &str) -> String {
+    svg_since(samples, title, "the guest's start")
+}
+
+/// The same, where the samples' time begins with something else.
+pub fn svg_since(samples: &[Sample], title: &str, beginning: &str) -> String {
     let end = samples.last().map_or(0.0, |last| last.at.as_secs_f64());
     let time = Axis::exactly(end, TICKS.0);
     let mut picture = Picture(String::new());
     picture.begin(title);
     picture.panel(&Panel { edges: MEMORY, unit: "memory (MiB)", curves: memory(samples) }, &time);
     picture.panel(&Panel { edges: RATES, unit: "events per second", curves: rates(samples) }, &time);
-    picture.times(&time);
+    picture.times(&time, beginning);
     picture.0.push_str("</svg>\n");
     picture.0
 }
@@ -68,19 +78,31 @@ struct Panel {
 }
 
 fn memory(samples: &[Sample]) -> Vec<Curve> {
-    let mib = |pages: u32| (u64::from(pages) * PAGE_SIZE) as f64 / f64::from(1 << 20);
-    let curve = |name, value: fn(&Sample) -> u32| {
-        let points = samples.iter().map(|sample| (sample.at.as_secs_f64(), mib(value(sample)))).collect();
-        Curve { name, class: name, points }
+    const PER_MIB: f64 = ((1 << 20) / PAGE_SIZE) as f64;
+    let curve = |name, class, value: fn(&Sample) -> Option<u64>| {
+        let point = |sample: &Sample| Some((sample.at.as_secs_f64(), value(sample)? as f64 / PER_MIB));
+        Curve { name, class, points: samples.iter().filter_map(point).collect() }
     };
-    let mut budget = curve("budget", |sample| sample.budget);
+    let mut budget = curve("budget", "budget", |sample| Some(sample.budget.into()));
     budget.points = steps(&budget.points);
-    vec![
-        curve("resident", |sample| sample.resident),
-        curve("swapped", |sample| sample.swapped),
-        curve("free", |sample| sample.frames_free),
+    let host = [
+        curve("resident", "resident", |sample| Some(sample.resident.into())),
+        curve("swapped", "swapped", |sample| Some(sample.swapped.into())),
+        curve("free", "free", |sample| Some(sample.frames_free.into())),
         budget,
-    ]
+        curve("host backs", "backed", |sample| Some(sample.frames_used.into())),
+    ];
+    let guest = [
+        curve("balloon", "balloon", |sample| Some(sample.balloon_actual.into())),
+        curve("guest's free", "guest-free", |sample| sample.guest_free),
+    ];
+    host.into_iter().chain(said(guest)).collect()
+}
+
+/// Those of a guest's own curves that it says anything of.
+fn said<const N: usize>(curves: [Curve; N]) -> impl Iterator<Item = Curve> {
+    // A balloon that holds nothing all the time is none.
+    curves.into_iter().filter(|curve| curve.points.iter().any(|point| point.1 > 0.0))
 }
 
 /// Each value holds until the next one.
@@ -90,20 +112,23 @@ fn steps(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 fn rates(samples: &[Sample]) -> Vec<Curve> {
-    let curve = |name, class, value: fn(Rates) -> f64| {
+    let curve = |name, class, value: fn(Rates) -> Option<f64>| {
         // A rate holds for the time that it was taken over.
         let points = samples.windows(2).flat_map(|pair| {
-            let rate = Rates::between(&pair[0], &pair[1]).map(value);
+            let rate = Rates::between(&pair[0], &pair[1]).and_then(value);
             rate.into_iter()
                 .flat_map(|rate| [(pair[0].at.as_secs_f64(), rate), (pair[1].at.as_secs_f64(), rate)])
         });
         Curve { name, class, points: points.collect() }
     };
-    vec![
-        curve("refaults/s", "refaults", |rates| rates.refaults),
-        curve("swap-outs/s", "swap-outs", |rates| rates.swap_outs),
-        curve("invalidations/s", "invalidations", |rates| rates.invalidations),
-    ]
+    let host = [
+        curve("refaults/s", "refaults", |rates| Some(rates.refaults)),
+        curve("swap-outs/s", "swap-outs", |rates| Some(rates.swap_outs)),
+        curve("invalidations/s", "invalidations", |rates| Some(rates.invalidations)),
+        curve("stalls/s", "stalls", |rates| Some(rates.stalls)),
+    ];
+    let guest = [curve("guest's swap-ins/s", "guest-swap-ins", |rates| rates.guest_swap_ins)];
+    host.into_iter().chain(said(guest)).collect()
 }
 
 /// An axis from 0 on.
@@ -222,20 +247,25 @@ impl Picture {
 
     fn legend(&mut self, curves: &[Curve], y: f64) {
         let mut x = SIDES.0;
+        let width = LEGEND.min((SIDES.1 - SIDES.0) / curves.len().max(1) as f64);
         for curve in curves {
             draw!(self, r#"<path class="curve {}" d="M{x:.1} {:.1}h24"/>"#, curve.class, y - 4.0);
             self.text((x + 30.0, y), "", curve.name);
-            x += 130.0;
+            x += width;
         }
     }
 
-    fn times(&mut self, time: &Axis) {
+    fn times(&mut self, time: &Axis, beginning: &str) {
         for (value, label) in time.ticks() {
             let at = (time.place(value, SIDES), RATES.1 + 18.0);
             self.text(at, r#"text-anchor="middle""#, &label);
         }
         let center = f64::midpoint(SIDES.0, SIDES.1);
-        self.text((center, RATES.1 + 42.0), r#"text-anchor="middle""#, "time since the guest's start (s)");
+        self.text(
+            (center, RATES.1 + 42.0),
+            r#"text-anchor="middle""#,
+            &format!("time since {beginning} (s)"),
+        );
     }
 
     fn text(&mut self, (x, y): (f64, f64), attributes: &str, words: &str) {
@@ -349,6 +379,33 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_has_the_curves_that_it_says_something_of() {
+        let silent = svg(&[at(0), at(1000)], "silent");
+        let document = Document::parse(&silent).expect("XML");
+        for class in ["balloon", "guest-free", "guest-swap-ins"] {
+            assert!(paths(&document, class).is_empty(), "{class}");
+        }
+        let sample = |n: u64| Sample {
+            balloon_actual: 256 * n as u32,
+            guest_free: Some(512),
+            guest_swap_ins: Some(100 * n),
+            gate_waits: n,
+            direct_reclaims: n,
+            ..at(1000 * n)
+        };
+        let text = svg_since(&[sample(0), sample(1), sample(2)], "talks", "the command");
+        check(&text);
+        assert!(text.contains("time since the command (s)"));
+        let document = Document::parse(&text).expect("XML");
+        for class in ["balloon", "guest-free", "guest-swap-ins", "stalls", "backed"] {
+            assert_eq!(paths(&document, class).len(), 2, "{class}");
+        }
+        // 1 MiB a second, of 8: from below to a quarter.
+        assert_eq!(numbers(paths(&document, "balloon")[0])[..2], [84.0, 306.0]);
+        assert_eq!(numbers(paths(&document, "balloon")[0]).last(), Some(&248.5));
+    }
+
+    #[test]
     fn the_budget_is_drawn_in_steps() {
         let samples = [at(0), Sample { budget: 1024, ..at(1000) }, at(2000)];
         let document = svg(&samples, "steps");
@@ -367,6 +424,10 @@ mod tests {
             budget: u32::MAX,
             resident: u32::MAX,
             refaults: u64::MAX,
+            gate_waits: u64::MAX,
+            direct_reclaims: u64::MAX,
+            guest_free: Some(u64::MAX),
+            guest_swap_ins: Some(u64::MAX),
             ..Sample::default()
         };
         check(&svg(&[at(0), huge], "huge"));

@@ -18,7 +18,7 @@ pub enum Status {
     Failure,
     /// The guest says PASS and a witness of Umbra's own says otherwise.
     Witness,
-    /// `--timeout` was over first.
+    /// `--timeout` was over first; of `pressure`: what was asked for was not reached in time.
     Timeout,
     /// The guest reset the machine, or triple-faulted, or waits for ever.
     Reset,

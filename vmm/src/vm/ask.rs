@@ -1,4 +1,4 @@
-//! The client's side of the control socket: what `umbra explain` does.
+//! The client's side of the control socket: what `umbra explain` does, and what `umbra pressure` is made of.
 //!
 //! Holds: a server that is slow, silent or hostile costs [`PATIENCE`] for each question and [`ANSWER_MAX`] bytes, and nothing that
 //! it sends reaches the terminal but printable text.
@@ -25,6 +25,15 @@ pub struct Connection<'a> {
     patience: Duration,
     /// Of the question that is under way.
     deadline: Instant,
+}
+
+/// What a server says that does not do a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// QMP's class of the error.
+    pub class: String,
+    /// The sentence.
+    pub desc: String,
 }
 
 /// Asks the guest behind `socket` why `gva` is mapped as it is.
@@ -73,6 +82,15 @@ impl Connection<'_> {
     ///
     /// A sentence: the server's own where it refuses, else what went wrong.
     pub fn call(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
+        self.try_call(command, arguments)?.map_err(|refused| refused.desc)
+    }
+
+    /// The same, where the server's refusal is an answer too.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that says why there is no answer.
+    pub fn try_call(&mut self, command: &str, arguments: &Value) -> Result<Result<Value, Refused>, String> {
         self.deadline = Instant::now() + self.patience;
         let command = json!({"execute": command, "arguments": arguments});
         let sent = self.time_left().and_then(|left| {
@@ -83,10 +101,11 @@ impl Connection<'_> {
         loop {
             let mut answer = self.receive()?;
             if let Some(desc) = answer.pointer("/error/desc").and_then(Value::as_str) {
-                return Err(printable(desc));
+                let class = answer.pointer("/error/class").and_then(Value::as_str).unwrap_or_default();
+                return Ok(Err(Refused { class: printable(class), desc: printable(desc) }));
             }
             if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
+                return Ok(Ok(value.take()));
             }
         }
     }
@@ -110,9 +129,12 @@ impl Connection<'_> {
                 return Err(io::Error::other(format!("a line of more than {ANSWER_MAX} bytes")));
             }
             self.stream.set_read_timeout(Some(self.time_left()?))?;
-            match self.stream.read(&mut buffer)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => self.received.extend_from_slice(&buffer[..count]),
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
+                // A signal is looked at between two questions.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
     }

@@ -39,7 +39,7 @@ mod paging;
 mod reclaimer;
 mod requests;
 mod serial;
-mod series;
+pub mod series;
 mod sink;
 mod soft;
 mod stops;
@@ -366,7 +366,7 @@ impl Guest {
     fn recorder(&self, args: &RunArgs) -> Option<Recorder> {
         let asked = args.status || args.plot.is_some() || args.json.is_some();
         let live = args.status.then(|| LiveLine::new(&self.screen));
-        asked.then(|| Recorder::start(Arc::clone(&self.mmu), live))
+        asked.then(|| Recorder::start(Arc::clone(&self.mmu), self.virtio.balloon(), live))
     }
 }
 

@@ -15,14 +15,17 @@ use std::time::{Duration, Instant};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::ser::{Error, Serialize, SerializeMap, Serializer};
 use serde_json::value::to_raw_value;
-use umbra_mmu::{Mmu, Usage};
+use umbra_mmu::{Mmu, PAGE_SIZE, Usage};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::events::add;
 use super::live::LiveLine;
+use crate::virtio::balloon::{Balloon, BalloonState};
 
 /// From one sample to the next, at the beginning.
 pub const INTERVAL: Duration = Duration::from_millis(50);
+/// How often a guest with a balloon driver is asked for statistics.
+const STATS_PERIOD: Duration = Duration::from_secs(1);
 /// The most samples of a series.
 pub const SAMPLES_MAX: usize = 2048;
 
@@ -59,6 +62,14 @@ pub struct Sample {
     pub invalidations: u64,
     /// Times that a vCPU had to reclaim for itself.
     pub direct_reclaims: u64,
+    /// Times that a vCPU slept at the gate of a page that was changing hands.
+    pub gate_waits: u64,
+    /// Pages that the guest's balloon driver says it has given up, at that moment.
+    pub balloon_actual: u32,
+    /// Pages that the guest says nothing uses. `None` where it sends no statistics, as for the next one.
+    pub guest_free: Option<u64>,
+    /// Pages that the guest says it has read from a swap of its own, so far.
+    pub guest_swap_ins: Option<u64>,
 }
 
 impl Sample {
@@ -80,6 +91,24 @@ impl Sample {
             clean_drops: usage.clean_drops,
             invalidations: usage.invalidations,
             direct_reclaims: usage.direct_reclaims,
+            gate_waits: usage.gate_waits,
+            ..Sample::default()
+        }
+    }
+
+    /// Times that a vCPU had to wait for a page, so far.
+    fn stalls(&self) -> u64 {
+        self.gate_waits.saturating_add(self.direct_reclaims)
+    }
+
+    /// With what the guest says of itself.
+    fn with_balloon(self, balloon: &BalloonState) -> Sample {
+        let stats = balloon.stats.unwrap_or_default();
+        Sample {
+            balloon_actual: balloon.actual,
+            guest_free: stats.free.map(|bytes| bytes / PAGE_SIZE),
+            guest_swap_ins: stats.swap_in.map(|bytes| bytes / PAGE_SIZE),
+            ..self
         }
     }
 }
@@ -93,6 +122,10 @@ pub struct Rates {
     pub swap_outs: f64,
     /// Invalidations.
     pub invalidations: f64,
+    /// Waits of a vCPU: at the gate of a page, or to reclaim for itself.
+    pub stalls: f64,
+    /// Pages that the guest has read from a swap of its own; `None` where it does not say.
+    pub guest_swap_ins: Option<f64>,
 }
 
 impl Rates {
@@ -104,6 +137,8 @@ impl Rates {
             refaults: rate(before.refaults, after.refaults),
             swap_outs: rate(before.swap_outs, after.swap_outs),
             invalidations: rate(before.invalidations, after.invalidations),
+            stalls: rate(before.stalls(), after.stalls()),
+            guest_swap_ins: before.guest_swap_ins.zip(after.guest_swap_ins).map(|(a, b)| rate(a, b)),
         })
     }
 }
@@ -178,32 +213,36 @@ pub fn next_multiple(at: Duration, interval: Duration) -> Duration {
     Duration::from_nanos(u64::try_from(next).unwrap_or(u64::MAX))
 }
 
-/// A column's name in JSON, and its values.
-type Column = (&'static str, fn(&Sample) -> u64);
+/// A column's name in JSON, and its values; what nobody knows is null.
+type Column = (&'static str, fn(&Sample) -> Option<u64>);
 
-const COLUMNS: [Column; 15] = [
-    ("at_micros", |s| u64::try_from(s.at.as_micros()).unwrap_or(u64::MAX)),
-    ("budget", |s| s.budget.into()),
-    ("frames_used", |s| s.frames_used.into()),
-    ("frames_free", |s| s.frames_free.into()),
-    ("resident", |s| s.resident.into()),
-    ("swapped", |s| s.swapped.into()),
-    ("ballooned", |s| s.ballooned.into()),
-    ("shadow_pages", |s| s.shadow_pages.into()),
-    ("refaults", |s| s.refaults),
-    ("swap_outs", |s| s.swap_outs),
-    ("swap_writes", |s| s.swap_writes),
-    ("zero_drops", |s| s.zero_drops),
-    ("clean_drops", |s| s.clean_drops),
-    ("invalidations", |s| s.invalidations),
-    ("direct_reclaims", |s| s.direct_reclaims),
+const COLUMNS: [Column; 19] = [
+    ("at_micros", |s| Some(u64::try_from(s.at.as_micros()).unwrap_or(u64::MAX))),
+    ("budget", |s| Some(s.budget.into())),
+    ("frames_used", |s| Some(s.frames_used.into())),
+    ("frames_free", |s| Some(s.frames_free.into())),
+    ("resident", |s| Some(s.resident.into())),
+    ("swapped", |s| Some(s.swapped.into())),
+    ("ballooned", |s| Some(s.ballooned.into())),
+    ("shadow_pages", |s| Some(s.shadow_pages.into())),
+    ("refaults", |s| Some(s.refaults)),
+    ("swap_outs", |s| Some(s.swap_outs)),
+    ("swap_writes", |s| Some(s.swap_writes)),
+    ("zero_drops", |s| Some(s.zero_drops)),
+    ("clean_drops", |s| Some(s.clean_drops)),
+    ("invalidations", |s| Some(s.invalidations)),
+    ("direct_reclaims", |s| Some(s.direct_reclaims)),
+    ("gate_waits", |s| Some(s.gate_waits)),
+    ("balloon_actual", |s| Some(s.balloon_actual.into())),
+    ("guest_free", |s| s.guest_free),
+    ("guest_swap_ins", |s| s.guest_swap_ins),
 ];
 
 impl Serialize for Series {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(COLUMNS.len()))?;
         for (name, value) in COLUMNS {
-            let column: Vec<u64> = self.samples.iter().map(value).collect();
+            let column: Vec<Option<u64>> = self.samples.iter().map(value).collect();
             // Raw, so that a column is one line also where the rest has a line for each value.
             map.serialize_entry(name, &to_raw_value(&column).map_err(S::Error::custom)?)?;
         }
@@ -215,6 +254,7 @@ impl Serialize for Series {
 #[derive(Clone)]
 pub struct Recorder {
     mmu: Arc<Mmu>,
+    balloon: Balloon,
     started: Instant,
     state: Arc<Mutex<State>>,
 }
@@ -222,13 +262,16 @@ pub struct Recorder {
 struct State {
     series: Series,
     live: Option<LiveLine>,
+    /// When the guest is asked for statistics.
+    ask: Duration,
 }
 
 impl Recorder {
     /// Takes the first sample. `live` is shown all of them.
-    pub fn start(mmu: Arc<Mmu>, live: Option<LiveLine>) -> Recorder {
-        let state = State { series: Series::default(), live };
-        let recorder = Recorder { mmu, started: Instant::now(), state: Arc::new(Mutex::new(state)) };
+    pub fn start(mmu: Arc<Mmu>, balloon: Balloon, live: Option<LiveLine>) -> Recorder {
+        let state = State { series: Series::default(), live, ask: Duration::ZERO };
+        let state = Arc::new(Mutex::new(state));
+        let recorder = Recorder { mmu, balloon, started: Instant::now(), state };
         recorder.tick();
         recorder
     }
@@ -259,6 +302,11 @@ impl Recorder {
     fn tick(&self) -> Duration {
         let sample = self.sample();
         let mut state = self.lock();
+        // Of a guest that has never sent any, none are wanted.
+        if sample.at >= state.ask && sample.guest_free.or(sample.guest_swap_ins).is_some() {
+            state.ask = sample.at + STATS_PERIOD;
+            self.balloon.ask_for_stats();
+        }
         state.series.offer(sample);
         let interval = state.series.interval();
         match &mut state.live {
@@ -271,7 +319,8 @@ impl Recorder {
     }
 
     fn sample(&self) -> Sample {
-        Sample::of(&self.mmu.usage(), self.started.elapsed())
+        let sample = Sample::of(&self.mmu.usage(), self.started.elapsed());
+        sample.with_balloon(&self.balloon.state())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -309,6 +358,7 @@ impl MutEventSubscriber for SampleTimer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::balloon::GuestStats;
 
     fn at(millis: u64) -> Sample {
         Sample { at: Duration::from_millis(millis), ..Sample::default() }
@@ -410,5 +460,23 @@ mod tests {
         assert_eq!(value["at_micros"], serde_json::json!([0, 70_000]));
         assert_eq!(value["resident"], serde_json::json!([5, 9]));
         assert_eq!(value["refaults"], serde_json::json!([0, u64::MAX]));
+        assert_eq!(value["guest_free"], serde_json::json!([null, null]));
+    }
+
+    #[test]
+    fn a_guests_own_words_are_in_pages_and_absent_where_it_says_none() {
+        let silent = at(0).with_balloon(&BalloonState { actual: 3, ..BalloonState::default() });
+        assert_eq!((silent.balloon_actual, silent.guest_free, silent.guest_swap_ins), (3, None, None));
+        let stats = GuestStats { free: Some(8192), swap_in: Some(4096), ..GuestStats::default() };
+        let talks = at(0).with_balloon(&BalloonState { stats: Some(stats), ..BalloonState::default() });
+        assert_eq!((talks.guest_free, talks.guest_swap_ins), (Some(2), Some(1)));
+    }
+
+    #[test]
+    fn waits_at_gates_and_for_frames_are_stalls() {
+        let before = Sample { gate_waits: 1, ..at(0) };
+        let after = Sample { gate_waits: 3, direct_reclaims: 5, guest_swap_ins: Some(1), ..at(500) };
+        let rates = Rates::between(&before, &after).expect("time has passed");
+        assert_eq!((rates.stalls, rates.guest_swap_ins), (14.0, None));
     }
 }

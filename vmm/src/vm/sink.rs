@@ -73,7 +73,15 @@ impl PlotSink {
     /// When the file does not take it.
     pub fn write(&mut self, args: &RunArgs, summary: &Summary) -> Result<(), RunError> {
         let samples = summary.series.as_ref().map_or(&[][..], |series| series.samples());
-        let image = plot::svg(samples, &title(args, summary));
+        self.write_image(&plot::svg(samples, &title(args, summary)))
+    }
+
+    /// Writes a picture.
+    ///
+    /// # Errors
+    ///
+    /// When the file does not take it.
+    pub fn write_image(&mut self, image: &str) -> Result<(), RunError> {
         let written = self.file.write_all(image.as_bytes());
         written.map_err(|source| RunError::Plot { path: self.path.clone(), source })
     }

@@ -187,6 +187,11 @@ impl BalloonControl for GuestBalloon {
         kept(self.memory, self.balloon.state().actual)
     }
 
+    fn pages(&self) -> (u32, u32) {
+        let state = self.balloon.state();
+        (state.target, state.actual)
+    }
+
     /// The latest that there are; newer ones are asked for.
     fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
         self.balloon.ask_for_stats();

@@ -70,6 +70,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
     let mmu = &controls.mmu;
     let (pressure, usage, reclaim, window) =
         (mmu.pressure(), mmu.usage(), mmu.reclaim_stats(), mmu.window_stats());
+    let balloon = controls.balloon.as_ref().map(|balloon| balloon.pages());
     Ok(json!({
         "page-size": PAGE_SIZE,
         "guest-pages": mmu.p2m().pages(),
@@ -77,6 +78,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
         "swapped": usage.swapped,
         "zero": pressure.zero,
         "ballooned": usage.ballooned,
+        "balloon": balloon.map(|(target, actual)| json!({"target": target, "actual": actual})),
         "pinned": pressure.pinned,
         "shadow-pages": usage.shadow_pages,
         "frames-free": usage.frames_free,
@@ -95,6 +97,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
             "active": pressure.active,
             "refaults": reclaim.refaults,
             "direct": reclaim.direct,
+            "gate-waits": reclaim.gate_waits,
             "given-back": reclaim.given_back,
             "stall-nanos-max": reclaim.stall_nanos_max,
         },

@@ -214,6 +214,10 @@ impl BalloonControl for Balloon {
         self.actual.load(Ordering::SeqCst)
     }
 
+    fn pages(&self) -> (u32, u32) {
+        (7, 5)
+    }
+
     fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
         (self.actual_bytes() != 0).then(|| vec![("stat-free-memory", 3)])
     }
@@ -236,6 +240,7 @@ fn balloon_is_asked_where_there_is_one() {
     assert_eq!(refused(&peer.with("balloon", json!({"value": 1}))).1, "no whole pages");
     assert_eq!(peer.with("balloon", json!({"value": 8192})), json!({"return": {}}));
     assert_eq!(peer.ask("query-balloon"), json!({"actual": 8192}));
+    assert_eq!(peer.ask("x-memory")["balloon"], json!({"target": 7, "actual": 5}));
     assert_eq!(peer.ask("x-balloon-stats"), json!({"stat-free-memory": 3}));
 }
 
@@ -271,6 +276,9 @@ fn a_job_of_a_client_that_has_gone_ends_before_the_loop_does() {
         fn actual_bytes(&self) -> u64 {
             *DONE.lock().expect("no panic") += 1;
             0
+        }
+        fn pages(&self) -> (u32, u32) {
+            (0, 0)
         }
         fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
             None

@@ -1,0 +1,149 @@
+//! An operator's pressure on a guest that runs: `umbra pressure`, by the control socket.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Failed, Trial};
+use tempfile::TempDir;
+
+use super::umbra::{expect_sentence, program, status, umbra};
+use crate::ensure;
+use crate::support::process::{End, Outcome};
+use crate::support::{Verdict, case};
+
+/// How long a guest may take to listen, on a busy machine too.
+const LISTENS: Duration = Duration::from_secs(30);
+
+/// The tests of this file.
+pub fn cases() -> Vec<Trial> {
+    vec![
+        case("soft_guest_is_pressed_by_budget_balloon_and_discards", &[], pressed),
+        case("pressure_that_makes_no_sense_is_refused_before_anything_is_sent", &[], refused),
+        case("pressure_that_is_interrupted_sets_the_guest_back", &[], interrupted),
+    ]
+}
+
+/// A guest that only spins, without a driver for its balloon; it ends with the value.
+struct Running {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Running {
+    fn start() -> Result<Running, Failed> {
+        let folder = tempfile::tempdir()?;
+        let socket = folder.path().join("qmp");
+        let options =
+            ["--backend", "soft", "--mem", "32M", "--frames", "24M", "--low", "1M", "--timeout", "80s"];
+        let child = Command::new(program())
+            .arg("run")
+            .args(options)
+            .args(["--append", "workload=spin scale=4000", "--qmp"])
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut running = Running { child, folder };
+        let end = Instant::now() + LISTENS;
+        while !socket.exists() {
+            ensure!(Instant::now() < end, "nobody listens at {}", socket.display());
+            ensure!(running.child.try_wait()?.is_none(), "the guest has ended at once");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(running)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("qmp")
+    }
+
+    fn press(&self, line: &str) -> Result<Outcome, Failed> {
+        press(&self.socket(), line)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn press(socket: &Path, line: &str) -> Result<Outcome, Failed> {
+    let socket = socket.to_string_lossy().into_owned();
+    umbra(["pressure", "--qmp", &socket].into_iter().chain(line.split_whitespace()))
+}
+
+/// Checks the end and that the last line of standard error has each of `words`.
+fn expect(run: &Outcome, end: End, words: &[&str]) -> Verdict {
+    let last = run.stderr.lines().last().unwrap_or_default();
+    ensure!(run.end == end, "expected {end:?}:\n{run}");
+    ensure!(words.iter().all(|word| last.contains(word)), "the last line should have {words:?}:\n{run}");
+    ensure!(run.stdout.is_empty(), "there is something on standard output:\n{run}");
+    Ok(())
+}
+
+fn pressed() -> Verdict {
+    let guest = Running::start()?;
+    let pass = End::Status(0);
+    expect(&guest.press("frames 12M")?, pass, &["umbra: frames: from 24M to 12M in ", "the host backs "])?;
+    let plot = guest.folder.path().join("wave.svg");
+    let wave = format!("frames --wave 8M..10M --period 200ms --for 400ms --plot {}", plot.display());
+    expect(&guest.press(&wave)?, pass, &["frames: from 12M to 12M in ", "meanwhile"])?;
+    let picture = std::fs::read_to_string(plot)?;
+    roxmltree::Document::parse(&picture)?;
+    for words in ["curve budget", "curve backed", "curve stalls", "time since the command"] {
+        ensure!(picture.contains(words), "the plot does not have {words}:\n{picture}");
+    }
+    expect(&guest.press("frames --ramp 12M..16M --over 300ms")?, pass, &["frames: from 12M to 16M in "])?;
+    expect(
+        &guest.press("discard 16M 64K --atomic --every 50ms --for 200ms")?,
+        pass,
+        &["WouldBlock", "pages in "],
+    )?;
+    let deaf = guest.press("balloon 16M --timeout 400ms")?;
+    expect(&deaf, status::TIMEOUT, &["balloon: from 32M to 32M in "])?;
+    ensure!(deaf.stderr.contains("the guest does not answer"), "it should say why:\n{deaf}");
+    expect_sentence(&guest.press("frames 1M")?, &["frames 1M", "smallest budget"])?;
+    expect_sentence(&guest.press("balloon 64M")?, &["balloon 64M", "32M of memory"])
+}
+
+fn refused() -> Verdict {
+    let nobody = Path::new("/nonexistent/qmp");
+    for line in [
+        "frames",
+        "frames 12MB",
+        "frames 5000",
+        "frames --wave 12M..8M --period 1s --for 2s",
+        "frames --ramp 12M..8M",
+        "balloon 0",
+        "balloon 8M --plot -",
+        "discard 1 4K",
+        "discard 0 4K --every 1s",
+        "frames 12M --timeout 0s",
+    ] {
+        let run = press(nobody, line)?;
+        ensure!(run.end == status::USAGE, "'{line}' should be a usage error:\n{run}");
+        ensure!(!run.stderr.contains("connect"), "'{line}' was sent to somebody:\n{run}");
+    }
+    let run = umbra(["pressure", "frames", "12M"])?;
+    ensure!(run.end == status::USAGE && run.stderr.contains("--qmp"), "whose memory?\n{run}");
+    expect_sentence(&press(nobody, "frames 12M")?, &["/nonexistent/qmp", "--qmp"])
+}
+
+/// Ctrl-C in the middle of a wave.
+fn interrupted() -> Verdict {
+    let guest = Running::start()?;
+    let wave = ["frames", "--wave", "8M..10M", "--period", "400ms", "--for", "60s"];
+    let mut command = Command::new("timeout");
+    command.args(["--preserve-status", "--signal=INT", "2"]).arg(program());
+    command.args(["pressure", "--qmp"]).arg(guest.socket()).args(wave);
+    let run = crate::support::process::run(&mut command, LISTENS)?;
+    ensure!(run.end == End::Status(14), "an operator has ended it:\n{run}");
+    ensure!(run.stderr.contains("frames set back to 24M: the guest is at 24M now"), "how is it now?\n{run}");
+    expect(&guest.press("frames 24M")?, End::Status(0), &["frames: from 24M to 24M in "])
+}

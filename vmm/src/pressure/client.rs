@@ -1,0 +1,280 @@
+//! A guest as the control socket shows it: what is set, and what has become of it.
+//!
+//! Holds: nothing that a server sends is believed beyond its type; what is missing is a sentence, and sums saturate.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use umbra_mmu::PAGE_SIZE;
+
+use super::args::Level;
+use crate::vm::Sample;
+use crate::vm::ask::{Connection, PATIENCE, Refused};
+
+/// How often a guest is asked for its statistics.
+const STATS_PERIOD: Duration = Duration::from_secs(1);
+/// How often it is asked at most what a balloon has that moves.
+const LEARN_MAX: u32 = 20;
+/// QMP's class of an error where something would have had to sleep.
+const WOULD_BLOCK: &str = "WouldBlock";
+
+/// A guest at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Pages and frames, and what has happened so far.
+    pub sample: Sample,
+    /// The smallest budget, in frames.
+    pub budget_min: u32,
+    /// Frames that the host backs beyond the budget.
+    pub over: u32,
+    /// Pages that somebody holds in their frames.
+    pub pinned: u32,
+    /// Frames that reclaim may choose from.
+    pub listed: u32,
+    /// Slots of swap, and those in use.
+    pub swap_slots: u32,
+    /// Those in use, copies of resident pages among them.
+    pub swap_used: u32,
+    /// Swap has failed.
+    pub swap_failed: bool,
+    /// The reclaim thread has been woken and has not begun.
+    pub wanted: bool,
+    /// Pages that reclaim has taken so far.
+    pub evicted: u64,
+    /// Frames that the host has back, so far.
+    pub given_back: u64,
+    /// The balloon, if there is one.
+    pub balloon: Option<Kept>,
+}
+
+/// What a guest keeps of its memory beside its balloon, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// What it is to keep.
+    pub target: u64,
+    /// What it has.
+    pub actual: u64,
+    /// All of its memory.
+    pub memory: u64,
+}
+
+impl Seen {
+    /// Bytes that the host backs.
+    pub fn backed(&self) -> u64 {
+        bytes(self.sample.frames_used)
+    }
+
+    /// What is asked of the guest now, in bytes.
+    pub fn asked(&self, level: Level) -> Option<u64> {
+        match level {
+            Level::Frames => Some(bytes(self.sample.budget)),
+            Level::Balloon => self.balloon.map(|balloon| balloon.target),
+        }
+    }
+
+    /// What the guest has come to, in bytes.
+    pub fn reached(&self, level: Level) -> u64 {
+        match level {
+            Level::Frames => bytes(self.sample.budget.saturating_add(self.over)),
+            Level::Balloon => self.balloon.map_or(0, |balloon| balloon.actual),
+        }
+    }
+}
+
+/// So many pages, in bytes.
+pub fn bytes(pages: u32) -> u64 {
+    u64::from(pages) * PAGE_SIZE
+}
+
+/// What came of one discard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discarded {
+    /// So many pages are gone, and so many are left to do.
+    Pages(u64, u64),
+    /// It would have had to sleep.
+    WouldBlock,
+}
+
+/// A running guest.
+pub struct Guest<'a> {
+    connection: Connection<'a>,
+    path: &'a Path,
+    begun: Instant,
+    /// All of its memory, if it has a balloon.
+    memory: Option<u64>,
+    /// When its statistics are due.
+    stats_due: Duration,
+    /// Free pages and swap-ins as it last said.
+    stats: Option<(Option<u64>, Option<u64>)>,
+}
+
+impl Guest<'_> {
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// A sentence, as for all that follow: why there is no answer.
+    pub fn open(path: &Path) -> Result<Guest<'_>, String> {
+        let connection = Connection::open(path, PATIENCE)?;
+        let (begun, stats_due) = (Instant::now(), Duration::ZERO);
+        Ok(Guest { connection, path, begun, memory: None, stats_due, stats: None })
+    }
+
+    /// Since the connection was made.
+    pub fn time(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// Asks for a size in bytes, and gives what is to be reached then.
+    ///
+    /// # Errors
+    ///
+    /// The server's own sentence where it refuses.
+    pub fn set(&mut self, level: Level, size: u64) -> Result<u64, String> {
+        match level {
+            Level::Balloon => self.connection.call("balloon", &json!({ "value": size })).map(|_| size),
+            Level::Frames => {
+                let answer = self.connection.call("x-frames", &json!({ "bytes": size }))?;
+                // No more than there is.
+                self.number(&answer, "/budget")
+            }
+        }
+    }
+
+    /// Discards pages.
+    ///
+    /// # Errors
+    ///
+    /// The server's own sentence where it refuses for another reason than sleep.
+    pub fn discard(&mut self, gpa: u64, bytes: u64, atomic: bool) -> Result<Discarded, String> {
+        let arguments = json!({"gpa": gpa, "bytes": bytes, "atomic": atomic});
+        match self.connection.try_call("x-discard", &arguments)? {
+            Ok(answer) => {
+                Ok(Discarded::Pages(self.number(&answer, "/discarded")?, self.number(&answer, "/left")?))
+            }
+            Err(Refused { class, .. }) if class == WOULD_BLOCK => Ok(Discarded::WouldBlock),
+            Err(Refused { desc, .. }) => Err(desc),
+        }
+    }
+
+    /// The guest stands still.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer.
+    pub fn is_paused(&mut self) -> Result<bool, String> {
+        let answer = self.connection.call("query-status", &json!({}))?;
+        Ok(answer["status"] == "paused")
+    }
+
+    /// It has sent statistics, as a guest with a driver for its balloon does.
+    pub fn has_driver(&self) -> bool {
+        self.stats.is_some()
+    }
+
+    /// Looks at it.
+    ///
+    /// # Errors
+    ///
+    /// When an answer is missing, or not what such a server says.
+    pub fn look(&mut self) -> Result<Seen, String> {
+        if self.memory.is_none() {
+            self.memory = self.learn_memory()?;
+        }
+        let memory = self.connection.call("x-memory", &json!({}))?;
+        let counters = self.connection.call("x-counters", &json!({}))?;
+        self.ask_for_stats()?;
+        let at = self.time();
+        let pages = |path: &str| self.number(&memory, path).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let count = |path: &str| self.number(&counters, path);
+        let balloon = memory.get("balloon").filter(|balloon| !balloon.is_null());
+        let balloon =
+            balloon.map(|_| Ok::<_, String>((pages("/balloon/target")?, pages("/balloon/actual")?)));
+        let balloon = balloon.transpose()?;
+        let (guest_free, guest_swap_ins) = self.stats.unwrap_or_default();
+        let sample = Sample {
+            at,
+            budget: pages("/budget")?,
+            frames_used: pages("/frames-used")?,
+            frames_free: pages("/frames-free")?,
+            resident: pages("/resident")?,
+            swapped: pages("/swapped")?,
+            ballooned: pages("/ballooned")?,
+            shadow_pages: pages("/shadow-pages")?,
+            refaults: self.number(&memory, "/reclaim/refaults")?,
+            swap_outs: count("/memory/swap_outs")?,
+            swap_writes: count("/memory/swap_writes")?,
+            zero_drops: count("/memory/zero_drops")?,
+            clean_drops: count("/memory/clean_drops")?,
+            invalidations: invalidations(&counters),
+            direct_reclaims: self.number(&memory, "/reclaim/direct")?,
+            gate_waits: self.number(&memory, "/reclaim/gate-waits")?,
+            balloon_actual: balloon.map_or(0, |(_, given)| given),
+            guest_free,
+            guest_swap_ins,
+        };
+        let dropped = sample.zero_drops.saturating_add(sample.clean_drops);
+        Ok(Seen {
+            sample,
+            budget_min: pages("/budget-min")?,
+            over: pages("/reclaim/over-budget")?,
+            pinned: pages("/pinned")?,
+            listed: pages("/reclaim/inactive")?.saturating_add(pages("/reclaim/active")?),
+            swap_slots: pages("/swap/slots")?,
+            swap_used: pages("/swap/used")?,
+            swap_failed: memory["reclaim"]["failed"] == true,
+            wanted: memory["reclaim"]["wanted"] == true,
+            evicted: sample.swap_outs.saturating_add(dropped),
+            given_back: self.number(&memory, "/reclaim/given-back")?,
+            balloon: balloon.zip(self.memory).map(|((wanted, given), memory)| Kept {
+                target: memory.saturating_sub(bytes(wanted)),
+                actual: memory.saturating_sub(bytes(given)),
+                memory,
+            }),
+        })
+    }
+
+    /// How much memory there is with what the balloon has. That may move between two questions: they are asked until it has not.
+    fn learn_memory(&mut self) -> Result<Option<u64>, String> {
+        let mut all = None;
+        for _ in 0..LEARN_MAX {
+            let Ok(first) = self.connection.try_call("query-balloon", &json!({}))? else { return Ok(None) };
+            let memory = self.connection.call("x-memory", &json!({}))?;
+            let second = self.connection.call("query-balloon", &json!({}))?;
+            let (first, second) = (self.number(&first, "/actual")?, self.number(&second, "/actual")?);
+            let given = self.number(&memory, "/balloon/actual")?;
+            all = Some(second.saturating_add(given.saturating_mul(PAGE_SIZE)));
+            if first == second {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    fn ask_for_stats(&mut self) -> Result<(), String> {
+        if self.time() < self.stats_due {
+            return Ok(());
+        }
+        self.stats_due = self.time() + STATS_PERIOD;
+        if let Ok(answer) = self.connection.try_call("x-balloon-stats", &json!({}))? {
+            let pages = |name: &str| answer[name].as_u64().map(|bytes| bytes / PAGE_SIZE);
+            self.stats = Some((pages("stat-free-memory"), pages("stat-swap-in")));
+        }
+        Ok(())
+    }
+
+    fn number(&self, answer: &Value, path: &str) -> Result<u64, String> {
+        answer.pointer(path).and_then(Value::as_u64).ok_or_else(|| {
+            let name = path.trim_start_matches('/');
+            format!("{} sent no number for {name}; is it Umbra's?", self.path.display())
+        })
+    }
+}
+
+/// Of all causes.
+fn invalidations(counters: &Value) -> u64 {
+    let causes = counters.pointer("/memory/invalidations").and_then(Value::as_array);
+    let counts = causes.into_iter().flatten().filter_map(|cause| cause["count"].as_u64());
+    counts.fold(0, u64::saturating_add)
+}

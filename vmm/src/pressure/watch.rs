@@ -1,0 +1,397 @@
+//! Asking a guest and looking at it, to the end.
+
+use std::fmt;
+use std::thread;
+use std::time::Duration;
+
+use super::args::{Discards, Level, Order, Task};
+use super::client::{Discarded, Guest, Seen, bytes};
+use super::judge::{Evidence, Reason, judge};
+use super::plan::{STEP, Shape};
+use super::progress::Progress;
+use crate::status::Status;
+use crate::units::{approximate_size, format_size};
+use crate::vm::series::next_multiple;
+use crate::vm::{Rates, Sample, Series};
+
+/// How long a guest that is set back has to be as it was.
+pub const SET_BACK: Duration = Duration::from_secs(2);
+/// Bytes of one discard that may not sleep: all of it is done, or nothing.
+const ATOMIC_BYTES: u64 = umbra_mmu::invalidation::BATCH_MAX as u64 * umbra_mmu::PAGE_SIZE;
+
+/// How it came out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// As asked.
+    Reached,
+    /// Not in time, for this reason.
+    NotReached(String),
+    /// It was interrupted, and how the guest is now.
+    Interrupted(String),
+}
+
+/// All that there is to say in the end.
+#[derive(Debug)]
+pub struct Report {
+    /// How it came out.
+    pub end: End,
+    /// All of it, in a line.
+    pub summary: String,
+    /// The guest over the time.
+    pub series: Series,
+}
+
+impl Report {
+    /// What the program ends with.
+    pub fn status(&self) -> Status {
+        match self.end {
+            End::Reached => Status::Pass,
+            End::NotReached(_) => Status::Timeout,
+            End::Interrupted(_) => Status::Quit,
+        }
+    }
+}
+
+/// Does what `order` says. `interrupts` counts how often it is to stop.
+///
+/// # Errors
+///
+/// A sentence where it could not be done: the guest is not there, refuses, or could never come to it.
+pub fn run(order: &Order, interrupts: &dyn Fn() -> u32) -> Result<Report, String> {
+    let guest = Guest::open(order.socket)?;
+    let ignored = interrupts();
+    let mut watch = Watch {
+        guest,
+        order,
+        interrupts: &|| interrupts().saturating_sub(ignored),
+        progress: Progress::on_stderr(),
+        series: Series::default(),
+        recent: None,
+    };
+    let (end, summary) = match order.task {
+        Task::Level(level, shape) => watch.level(level, shape)?,
+        Task::Discard(discards) => watch.discard(&discards)?,
+    };
+    Ok(Report { end, summary, series: watch.finish() })
+}
+
+struct Watch<'a> {
+    guest: Guest<'a>,
+    order: &'a Order<'a>,
+    interrupts: &'a dyn Fn() -> u32,
+    progress: Progress,
+    series: Series,
+    /// The last look, and the rates since the one before.
+    recent: Option<(Seen, Rates)>,
+}
+
+/// Where a guest has come to: so much time was given, and why it is over.
+struct Course {
+    begun: Duration,
+    last: Seen,
+    /// The least and the most that the host backed, in bytes.
+    backed: (u64, u64),
+    goal: u64,
+    how: How,
+}
+
+enum How {
+    Reached,
+    NoTime,
+    Interrupted,
+}
+
+impl Watch<'_> {
+    fn is_interrupted(&self) -> bool {
+        (self.interrupts)() > 0
+    }
+
+    fn look(&mut self) -> Result<Seen, String> {
+        let seen = self.guest.look()?;
+        let before = self.recent.map(|(before, _)| before.sample);
+        let rates = before.and_then(|before| Rates::between(&before, &seen.sample)).unwrap_or_default();
+        self.series.offer(seen.sample);
+        self.recent = Some((seen, rates));
+        Ok(seen)
+    }
+
+    /// Until the next look is due.
+    fn sleep(&self) {
+        let now = self.guest.time();
+        thread::sleep(next_multiple(now, STEP).saturating_sub(now));
+    }
+
+    fn finish(mut self) -> Series {
+        if let Some((seen, _)) = self.recent {
+            self.series.finish(seen.sample);
+        }
+        self.series
+    }
+
+    fn level(&mut self, level: Level, shape: Shape) -> Result<(End, String), String> {
+        let before = self.look()?;
+        let was = before.asked(level).ok_or("this guest has no balloon device")?;
+        check(level, shape, &before)?;
+        let course = match self.drive(level, shape, was, &before) {
+            Ok(course) => course,
+            Err(why) => return Err(self.undo_after(level, was, why)),
+        };
+        let summary = Summary { level, shape, before, course: &course }.to_string();
+        let end = match course.how {
+            How::Reached => End::Reached,
+            How::NoTime => End::NotReached(self.reason(level, &before, &course)?.to_string()),
+            How::Interrupted => End::Interrupted(self.set_back(level, was)?),
+        };
+        Ok((end, summary))
+    }
+
+    /// Asks for what `shape` says, when it says so, and looks what comes of it.
+    fn drive(&mut self, level: Level, shape: Shape, was: u64, before: &Seen) -> Result<Course, String> {
+        let begun = self.guest.time();
+        let (mut asked, mut goal) = (None, was);
+        let mut backed = (before.backed(), before.backed());
+        loop {
+            let passed = self.guest.time().saturating_sub(begun);
+            let want = shape.at(passed).unwrap_or(was);
+            if asked != Some(want) {
+                goal = self.guest.set(level, want)?;
+                asked = Some(want);
+            }
+            let last = self.look()?;
+            backed = (backed.0.min(last.backed()), backed.1.max(last.backed()));
+            self.show(level, shape, goal, passed, before);
+            let is_there = passed >= shape.length() && is_at(&last, level, goal);
+            let how = match () {
+                () if is_there => How::Reached,
+                () if self.is_interrupted() => How::Interrupted,
+                () if passed >= self.order.timeout => How::NoTime,
+                () => {
+                    self.sleep();
+                    continue;
+                }
+            };
+            return Ok(Course { begun, last, backed, goal, how });
+        }
+    }
+
+    fn show(&mut self, level: Level, shape: Shape, goal: u64, passed: Duration, before: &Seen) {
+        let Some((seen, rates)) = self.recent else { return };
+        let reached = seen.reached(level);
+        let done = match shape {
+            Shape::Step(_) => {
+                let (all, left) = (before.reached(level).abs_diff(goal), reached.abs_diff(goal));
+                1.0 - left as f64 / all.max(1) as f64
+            }
+            _ => passed.as_secs_f64() / shape.length().as_secs_f64(),
+        };
+        self.progress.show(passed, done, || {
+            format!(
+                "{} target {}  reached {}  host backs {}  refaults {:.0}/s",
+                level.name(),
+                approximate_size(goal),
+                approximate_size(reached),
+                approximate_size(seen.backed()),
+                rates.refaults
+            )
+        });
+    }
+
+    fn reason(&mut self, level: Level, before: &Seen, course: &Course) -> Result<Reason, String> {
+        Ok(judge(&Evidence {
+            level,
+            goal: course.goal,
+            before: *before,
+            after: course.last,
+            took: course.last.sample.at.saturating_sub(course.begun),
+            paused: self.guest.is_paused()?,
+            has_driver: self.guest.has_driver(),
+        }))
+    }
+
+    /// Asks for what was asked for before, waits a little, and says how it is then.
+    fn set_back(&mut self, level: Level, was: u64) -> Result<String, String> {
+        let goal = self.guest.set(level, was)?;
+        let end = self.guest.time() + SET_BACK;
+        let seen = loop {
+            let seen = self.look()?;
+            if is_at(&seen, level, goal) || self.guest.time() >= end || (self.interrupts)() > 1 {
+                break seen;
+            }
+            self.sleep();
+        };
+        let not_yet = if is_at(&seen, level, goal) { "" } else { ", and is not there yet" };
+        Ok(format!(
+            "{} set back to {}: the guest is at {} now{not_yet}; the host backs {}",
+            level.name(),
+            format_size(goal),
+            approximate_size(seen.reached(level)),
+            approximate_size(seen.backed())
+        ))
+    }
+
+    /// The sentence of a failure in the middle, and what has become of the guest.
+    fn undo_after(&mut self, level: Level, was: u64, why: String) -> String {
+        match self.guest.set(level, was) {
+            Ok(_) => format!("{why}; {} is set back to {}", level.name(), format_size(was)),
+            Err(_) => why,
+        }
+    }
+
+    fn discard(&mut self, discards: &Discards) -> Result<(End, String), String> {
+        let before = self.look()?;
+        let begun = self.guest.time();
+        let mut tally = Tally::default();
+        let how = loop {
+            tally.rounds += 1;
+            if !self.round(discards, begun, &mut tally)? {
+                break if self.is_interrupted() { How::Interrupted } else { How::NoTime };
+            }
+            let Some((every, lasts)) = discards.again else { break How::Reached };
+            let due = next_multiple(self.guest.time().saturating_sub(begun), every);
+            match self.wait_until(begun, due.min(lasts), &tally)? {
+                false => break How::Interrupted,
+                true if due >= lasts => break How::Reached,
+                true => {}
+            }
+        };
+        let last = self.look()?;
+        let took = last.sample.at.saturating_sub(begun).as_secs_f64();
+        let summary = format!(
+            "discard: {tally} in {took:.3}s; the host has back {}",
+            given_back(before.backed(), last.backed())
+        );
+        let end = match how {
+            How::Interrupted => End::Interrupted("what is discarded stays so".into()),
+            How::Reached if tally.complete > 0 => End::Reached,
+            How::Reached => End::NotReached(
+                "WouldBlock: a vCPU is inside the guest, or somebody else has a page; leave out --atomic, or try again with \
+                 --every and --for"
+                    .into(),
+            ),
+            How::NoTime => End::NotReached("not all pages were discarded in time; give it longer, with --timeout".into()),
+        };
+        Ok((end, summary))
+    }
+
+    /// Discards all of the range once; false where it was to stop before the end.
+    fn round(&mut self, discards: &Discards, begun: Duration, tally: &mut Tally) -> Result<bool, String> {
+        let (mut gpa, end) = (discards.gpa, discards.gpa.saturating_add(discards.bytes));
+        let mut blocked = false;
+        while gpa < end {
+            if self.is_interrupted() || self.guest.time().saturating_sub(begun) >= self.order.timeout {
+                return Ok(false);
+            }
+            let piece = if discards.atomic { ATOMIC_BYTES.min(end - gpa) } else { end - gpa };
+            match self.guest.discard(gpa, piece, discards.atomic)? {
+                // The server had no time for the rest.
+                Discarded::Pages(pages, left) => {
+                    tally.pages = tally.pages.saturating_add(pages);
+                    gpa = (gpa + piece).saturating_sub(left.saturating_mul(bytes(1)).min(piece));
+                }
+                Discarded::WouldBlock => {
+                    (tally.would_block, blocked) = (tally.would_block + 1, true);
+                    gpa += piece;
+                }
+            }
+        }
+        tally.complete += u64::from(!blocked);
+        Ok(true)
+    }
+
+    /// Looks at the guest until `due`; false where it was to stop.
+    fn wait_until(&mut self, begun: Duration, due: Duration, tally: &Tally) -> Result<bool, String> {
+        loop {
+            let backed = self.look()?.backed();
+            let passed = self.guest.time().saturating_sub(begun);
+            let done = passed.as_secs_f64() / self.order.task.length().as_secs_f64();
+            self.progress.show(passed, done, || format!("{tally}  host backs {}", approximate_size(backed)));
+            match due.saturating_sub(passed) {
+                _ if self.is_interrupted() => return Ok(false),
+                Duration::ZERO => return Ok(true),
+                left => thread::sleep(left.min(STEP)),
+            }
+        }
+    }
+}
+
+/// The guest has come to `goal`, in so far as it can.
+fn is_at(seen: &Seen, level: Level, goal: u64) -> bool {
+    seen.asked(level) == Some(goal) && seen.reached(level) == goal
+}
+
+/// What a guest could never come to is refused before it is asked for.
+fn check(level: Level, shape: Shape, seen: &Seen) -> Result<(), String> {
+    let (low, high) = shape.bounds();
+    let least = bytes(seen.budget_min);
+    match (level, seen.balloon) {
+        (Level::Frames, _) if low < least => Err(format!(
+            "frames {}: the smallest budget of this guest is {}",
+            format_size(low),
+            format_size(least)
+        )),
+        (Level::Balloon, Some(balloon)) if high > balloon.memory => Err(format!(
+            "balloon {}: this guest has {} of memory, and can keep no more",
+            format_size(high),
+            format_size(balloon.memory)
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// What the host has back, in words.
+fn given_back(before: u64, after: u64) -> String {
+    match before.checked_sub(after) {
+        Some(back) => approximate_size(back),
+        None => format!("nothing, and backs {} more", approximate_size(after - before)),
+    }
+}
+
+/// What discards have come to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    pages: u64,
+    would_block: u64,
+    rounds: u64,
+    /// Rounds of which nothing was left.
+    complete: u64,
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tally { pages, would_block, rounds, .. } = self;
+        let plural = if *rounds == 1 { "" } else { "s" };
+        write!(f, "{pages} pages in {rounds} round{plural}, WouldBlock {would_block} times")
+    }
+}
+
+/// The line at the end.
+struct Summary<'a> {
+    level: Level,
+    shape: Shape,
+    before: Seen,
+    course: &'a Course,
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Summary { level, shape, before, course } = self;
+        let Sample { at, .. } = course.last.sample;
+        let (from, to) = (before.reached(*level), course.last.reached(*level));
+        write!(f, "{}: from {} to {}", level.name(), approximate_size(from), approximate_size(to))?;
+        write!(
+            f,
+            " in {:.3}s; the host backs {}",
+            at.saturating_sub(course.begun).as_secs_f64(),
+            approximate_size(course.last.backed())
+        )?;
+        if let Shape::Wave { .. } = shape {
+            write!(
+                f,
+                " ({} to {} meanwhile)",
+                approximate_size(course.backed.0),
+                approximate_size(course.backed.1)
+            )?;
+        }
+        write!(f, " and has back {}", given_back(before.backed(), course.last.backed()))
+    }
+}
