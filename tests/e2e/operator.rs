@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::umbra::{expect_sentence, program, status, umbra};
 use crate::ensure;
 use crate::support::process::{End, Outcome};
-use crate::support::{Verdict, case};
+use crate::support::{Verdict, case, image};
 
 /// How long a guest may take to listen, on a busy machine too.
 const LISTENS: Duration = Duration::from_secs(30);
@@ -25,7 +25,7 @@ pub fn cases() -> Vec<Trial> {
     ]
 }
 
-/// A guest that only spins, without a driver for its balloon; it ends with the value.
+/// A guest that only spins; it ends with the value.
 struct Running {
     child: Child,
     folder: TempDir,
@@ -33,14 +33,27 @@ struct Running {
 
 impl Running {
     fn start() -> Result<Running, Failed> {
+        Running::start_with(tempfile::tempdir()?, &["--append", "workload=spin scale=4000"])
+    }
+
+    /// One without a driver for its balloon.
+    fn start_deaf() -> Result<Running, Failed> {
         let folder = tempfile::tempdir()?;
+        let path = folder.path().join("image");
+        std::fs::write(&path, image::multiboot(&image::spin()))?;
+        let path = path.to_string_lossy().into_owned();
+        Running::start_with(folder, &[&path])
+    }
+
+    fn start_with(folder: TempDir, guest: &[&str]) -> Result<Running, Failed> {
         let socket = folder.path().join("qmp");
         let options =
             ["--backend", "soft", "--mem", "32M", "--frames", "24M", "--low", "1M", "--timeout", "80s"];
         let child = Command::new(program())
             .arg("run")
             .args(options)
-            .args(["--append", "workload=spin scale=4000", "--qmp"])
+            .args(guest)
+            .arg("--qmp")
             .arg(&socket)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -105,7 +118,8 @@ fn pressed() -> Verdict {
         pass,
         &["WouldBlock", "pages in "],
     )?;
-    let deaf = guest.press("balloon 16M --timeout 400ms")?;
+    expect(&guest.press("balloon 24M")?, pass, &["balloon: from 32M to 24M in "])?;
+    let deaf = Running::start_deaf()?.press("balloon 16M --timeout 400ms")?;
     expect(&deaf, status::TIMEOUT, &["balloon: from 32M to 32M in "])?;
     ensure!(deaf.stderr.contains("the guest does not answer"), "it should say why:\n{deaf}");
     expect_sentence(&guest.press("frames 1M")?, &["frames 1M", "smallest budget"])?;
