@@ -37,8 +37,10 @@ use crate::scope::{MemAlloc, NoIo};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
 use crate::sync::{AtomicBool, AtomicU64, Lock, Monitor, Ordering, thread};
 
-/// Batches of direct reclaim without a frame made free, after which there is none to be had.
+/// Batches of direct reclaim without a frame made free, after which there is none to be had: these, and as many as it takes to look
+/// at every page so often. Where all have just been used, the first look only finds that out.
 const FRUITLESS_MAX: u32 = 64;
+const LOOKS: u32 = 2;
 /// How many of them count as one while somebody else has pages in hand.
 const PATIENCE: u32 = 1024;
 /// Bytes of a page.
@@ -364,6 +366,8 @@ impl Mmu {
     fn make_room(&self, own: Option<u32>, gfn: Gfn) -> Result<(), Shortage> {
         let mut fruitless = 0;
         let mut counted = false;
+        let (inactive, active) = self.lru.lengths();
+        let batches = FRUITLESS_MAX + LOOKS * (inactive + active).div_ceil(CLUSTER);
         loop {
             let counts = self.frames.counts();
             if counts.available > counts.marks.reserve || (MemAlloc::is_entered() && counts.available > 0) {
@@ -381,7 +385,7 @@ impl Mmu {
             // What others have in hand may come free, and they may have lost their CPU for a while.
             let weight = if self.buckets.is_any_closed() { 1 } else { PATIENCE };
             fruitless = if freed > 0 { 0 } else { fruitless + weight };
-            if fruitless >= FRUITLESS_MAX * PATIENCE {
+            if fruitless >= batches.saturating_mul(PATIENCE) {
                 return Err(self.shortage(gfn));
             }
             if freed == 0 {

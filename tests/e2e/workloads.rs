@@ -74,6 +74,7 @@ pub fn cases() -> Vec<Trial> {
         case("image_without_the_note_is_interpreted_and_native_says_what_it_may_miss", &[Need::Kvm], plain),
         case("unknown_words_end_with_the_status_of_a_bad_command_line", &[], unknown_words),
         case("timer_interrupts_as_often_as_asked", &[], timer_rate),
+        case("reclaim_counts_and_contents_are_those_of_the_disks", &[], disks_agree),
         case("peer_unknown_workload_ends_the_same_way", &[Need::Qemu], unknown_workload_on_qemu),
     ]);
     trials
@@ -255,4 +256,60 @@ fn unknown_workload_on_qemu() -> Verdict {
     let run = qemu::run(image.path(), "workload=nonsense", "64M")?;
     ensure!(run.end == STATUS_COMMAND_LINE, "expected {STATUS_COMMAND_LINE:?}:\n{run}");
     Ok(())
+}
+
+/// The number behind `name=` in a line.
+fn number(line: &str, name: &str) -> Result<u64, Failed> {
+    let value = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let value = value.ok_or_else(|| format!("no {name}= in '{line}'"))?;
+    Ok(value.parse()?)
+}
+
+/// What the guest says that it has read and written, and what its file has, against the disks as they are from outside.
+fn disks_agree() -> Verdict {
+    let folder = tempfile::tempdir()?;
+    let path = |name| folder.path().join(name).to_string_lossy().into_owned();
+    let (json, file) = (path("summary.json"), path("file.img"));
+    fs::File::create(&file)?.set_len(16 << 20)?;
+    let disk = format!("{file},id=file");
+    let args = ["--disk", "64M,id=swap", "--disk", &disk, "--append", "workload=reclaim", "--json", &json];
+    let run = SOFT.run(&[&args[..], &["--timeout", "60s"]].concat())?;
+    ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
+    let summary: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json)?)?;
+    for (index, name) in ["swap", "file"].into_iter().enumerate() {
+        let lines = run.lines();
+        let line = lines.iter().find(|line| line.starts_with(&format!("reclaim: disk {name} ")));
+        let line = line.ok_or_else(|| format!("no counts of disk {name}:\n{run}"))?;
+        let counted = &summary["disks"][index];
+        let pairs = [
+            ("reads", counted["read"]["requests"].as_u64()),
+            ("read_pages", counted["read"]["sectors"].as_u64().map(|sectors| sectors / 8)),
+            ("writes", counted["write"]["requests"].as_u64()),
+            ("written_pages", counted["write"]["sectors"].as_u64().map(|sectors| sectors / 8)),
+            ("flushes", counted["flush"]["requests"].as_u64()),
+        ];
+        for (word, theirs) in pairs {
+            let ours = number(line, word)?;
+            ensure!(Some(ours) == theirs, "{name}: the guest says {word}={ours}, the disk {theirs:?}\n{run}");
+        }
+    }
+    let (pages, sum, claimed) = file_sum(&fs::read(&file)?)?;
+    ensure!(pages > 64, "the file has but {pages} pages");
+    ensure!(sum == claimed, "the file's {pages} pages sum up to {sum:#x}, and the guest found {claimed:#x}");
+    Ok(())
+}
+
+/// Pages of the guest's file system that have a block, their sum, and the sum that its superblock says; file.c has the layout.
+fn file_sum(disk: &[u8]) -> Result<(usize, u32, u32), Failed> {
+    const PAGE: usize = 4096;
+    let words = |page: usize| {
+        let bytes = &disk[page * PAGE..(page + 1) * PAGE];
+        bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("4"))).collect::<Vec<_>>()
+    };
+    let superblock = words(0);
+    ensure!(superblock[0].to_le_bytes() == *b"UMFS", "there is no superblock");
+    let blocks: Vec<u32> = words(2).into_iter().filter(|block| *block != 0).collect();
+    let contents = blocks.iter().flat_map(|block| words(*block as usize));
+    let sum = contents.fold(0u32, |sum, word| sum.rotate_left(1).wrapping_add(word));
+    Ok((blocks.len(), sum, superblock[2]))
 }

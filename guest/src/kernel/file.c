@@ -1,6 +1,6 @@
 /* One shared writable file.
  *
- *   disk page 0   superblock: magic, pages of the file, sum of the contents
+ *   disk page 0   superblock: magic, pages of the file, sum of the contents of those that have a block, blocks in use
  *             1   bitmap of the pages in use
  *             2   block map: for each page of the file the disk page that has it, 0 for none (a hole: zeros)
  *             3.. contents
@@ -353,9 +353,11 @@ static bool sync_page(u32 index, u32 *sum)
     if (frame_of(frame)->flags & FRAME_DIRTY)
         write_one(frame);
     bool ok = !(frame_of(frame)->flags & FRAME_DIRTY);
-    const u32 *words = kmap_local(frame, "sync");
-    *sum = sum_of(*sum, words);
-    kunmap_local(words);
+    if (block_map[index]) {
+        const u32 *words = kmap_local(frame, "sync");
+        *sum = sum_of(*sum, words);
+        kunmap_local(words);
+    }
     /* Nobody maps it: it need not wait for reclaim. */
     if (ok && frame_of(frame)->refs == 2)
         file_forget(frame);
