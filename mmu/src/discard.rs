@@ -1,7 +1,8 @@
 //! Discard: pages whose contents are not wanted any more, or that the guest gives up.
 //!
 //! Story: the guest's balloon, and an operator, name pages; each becomes `Zero` or `Ballooned`, from whatever it was. What
-//! cannot be had at once (pinned by a window, being read back) is tried again a number of times, and named then.
+//! cannot be had at once (pinned by a window, being read back) is tried again a number of times, and named then. The frames go
+//! back to the host, but for a few.
 //!
 //! Locks: none held by the caller; no window. May sleep, unless it was told not to.
 
@@ -81,6 +82,7 @@ impl Mmu {
             first = last;
         }
         self.swap.discard_abandoned();
+        self.trim();
         Ok(())
     }
 

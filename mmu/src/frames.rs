@@ -65,6 +65,8 @@ pub const WIDE: u32 = 1 << 12;
 pub const DIRTY: u32 = 1 << 13;
 
 const KIND_MASK: u32 = 0xff;
+/// Free frames that the host is left to back where there is no budget: shadow tables come and go.
+const KEPT_UNLIMITED: u32 = 64;
 /// Frames given back at once.
 const TRIM_BATCH: u32 = 64;
 
@@ -315,7 +317,8 @@ impl Frames {
         let mut free = self.free.lock();
         let returned = free.returned.len() as u32;
         let limited = free.budget < self.total() - self.first;
-        let idle = if limited { returned.saturating_sub(free.marks.high) } else { 0 };
+        let kept = if limited { free.marks.high } else { KEPT_UNLIMITED };
+        let idle = returned.saturating_sub(kept);
         let over = free.backed.saturating_sub(free.budget).min(returned);
         let count = idle.max(over).min(TRIM_BATCH);
         free.backed -= count;

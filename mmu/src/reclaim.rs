@@ -551,7 +551,8 @@ impl Mmu {
         Ok(freed > 0)
     }
 
-    fn trim(&self) {
+    /// Gives the host back what is free in numbers.
+    pub(crate) fn trim(&self) {
         match self.frames.trim(&*self.host) {
             Ok(given) => {
                 self.background.counters.given_back.fetch_add(u64::from(given), Relaxed);

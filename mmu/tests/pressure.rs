@@ -293,6 +293,22 @@ fn a_discarded_page_reads_as_zeros_wherever_it_was() {
     audit(&mmu);
 }
 
+#[test]
+fn what_the_guest_gives_up_goes_back_to_the_host_where_there_is_no_budget_too() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = alone(&mmu);
+    (400..700).for_each(|page| guest.store(page, 3, 1).expect("a frame"));
+    guest.leave();
+    let before = mmu.usage().frames_used;
+    mmu.discard(None, 400..700, Discard::Balloon, May::Sleep).expect("nothing holds them");
+    let (given, used) = (mmu.reclaim_stats().given_back, mmu.usage().frames_used);
+    assert!(given > 200, "{given} of 300 frames went back");
+    assert_eq!(u64::from(before - used), given, "and count as given");
+    (400..700).for_each(|page| assert_eq!(guest.load(page, 3), Ok(0), "page {page}"));
+    guest.leave();
+    audit(&mmu);
+}
+
 /// A vCPU that has met the closed gate of `page` until it asks to be let through, or is just about to.
 fn starving(mmu: &Mmu, page: Gfn, meet: u32) -> Vcpu {
     let vcpu = mmu.soft_vcpu(0, TlbKind::Sticky);

@@ -6,10 +6,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use super::umbra::{expect_sentence, program, status, umbra};
+use super::pressure::env;
+use super::umbra::{SOFT_STICKY, expect_sentence, program, status, umbra};
 use crate::ensure;
+use crate::support::noise::Noise;
 use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case, image};
 
@@ -22,6 +25,7 @@ pub fn cases() -> Vec<Trial> {
         case("soft_guest_is_pressed_by_budget_balloon_and_discards", &[], pressed),
         case("pressure_that_makes_no_sense_is_refused_before_anything_is_sent", &[], refused),
         case("pressure_that_is_interrupted_sets_the_guest_back", &[], interrupted),
+        case("soft_sticky_pressed_by_balloon_and_budget_keeps_every_byte", &[], both),
     ]
 }
 
@@ -160,4 +164,55 @@ fn interrupted() -> Verdict {
     ensure!(run.end == End::Status(14), "an operator has ended it:\n{run}");
     ensure!(run.stderr.contains("frames set back to 24M: the guest is at 24M now"), "how is it now?\n{run}");
     expect(&guest.press("frames 24M")?, End::Status(0), &["frames: from 24M to 24M in "])
+}
+
+/// Two reclaimers at once: the guest's, which its balloon presses, and Umbra's, which the budget presses. `UMBRA_SEEDS` guests.
+fn both() -> Verdict {
+    for seed in 1..=env("UMBRA_SEEDS", 1) {
+        pressed_from_both_sides(seed).map_err(|why| {
+            let why = why.message().unwrap_or_default().to_owned();
+            format!("seed {seed}: {why}")
+        })?;
+    }
+    Ok(())
+}
+
+fn pressed_from_both_sides(seed: u64) -> Verdict {
+    let (folder, mut noise) = (tempfile::tempdir()?, Noise::new(seed));
+    let path = |name| folder.path().join(name).to_string_lossy().into_owned();
+    let (socket, json) = (path("qmp"), path("summary.json"));
+    let append = format!("workload=reclaim ram=64 scale=1 seed={seed} nmi=200");
+    let mut frames = "16M@0s".to_owned();
+    for step in 1..60 {
+        frames += &format!(",{}M@{}ms", 10 + noise.below(22), step * 300 + noise.below(200));
+    }
+    let options = ["--mem", "64M", "--frames", &frames, "--low", "1M", "--append", &append];
+    let rest = ["--qmp", &socket, "--json", &json, "--timeout", "80s"];
+    let wave = format!(
+        "balloon --wave {}M..48M --period {}ms --for 70s",
+        24 + noise.below(12),
+        200 + noise.below(600)
+    );
+    let run = thread::scope(|scope| {
+        let presser = scope.spawn(|| {
+            let end = Instant::now() + LISTENS;
+            while !Path::new(&socket).exists() && Instant::now() < end {
+                thread::sleep(Duration::from_millis(1));
+            }
+            // It ends when the guest does, which is then gone.
+            press(Path::new(&socket), &wave)
+        });
+        let run = SOFT_STICKY.run(&[&options[..], &rest].concat());
+        drop(presser.join());
+        run
+    })?;
+    ensure!(run.end == End::Status(0), "the guest failed:\n{run}");
+    let summary: Value = serde_json::from_str(&std::fs::read_to_string(json)?)?;
+    let number = |place: &str| summary.pointer(place).and_then(Value::as_u64).unwrap_or(0);
+    for place in ["/balloon/inflated", "/balloon/deflated", "/memory/refaults", "/memory/swap_outs"] {
+        ensure!(number(place) > 0, "{place} is 0: no pressure:\n{run}");
+    }
+    let audit = summary["audit"].as_array().map(Vec::len);
+    ensure!(audit == Some(0), "the audit has found {:?}\n{run}", summary["audit"]);
+    Ok(())
 }

@@ -124,7 +124,7 @@ fn passes(way: Way, append: &str, options: &[&str]) -> Result<Value, Failed> {
     Ok(summary)
 }
 
-fn env(name: &str, default: u64) -> u64 {
+pub fn env(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 

@@ -40,7 +40,7 @@ const fn timed(name: &'static str) -> Workload {
     Workload { name, scale: 1, timed: true }
 }
 
-const WORKLOADS: [Workload; 11] = [
+const WORKLOADS: [Workload; 12] = [
     tested("hello"),
     tested("mm"),
     tested("kmap"),
@@ -48,6 +48,7 @@ const WORKLOADS: [Workload; 11] = [
     tested("all"),
     tested("fpu"),
     tested("reclaim"),
+    timed("disk"),
     timed("spin"),
     timed("sweep"),
     timed("storm"),
@@ -287,6 +288,7 @@ fn disks_agree() -> Verdict {
             ("writes", counted["write"]["requests"].as_u64()),
             ("written_pages", counted["write"]["sectors"].as_u64().map(|sectors| sectors / 8)),
             ("flushes", counted["flush"]["requests"].as_u64()),
+            ("discards", counted["discard"]["requests"].as_u64()),
         ];
         for (word, theirs) in pairs {
             let ours = number(line, word)?;

@@ -57,6 +57,7 @@ static struct {
     u32 head, held;
     const struct task *thread;
     bool awake, second;
+    bool changed; /* the host wants another number */
     volatile bool answered[QUEUES + 1];
     u32 pfns[QUEUES][BATCH];
     struct stat stats[STATS_COUNT];
@@ -96,6 +97,7 @@ static void interrupt(struct virtio_device *device)
         take_answers(&balloon.reporting, QUEUES);
     if (device->config_changes != changes) {
         changes = device->config_changes;
+        balloon.changed = true;
         wake();
     }
 }
@@ -147,11 +149,11 @@ static void tell(u32 which, u32 count)
 
 static void publish(void) { virtio_set_config32(balloon.device, CONFIG_ACTUAL, balloon.held); }
 
-/* False when there is no room for even one more page. */
+/* Up to a batch, fewer where the host has come to want something else. False when there is no room for even one more page. */
 static bool inflate(u32 want)
 {
     u32 count = 0, most = min_u32(want, BATCH);
-    while (count < most && make_room(1)) {
+    while (count < most && !balloon.changed && make_room(1)) {
         u32 frame = frame_alloc(ZONE_HIGH);
         if (frame == FRAME_NONE)
             break;
@@ -160,7 +162,7 @@ static bool inflate(u32 want)
         balloon.pfns[INFLATE][count++] = frame;
     }
     if (count == 0)
-        return false;
+        return balloon.changed;
     balloon.held += count;
     balloon_counts.inflated += count;
     tell(INFLATE, count);
@@ -256,6 +258,7 @@ static void wait_for_work(void)
 static void adjust(void)
 {
     while (1) {
+        balloon.changed = false;
         u32 target = virtio_config32(balloon.device, CONFIG_NUM_PAGES);
         if (balloon.held < target ? !inflate(target - balloon.held)
                                   : balloon.held == target || !deflate(balloon.held - target))

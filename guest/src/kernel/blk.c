@@ -21,7 +21,6 @@
 #define FEATURE_RO (1u << 5)
 #define FEATURE_FLUSH (1u << 9)
 #define FEATURE_DISCARD (1u << 13)
-#define FEATURE_WRITE_ZEROES (1u << 14)
 
 #define STATUS_OK 0
 #define STATUS_PENDING 0xff
@@ -37,7 +36,7 @@ struct header {
 };
 
 static const u32 types[BLK_OPERATIONS] = {
-    [BLK_READ] = 0, [BLK_WRITE] = 1, [BLK_FLUSH] = 4, [BLK_IDENTIFY] = 8, [BLK_DISCARD] = 11, [BLK_WRITE_ZEROES] = 13,
+    [BLK_READ] = 0, [BLK_WRITE] = 1, [BLK_FLUSH] = 4, [BLK_IDENTIFY] = 8, [BLK_DISCARD] = 11,
 };
 
 struct blk_request {
@@ -187,12 +186,12 @@ bool blk_flush(struct blk *disk)
     return blk_wait(offer(prepare(disk, BLK_FLUSH, 0), NULL, 0, false));
 }
 
-bool blk_discard(struct blk *disk, enum blk_operation operation, u32 page, u32 pages)
+bool blk_discard(struct blk *disk, u32 page, u32 pages)
 {
-    if (!(disk->features & (operation == BLK_DISCARD ? FEATURE_DISCARD : FEATURE_WRITE_ZEROES)))
-        return false;
-    struct blk_request *request = prepare(disk, operation, 0);
-    disk->counts.pages[operation] += pages;
+    if (!(disk->features & FEATURE_DISCARD))
+        return true;
+    struct blk_request *request = prepare(disk, BLK_DISCARD, 0);
+    disk->counts.pages[BLK_DISCARD] += pages;
     request->header.range.sector = (u64)page * SECTORS_PER_PAGE;
     request->header.range.sectors = pages * SECTORS_PER_PAGE;
     struct virtq_part range = part_of(&request->header.range, sizeof(request->header.range));
@@ -215,7 +214,7 @@ bool blk_attach(struct virtio_device *device)
         return false;
     struct blk *disk = &disks[disk_count];
     disk->device = device;
-    u32 wanted = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
+    u32 wanted = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD;
     if (!virtio_negotiate(device, wanted, &disk->features) || !virtq_init(device, 0, &disk->queue))
         return false;
     disk->pages = (u32)(virtio_config64(device, 0) / SECTORS_PER_PAGE);

@@ -17,6 +17,7 @@
     X(MIX, "mix")    \
     X(FPU, "fpu")    \
     X(RECLAIM, "reclaim") \
+    X(DISK, "disk")  \
     X(OOPS, "oops")
 
 enum workload {

@@ -120,6 +120,8 @@ static void free_blocks(u32 first, u32 end)
         if (!block_map[index])
             continue;
         flip(block_map[index]);
+        if (!blk_discard(disk, block_map[index], 1))
+            tally.errors++;
         block_map[index] = 0;
         blocks_used--;
         file_counts.blocks_freed++;
@@ -130,13 +132,12 @@ static void free_blocks(u32 first, u32 end)
     reclaim_restore(before);
 }
 
-bool file_mount(struct blk *on, u32 pages)
+bool file_mount(struct blk *on)
 {
     u32 blocks = min_u32(blk_pages(on), BLOCKS_MAX);
-    if (blk_read_only(on) || pages > FILE_PAGES_MAX || pages + FIRST_BLOCK > blocks)
+    if (blk_read_only(on) || blocks <= FIRST_BLOCK)
         return false;
     disk = on;
-    length = pages;
     block_count = blocks;
     for (u32 block = 0; block < FIRST_BLOCK; block++)
         flip(block);

@@ -14,8 +14,8 @@ struct file_counts {
 };
 extern struct file_counts file_counts;
 
-/* Makes an empty file system on the disk, with a file of `pages` pages that read as zeros; false if it cannot be. */
-bool file_mount(struct blk *disk, u32 pages);
+/* Makes an empty file system on the disk, with a file without pages; false if it cannot be. */
+bool file_mount(struct blk *disk);
 /* A region that maps the file from `start` on, shared. */
 bool file_map(struct space *space, u32 start);
 

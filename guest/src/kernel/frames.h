@@ -20,6 +20,8 @@ struct frame {
     bool reported; /* on the free list, and the host knows */
 };
 
+_Static_assert(sizeof(struct frame) == 32, "the frame table has room for FRAMES_MAX of them");
+
 /* No frame: also what an allocation that failed returns. Frame 0 is never handed out. */
 #define FRAME_NONE 0
 

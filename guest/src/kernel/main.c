@@ -56,6 +56,8 @@ static void run(enum workload workload)
         work_fpu();
     if (workload == WORKLOAD_RECLAIM)
         work_reclaim();
+    if (workload == WORKLOAD_DISK)
+        work_disk();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

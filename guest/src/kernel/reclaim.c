@@ -75,12 +75,11 @@ static bool can_go(u32 frame)
     return may(GFP_IO) && swap_slot_for(frame) != SLOT_NONE;
 }
 
-/* 2. and 3. Pages off the list and unmapped, those of the file apart; returns how many were looked at. */
-static u32 pick(u32 *pages, u32 *count, u32 *file_pages, u32 *file_count)
+/* 2. and 3. Pages off the list and unmapped, those of the file apart. */
+static void pick(u32 *pages, u32 *count, u32 *file_pages, u32 *file_count)
 {
-    u32 looked = 0;
     *count = *file_count = 0;
-    for (u32 steps = 4 * BATCH; steps && *count + *file_count < BATCH; steps--, looked++) {
+    for (u32 steps = 4 * BATCH; steps && *count + *file_count < BATCH; steps--) {
         u32 frame = lru_isolate(LRU_INACTIVE);
         if (frame == FRAME_NONE)
             break;
@@ -101,7 +100,6 @@ static u32 pick(u32 *pages, u32 *count, u32 *file_pages, u32 *file_count)
                 pages[(*count)++] = frame;
         }
     }
-    return looked;
 }
 
 static void sort_by_slot(u32 *frames, u32 count)

@@ -7,7 +7,6 @@
 /* What reclaim may do for whoever needs memory. A caller says so with reclaim_scope, for all that is called below it. */
 #define GFP_IO (1u << 0) /* start I/O, and wait for it */
 #define GFP_FS (1u << 1) /* give a file's page its place on the disk, which takes the file system's lock */
-#define GFP_ALL (GFP_IO | GFP_FS)
 
 struct reclaim_counts {
     u32 scanned, referenced, stolen, stolen_clean;

@@ -52,12 +52,20 @@ static void device_interrupt(void)
     apic_end_of_interrupt();
 }
 
+static const char *status_text(u32 status, u32 vector)
+{
+    switch (status) {
+    case STATUS_NO_MEMORY: return "out of memory";
+    case STATUS_LOST_PAGE: return "its page is lost";
+    default: return trap_name(vector);
+    }
+}
+
 /* The process cannot go on. The line says nothing that differs between machines. */
 static void kill(const struct trap_frame *frame, u32 cr2, u32 status)
 {
-    printk("pager: process %u (%s) killed: %s", current->pid, current->name,
-           status == STATUS_NO_MEMORY ? "out of memory" : status == STATUS_LOST_PAGE ? "its page is lost" : trap_name(frame->vector));
-    if (frame->vector == TRAP_PAGE_FAULT && status < STATUS_NO_MEMORY)
+    printk("pager: process %u (%s) killed: %s", current->pid, current->name, status_text(status, frame->vector));
+    if (frame->vector == TRAP_PAGE_FAULT)
         printk(", %s of %08x, %s", fault_access_text(frame->error), cr2, fault_reason_text(frame->error));
     printk("\n");
     task_exit(status);

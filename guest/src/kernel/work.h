@@ -12,6 +12,7 @@ void work_storm(void);
 void work_mix(void);
 void work_fpu(void);
 void work_reclaim(void);
+void work_disk(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

@@ -17,14 +17,12 @@
 #include "witness.h"
 #include "work.h"
 
-#define FILE_PAGES 96
-
 static void print_disk(const char *name, const struct blk *disk)
 {
     const struct blk_counts *counts = blk_counts(disk);
-    printk("reclaim: disk %s reads=%u read_pages=%u writes=%u written_pages=%u flushes=%u errors=%u\n", name,
+    printk("reclaim: disk %s reads=%u read_pages=%u writes=%u written_pages=%u flushes=%u discards=%u errors=%u\n", name,
            counts->requests[BLK_READ], counts->pages[BLK_READ], counts->requests[BLK_WRITE], counts->pages[BLK_WRITE],
-           counts->requests[BLK_FLUSH], counts->errors);
+           counts->requests[BLK_FLUSH], counts->requests[BLK_DISCARD], counts->errors);
 }
 
 static void print_counts(const struct blk *swap, const struct blk *file)
@@ -58,7 +56,7 @@ void work_reclaim(void)
         return;
     }
     check(swap_on(swap), "the swap disk can be swapped to");
-    check(file_mount(file, FILE_PAGES), "the file's disk takes a file system");
+    check(file_mount(file), "the file's disk takes a file system");
     check(reclaim_start(), "kswapd starts");
     nmi_start(boot.options.nmi);
     u32 status = process_run(&program_reclaim);

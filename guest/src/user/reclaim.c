@@ -226,6 +226,7 @@ u32 program_main(u32 seed, u32 scale, u32 flags)
     expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
     for (u32 page = 0; page < COMMON_PAGES; page++)
         stamp(COMMON, page, seed, 0);
+    expect(file_truncate(FILE_PAGES) == 0, "the file has its pages");
     stopwatch_start("reclaim", "touches", PATTERNS * (2 * pages + touches));
     fork_workers(pages, touches, seed);
     fork_file_users(rounds, seed);

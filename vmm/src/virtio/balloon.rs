@@ -26,7 +26,7 @@ use umbra_mmu::{Gfn, Mmu, PAGE_SIZE, Shortage};
 
 use super::chain::{Chain, Part, gather};
 use super::worker::Bell;
-use super::{Device, Port, Served};
+use super::{Device, Port, Served, little_endian};
 use crate::board::{CONFIG_BYTES_MAX, VirtioSnapshot, VirtioSpec};
 
 /// Pages of one request to inflate or deflate; what is beyond is passed over.
@@ -104,10 +104,8 @@ impl GuestStats {
     fn parse(bytes: &[u8]) -> GuestStats {
         let mut stats = GuestStats::default();
         for entry in bytes.chunks_exact(STAT_BYTES) {
-            let number = |from: usize, to: usize| {
-                entry[from..to].iter().rev().fold(0u64, |word, byte| word << 8 | u64::from(*byte))
-            };
-            let place = match number(0, 2) {
+            let (tag, value) = entry.split_at(2);
+            let place = match little_endian(tag) {
                 0 => &mut stats.swap_in,
                 1 => &mut stats.swap_out,
                 2 => &mut stats.major_faults,
@@ -120,7 +118,7 @@ impl GuestStats {
                 9 => &mut stats.huge_page_failures,
                 _ => continue,
             };
-            *place = Some(number(2, STAT_BYTES));
+            *place = Some(little_endian(value));
         }
         stats
     }
@@ -225,8 +223,7 @@ impl BalloonDevice {
             Err(NoSession::Refused(_)) => return Ok((Vec::new(), all)),
             Err(NoSession::Short(short)) => return Err(short),
         }
-        let word = |b: &[u8]| b.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
-        let mut pfns: Vec<u32> = bytes.chunks_exact(4).map(word).collect();
+        let mut pfns: Vec<u32> = bytes.chunks_exact(4).map(|pfn| little_endian(pfn) as u32).collect();
         pfns.sort_unstable();
         pfns.dedup();
         Ok((pfns, all - count))

@@ -20,7 +20,7 @@ use umbra_mmu::{Mmu, Shortage};
 
 use super::chain::{Chain, gather, scatter};
 use super::disk::{Disk, ID_BYTES, SECTOR_BYTES};
-use super::{Device, Served};
+use super::{Device, Served, little_endian};
 use crate::board::{CONFIG_BYTES_MAX, VirtioSnapshot, VirtioSpec};
 
 /// The most data of one request.
@@ -343,11 +343,11 @@ impl Range {
 }
 
 fn word32(bytes: &[u8], at: usize) -> u32 {
-    bytes[at..at + 4].iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte))
+    little_endian(&bytes[at..at + 4]) as u32
 }
 
 fn word64(bytes: &[u8], at: usize) -> u64 {
-    u64::from(word32(bytes, at + 4)) << 32 | u64::from(word32(bytes, at))
+    little_endian(&bytes[at..at + 8])
 }
 
 impl Device for Blk {

@@ -9,7 +9,7 @@ use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{Config, Context, Gpa, LocalStack, Machine, Mmu, NoVcpus, Shortage};
 
 use super::worker::Worker;
-use super::{Device, Port};
+use super::{Device, Port, little_endian};
 use crate::board::{
     Board, BoardConfig, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MEMORY_BYTES_MIN, MemoryMap, Nanos,
     QUEUES_MAX, VirtioSnapshot,
@@ -185,11 +185,10 @@ impl Driver {
     /// The used ring's index, and its last entry.
     pub fn used(&self, mmu: &Mmu, queue: usize) -> (u16, u32, u32) {
         let used = Layout::of(queue).used;
-        let index = peek(mmu, used + 2, 2).iter().rev().fold(0, |word, byte| word << 8 | u16::from(*byte));
+        let index = little_endian(&peek(mmu, used + 2, 2)) as u16;
         let entry = peek(mmu, used + 4 + 8 * u64::from(index.wrapping_sub(1) % self.size), 8);
-        let word =
-            |at: usize| entry[at..at + 4].iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
-        (index, word(0), word(4))
+        let (head, length) = entry.split_at(4);
+        (index, little_endian(head) as u32, little_endian(length) as u32)
     }
 }
 

@@ -97,3 +97,8 @@ pub trait Device: Send {
         None
     }
 }
+
+/// The number that up to eight bytes are.
+fn little_endian(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
+}

@@ -150,7 +150,9 @@ impl Connection<'_> {
             io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
                 format!("{path} did not answer in time; is the guest being debugged or stopped?")
             }
-            io::ErrorKind::UnexpectedEof => format!("{path} closed the connection; has the guest ended?"),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                format!("{path} closed the connection; has the guest ended?")
+            }
             _ => format!("{what} {path}: {error}"),
         }
     }
