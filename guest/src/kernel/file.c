@@ -11,7 +11,8 @@
  * comes to want the file system's lock: the thread of 1999 begins here. Two locks, and who may wait for them:
  *
  *   sb_lock        the bitmap and the block map; I/O and an allocation happen under it
- *   truncate_lock  the file's length; held over everything that a truncation waits for
+ *   truncate_lock  the file's length; held over everything that a truncation waits for, and alone: write-outs by reclaim, which
+ *                  go on side by side, begin only while nobody has it, and whoever takes it waits for those to end
  *
  * Reclaim waits for sb_lock, but only for a task that holds neither (GFP_FS); it never waits for truncate_lock, and leaves the
  * page alone. Whoever holds one is in a scope without GFP_FS: the allocation under it then does not come back here.
@@ -49,6 +50,7 @@ static u32 block_map[FILE_PAGES_MAX] __attribute__((aligned(PAGE_SIZE)));
 static u8 bitmap[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 static u32 block_count, blocks_used, next_block;
 static struct mutex sb_lock, truncate_lock;
+static u32 write_outs; /* by reclaim, under way */
 struct file_counts file_counts;
 
 static bool write_low(u32 page, const void *low)
@@ -283,18 +285,32 @@ static void write_one(u32 frame)
     task_wake(page);
 }
 
+bool file_may_write_out(void)
+{
+    file_counts.left_alone += truncate_lock.owner != NULL;
+    return !truncate_lock.owner;
+}
+
+/* The length may be locked since the pages were picked: other write-outs have slept meanwhile. */
 void file_write_out(const u32 *frames, u32 count)
 {
     for (u32 i = 0; i < count; i++) {
         if (!(frame_of(frames[i])->flags & FRAME_DIRTY))
             continue;
-        if (!file_has(frames[i]) || !mutex_try_lock(&truncate_lock)) {
-            file_counts.lock_waits++;
+        if (!file_has(frames[i]) || !file_may_write_out())
             continue;
-        }
+        write_outs++;
         write_one(frames[i]);
-        mutex_unlock(&truncate_lock);
+        if (--write_outs == 0)
+            task_wake(&write_outs);
     }
+}
+
+static void lock_length(void)
+{
+    mutex_lock(&truncate_lock);
+    while (write_outs)
+        task_wait_on(&write_outs);
 }
 
 /* Job 4: truncate. */
@@ -319,7 +335,7 @@ bool file_truncate(u32 pages)
     if (!disk || pages > FILE_PAGES_MAX || pages + FIRST_BLOCK > block_count)
         return false;
     u32 before = reclaim_scope(GFP_FS);
-    mutex_lock(&truncate_lock);
+    lock_length();
     u32 end = length;
     length = pages;
     for (u32 index = pages; index < end; index++)
@@ -372,7 +388,7 @@ bool file_sync(void)
 {
     bool ok = true;
     u32 sum = 0, before = reclaim_scope(GFP_FS);
-    mutex_lock(&truncate_lock);
+    lock_length();
     for (u32 index = 0; index < length; index++)
         if (cached[index] || block_map[index])
             ok &= sync_page(index, &sum);

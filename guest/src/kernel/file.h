@@ -10,7 +10,7 @@
 struct file_counts {
     u32 faults, reads, writes, pages_written;
     u32 blocks_allocated, blocks_freed, truncations;
-    u32 lock_waits; /* write-outs that left a page alone because the file was being truncated */
+    u32 left_alone; /* pages that reclaim did not take because of that */
 };
 extern struct file_counts file_counts;
 
@@ -29,6 +29,8 @@ void file_note_dirty(u32 frame);
 /* The file's cache has the frame; and takes it out, which must be unmapped and clean. */
 bool file_has(u32 frame);
 void file_forget(u32 frame);
+/* False while the file is being cut off or synced: its pages are not to be taken then, and reclaim does not wait. */
+bool file_may_write_out(void);
 /* Writes those that are dirty; sleeps. They are unmapped; one that could not be written stays dirty. For reclaim. */
 void file_write_out(const u32 *frames, u32 count);
 

@@ -6,8 +6,9 @@
 void mutex_lock(struct mutex *mutex)
 {
     ASSERT(mutex->owner != current);
-    while (!mutex_try_lock(mutex))
+    while (mutex->owner)
         task_wait_on(mutex);
+    mutex->owner = current;
 }
 
 void mutex_unlock(struct mutex *mutex)

@@ -71,7 +71,7 @@ static bool can_go(u32 frame)
     if (page->flags & (FRAME_READING | FRAME_WRITING | FRAME_FAILED))
         return false;
     if (page->flags & FRAME_FILE)
-        return may(GFP_FS) && may(GFP_IO);
+        return may(GFP_FS) && may(GFP_IO) && file_may_write_out();
     return may(GFP_IO) && swap_slot_for(frame) != SLOT_NONE;
 }
 

@@ -36,7 +36,7 @@ static void print_counts(const struct blk *swap, const struct blk *file)
            swap_counts.writes, swap_counts.pages_written);
     printk("reclaim: file faults=%u reads=%u writes=%u blocks=%u freed=%u truncations=%u left=%u\n", file_counts.faults,
            file_counts.reads, file_counts.writes, file_counts.blocks_allocated, file_counts.blocks_freed,
-           file_counts.truncations, file_counts.lock_waits);
+           file_counts.truncations, file_counts.left_alone);
     printk("reclaim: balloon inflated=%u deflated=%u for_want=%u reported=%u\n", balloon_counts.inflated,
            balloon_counts.deflated, balloon_counts.deflated_for_want, balloon_counts.reported);
     printk("reclaim: nmi samples=%u user=%u kernel=%u threads=%u frames=%u whole=%u absent=%u broken=%u\n",
