@@ -6,8 +6,6 @@
 //!
 //! Locks: none held by the caller; no window. May sleep, unless it was told not to.
 
-use std::ops::Range;
-
 use crate::Mmu;
 use crate::addr::Gfn;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
@@ -45,8 +43,8 @@ pub enum NotDiscarded {
 }
 
 impl Mmu {
-    /// Discards `pages`; what is no memory is passed over. `own` is the caller's vCPU, which is outside. Where it may sleep, it
-    /// waits for vCPUs to flush, for others that have a page in hand, and a while, once, for fills that starve.
+    /// Discards `pages`, which come in order and each once; what is no memory is passed over. `own` is the caller's vCPU, which
+    /// is outside. Where it may sleep, it waits for vCPUs to flush, for others that have a page in hand, and a while, once, for fills that starve.
     ///
     /// # Errors
     ///
@@ -54,15 +52,18 @@ impl Mmu {
     pub fn discard(
         &self,
         own: Option<u32>,
-        pages: Range<u32>,
+        pages: impl IntoIterator<Item = u32>,
         what: Discard,
         may: May,
     ) -> Result<(), NotDiscarded> {
-        let end = pages.end.min(self.p2m.pages());
-        let (mut first, mut caller) = (pages.start, Caller::new(own, may));
-        while first < end {
-            let last = end.min(first + BATCH_MAX as u32);
-            let mut left: Vec<Gfn> = (first..last).map(Gfn).collect();
+        let (memory, mut caller) = (self.p2m.pages(), Caller::new(own, may));
+        let mut pages = pages.into_iter().take_while(|page| *page < memory).map(Gfn);
+        loop {
+            let mut left: Vec<Gfn> = pages.by_ref().take(BATCH_MAX).collect();
+            if left.is_empty() {
+                break;
+            }
+            debug_assert!(left.is_sorted_by(|a, b| a < b), "in order, and each once");
             for _ in 0..ROUNDS_MAX {
                 let done = self.discard_batch(&left, what, &mut caller)?;
                 // A page that was touched again after it was discarded has been all the same.
@@ -79,7 +80,6 @@ impl Mmu {
             if let Some(gfn) = left.first() {
                 return Err(NotDiscarded::Held { gfn: *gfn, why: self.held_by(*gfn) });
             }
-            first = last;
         }
         self.swap.discard_abandoned();
         self.trim();

@@ -55,6 +55,7 @@ static struct {
     struct virtq queues[QUEUES];
     struct virtq reporting;
     u32 head, held;
+    u32 in_report; /* frames off the free list for as long as a report takes */
     const struct task *thread;
     bool awake, second;
     bool changed; /* the host wants another number */
@@ -66,7 +67,7 @@ static struct {
 
 struct balloon_counts balloon_counts;
 
-u32 balloon_held(void) { return balloon.held; }
+u32 balloon_held(void) { return balloon.held + balloon.in_report; }
 
 static void wake(void)
 {
@@ -160,10 +161,10 @@ static bool inflate(u32 want)
         frame_of(frame)->link = balloon.head;
         balloon.head = frame;
         balloon.pfns[INFLATE][count++] = frame;
+        balloon.held++;
     }
     if (count == 0)
         return balloon.changed;
-    balloon.held += count;
     balloon_counts.inflated += count;
     tell(INFLATE, count);
     publish();
@@ -234,13 +235,14 @@ static bool report(void)
 {
     u32 frames[REPORT_BATCH];
     struct virtq_part parts[REPORT_BATCH];
-    u32 count = frames_take_unreported(frames, REPORT_BATCH);
+    u32 count = balloon.in_report = frames_take_unreported(frames, REPORT_BATCH);
     for (u32 i = 0; i < count; i++)
         parts[i] = (struct virtq_part){(u64)frames[i] << PAGE_SHIFT, PAGE_SIZE};
     if (count)
         exchange(&balloon.reporting, QUEUES, parts, 0, count);
     balloon_counts.reported += count;
     frames_put_reported(frames, count);
+    balloon.in_report = 0;
     return count == REPORT_BATCH;
 }
 

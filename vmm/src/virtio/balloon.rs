@@ -231,7 +231,7 @@ impl BalloonDevice {
 
     fn inflate(&mut self, mmu: &Mmu, chain: &Chain) -> Result<(), Shortage> {
         let (pfns, beyond) = self.pfns(mmu, chain)?;
-        let (taken, passed) = give_up(mmu, pfns.into_iter(), Discard::Balloon);
+        let (taken, passed) = give_up(mmu, pfns, Discard::Balloon);
         let mut state = self.shared.state();
         state.inflated += taken;
         state.passed_over += passed + beyond;
@@ -246,16 +246,15 @@ impl BalloonDevice {
     }
 
     fn report(&mut self, mmu: &Mmu, chain: &Chain) {
-        let mut left = mmu.p2m().pages();
-        for part in &chain.write {
-            let pages = whole_pages(part, mmu.p2m().pages());
-            let pages = pages.start..pages.end.min(pages.start.saturating_add(left));
-            left -= pages.len() as u32;
-            let (taken, passed) = give_up(mmu, pages, Discard::Zero);
-            let mut state = self.shared.state();
-            state.reported += taken;
-            state.passed_over += passed;
-        }
+        let memory = mmu.p2m().pages();
+        let mut pages: Vec<u32> =
+            chain.write.iter().flat_map(|part| whole_pages(part, memory)).take(memory as usize).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        let (taken, passed) = give_up(mmu, pages, Discard::Zero);
+        let mut state = self.shared.state();
+        state.reported += taken;
+        state.passed_over += passed;
     }
 
     /// Reads the statistics and keeps their buffer, if it has none yet.
@@ -291,47 +290,31 @@ fn whole_pages(part: &Part, pages: u32) -> Range<u32> {
     first as u32..end.max(first) as u32
 }
 
-/// Has pages, in order, lose their frames and contents; how many did, and how many were passed over.
-fn give_up(mmu: &Mmu, pages: impl Iterator<Item = u32>, what: Discard) -> (u64, u64) {
-    let (mut taken, mut passed) = (0, 0);
-    let mut run = 0..0;
-    for page in pages {
-        if page < mmu.config().low_pages || mmu.p2m().lookup(Gfn(page)) == PageState::Device {
-            passed += 1;
-            continue;
-        }
-        if run.end == page {
-            run.end += 1;
-            continue;
-        }
-        let done = std::mem::replace(&mut run, page..page + 1);
-        discard(mmu, done, what, (&mut taken, &mut passed));
-    }
-    discard(mmu, run, what, (&mut taken, &mut passed));
-    (taken, passed)
-}
-
-/// Discards adjacent pages but those that are held in their places.
-fn discard(mmu: &Mmu, pages: Range<u32>, what: Discard, (taken, passed): (&mut u64, &mut u64)) {
-    let Range { start: mut first, end } = pages;
-    while first < end {
-        match mmu.discard(None, first..end, what, May::Sleep) {
+/// Has pages, in order and each once, lose their frames and contents, but those that are held in their places; how many did, and
+/// how many were passed over.
+fn give_up(mmu: &Mmu, pages: Vec<u32>, what: Discard) -> (u64, u64) {
+    let all = pages.len();
+    let is_high =
+        |page: &u32| *page >= mmu.config().low_pages && mmu.p2m().lookup(Gfn(*page)) != PageState::Device;
+    let pages: Vec<u32> = pages.into_iter().filter(is_high).collect();
+    let (mut taken, mut first) = (0, 0);
+    while first < pages.len() {
+        match mmu.discard(None, pages[first..].iter().copied(), what, May::Sleep) {
             Ok(()) => {
-                *taken += u64::from(end - first);
-                return;
+                taken += pages.len() - first;
+                break;
             }
+            // Those before it are.
             Err(NotDiscarded::Held { gfn, .. }) => {
-                *taken += u64::from(gfn.0.saturating_sub(first));
-                *passed += 1;
-                first = gfn.0.max(first) + 1;
+                let at = first + pages[first..].partition_point(|page| *page < gfn.0);
+                taken += at - first;
+                first = at + 1;
             }
             // Not of one that may sleep.
-            Err(NotDiscarded::WouldBlock(_)) => {
-                *passed += u64::from(end - first);
-                return;
-            }
+            Err(NotDiscarded::WouldBlock(_)) => break,
         }
     }
+    (taken as u64, (all - taken) as u64)
 }
 
 impl Device for BalloonDevice {
