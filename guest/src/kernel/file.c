@@ -352,6 +352,7 @@ bool file_truncate(u32 pages)
 
 static u32 sum_of(u32 sum, const u32 *words)
 {
+#pragma GCC unroll 16
     for (u32 at = 0; at < PAGE_SIZE / 4; at++)
         sum = (sum << 1 | sum >> 31) + words[at];
     return sum;

@@ -82,7 +82,7 @@
 #define TIMER_HZ_DEFAULT 100
 #define TIMER_HZ_MAX 1000
 /* Samples a second, with workload=reclaim. Not a part of the timer's, so that the two drift along each other. */
-#define NMI_HZ_DEFAULT 23
+#define NMI_HZ_DEFAULT 11
 #define NMI_HZ_MAX 1000
 
 #endif

@@ -11,7 +11,7 @@
 
 #define BASE 0x40000000u
 #define COMMON 0x30000000u
-#define COMMON_PAGES 32
+#define COMMON_PAGES 16
 #define FILE_BASE 0x80000000u
 #define FILE_PAGES 96
 #define FILE_STEADY 64 /* pages that are never cut off */
