@@ -90,11 +90,14 @@ static void walk_stack(const struct upt *upt, u32 ebp)
 }
 
 /* The frame pointer that the process left user mode with. On the way in or out, where its frame is not whole, EBP still has it:
- * traps.S leaves it alone. What lies above an NMI's frame in kernel mode is where the stack was. */
+ * traps.S leaves it alone. What lies above an NMI's frame in kernel mode is where the stack was; in the middle of a switch that
+ * is another task's. */
 static u32 user_frame_pointer(const struct trap_frame *frame)
 {
-    bool on_the_way = (u32)&frame->user_esp >= (u32)task_user_frame();
-    return trap_from_user(frame) || on_the_way ? frame->ebp : task_user_frame()->ebp;
+    const struct trap_frame *users = task_user_frame();
+    u32 esp = (u32)&frame->user_esp;
+    bool on_the_way = esp >= (u32)users && esp <= (u32)(users + 1);
+    return trap_from_user(frame) || on_the_way ? frame->ebp : users->ebp;
 }
 
 bool nmi_sample(const struct trap_frame *frame)
