@@ -74,7 +74,7 @@ pub fn cases() -> Vec<Trial> {
 fn run(way: Way, append: &str, options: &[&str]) -> Result<(Outcome, Value), Failed> {
     let json = file_of(b"")?;
     let path = json.path().to_string_lossy().into_owned();
-    let args = [&["--append", append, "--json", &path, "--timeout", "80s"], options].concat();
+    let args = [&["--append", append, "--json", &path], options].concat();
     let run = way.run(&args)?;
     let text = std::fs::read_to_string(json.path())?;
     Ok((run, serde_json::from_str(&text).unwrap_or(Value::Null)))

@@ -49,11 +49,11 @@ pub fn cases() -> Vec<Trial> {
 type Start<'a> = &'a dyn Fn(&[&str]) -> Result<Outcome, Failed>;
 
 /// Runs with everything on, and gives what was written: the summary and the picture.
-fn run(start: Start, timeout: &str) -> Result<(Outcome, Value, String), Failed> {
+fn run(start: Start) -> Result<(Outcome, Value, String), Failed> {
     let folder = tempfile::tempdir()?;
     let file = |name| folder.path().join(name).to_string_lossy().into_owned();
     let (json, plot) = (file("summary.json"), file("memory.svg"));
-    let asked = ["--timeout", timeout, "--status", "--json", &json, "--plot", &plot];
+    let asked = ["--status", "--json", &json, "--plot", &plot];
     let run = start(&[&PRESSED[..], &asked].concat())?;
     let summary = serde_json::from_str(&std::fs::read_to_string(json)?)?;
     Ok((run, summary, std::fs::read_to_string(plot)?))
@@ -67,7 +67,7 @@ fn column(summary: &Value, name: &str) -> Result<Vec<u64>, Failed> {
 
 fn pressed() -> Verdict {
     let (run, summary, plot) =
-        run(&|options| SOFT.run(&[&["--append", "workload=kmap scale=2000"], options].concat()), "80s")?;
+        run(&|options| SOFT.run(&[&["--append", "workload=kmap scale=2000"], options].concat()))?;
     ensure!(run.end == End::Status(0), "the guest failed:\n{run}");
     let last = run.stderr.lines().last().unwrap_or_default();
     ensure!(last.starts_with("umbra: verdict=PASS"), "the verdict is not the last line:\n{run}");
@@ -128,7 +128,8 @@ fn check_plot(plot: &str, words: &[&str]) -> Verdict {
 
 /// The guest jumps to itself.
 fn status_lines() -> Verdict {
-    let (run, summary, plot) = run(&|options| SOFT.boot(&[0xeb, 0xfe], options), "2500ms")?;
+    let (run, summary, plot) =
+        run(&|options| SOFT.boot(&[0xeb, 0xfe], &[&["--timeout", "2500ms"], options].concat()))?;
     ensure!(run.end == status::TIMEOUT, "expected {:?}:\n{run}", status::TIMEOUT);
     ensure!(!run.stderr.contains('\r'), "a line is rewritten where there is no terminal:\n{run}");
     let lines: Vec<_> = run.stderr.lines().filter(|line| line.contains("  resident ")).collect();

@@ -159,7 +159,7 @@ fn on_qemu(workload: &Workload, paging: &str) -> Result<Vec<String>, Failed> {
 
 fn same_lines(way: Way, workload: &Workload, paging: &str) -> Verdict {
     let words = cmdline(workload, paging, Host::Umbra);
-    let run = way.run(&["--append", &words, "--timeout", "60s"])?;
+    let run = way.run(&["--append", &words])?;
     ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
     check_closing_line(&run, workload, paging)?;
     let (ours, theirs) = (comparable(&run), peer_lines(workload, paging)?);
@@ -202,7 +202,7 @@ fn from_file() -> Verdict {
 fn twin(way: Way) -> Verdict {
     let image = file_of(PAGER_TWIN)?;
     let path = image.path().to_string_lossy().into_owned();
-    let run = way.run(&[&path, "--append", "workload=mm", "--timeout", "60s"])?;
+    let run = way.run(&[&path, "--append", "workload=mm"])?;
     let said_pass = run.result_lines().last().is_some_and(|line| line.contains("verdict=PASS"));
     ensure!(said_pass, "the twin itself must say PASS:\n{run}");
     ensure!(run.end == status::WITNESS, "expected {:?}:\n{run}", status::WITNESS);
@@ -213,7 +213,7 @@ fn plain() -> Verdict {
     let image = file_of(PAGER_PLAIN)?;
     let path = image.path().to_string_lossy().into_owned();
     for (supervisor, warnings) in [("auto", 0), ("interpret", 0), ("native", 1)] {
-        let args = [&path, "--append", "workload=hello", "--timeout", "60s", "--supervisor", supervisor];
+        let args = [&path, "--append", "workload=hello", "--supervisor", supervisor];
         let run = KVM.run(&args)?;
         ensure!(run.end == End::Status(0), "the kernel without its note failed:\n{run}");
         let lines = run.stderr.lines().filter(|line| line.contains("natively at CPL 3")).count();
@@ -274,7 +274,7 @@ fn disks_agree() -> Verdict {
     fs::File::create(&file)?.set_len(16 << 20)?;
     let disk = format!("{file},id=file");
     let args = ["--disk", "64M,id=swap", "--disk", &disk, "--append", "workload=reclaim", "--json", &json];
-    let run = SOFT.run(&[&args[..], &["--timeout", "60s"]].concat())?;
+    let run = SOFT.run(&args)?;
     ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
     let summary: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json)?)?;
     for (index, name) in ["swap", "file"].into_iter().enumerate() {
