@@ -22,6 +22,8 @@ pub fn cases() -> Vec<Trial> {
         add("guest_that_waits_for_ever_ends_the_run", |way| ends_by_reset(way, &image::halt()));
         add("triple_fault_ends_the_run", |way| ends_by_reset(way, &image::triple_fault()));
         add("reset_port_ends_the_run", |way| ends_by_reset(way, &image::reset_by_port()));
+        add("second_cpu_starts_where_it_is_told", second_cpu);
+        add("cpus_that_all_wait_for_ever_end_the_run", all_wait);
         add("random_code_ends_in_a_known_way", random_code);
     }
     trials
@@ -52,6 +54,23 @@ fn overtime(way: Way, code: &[u8]) -> Verdict {
 
 fn ends_by_reset(way: Way, code: &[u8]) -> Verdict {
     let run = way.boot(code, &["--timeout", "20s"])?;
+    ensure!(run.end == status::RESET, "expected {:?}:\n{run}", status::RESET);
+    Ok(())
+}
+
+fn second_cpu(way: Way) -> Verdict {
+    let code = [image::start_second_cpu(), image::exit(0)].concat();
+    for vcpus in ["2", "3"] {
+        let run = way.boot(&code, &["--vcpus", vcpus])?;
+        ensure!(run.end == End::Status(0), "{vcpus} CPUs:\n{run}");
+    }
+    let run = way.boot(&code, &["--timeout", "300ms"])?;
+    ensure!(run.end == status::TIMEOUT, "there is no second CPU, and yet it has answered:\n{run}");
+    Ok(())
+}
+
+fn all_wait(way: Way) -> Verdict {
+    let run = way.boot(&[image::start_second_cpu(), image::halt()].concat(), &["--vcpus", "4"])?;
     ensure!(run.end == status::RESET, "expected {:?}:\n{run}", status::RESET);
     Ok(())
 }

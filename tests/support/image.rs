@@ -64,3 +64,28 @@ pub fn triple_fault() -> Vec<u8> {
 pub fn reset_by_port() -> Vec<u8> {
     [&[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee][..], &spin()].concat()
 }
+
+/// Has CPU 1 started at a page in low memory, where it stores a word in real mode, and waits for the word.
+///
+/// The first CPU copies what CPU 1 runs to 0x8000, sends INIT and start-up for page 8 to APIC 1, and polls the word.
+pub fn start_second_cpu() -> Vec<u8> {
+    const WORD: u8 = 0x5a;
+    // mov byte [0x600], WORD; cli; hlt; jmp the hlt: 16-bit code, DS is 0.
+    let ap = [0xc6, 0x06, 0x00, 0x06, WORD, 0xfa, 0xf4, 0xeb, 0xfd];
+    let mut code = Vec::new();
+    for (at, byte) in (0x8000u32..).zip(ap) {
+        code.extend([0xc6, 0x05]); // mov byte [at], byte
+        code.extend(at.to_le_bytes());
+        code.push(byte);
+    }
+    // APIC 1; then INIT, then start-up at page 8.
+    for (register, value) in [(0xfee0_0310u32, 1u32 << 24), (0xfee0_0300, 0x4500), (0xfee0_0300, 0x4608)] {
+        code.extend([0xc7, 0x05]); // mov dword [register], value
+        code.extend(register.to_le_bytes());
+        code.extend(value.to_le_bytes());
+    }
+    code.extend([0xf3, 0x90]); //                                    pause
+    code.extend([0x80, 0x3d, 0x00, 0x06, 0x00, 0x00, WORD]); //      cmp byte [0x600], WORD
+    code.extend([0x75, 0xf5]); //                                    jne the pause
+    code
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use umbra_mmu::TlbKind;
 
+use crate::board;
 use crate::boot::notes::Notes;
 use crate::pressure::PressureArgs;
 use crate::swap::{Fault, parse_fault};
@@ -161,6 +162,9 @@ pub struct RunArgs {
     /// How vCPUs are made to forget pages that go to swap, where the backend is kvm.
     #[arg(long, value_enum, default_value = "auto")]
     pub shootdown: Shootdown,
+    /// The guest's CPUs, 1 to 64, each on a thread of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=board::VCPUS_MAX as i64))]
+    pub vcpus: u32,
     /// Guest memory, 2M to 16G, in whole pages.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
     pub mem: u64,
@@ -261,6 +265,9 @@ pub struct ExplainArgs {
     /// The socket of the running guest.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
+    /// The CPU whose address space is asked about.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub vcpu: u32,
     /// A guest linear address, decimal or 0x hexadecimal.
     #[arg(value_parser = parse_address)]
     pub gva: u32,

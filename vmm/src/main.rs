@@ -71,7 +71,7 @@ fn doctor(args: &DoctorArgs) -> u8 {
 }
 
 fn explain(args: &ExplainArgs) -> u8 {
-    match vm::ask::ask_explain(&args.qmp, args.gva) {
+    match vm::ask::ask_explain(&args.qmp, args.vcpu, args.gva) {
         Ok(lines) => {
             let mut out = io::stdout().lock();
             let _ = writeln!(out, "gva {:#x}", args.gva);

@@ -53,6 +53,7 @@ mod pic;
 mod pit;
 mod rtc;
 mod serial;
+mod tables;
 mod time;
 mod vectors;
 mod virtio;
@@ -60,6 +61,7 @@ mod virtio;
 pub use exits::{BoardExit, ResetCause};
 pub use lapic::Signals;
 pub use memory_map::{MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryMap, MemorySizeError, RangeKind};
+pub use tables::firmware_tables;
 pub use time::Nanos;
 pub use virtio::{
     CONFIG_BYTES_MAX, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QUEUES_MAX, QueueConfig,
@@ -180,7 +182,7 @@ impl Board {
     pub fn reset(&mut self, now: Nanos) {
         self.advance(now);
         let ipis_sent = self.bus.ipis_sent;
-        self.bus = ApicBus::new(self.bus.lapics().len());
+        self.bus = ApicBus::new(self.vcpus());
         self.bus.ipis_sent = ipis_sent;
         self.ioapics = [IoApic::new(), IoApic::new()];
         self.pic = PicPair::new();
@@ -191,6 +193,16 @@ impl Board {
         self.virtio.reset();
         self.woken = 0;
         self.settle();
+    }
+
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> usize {
+        self.bus.lapics().len()
+    }
+
+    /// True while there are signals for `vcpu` that it has not taken.
+    pub fn has_signals(&self, vcpu: usize) -> bool {
+        self.bus.lapic(vcpu).is_some_and(|lapic| !lapic.signals().is_empty())
     }
 
     /// The pages that belong to devices, ascending. The rest of what is not memory belongs to nobody.
@@ -504,11 +516,8 @@ impl Board {
     /// vCPUs (bit n: number n) that have an interrupt or a signal since they last took one, each named once: those
     /// that may have to be kicked or woken.
     pub fn take_wakes(&mut self) -> u64 {
-        let waiting = (0..self.bus.lapics().len())
-            .filter(|&vcpu| {
-                let signals = self.bus.lapic(vcpu).is_some_and(|lapic| !lapic.signals().is_empty());
-                signals || self.interrupt_pending(vcpu)
-            })
+        let waiting = (0..self.vcpus())
+            .filter(|&vcpu| self.has_signals(vcpu) || self.interrupt_pending(vcpu))
             .fold(0, |mask, vcpu| mask | 1 << vcpu);
         let fresh = waiting & !self.woken;
         self.woken = waiting;

@@ -30,7 +30,7 @@ pub const HYPERVISOR_SIGNATURE: &[u8; 12] = b"UmbraUmbra  ";
 const VENDOR: &[u8; 12] = b"GenuineIntel";
 const BRAND: &[u8; 48] = b"Umbra shadow-paged 32-bit CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 /// Family 6, model 6, stepping 3.
-const SIGNATURE: u32 = 0x663;
+pub const SIGNATURE: u32 = 0x663;
 const BASIC_LEAF_MAX: u32 = 7;
 const HYPERVISOR_LEAF_MAX: u32 = 0x4000_0000;
 const EXTENDED_LEAF_MAX: u32 = 0x8000_0008;

@@ -7,6 +7,12 @@
 
 use super::Fpu;
 
+/// Index of EDX in [`CpuState::gpr`].
+const EDX: usize = 2;
+/// IA32_APIC_BASE after reset, and its bit that says "boot processor".
+const APIC_BASE_DEFAULT: u64 = 0xfee0_0800;
+const APIC_BASE_BSP: u64 = 1 << 8;
+
 /// A segment register by its encoding in ModRM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seg {
@@ -178,7 +184,7 @@ impl CpuState {
             cr4: 0,
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             msrs: Msrs {
-                apic_base: 0xfee0_0900,
+                apic_base: APIC_BASE_DEFAULT | APIC_BASE_BSP,
                 pat: 0x0007_0406_0007_0406,
                 misc_enable: 1,
                 ..Msrs::default()
@@ -189,6 +195,55 @@ impl CpuState {
             interrupt_shadow: false,
             nmi_blocked: false,
         }
+    }
+
+    /// CPU `id` as RESET leaves it: in real mode at the firmware's first instruction. The first is the boot processor.
+    ///
+    /// See: Intel SDM vol. 3A, table 10-1.
+    pub fn reset(id: u32) -> CpuState {
+        let segment = |selector: u16, attributes| Segment {
+            selector,
+            base: u32::from(selector) << 4,
+            limit: 0xffff,
+            attributes,
+            unusable: false,
+        };
+        let data = segment(0, 0x93);
+        let code = Segment { base: 0xffff_0000, ..segment(0xf000, 0x9b) };
+        let bsp = if id == 0 { APIC_BASE_BSP } else { 0 };
+        let mut gpr = [0; 8];
+        gpr[EDX] = super::cpuid::SIGNATURE;
+        let after_multiboot = CpuState::flat_protected_mode(0xfff0);
+        CpuState {
+            gpr,
+            seg: [data, code, data, data, data, data],
+            ldtr: Segment { unusable: true, ..segment(0, 0x82) },
+            tr: segment(0, 0x8b),
+            gdtr: TableRegister { base: 0, limit: 0xffff },
+            idtr: TableRegister { base: 0, limit: 0xffff },
+            cr0: cr0::CD | cr0::NW | cr0::ET,
+            msrs: Msrs { apic_base: APIC_BASE_DEFAULT | bsp, ..after_multiboot.msrs },
+            ..after_multiboot
+        }
+    }
+
+    /// The same CPU after an INIT, which keeps the FPU, the caches' mode and the MSRs but EFER.
+    pub fn after_init(&self, id: u32) -> CpuState {
+        let reset = CpuState::reset(id);
+        let kept = cr0::CD | cr0::NW;
+        CpuState {
+            cr0: reset.cr0 & !kept | self.cr0 & kept,
+            msrs: Msrs { efer: 0, ..self.msrs },
+            fpu: self.fpu.clone(),
+            ..reset
+        }
+    }
+
+    /// A start-up: the CPU begins at the first byte of the page with this number.
+    pub fn start_up(&mut self, page: u8) {
+        let code = &mut self.seg[Seg::Cs as usize];
+        (code.selector, code.base) = (u16::from(page) << 8, u32::from(page) << 12);
+        self.eip = 0;
     }
 
     /// One segment register.

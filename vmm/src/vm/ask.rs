@@ -36,18 +36,18 @@ pub struct Refused {
     pub desc: String,
 }
 
-/// Asks the guest behind `socket` why `gva` is mapped as it is.
+/// Asks the guest behind `socket` why `gva` is mapped as it is on `vcpu`.
 ///
 /// # Errors
 ///
 /// A sentence that says what went wrong and what to do.
-pub fn ask_explain(socket: &Path, gva: u32) -> Result<Vec<String>, String> {
-    ask(socket, gva, PATIENCE)
+pub fn ask_explain(socket: &Path, vcpu: u32, gva: u32) -> Result<Vec<String>, String> {
+    ask(socket, vcpu, gva, PATIENCE)
 }
 
-fn ask(socket: &Path, gva: u32, patience: Duration) -> Result<Vec<String>, String> {
+fn ask(socket: &Path, vcpu: u32, gva: u32, patience: Duration) -> Result<Vec<String>, String> {
     let mut connection = Connection::open(socket, patience)?;
-    let answer = connection.call("x-explain", &json!({ "gva": gva }))?;
+    let answer = connection.call("x-explain", &json!({ "gva": gva, "vcpu": vcpu }))?;
     let lines = answer.pointer("/lines").and_then(Value::as_array);
     let lines = lines.ok_or_else(|| format!("{} sent no explanation; is it Umbra's?", socket.display()))?;
     Ok(lines.iter().filter_map(Value::as_str).map(printable).collect())
@@ -196,7 +196,7 @@ mod tests {
             // Until the client goes.
             let _ = io::copy(&mut stream, &mut io::sink());
         });
-        let result = ask(&path, 0x1000, patience);
+        let result = ask(&path, 0, 0x1000, patience);
         server.join().expect("the server");
         result
     }
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn no_server_says_how_to_start_one() {
-        let missing = ask(Path::new("/nonexistent/s"), 0, SHORT);
+        let missing = ask(Path::new("/nonexistent/s"), 0, 0, SHORT);
         assert!(missing.is_err_and(|text| text.contains("--qmp")));
     }
 }

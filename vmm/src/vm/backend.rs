@@ -85,21 +85,21 @@ fn reason(probe: &Quick) -> String {
     format!("backend=kvm: {}{faster}", probe.verdict())
 }
 
-/// What runs the guest's vCPU.
+/// What runs the guest's vCPUs.
 pub enum Runner {
     /// KVM.
     Kvm {
         /// The VM.
         vm: Arc<KvmVm>,
-        /// Its vCPU.
-        kvm: Box<KvmVcpu>,
+        /// Its vCPUs, in order.
+        vcpus: Vec<KvmVcpu>,
         /// What its KVM is like.
         probe: Quick,
-        /// What interprets the guest's kernel, if that is not to run natively.
-        supervisor: Option<Soft>,
+        /// What interprets the guest's kernel, one for each vCPU, if that is not to run natively.
+        supervisors: Option<Vec<Soft>>,
     },
-    /// The interpreter.
-    Soft(Soft),
+    /// The interpreter, one for each vCPU.
+    Soft(Vec<Soft>),
 }
 
 impl Runner {
@@ -109,11 +109,12 @@ impl Runner {
     ///
     /// When the host refuses.
     pub fn new(plan: Plan, pool: &Arc<Pool>, vcpus: u32, interpret: bool) -> Result<Runner, RunError> {
-        let Chosen::Kvm(host, probe) = plan.chosen else { return Ok(Runner::Soft(Soft::default())) };
+        let interpreters = || (0..vcpus).map(|_| Soft::default()).collect();
+        let Chosen::Kvm(host, probe) = plan.chosen else { return Ok(Runner::Soft(interpreters())) };
         let options = Options { vcpus, ..Options::default() };
         let vm = Arc::new(KvmVm::new(&host, Arc::clone(pool), options)?);
-        let kvm = Box::new(vm.create_vcpu(0)?);
-        Ok(Runner::Kvm { vm, kvm, probe, supervisor: interpret.then(Soft::default) })
+        let vcpus = (0..vcpus).map(|id| vm.create_vcpu(id)).collect::<Result<_, _>>()?;
+        Ok(Runner::Kvm { vm, vcpus, probe, supervisors: interpret.then(interpreters) })
     }
 
     /// Its name on the command line.
@@ -126,7 +127,7 @@ impl Runner {
 
     /// True where the guest's kernel runs at CPL 3.
     pub fn is_native(&self) -> bool {
-        matches!(self, Runner::Kvm { supervisor: None, .. })
+        matches!(self, Runner::Kvm { supervisors: None, .. })
     }
 
     /// Frames at the start of the machine that are the firmware's.
@@ -145,20 +146,29 @@ impl Runner {
         }
     }
 
-    /// How the vCPU is kicked.
-    pub fn kick(&self) -> Box<dyn Kick> {
+    /// How each vCPU is kicked, in order.
+    pub fn kicks(&self) -> Vec<Box<dyn Kick>> {
         match self {
-            Runner::Kvm { kvm, supervisor: None, .. } => Box::new(kvm.kicker()),
-            Runner::Kvm { kvm, supervisor: Some(soft), .. } => Box::new(Both(kvm.kicker(), soft.attention())),
-            Runner::Soft(soft) => Box::new(soft.attention()),
+            Runner::Kvm { vcpus, supervisors: None, .. } => {
+                vcpus.iter().map(|kvm| -> Box<dyn Kick> { Box::new(kvm.kicker()) }).collect()
+            }
+            Runner::Kvm { vcpus, supervisors: Some(softs), .. } => {
+                let both = |(kvm, soft): (&KvmVcpu, &Soft)| -> Box<dyn Kick> {
+                    Box::new(Both(kvm.kicker(), soft.attention()))
+                };
+                vcpus.iter().zip(softs).map(both).collect()
+            }
+            Runner::Soft(softs) => {
+                softs.iter().map(|soft| -> Box<dyn Kick> { Box::new(soft.attention()) }).collect()
+            }
         }
     }
 
-    /// How the host takes frames away from the vCPU; `None` where it does not know of all its translations.
+    /// How the host takes frames away from the vCPUs; `None` where it does not know of all their translations.
     pub fn notifier(&self) -> Option<Notifier> {
         match self {
-            Runner::Kvm { vm, supervisor: None, .. } => Some(Notifier::new(Arc::clone(vm))),
-            Runner::Kvm { supervisor: Some(_), .. } | Runner::Soft(_) => None,
+            Runner::Kvm { vm, supervisors: None, .. } => Some(Notifier::new(Arc::clone(vm))),
+            Runner::Kvm { supervisors: Some(_), .. } | Runner::Soft(_) => None,
         }
     }
 
@@ -166,7 +176,7 @@ impl Runner {
     pub fn choose_shootdown(&self, wanted: cli::Shootdown, ledger: &Coherence) -> &'static str {
         const KICK: &str = "kick";
         const NOTIFIER: &str = "notifier";
-        let Runner::Kvm { probe, supervisor: None, .. } = self else {
+        let Runner::Kvm { probe, supervisors: None, .. } = self else {
             if wanted == cli::Shootdown::Notifier {
                 log::warn!("--shootdown notifier: a vCPU with a software TLB is kicked all the same");
             }
@@ -191,12 +201,12 @@ impl Runner {
         }
     }
 
-    /// The MMU's side of the vCPU.
+    /// The MMU's side of vCPU `id`.
     pub fn mmu_vcpu(&self, mmu: &Mmu, id: u32, tlb: cli::Tlb) -> Vcpu {
         match self {
-            Runner::Kvm { supervisor, .. } => {
+            Runner::Kvm { supervisors, .. } => {
                 let mut vcpu = mmu.vcpu(id);
-                if supervisor.is_some() {
+                if supervisors.is_some() {
                     vcpu.add_tlb(tlb.into());
                 }
                 vcpu
@@ -205,14 +215,20 @@ impl Runner {
         }
     }
 
-    /// What the vCPU's loop runs.
-    pub fn into_backend(self, mmu: &Mmu) -> Box<dyn Backend> {
+    /// What the loops of the vCPUs run, in order.
+    pub fn into_backends(self, mmu: &Mmu) -> Vec<Box<dyn Backend>> {
         match self {
-            Runner::Kvm { vm, kvm, probe, supervisor } => {
-                let flusher = Flusher::new(probe.translation, vm, mmu);
-                Box::new(Native::new(*kvm, flusher, supervisor))
+            Runner::Kvm { vm, vcpus, probe, supervisors } => {
+                let flusher = Arc::new(Flusher::new(probe.translation, vm, mmu));
+                let mut supervisors = supervisors.unwrap_or_default().into_iter();
+                let native = |kvm| -> Box<dyn Backend> {
+                    Box::new(Native::new(kvm, Arc::clone(&flusher), supervisors.next()))
+                };
+                vcpus.into_iter().map(native).collect()
             }
-            Runner::Soft(soft) => Box::new(soft),
+            Runner::Soft(softs) => {
+                softs.into_iter().map(|soft| -> Box<dyn Backend> { Box::new(soft) }).collect()
+            }
         }
     }
 }

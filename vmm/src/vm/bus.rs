@@ -35,6 +35,8 @@ use crate::interp::{Bus, BusError, Exception, Width};
 pub struct Aftermath {
     /// The guest's descriptor tables may have changed: their translation is stale.
     pub descriptors: bool,
+    /// A page of somebody's descriptor tables was stored to.
+    pub watched: bool,
     /// INVLPG: the translation of this page is. Of several pages, `descriptors` says so.
     pub invalidated: Option<Gva>,
     /// [`BusError::Again`] was answered because a page cannot be had: the run must end.
@@ -306,11 +308,18 @@ impl<'a> GuestBus<'a> {
         }
     }
 
+    /// After a store by walk. Who begins to watch a page reads it after that: either it sees the store, or this the watch.
+    fn note_store(&mut self, gpa: Gpa) {
+        self.aftermath.watched |= self.mmu.is_watched(gpa.gfn());
+    }
+
     fn store(&mut self, gpa: Gpa, width: Width, value: u64) -> Result<(), BusError> {
-        self.aftermath.descriptors |= self.mmu.is_watched(gpa.gfn());
         loop {
             match self.mmu.store(self.vcpu.window(), gpa, width.into(), value) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.note_store(gpa);
+                    return Ok(());
+                }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
                 Err(Beyond::Device(gpa)) => {
                     self.board(|board, now, id| board.mmio_write(now, id, gpa, width, value));
@@ -391,10 +400,12 @@ impl GuestBus<'_> {
             self.write(gva, width, change(old), Access::write(user))?;
             return Ok(old);
         };
-        self.aftermath.descriptors |= self.mmu.is_watched(gpa.gfn());
         loop {
             match self.mmu.update(self.vcpu.window(), gpa, width.into(), change) {
-                Ok(old) => return Ok(old),
+                Ok(old) => {
+                    self.note_store(gpa);
+                    return Ok(old);
+                }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
                 Err(Beyond::Device(_)) => {
                     let old = self.load(gpa, width)?;

@@ -29,7 +29,7 @@ impl Rig {
     fn with_frames(tlb: Tlb, frames: u32) -> Rig {
         let memory = MemoryMap::new(2 << 20).expect("a map");
         let board = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
-        let devices = Devices::new(Board::new(board).expect("a board"), 1).expect("a timer");
+        let devices = Devices::new(Board::new(board).expect("a board")).expect("a timer");
         let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(PAGES) };
         let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
         let vcpu = match tlb {
@@ -168,12 +168,12 @@ fn a_store_to_a_watched_page_makes_descriptors_stale() {
         assert_eq!(rig.mmu.watch(&rig.vcpu, Gfn(4)), Ok(true));
         let mut bus = rig.bus();
         bus.write(Gva(0x3ff0), Width::B4, 1, WRITE).expect("memory");
-        assert!(!bus.aftermath.descriptors);
+        assert!(!bus.aftermath.watched);
         bus.write(Gva(0x3ffe), Width::B4, 1, WRITE).expect("memory");
-        assert!(bus.into_aftermath().descriptors, "by its second half");
+        assert!(bus.into_aftermath().watched, "by its second half");
         let mut bus = rig.bus();
         bus.update(Gva(0x4008), Width::B4, false, &mut |old| old | 1).expect("memory");
-        assert!(bus.aftermath.descriptors);
+        assert!(bus.aftermath.watched);
     }
 }
 

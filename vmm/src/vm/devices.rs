@@ -52,7 +52,7 @@ impl Waker {
     }
 
     /// Sleeps until woken; for the vCPU's own thread. A wake since the last sleep ends it at once.
-    pub fn sleep(&self) {
+    fn sleep(&self) {
         let mut woken = lock(&self.woken);
         while !*woken {
             woken = self.changed.wait(woken).unwrap_or_else(PoisonError::into_inner);
@@ -78,6 +78,17 @@ pub struct Devices {
 /// Guest time goes on.
 const GOING: u64 = u64::MAX;
 
+/// What a vCPU that has nothing to run is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nap {
+    /// Look at the board again: there is something for it.
+    None,
+    /// Sleep: somebody may wake it.
+    Until,
+    /// No vCPU runs, and nothing can wake one.
+    ForEver,
+}
+
 struct State {
     board: Board,
     /// The latest time that the board was told: it never goes back, though callers' clocks may differ a little.
@@ -85,6 +96,8 @@ struct State {
     timer: TimerFd,
     /// What the timer is set to.
     deadline: Option<Nanos>,
+    /// By vCPU: that it sleeps, and whether an interrupt would wake it.
+    asleep: Box<[Option<bool>]>,
 }
 
 impl Devices {
@@ -93,17 +106,29 @@ impl Devices {
     /// # Errors
     ///
     /// When the host has no timer descriptor left.
-    pub fn new(board: Board, vcpus: u32) -> io::Result<Devices> {
+    pub fn new(board: Board) -> io::Result<Devices> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
+        let vcpus = board.vcpus();
         Ok(Devices {
             alarm: timer.as_raw_fd(),
-            state: Mutex::new(State { board, latest: Nanos(0), timer, deadline: None }),
+            state: Mutex::new(State {
+                board,
+                latest: Nanos(0),
+                timer,
+                deadline: None,
+                asleep: vec![None; vcpus].into(),
+            }),
             started: Instant::now(),
             stood: AtomicU64::new(0),
             frozen: AtomicU64::new(GOING),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
             bells: Default::default(),
         })
+    }
+
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> u32 {
+        self.wakers.len() as u32
     }
 
     /// Guest time.
@@ -190,6 +215,36 @@ impl Devices {
         named.filter_map(|(_, bell)| bell.get()).for_each(|bell| bell.ring());
     }
 
+    /// Makes every vCPU leave the guest, or end its sleep.
+    pub fn wake_all(&self) {
+        self.wakers.iter().for_each(Waker::wake);
+    }
+
+    /// Sleeps until somebody wakes `vcpu`, on whose thread this is. A wake since the last sleep ends it at once.
+    pub fn sleep(&self, vcpu: u32) {
+        self.waker(vcpu).sleep();
+        lock(&self.state).asleep[vcpu as usize] = None;
+    }
+
+    /// What `vcpu` is to do, which has nothing to run; `open` where an interrupt would wake it, and not only an NMI or an INIT.
+    /// If it is [`Nap::Until`], [`Devices::sleep`] comes next.
+    pub fn nap(&self, vcpu: u32, open: bool) -> Nap {
+        let mut state = lock(&self.state);
+        state.asleep[vcpu as usize] = Some(open);
+        let State { board, asleep, .. } = &*state;
+        // Who sleeps and has not been woken yet has its reason on the board.
+        let woken = |id: usize, open: bool| board.has_signals(id) || open && board.interrupt_pending(id);
+        let idle = board.next_deadline().is_none() && !board.virtio_owes();
+        let hopeless = |(id, asleep): (usize, &Option<bool>)| {
+            asleep.is_some_and(|open| !woken(id, open) && (!open || idle))
+        };
+        if woken(vcpu as usize, open) {
+            state.asleep[vcpu as usize] = None;
+            return Nap::None;
+        }
+        if asleep.iter().enumerate().all(hopeless) { Nap::ForEver } else { Nap::Until }
+    }
+
     /// The waker of one vCPU.
     pub fn waker(&self, vcpu: u32) -> &Waker {
         &self.wakers[vcpu as usize]
@@ -257,7 +312,7 @@ mod tests {
     fn devices() -> Arc<Devices> {
         let memory = MemoryMap::new(2 << 20).expect("a map");
         let config = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
-        Arc::new(Devices::new(Board::new(config).expect("a board"), 1).expect("a timer"))
+        Arc::new(Devices::new(Board::new(config).expect("a board")).expect("a timer"))
     }
 
     fn apic(devices: &Devices, register: u64, value: u64) {
@@ -278,7 +333,7 @@ mod tests {
         let (tell, told) = channel();
         let devices = Arc::clone(devices);
         thread::spawn(move || {
-            devices.waker(0).sleep();
+            devices.sleep(0);
             let _ = tell.send(());
         });
         told
@@ -310,7 +365,7 @@ mod tests {
     #[test]
     fn a_timer_that_runs_out_wakes_its_sleeping_vcpu_each_time() {
         let devices = devices();
-        let ending = Ending::new(Arc::clone(&devices), 1);
+        let ending = Ending::new(Arc::clone(&devices));
         let events = EventLoop::start(Arc::clone(&devices), ending, None, Vec::new()).expect("a loop");
         start_timer(&devices, 1 << 17, 1_000_000);
         for round in 0..3 {
@@ -337,7 +392,7 @@ mod tests {
     fn time_that_the_guest_stands_still_is_no_guest_time_and_rings_no_alarm() {
         const STOP: Duration = Duration::from_millis(300);
         let devices = devices();
-        let ending = Ending::new(Arc::clone(&devices), 1);
+        let ending = Ending::new(Arc::clone(&devices));
         let events = EventLoop::start(Arc::clone(&devices), ending, None, Vec::new()).expect("a loop");
         devices.freeze();
         start_timer(&devices, 0, 1_000_000);
@@ -356,7 +411,7 @@ mod tests {
     #[test]
     fn a_time_limit_ends_the_run_and_wakes_who_sleeps() {
         let devices = devices();
-        let ending = Ending::new(Arc::clone(&devices), 1);
+        let ending = Ending::new(Arc::clone(&devices));
         let asleep = sleeper(&devices);
         let limit = Duration::from_millis(5);
         let events = EventLoop::start(devices, ending.clone(), Some(limit), Vec::new()).expect("a loop");

@@ -56,7 +56,7 @@ pub enum End {
         /// What it said.
         why: String,
     },
-    /// The vCPU waits for an interrupt that can never come.
+    /// Every vCPU waits for an interrupt that can never come; the state of one of them.
     Stuck(Box<CpuState>),
 }
 
@@ -141,19 +141,18 @@ impl fmt::Display for End {
 pub struct Ending {
     end: Arc<Mutex<Option<End>>>,
     devices: Arc<Devices>,
-    vcpus: u32,
 }
 
 impl Ending {
     /// Not ended yet.
-    pub fn new(devices: Arc<Devices>, vcpus: u32) -> Ending {
-        Ending { end: Arc::default(), devices, vcpus }
+    pub fn new(devices: Arc<Devices>) -> Ending {
+        Ending { end: Arc::default(), devices }
     }
 
     /// Ends the run, unless it has ended, and makes every vCPU look up.
     pub fn set(&self, end: End) {
         self.lock().get_or_insert(end);
-        (0..self.vcpus).for_each(|vcpu| self.devices.waker(vcpu).wake());
+        self.devices.wake_all();
     }
 
     /// Does the work of one of Umbra's own threads. If it panics, the run ends.

@@ -6,7 +6,7 @@
 //! `madvise(MADV_DONTNEED)` on its host page, and when a table was unlinked everything is, by a memory slot that
 //! comes and goes.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use umbra_mmu::Mmu;
 
@@ -18,16 +18,18 @@ use crate::probe::Translation;
 pub struct Flusher {
     /// `None` where a flush at entry is enough.
     notifier: Option<Notifier>,
+    /// Held from the taking of a list of removals to their end: a vCPU that finds the list taken may only go on when they are over.
+    dropping: Mutex<()>,
 }
 
 impl Flusher {
     /// Flushes as this host's KVM needs it.
     pub fn new(translation: Translation, vm: Arc<KvmVm>, mmu: &Mmu) -> Flusher {
         if translation == Translation::FlushSuffices {
-            return Flusher { notifier: None };
+            return Flusher { notifier: None, dropping: Mutex::default() };
         }
         mmu.coherence().log_removals();
-        Flusher { notifier: Some(Notifier::new(vm)) }
+        Flusher { notifier: Some(Notifier::new(vm)), dropping: Mutex::default() }
     }
 
     /// True when the vCPU itself must flush as it enters.
@@ -42,7 +44,10 @@ impl Flusher {
     /// When the host refuses.
     pub fn before_entry(&self, mmu: &Mmu) -> Result<(), KvmError> {
         match &self.notifier {
-            Some(notifier) => notifier.drop_removed(&mmu.coherence().take_removals()),
+            Some(notifier) => {
+                let _dropping = self.dropping.lock().unwrap_or_else(PoisonError::into_inner);
+                notifier.drop_removed(&mmu.coherence().take_removals())
+            }
             None => Ok(()),
         }
     }

@@ -32,7 +32,7 @@ impl Guest {
     pub fn new(config: Config, frames: u32, tlb: TlbKind) -> io::Result<Guest> {
         let memory = MemoryMap::new(MEMORY_BYTES_MIN).map_err(io::Error::other)?;
         let board = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
-        let devices = Devices::new(Board::new(board).map_err(io::Error::other)?, 1)?;
+        let devices = Devices::new(Board::new(board).map_err(io::Error::other)?)?;
         let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
         let vcpu = mmu.soft_vcpu(0, tlb);
         Ok(Guest { cpu: CpuState::flat_protected_mode(0), mmu, vcpu, devices, time: Nanos(0) })

@@ -53,11 +53,13 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicI32;
+use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
-use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use ending::End;
 pub use live::Screen;
@@ -67,9 +69,9 @@ pub use sink::{JsonSink, PlotSink};
 pub use summary::Summary;
 pub use vcpu::VcpuStats;
 
-use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
+use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError, firmware_tables};
 use crate::boot::notes::Notes;
-use crate::boot::{BootRequest, Image, ImageError, Module};
+use crate::boot::{BootRequest, GuestMemorySink, Image, ImageError, MemoryError, Module};
 use crate::cli::{RunArgs, Window};
 use crate::cpu::CpuState;
 use crate::kvm::{HostError, KvmError};
@@ -92,7 +94,7 @@ use requests::Requests;
 use serial::{Console, FirstByte};
 use series::Recorder;
 use stops::Stops;
-use vcpu::{Core, Surroundings};
+use vcpu::{Backend, Core, Surroundings};
 use virtio::{GuestBalloon, VirtioDevices};
 
 /// The largest file that is read as an image or a module.
@@ -101,8 +103,6 @@ pub const FILE_BYTES_MAX: u64 = 256 << 20;
 const SPARE_FRAMES: u64 = 64;
 /// How long a reader of the guest's output that stands still may hold up the end of a run that has a time limit.
 const READER_PATIENCE: Duration = Duration::from_secs(1);
-/// vCPUs of a guest.
-const VCPUS: u32 = 1;
 
 /// Why a guest could not be run at all. Each is a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -150,6 +150,16 @@ pub enum RunError {
     /// A disk cannot be had.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The tables for the guest's kernel cannot be written.
+    #[error("writing {bytes} bytes of ACPI and MP tables to guest-physical {at:#x}: {source}")]
+    Tables {
+        /// Where.
+        at: u32,
+        /// How many bytes.
+        bytes: usize,
+        /// Why.
+        source: MemoryError,
+    },
     /// /dev/kvm cannot be used.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -242,9 +252,9 @@ impl Guest {
         let overcommit = Overcommit::new(args);
         let config = config_of(args, &memory, &overcommit);
         let pool = Arc::new(build_pool(args, &plan, &config)?);
-        let runner = Runner::new(plan, &pool, VCPUS, args.supervisor.interprets(image.notes()))?;
+        let runner = Runner::new(plan, &pool, args.vcpus, args.supervisor.interprets(image.notes()))?;
         let (devices, first_byte) = build_devices(args, memory, screen)?;
-        devices.waker(0).set_kicker(runner.kick());
+        (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
         let mmu = Arc::new(overcommit.apply(build_mmu(config, &runner, &pool), args)?);
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
@@ -257,6 +267,9 @@ impl Guest {
         let modules: Vec<_> =
             modules.iter().map(|(line, data)| Module { command_line: line, data }).collect();
         let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
+        let (at, tables) = firmware_tables(args.vcpus as usize);
+        let written = BootMemory::new(&mmu).write(Gpa(at.into()), &tables);
+        written.map_err(|source| RunError::Tables { at, bytes: tables.len(), source })?;
         let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
         let (notes, screen) = (*image.notes(), screen.clone());
         Ok(Guest {
@@ -286,14 +299,17 @@ impl Guest {
                  --supervisor native to have it interpreted"
             );
         }
-        let ending = Ending::new(Arc::clone(&self.devices), VCPUS);
+        let ending = Ending::new(Arc::clone(&self.devices));
         let news = Arc::new(News::default());
+        let devices = Arc::clone(&self.devices);
         let around = Surroundings {
             mmu: Arc::clone(&self.mmu),
-            devices: Arc::clone(&self.devices),
+            devices: Arc::clone(&devices),
             ending: ending.clone(),
-            requests: Arc::new(Requests::default()),
-            stops: Arc::new(Stops::new(Arc::clone(&news))),
+            requests: Arc::new(Requests::new(args.vcpus)),
+            stops: Arc::new(Stops::new(devices, Arc::clone(&news))),
+            watches: Arc::default(),
+            threads: (0..args.vcpus).map(|_| AtomicI32::new(0)).collect(),
         };
         let mut subscribers = self.subscribers(args, &around, &news)?;
         let recorder = self.recorder(args);
@@ -305,10 +321,13 @@ impl Guest {
             .map_err(RunError::Setup)?;
         let workers = self.virtio.start(&self.mmu, &ending).map_err(RunError::Setup)?;
         let ways = (self.runner.name(), self.shootdown);
-        let mut core = Core::new(self.start, self.runner.mmu_vcpu(&self.mmu, 0, args.tlb), around);
-        let mut backend = self.runner.into_backend(&self.mmu);
+        let mut start = Some(self.start);
+        let core =
+            |id| Core::new(start.take(), self.runner.mmu_vcpu(&self.mmu, id, args.tlb), around.clone());
+        let mut cores: Vec<_> = (0..args.vcpus).map(core).collect();
+        let mut backends = self.runner.into_backends(&self.mmu);
         let guest_started = micros();
-        core.run(&mut *backend);
+        run_vcpus(&mut cores, &mut backends, &ending).map_err(RunError::Setup)?;
         if let Some(cause) = ending.shutdown_cause() {
             news.shutdown(cause);
         }
@@ -319,11 +338,11 @@ impl Guest {
         let end = ending.take().unwrap_or(End::Quit);
         // Before the witnesses are heard: they bring pages in.
         let series = recorder.map(|recorder| recorder.finish());
-        let judged = judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &core, guest_started);
+        let judged = judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &cores, guest_started);
         Ok(Summary { series, disks, balloon, ..judged })
     }
 
-    /// What the event loop serves beside the board. On the thread that will be the vCPU's.
+    /// What the event loop serves beside the board.
     fn subscribers(
         &self,
         args: &RunArgs,
@@ -345,7 +364,7 @@ impl Guest {
     }
 
     fn controls(&self, args: &RunArgs, around: Surroundings, news: Arc<News>) -> Controls {
-        let Surroundings { mmu, devices, ending, requests, stops } = around;
+        let Surroundings { mmu, devices, ending, requests, stops, threads, .. } = around;
         Controls {
             ending,
             requests,
@@ -355,7 +374,7 @@ impl Guest {
             balloon: Some(Arc::new(GuestBalloon::new(self.virtio.balloon(), args.mem, &news))),
             news,
             name: args.name.clone(),
-            vcpu_thread: rustix::thread::gettid().as_raw_nonzero().get(),
+            threads,
             swap: self.overcommit.schedule.is_some(),
             answer_wait: ANSWER_WAIT,
             attempts: Attempts::default(),
@@ -370,6 +389,31 @@ impl Guest {
     }
 }
 
+/// Runs all vCPUs until the run ends: the first on this thread, each other on one of its own.
+fn run_vcpus(cores: &mut [Core], backends: &mut [Box<dyn Backend>], ending: &Ending) -> io::Result<()> {
+    thread::scope(|scope| {
+        let mut vcpus = cores.iter_mut().zip(backends);
+        let first = vcpus.next();
+        for (core, backend) in vcpus {
+            let named = thread::Builder::new().name(format!("vcpu {}", core.mmu_vcpu.id()));
+            if let Err(error) = named.spawn_scoped(scope, move || run_vcpu(core, &mut **backend, ending)) {
+                ending.set(End::Quit);
+                return Err(error);
+            }
+        }
+        if let Some((core, backend)) = first {
+            run_vcpu(core, &mut **backend, ending);
+        }
+        Ok(())
+    })
+}
+
+fn run_vcpu(core: &mut Core, backend: &mut dyn Backend, ending: &Ending) {
+    ending.watch("vCPU", || core.run(backend));
+    // Had it panicked inside the guest, all others would wait for it for ever.
+    core.mmu.coherence().leave_guest(core.mmu_vcpu.id());
+}
+
 /// The MMU of a guest with `memory`, before there is firmware.
 fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Config {
     Config {
@@ -379,13 +423,13 @@ fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Con
         shadow_pages_max: args.shadow_pages,
         roots_max: overcommit.roots_max,
         firmware_entry: 0,
-        vcpus: VCPUS,
+        vcpus: args.vcpus,
     }
 }
 
 /// Its machine.
 fn build_pool(args: &RunArgs, plan: &Plan, config: &Config) -> Result<Pool, RunError> {
-    let (firmware, tables) = (plan.firmware_frames(VCPUS)?, u64::from(config.table_frames_max()));
+    let (firmware, tables) = (plan.firmware_frames(args.vcpus)?, u64::from(config.table_frames_max()));
     let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
     Ok(match args.window {
         Window::Pinned => Pool::new(frames)?,
@@ -408,11 +452,11 @@ fn build_devices(
     let (console, first_byte) = console.map_err(RunError::Setup)?;
     let board = Board::new(BoardConfig {
         memory,
-        vcpus: VCPUS as usize,
+        vcpus: args.vcpus as usize,
         serial: Box::new(console),
         epoch_seconds: epoch_seconds(),
     })?;
-    Ok((Arc::new(Devices::new(board, VCPUS).map_err(RunError::Setup)?), first_byte))
+    Ok((Arc::new(Devices::new(board).map_err(RunError::Setup)?), first_byte))
 }
 
 /// The MMU over the pool, of which the runner's firmware has its part.
@@ -422,7 +466,7 @@ fn build_mmu(config: Config, runner: &Runner, pool: &Arc<Pool>) -> Mmu {
         firmware_entry: runner.firmware_entry(),
         ..config
     };
-    let kicks = Kicks::new(vec![runner.kick()], runner.notifier());
+    let kicks = Kicks::new(runner.kicks(), runner.notifier());
     let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(kicks))
         .with_clock(Box::new(HostClock))
         .with_host(Box::new(PoolHost(Arc::clone(pool))));
@@ -438,10 +482,15 @@ fn judge(
     notes: &Notes,
     first_byte: &FirstByte,
     end: &End,
-    core: &Core,
+    cores: &[Core],
     guest_started: u64,
 ) -> Summary {
     let ended = micros();
+    let counts = cores
+        .iter()
+        .map(Core::counts)
+        .reduce(|(ours, faults), (more, others)| (ours.plus(more), faults.plus(others)));
+    let (vcpu, faults) = counts.unwrap_or_default();
     let (regions, witness_error) = witness::hear(mmu, &LocalStack::new(Context::Host), notes, end);
     let audit = mmu.audit();
     let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
@@ -456,8 +505,9 @@ fn judge(
         regions,
         witness_error,
         audit,
-        faults: core.mmu_vcpu.stats().into(),
-        vcpu: core.stats.into(),
+        vcpus: cores.len(),
+        faults: faults.into(),
+        vcpu: vcpu.into(),
         memory: summary::Memory::of(mmu),
         disks: Vec::new(),
         balloon: Default::default(),

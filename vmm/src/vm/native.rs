@@ -17,6 +17,8 @@
 //!
 //! Locks: none held while the guest runs or sleeps.
 
+use std::sync::Arc;
+
 use umbra_mmu::{Access, AccessKind, Gva, Mpa, Outcome};
 
 use super::bus::{Aftermath, FpuUse};
@@ -47,7 +49,7 @@ const STRETCH_MAX: u32 = 4096;
 /// A vCPU of the kvm backend, beside its [`Core`].
 pub struct Native {
     kvm: KvmVcpu,
-    flusher: Flusher,
+    flusher: Arc<Flusher>,
     /// Interprets the guest's kernel, where that does not run natively.
     supervisor: Option<Soft>,
     /// EIP, address and count of the last spurious page faults.
@@ -86,7 +88,7 @@ impl Backend for Native {
 
 impl Native {
     /// The vCPU `kvm`; `supervisor` interprets the guest's kernel, if it is not to run natively.
-    pub fn new(kvm: KvmVcpu, flusher: Flusher, supervisor: Option<Soft>) -> Native {
+    pub fn new(kvm: KvmVcpu, flusher: Arc<Flusher>, supervisor: Option<Soft>) -> Native {
         Native { kvm, flusher, supervisor, spurious: (0, 0, 0) }
     }
 
@@ -104,10 +106,12 @@ impl Native {
             Err(NotRefreshed::Kvm(error)) => return Some(refused(core, error)),
             Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
         }
-        let flushed = match core.mmu.enter(&core.mmu_vcpu) || core.hardware_owes_flush {
-            true => self.flush(core, root),
-            false => Ok(false),
-        };
+        let owes = core.mmu.enter(&core.mmu_vcpu) || core.hardware_owes_flush;
+        if !core.tables.is_current() {
+            core.mmu.leave_unrun(&core.mmu_vcpu);
+            return None;
+        }
+        let flushed = if owes { self.flush(core, root) } else { Ok(false) };
         let left = flushed.and_then(|kicked| match kicked {
             true => Ok(None),
             false => self.kvm.run_guest(&core.cpu, root).map(Some),

@@ -98,7 +98,7 @@ mod tests {
             serial: Box::new(io::sink()),
             epoch_seconds: 0,
         });
-        Ending::new(Arc::new(Devices::new(board.expect("a board"), 1).expect("timers")), 1)
+        Ending::new(Arc::new(Devices::new(board.expect("a board")).expect("timers")))
     }
 
     #[test]

@@ -173,7 +173,9 @@ pub struct Summary {
     pub audit: Vec<String>,
     /// Faults as the MMU counts them.
     pub faults: Faults,
-    /// What the vCPUs did.
+    /// How many vCPUs there were.
+    pub vcpus: usize,
+    /// What they did, all together.
     pub vcpu: Counts,
     /// Memory.
     pub memory: Memory,

@@ -2,9 +2,21 @@
 //!
 //! Story: native guest code loads segments from the firmware's translated copy of the guest's GDT and LDT. The copy
 //! is made anew when the guest loads another table, changes its paging, or writes to one of the pages: those are
-//! watched, so that a store to them comes back as an emulated one.
+//! watched, so that a store to them comes back as an emulated one. Whichever vCPU stores, all others leave the guest before
+//! it goes on, and none enters with a copy from before:
+//!
+//! ```text
+//! vCPU that stores                     another
+//! the store                            stores' := stores; read the tables    (refresh)
+//! stores += 1                          mode := inside                        (enter)
+//! shoot down: who is inside leaves     stores' = stores? else leave again    (is_current)
+//! ```
 //!
 //! See: docs/ARCHITECTURE.md, "Segments".
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use umbra_mmu::{Access, Gfn, Gva, Mmu, NotReached, Refusal, Shortage, Touch, Vcpu};
 
@@ -14,13 +26,57 @@ use crate::kvm::{KvmError, KvmVcpu};
 /// log2 of the largest page.
 const REGION_SHIFT: u32 = 22;
 
-/// What the translated tables were made from.
+/// The pages of all vCPUs' tables: who watches which, and how often one of them was stored to.
+///
+/// Locks: a leaf's, but for what the MMU takes to end a watch.
+#[derive(Debug, Default)]
+pub struct Watches {
+    watchers: Mutex<HashMap<Gfn, u32>>,
+    stores: AtomicU64,
+}
+
+impl Watches {
+    /// Watches `gfn` for one more vCPU. May sleep.
+    fn add(&self, mmu: &Mmu, vcpu: &Vcpu, gfn: Gfn) -> Result<(), Shortage> {
+        // Counted first, so that nobody ends the watch meanwhile.
+        *self.lock().entry(gfn).or_default() += 1;
+        let watched = mmu.watch(vcpu, gfn);
+        if watched.is_err() {
+            self.remove(mmu, gfn);
+        }
+        watched.map(drop)
+    }
+
+    /// And for one less.
+    fn remove(&self, mmu: &Mmu, gfn: Gfn) {
+        let mut watchers = self.lock();
+        let Some(count) = watchers.get_mut(&gfn) else { return };
+        *count -= 1;
+        if *count == 0 {
+            watchers.remove(&gfn);
+            mmu.unwatch(gfn);
+        }
+    }
+
+    fn stores(&self) -> u64 {
+        self.stores.load(Ordering::SeqCst)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Gfn, u32>> {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the translated tables of a vCPU were made from.
 #[derive(Debug, Default)]
 pub struct DescriptorTables {
     gdtr: TableRegister,
     ldtr: Segment,
     watched: Vec<Gfn>,
     current: bool,
+    watches: Arc<Watches>,
+    /// [`Watches::stores`] before they were read.
+    stores: u64,
 }
 
 /// Why the copy could not be made.
@@ -45,9 +101,26 @@ impl From<Shortage> for NotRefreshed {
 }
 
 impl DescriptorTables {
+    /// Nothing translated yet.
+    pub fn new(watches: Arc<Watches>) -> DescriptorTables {
+        DescriptorTables { watches, ..DescriptorTables::default() }
+    }
+
     /// Something may have changed: look again before the next entry.
     pub fn invalidate(&mut self) {
         self.current = false;
+    }
+
+    /// True when nobody has stored to any table since the copy was made. For a vCPU that counts as inside the guest.
+    pub fn is_current(&self) -> bool {
+        self.stores == self.watches.stores()
+    }
+
+    /// The vCPU `own`, which is outside, has stored to a page of somebody's tables: no vCPU uses a copy from before when this
+    /// returns. Sleeps for vCPUs in the guest.
+    pub fn stored_to(&mut self, mmu: &Mmu, own: u32) {
+        self.watches.stores.fetch_add(1, Ordering::SeqCst);
+        mmu.coherence().shoot_down(Some(own));
     }
 
     /// True when INVLPG of `gva` may have changed where the tables are: it lies in the same 4 MiB, since that is what
@@ -72,37 +145,41 @@ impl DescriptorTables {
         cpu: &CpuState,
         kvm: &mut KvmVcpu,
     ) -> Result<(), NotRefreshed> {
-        if self.current && self.gdtr == cpu.gdtr && self.ldtr == cpu.ldtr {
+        if self.current && self.is_current() && self.gdtr == cpu.gdtr && self.ldtr == cpu.ldtr {
             return Ok(());
         }
-        let mut frames = Vec::new();
-        let gdt = read_table(mmu, vcpu, Gva(cpu.gdtr.base), u32::from(cpu.gdtr.limit) + 1, &mut frames)?;
-        let has_ldt = !cpu.ldtr.unusable && cpu.ldtr.selector & !3 != 0;
-        let ldt = match has_ldt {
-            true => {
-                let bytes = cpu.ldtr.limit.min(0xffff) + 1;
-                Some(read_table(mmu, vcpu, Gva(cpu.ldtr.base), bytes, &mut frames)?)
+        let (gdt, ldt) = loop {
+            self.stores = self.watches.stores();
+            let mut frames = Vec::new();
+            let gdt = read_table(mmu, vcpu, Gva(cpu.gdtr.base), u32::from(cpu.gdtr.limit) + 1, &mut frames)?;
+            let has_ldt = !cpu.ldtr.unusable && cpu.ldtr.selector & !3 != 0;
+            let ldt_bytes = cpu.ldtr.limit.min(0xffff) + 1;
+            let ldt = has_ldt
+                .then(|| read_table(mmu, vcpu, Gva(cpu.ldtr.base), ldt_bytes, &mut frames))
+                .transpose()?;
+            // What was not watched yet may have been stored to unseen since it was read.
+            if self.watch(mmu, vcpu, frames)? {
+                break (gdt, ldt);
             }
-            false => None,
         };
-        self.watch(mmu, vcpu, frames)?;
         kvm.set_descriptors(&gdt, ldt.as_deref())?;
         (self.gdtr, self.ldtr, self.current) = (cpu.gdtr, cpu.ldtr, true);
         Ok(())
     }
 
-    /// Watches `frames` and no others.
-    fn watch(&mut self, mmu: &Mmu, vcpu: &Vcpu, mut frames: Vec<Gfn>) -> Result<(), Shortage> {
+    /// Watches `frames` and no others; true where they were watched before.
+    fn watch(&mut self, mmu: &Mmu, vcpu: &Vcpu, mut frames: Vec<Gfn>) -> Result<bool, Shortage> {
         frames.sort_unstable();
         frames.dedup();
-        self.watched.iter().filter(|old| !frames.contains(old)).for_each(|old| mmu.unwatch(*old));
-        for new in &frames {
-            if !self.watched.contains(new) {
-                mmu.watch(vcpu, *new)?;
-            }
+        let (kept, gone) = self.watched.drain(..).partition::<Vec<_>, _>(|old| frames.contains(old));
+        self.watched = kept;
+        gone.into_iter().for_each(|old| self.watches.remove(mmu, old));
+        let new: Vec<_> = frames.into_iter().filter(|frame| !self.watched.contains(frame)).collect();
+        for frame in &new {
+            self.watches.add(mmu, vcpu, *frame)?;
+            self.watched.push(*frame);
         }
-        self.watched = frames;
-        Ok(())
+        Ok(new.is_empty())
     }
 }
 

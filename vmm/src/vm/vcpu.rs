@@ -4,6 +4,8 @@
 //! the [`Backend`] run guest code until it has something to tell. Two backends exist, `native` (KVM) and `soft` (the
 //! interpreter); between their calls the guest's state is [`Core::cpu`], whole.
 //!
+//! A vCPU but the first begins waiting for a start-up, as it does after an INIT.
+//!
 //! ```text
 //! run: take the kick back --> ended? --> requests --> stopped? --> board: exit, NMI, interrupt --> halted? --> Backend::run
 //!        ^                                             stand                                        sleep        |
@@ -13,19 +15,20 @@
 //! Locks: none held while the guest runs or sleeps.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
-use umbra_mmu::{Gpa, Mmu, Vcpu};
+use umbra_mmu::{FaultStats, Gpa, Mmu, Vcpu};
 
 use super::bus::{Aftermath, FpuUse, GuestBus};
-use super::devices::Devices;
+use super::devices::{Devices, Nap};
 use super::ending::{End, Ending};
 use super::requests::Requests;
 use super::stops::Stops;
-use super::tables::DescriptorTables;
-use crate::board::Nanos;
+use super::tables::{DescriptorTables, Watches};
+use crate::board::{Nanos, Signals};
 use crate::cpu::{CpuState, eflags};
 use crate::interp::engine::Waiting;
-use crate::interp::{self, Delivered, Event, Step, vector};
+use crate::interp::{self, Bus, Delivered, Event, Step, vector};
 
 /// What one vCPU did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,8 +53,25 @@ pub struct VcpuStats {
     pub flushes: u64,
 }
 
-/// What runs guest code.
-pub trait Backend {
+impl VcpuStats {
+    /// What this one and another did.
+    pub fn plus(self, other: VcpuStats) -> VcpuStats {
+        VcpuStats {
+            entries: self.entries + other.entries,
+            page_faults: self.page_faults + other.page_faults,
+            traps: self.traps + other.traps,
+            kicks: self.kicks + other.kicks,
+            interpreted: self.interpreted + other.interpreted,
+            exceptions: self.exceptions + other.exceptions,
+            user_faults: self.user_faults + other.user_faults,
+            interrupts: self.interrupts + other.interrupts,
+            flushes: self.flushes + other.flushes,
+        }
+    }
+}
+
+/// What runs guest code. It may be made on one thread and run on another.
+pub trait Backend: Send {
     /// Takes back the kick that made it leave the guest, or will.
     fn take_kick(&mut self);
 
@@ -73,6 +93,10 @@ pub struct Surroundings {
     pub requests: Arc<Requests>,
     /// Whether the guest is to run.
     pub stops: Arc<Stops>,
+    /// The descriptor tables that native code loads from.
+    pub watches: Arc<Watches>,
+    /// The threads of the vCPUs, as the kernel counts them.
+    pub threads: Arc<[AtomicI32]>,
 }
 
 /// One vCPU, but for who runs it.
@@ -101,21 +125,25 @@ pub struct Core {
     ending: Ending,
     requests: Arc<Requests>,
     stops: Arc<Stops>,
+    threads: Arc<[AtomicI32]>,
+    /// It does nothing before another CPU has sent it a start-up.
+    waits_for_startup: bool,
     /// What has come and the guest cannot take yet. Like silicon, it remembers one NMI.
     pub waiting: Waiting,
 }
 
 impl Core {
-    /// A vCPU that will start as `cpu` says.
-    pub fn new(cpu: CpuState, mmu_vcpu: Vcpu, around: Surroundings) -> Core {
-        let Surroundings { mmu, devices, ending, requests, stops } = around;
+    /// A vCPU that will start as `start` says, or where another one has it start.
+    pub fn new(start: Option<CpuState>, mmu_vcpu: Vcpu, around: Surroundings) -> Core {
+        let Surroundings { mmu, devices, ending, requests, stops, watches, threads } = around;
         Core {
-            cpu,
+            waits_for_startup: start.is_none(),
+            cpu: start.unwrap_or_else(|| CpuState::reset(mmu_vcpu.id())),
             mmu_vcpu,
             stats: VcpuStats::default(),
             mmu,
             devices,
-            tables: DescriptorTables::default(),
+            tables: DescriptorTables::new(watches),
             time: Nanos(0),
             fpu_in_hardware: false,
             fpu_wanted: false,
@@ -123,6 +151,7 @@ impl Core {
             ending,
             requests,
             stops,
+            threads,
             waiting: Waiting::default(),
         }
     }
@@ -132,6 +161,8 @@ impl Core {
     /// Whoever wants something writes it down first and kicks then. So the kick is taken back first and what was
     /// written is looked at after: the other way round, the kick of one that came in between would be gone.
     pub fn run(&mut self, backend: &mut dyn Backend) {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        self.threads[self.mmu_vcpu.id() as usize].store(thread, Ordering::Relaxed);
         loop {
             backend.take_kick();
             if self.ending.is_set() {
@@ -139,7 +170,7 @@ impl Core {
                 return self.mmu.rest(&self.mmu_vcpu);
             }
             self.requests.serve(&self.mmu, &self.mmu_vcpu);
-            if self.stops.stand() {
+            if self.stops.stand(self.mmu_vcpu.id()) {
                 self.stand_still();
                 continue;
             }
@@ -149,15 +180,13 @@ impl Core {
         }
     }
 
-    /// Outside the guest, and guest time with it, until somebody says otherwise.
+    /// Outside the guest until somebody says otherwise.
     fn stand_still(&mut self) {
         self.mmu.rest(&self.mmu_vcpu);
-        self.devices.freeze();
-        while self.stops.stand() && !self.ending.is_set() {
+        while self.stops.stand(self.mmu_vcpu.id()) && !self.ending.is_set() {
             self.requests.serve(&self.mmu, &self.mmu_vcpu);
-            self.devices.waker(self.mmu_vcpu.id()).sleep();
+            self.devices.sleep(self.mmu_vcpu.id());
         }
-        self.devices.thaw();
     }
 
     /// One round: what the board wants, then the guest, then what it left for.
@@ -165,7 +194,7 @@ impl Core {
         if let Some(end) = self.heed_board() {
             return Some(end);
         }
-        if self.cpu.halted {
+        if self.cpu.halted || self.waits_for_startup {
             return self.sleep();
         }
         backend.run(self)
@@ -173,8 +202,9 @@ impl Core {
 
     /// Ends the run where the board says so; delivers an NMI or an interrupt that the guest can take now.
     fn heed_board(&mut self) -> Option<End> {
-        let (id, ready) = (self.mmu_vcpu.id() as usize, self.cpu.interruptible());
-        let nmi_ready = !self.cpu.nmi_blocked && !self.cpu.interrupt_shadow;
+        let (id, up) = (self.mmu_vcpu.id() as usize, !self.waits_for_startup);
+        let ready = up && self.cpu.interruptible();
+        let nmi_ready = up && !self.cpu.nmi_blocked && !self.cpu.interrupt_shadow;
         let earlier = self.waiting.nmi;
         let (exit, signals, vector, pending) = self.devices.with_as(id as u32, |board, now| {
             let signals = board.take_signals(id);
@@ -188,11 +218,11 @@ impl Core {
         if let Some(exit) = exit {
             return Some(End::Board(exit));
         }
-        if signals.init {
-            // The boot processor begins anew at the firmware's reset vector, and there is no such firmware. A
-            // start-up without an INIT before it means nothing to a CPU that runs.
+        if signals.init && id == 0 {
+            // The boot processor begins anew at the firmware's reset vector, and there is no such firmware.
             return Some(End::Init(Box::new(self.cpu.clone())));
         }
+        self.heed_startup(signals);
         let event = match vector {
             _ if nmi_ready && self.waiting.nmi => Event::Nmi,
             Some(vector) => Event::External(vector),
@@ -203,23 +233,51 @@ impl Core {
         self.deliver(event)
     }
 
+    /// An INIT, and a start-up after it. One without means nothing to a CPU that runs.
+    fn heed_startup(&mut self, signals: Signals) {
+        if signals.init {
+            let reset = self.cpu.after_init(self.mmu_vcpu.id());
+            self.put(reset);
+            self.devices.with_as(self.mmu_vcpu.id(), |board, now| {
+                board.init_vcpu(now, self.mmu_vcpu.id() as usize);
+            });
+            (self.waits_for_startup, self.waiting) = (true, Waiting::default());
+        }
+        if let Some(page) = signals.startup
+            && self.waits_for_startup
+        {
+            self.cpu.start_up(page);
+            self.waits_for_startup = false;
+        }
+    }
+
+    /// The CPU becomes `cpu`, whose paging is off.
+    fn put(&mut self, cpu: CpuState) {
+        let (done, _) = self.with_bus(None, |_, bus| bus.set_paging(&cpu, true));
+        debug_assert!(done.is_ok(), "there is nothing to be loaded with paging off: {done:?}");
+        self.tables.invalidate();
+        self.cpu = cpu;
+    }
+
     /// HLT: waits for something to happen.
     fn sleep(&mut self) -> Option<End> {
         let id = self.mmu_vcpu.id();
-        let open = self.cpu.eflags & eflags::IF != 0;
-        let (pending, never) = self.devices.with_as(id, |board, _| {
-            let idle = board.next_deadline().is_none() && !board.virtio_owes();
-            (board.interrupt_pending(id as usize), idle)
-        });
-        if open && pending {
-            return None;
-        }
-        if (never || !open) && !self.requests.may_come() {
-            return Some(End::Stuck(Box::new(self.cpu.clone())));
+        let open = !self.waits_for_startup && self.cpu.eflags & eflags::IF != 0;
+        match self.devices.nap(id, open) {
+            Nap::None => return None,
+            Nap::ForEver if !self.requests.may_come() => {
+                return Some(End::Stuck(Box::new(self.cpu.clone())));
+            }
+            Nap::ForEver | Nap::Until => {}
         }
         self.mmu.rest(&self.mmu_vcpu);
-        self.devices.waker(id).sleep();
+        self.devices.sleep(id);
         None
+    }
+
+    /// Counters of the vCPU and of its side of the MMU.
+    pub fn counts(&self) -> (VcpuStats, FaultStats) {
+        (self.stats, self.mmu_vcpu.stats())
     }
 
     /// True once the run has ended.
@@ -256,6 +314,9 @@ impl Core {
     fn heed(&mut self, after: &Aftermath) {
         if after.descriptors || after.invalidated.is_some_and(|gva| self.tables.contain(gva)) {
             self.tables.invalidate();
+        }
+        if after.watched {
+            self.tables.stored_to(&self.mmu, self.mmu_vcpu.id());
         }
         self.stats.flushes += after.flushes;
         self.fpu_wanted |= after.fpu == Some(FpuUse::Missing);

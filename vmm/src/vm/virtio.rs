@@ -260,8 +260,8 @@ mod tests {
             serial: Box::new(io::sink()),
             epoch_seconds: 0,
         });
-        let devices = Arc::new(Devices::new(board.expect("a board"), 1).expect("timers"));
-        let ending = Ending::new(Arc::clone(&devices), 1);
+        let devices = Arc::new(Devices::new(board.expect("a board")).expect("timers"));
+        let ending = Ending::new(Arc::clone(&devices));
         let mmu = Arc::new(fuzz::mmu());
         let threads = VirtioDevices::plug(disks, &devices).start(&mmu, &ending).expect("threads");
         Run { mmu, devices, ending, threads }
@@ -311,7 +311,7 @@ mod tests {
             assert_eq!(driver.used(&run.mmu, 0), (round, 1, 1));
             // As a halted vCPU does that nothing else could wake.
             while run.devices.with(|board, _| board.virtio_owes()) {
-                run.devices.waker(0).sleep();
+                run.devices.sleep(0);
             }
         }
         run.threads.balloon.set_target(5);

@@ -3,6 +3,7 @@
 //! Holds: a handler has its arguments in the table's types, and no others. One that is done at once neither sleeps nor takes
 //! long; what may do either is done *apart*, on a thread of its own.
 
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -97,7 +98,7 @@ pub const COMMANDS: &[Command] = &[
     command("x-balloon-stats", &[], How::AtOnce(balloon_stats)),
     command("x-counters", &[], How::AtOnce(memory::counters)),
     command("x-discard", &[RANGE[0], RANGE[1], may("atomic", Kind::Boolean)], How::Apart(memory::discard)),
-    command("x-explain", &[must("gva", Kind::Unsigned)], How::Apart(explain)),
+    command("x-explain", &[must("gva", Kind::Unsigned), may("vcpu", Kind::Unsigned)], How::Apart(explain)),
     command("x-frames", &[may("bytes", Kind::Unsigned)], How::AtOnce(memory::frames)),
     command("x-memory", &[], How::Apart(memory::memory)),
     command("x-page-out", &RANGE, How::Apart(memory::page_out)),
@@ -217,22 +218,24 @@ fn query_status(controls: &Controls, _: &Arguments) -> Answer {
 }
 
 fn query_cpus_fast(controls: &Controls, _: &Arguments) -> Answer {
-    Ok(json!([{
-        "cpu-index": 0,
-        "qom-path": "/machine/unattached/device[0]",
-        "thread-id": controls.vcpu_thread,
-        "target": "i386",
-        "props": {},
-    }]))
+    let vcpu = |(index, thread): (usize, &AtomicI32)| {
+        json!({
+            "cpu-index": index,
+            "qom-path": format!("/machine/unattached/device[{index}]"),
+            "thread-id": thread.load(Ordering::Relaxed),
+            "target": "i386",
+            "props": {},
+        })
+    };
+    Ok(controls.threads.iter().enumerate().map(vcpu).collect())
 }
 
 fn stop(controls: &Controls, _: &Arguments) -> Answer {
     controls.stops.want();
-    controls.devices.waker(0).wake();
     match controls.stops.wait(controls.answer_wait) {
         true => Ok(json!({})),
         false => Err(Refusal::generic(format!(
-            "the vCPU did not stand still within {:?}; it will as soon as it can, and STOP says when",
+            "the vCPUs did not stand still within {:?}; they will as soon as they can, and STOP says when",
             controls.answer_wait
         ))),
     }
@@ -241,7 +244,6 @@ fn stop(controls: &Controls, _: &Arguments) -> Answer {
 /// Apart only so that RESUME goes before the answer, as it does in QEMU.
 fn cont(controls: &Controls, _: &Arguments) -> Answer {
     controls.stops.release();
-    controls.devices.waker(0).wake();
     Ok(json!({}))
 }
 
@@ -265,13 +267,18 @@ fn explain(controls: &Controls, arguments: &Arguments) -> Answer {
     let Ok(gva) = u32::try_from(arguments.number("gva")?) else {
         return Err(Refusal::generic("Parameter 'gva' expects a 32-bit address"));
     };
+    let vcpus = controls.devices.vcpus();
+    let vcpu = arguments.unsigned("vcpu").unwrap_or(0);
+    let Some(vcpu) = u32::try_from(vcpu).ok().filter(|vcpu| *vcpu < vcpus) else {
+        return Err(Refusal::generic(format!("there is no vCPU {vcpu}; the guest has {vcpus}, from 0 on")));
+    };
     let (reply, answer) = mpsc::channel();
-    controls.requests.push(Request::Explain(Gva(gva), reply));
-    controls.devices.waker(0).wake();
+    controls.requests.push(vcpu, Request::Explain(Gva(gva), reply));
+    controls.devices.waker(vcpu).wake();
     let explanation = answer.recv_timeout(controls.answer_wait).map_err(|_| {
-        Refusal::generic(format!("the vCPU did not answer within {:?}", controls.answer_wait))
+        Refusal::generic(format!("vCPU {vcpu} did not answer within {:?}", controls.answer_wait))
     })?;
-    Ok(json!({ "gva": gva, "lines": explanation.lines }))
+    Ok(json!({ "gva": gva, "vcpu": vcpu, "lines": explanation.lines }))
 }
 
 /// The balloon device, which a guest may not have, or not use yet.

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicI32;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -18,6 +19,7 @@ use super::{Attempts, Controls, News};
 use crate::board::{Board, BoardConfig, MEMORY_BYTES_MIN, MemoryMap};
 use crate::vm::devices::Devices;
 use crate::vm::ending::Ending;
+use crate::vm::requests::Requests;
 use crate::vm::stops::Stops;
 
 /// Pages of the guest.
@@ -45,20 +47,20 @@ impl Conversations {
     pub fn new(clients: usize) -> io::Result<Conversations> {
         let memory = MemoryMap::new(MEMORY_BYTES_MIN).map_err(io::Error::other)?;
         let board = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
-        let devices = Arc::new(Devices::new(Board::new(board).map_err(io::Error::other)?, 1)?);
+        let devices = Arc::new(Devices::new(Board::new(board).map_err(io::Error::other)?)?);
         let mmu = Mmu::new(Machine::anonymous(4 * PAGES), Config::of_pages(PAGES), Box::new(NoVcpus));
         let news = Arc::new(News::default());
         news.open()?;
         let controls = Controls {
-            ending: Ending::new(Arc::clone(&devices), 1),
-            requests: Arc::default(),
-            devices,
+            ending: Ending::new(Arc::clone(&devices)),
+            requests: Arc::new(Requests::new(1)),
+            devices: Arc::clone(&devices),
             mmu: Arc::new(mmu.with_swap(Box::new(MemorySwap::new(PAGES)))),
-            stops: Arc::new(Stops::new(Arc::clone(&news))),
+            stops: Arc::new(Stops::new(devices, Arc::clone(&news))),
             news,
             balloon: None,
             name: None,
-            vcpu_thread: 1,
+            threads: Arc::new([AtomicI32::new(1)]),
             swap: true,
             // Nobody is there to answer.
             answer_wait: Duration::ZERO,

@@ -35,6 +35,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicI32;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -86,8 +87,8 @@ pub struct Controls {
     pub balloon: Option<Arc<dyn BalloonControl>>,
     /// The guest's name.
     pub name: Option<String>,
-    /// The thread of its vCPU, as the kernel counts them.
-    pub vcpu_thread: i32,
+    /// The threads of its vCPUs, as the kernel counts them; 0 where one has not begun yet.
+    pub threads: Arc<[AtomicI32]>,
     /// The guest has swap, and so its budget may be cut.
     pub swap: bool,
     /// How long the vCPU may take to answer.

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread;
 
 use serde_json::json;
@@ -42,7 +42,7 @@ fn devices() -> Arc<Devices> {
     let memory = MemoryMap::new(2 << 20).expect("a map");
     let config = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
     let board = Board::new(config).expect("a board");
-    Arc::new(Devices::new(board, 1).expect("a timer"))
+    Arc::new(Devices::new(board).expect("a timer"))
 }
 
 impl Parts {
@@ -52,11 +52,11 @@ impl Parts {
         let mmu = Mmu::new(Machine::anonymous(2048), config, Box::new(NoVcpus));
         let news = Arc::new(News::default());
         Parts {
-            ending: Ending::new(Arc::clone(&devices), 1),
-            requests: Arc::default(),
-            devices,
+            ending: Ending::new(Arc::clone(&devices)),
+            requests: Arc::new(Requests::new(1)),
+            devices: Arc::clone(&devices),
             mmu: Arc::new(mmu.with_swap(Box::new(umbra_mmu::swap::MemorySwap::new(1024)))),
-            stops: Arc::new(Stops::new(Arc::clone(&news))),
+            stops: Arc::new(Stops::new(Arc::clone(&devices), Arc::clone(&news))),
             news,
         }
     }
@@ -72,7 +72,7 @@ impl Parts {
             news,
             balloon: None,
             name: None,
-            vcpu_thread: 7,
+            threads: Arc::new([AtomicI32::new(7)]),
             swap: true,
             answer_wait: Duration::from_millis(300),
             attempts: Attempts::default(),
@@ -129,8 +129,8 @@ impl Rig {
             let vcpu = parts.mmu.vcpu(0);
             while !parts.ending.is_set() {
                 parts.requests.serve(&parts.mmu, &vcpu);
-                parts.stops.stand();
-                parts.devices.waker(0).sleep();
+                parts.stops.stand(0);
+                parts.devices.sleep(0);
             }
             parts.stops.end();
         })

@@ -239,7 +239,7 @@ fn a_loop_that_is_dropped_has_dropped_its_subscribers() {
         fn process(&mut self, _: Events, _: &mut EventOps) {}
         fn init(&mut self, _: &mut EventOps) {}
     }
-    let ending = Ending::new(devices(), 1);
+    let ending = Ending::new(devices());
     let events = EventLoop::start(devices(), ending, None, vec![Box::new(Witness)]).expect("a loop");
     drop(events);
     assert!(GONE.load(Ordering::SeqCst));
