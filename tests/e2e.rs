@@ -27,6 +27,8 @@ mod qmp;
 mod rig;
 #[path = "e2e/series.rs"]
 mod series;
+#[path = "e2e/smp.rs"]
+mod smp;
 #[path = "e2e/soak.rs"]
 mod soak;
 #[path = "e2e/umbra.rs"]
@@ -61,6 +63,7 @@ fn test() -> ExitCode {
         qmp::cases(),
         rig::cases(),
         series::cases(),
+        smp::cases(),
         soak::cases(),
         workloads::cases(),
     ];

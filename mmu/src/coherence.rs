@@ -51,6 +51,10 @@ pub trait Shootdown: Send + Sync {
     /// Makes vCPU `vcpu` exit soon; returns without waiting. May be called for a vCPU that is outside.
     fn kick(&self, vcpu: u32);
 
+    /// Returns once every store that a thread of a vCPU has made so far can be seen by all, and is ordered before whatever
+    /// that thread looks at from then on. Called where there is more than one vCPU, also by one inside the guest.
+    fn settle_stores(&self) {}
+
     /// Has the host take these frames away from every vCPU, whose contents stay, and returns once no vCPU has a translation
     /// to any of them. False where it cannot: the vCPUs are kicked then.
     fn notify(&self, frames: &mut dyn Iterator<Item = Mfn>) -> bool {
@@ -217,6 +221,13 @@ impl Coherence {
             }
         }
         kicked
+    }
+
+    /// [`Shootdown::settle_stores`], if there is another vCPU.
+    pub(crate) fn settle_stores(&self) {
+        if self.vcpus.len() > 1 {
+            self.shootdown.settle_stores();
+        }
     }
 
     /// Has [`Shootdown::notify`] tried first, where the frames are at most [`FLUSH_PAGES_MAX`].

@@ -409,20 +409,18 @@ impl Frames {
     }
 
     /// Marks the frame as one that code is about to be decoded from. Returns the generation of its contents: unless it is
-    /// still that, what was decoded is stale.
-    ///
-    /// Limits: a store by *another* vCPU's TLB that is on its way right now may miss the mark; with several vCPUs, mark and
-    /// then shoot down before the bytes are read.
-    pub(crate) fn mark_code(&self, mfn: Mfn) -> u32 {
+    /// still that, what was decoded is stale. And whether it has been marked just now: a store by another vCPU that is on its
+    /// way may miss the mark.
+    pub(crate) fn mark_code(&self, mfn: Mfn) -> (u32, bool) {
         let code = &self.frames[mfn.0 as usize][CODE];
         let now = code.load(Ordering::SeqCst);
         if now != 0 {
-            return now;
+            return (now, false);
         }
         let clock = self.code_clock.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let next = if clock == 0 { self.code_clock.fetch_add(1, Ordering::Relaxed) + 1 } else { clock };
         code.store(next, Ordering::SeqCst);
-        next
+        (next, true)
     }
 
     /// The code generation, 0 when there is none or no such frame.

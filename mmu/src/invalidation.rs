@@ -41,6 +41,7 @@ use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::records::{Cause, Record};
+use crate::shadow::leaf::Protected;
 use crate::spte::Spte;
 use crate::swap::SwapSlot;
 use crate::sync::{Ordering, spin_until, thread};
@@ -185,9 +186,10 @@ impl Mmu {
 
     /// The shootdown of an invalidation of kind [`crate::records::Kind::WriteProtect`]. Its gate is the frame's mark, set
     /// under the bucket in which its sptes were protected: no fill makes a writable one after. May sleep.
-    pub(crate) fn shoot_down_protected(&self, cause: Cause, gfn: Gfn, own: u32) {
+    pub(crate) fn shoot_down_protected(&self, cause: Cause, protected: &Protected, own: u32) {
         let began = self.clock.now();
         let kicked = self.coherence.shoot_down(Some(own));
+        self.finish_protected(protected);
         let nanos = self.clock.now() - began;
         let record = Record {
             at: began,
@@ -195,7 +197,7 @@ impl Mmu {
             kicked,
             shootdown: nanos,
             total: nanos,
-            ..Record::new(cause, &[gfn])
+            ..Record::new(cause, &[protected.gfn()])
         };
         self.records.push(record);
     }

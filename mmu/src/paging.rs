@@ -113,8 +113,8 @@ impl Mmu {
                 self.frames.change_flags(mfn, 0, WATCHED);
                 self.write_protect(&bucket, gfn, mfn)
             };
-            if owed {
-                self.shoot_down_protected(Cause::Watch, gfn, vcpu.id);
+            if let Some(owed) = owed {
+                self.shoot_down_protected(Cause::Watch, &owed, vcpu.id);
             }
             return Ok(true);
         }

@@ -22,9 +22,7 @@
 //! generation anywhere has advanced since the entry was last checked, it is one comparison.
 //!
 //! Locks: a hit takes none; a fill takes its first-level page, then bucket(gfn). Nothing sleeps.
-//!
-//! Limits: with several vCPUs a generation of write permission advances before the shootdown is complete; the check is
-//! exact for one.
+//! Generations advance when a shootdown is complete, never before: until then an entry of old may well be used.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -443,6 +441,8 @@ impl Mmu {
             return false;
         }
         self.hardware.store(mfn.at(gva.offset() & !(width.bytes() - 1)), width, value);
+        // Another vCPU may have marked the frame since.
+        self.frames.code_written(mfn);
         true
     }
 
@@ -553,7 +553,17 @@ impl Mmu {
         }
     }
 
-    /// Marks the frame behind `gva` as one that decoded code was made from, for code of privilege `user`.
+    /// Marks the frame behind `gva` as one that decoded code was made from, for code of privilege `user`. Read the code after
+    /// that: whoever stores to the frame looks for the mark behind its store, with no fence of its own.
+    ///
+    /// ```text
+    /// vCPU that decodes                       vCPU that stores
+    /// mark                                    store
+    /// all threads: a barrier (settle_stores)  mark? then it is taken off
+    /// read the code
+    /// ```
+    ///
+    /// A store that misses the mark has left its CPU by the end of the barrier, and is read.
     ///
     /// # Errors
     ///
@@ -561,7 +571,11 @@ impl Mmu {
     pub fn code_frame(&self, vcpu: &Vcpu, gva: Gva, user: bool) -> Result<CodeFrame, Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
         vcpu.tlb.iter().for_each(|tlb| tlb.note_code(gva));
-        Ok(CodeFrame { mfn, generation: self.frames.mark_code(mfn) })
+        let (generation, fresh) = self.frames.mark_code(mfn);
+        if fresh {
+            self.coherence.settle_stores();
+        }
+        Ok(CodeFrame { mfn, generation })
     }
 
     /// The code generation of a frame now; 0 when its contents changed since it was last marked. A frame that is not of

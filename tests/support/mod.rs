@@ -7,6 +7,7 @@
 
 pub mod host;
 pub mod image;
+pub mod litmus;
 pub mod noise;
 pub mod process;
 pub mod qemu;

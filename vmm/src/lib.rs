@@ -2,6 +2,7 @@
 //!
 //! See docs/ARCHITECTURE.md for the map.
 
+mod barrier;
 pub mod board;
 pub mod boot;
 pub mod cli;

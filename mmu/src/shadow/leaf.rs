@@ -47,6 +47,24 @@ pub(crate) struct Place {
     pub key: Key,
 }
 
+/// A page that was write-protected, and that a TLB may still let be written: a shootdown is owed
+/// ([`Mmu::shoot_down_protected`]).
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Protected {
+    gfn: Gfn,
+    mfn: Mfn,
+    /// The frame's debt then.
+    debt: u64,
+}
+
+impl Protected {
+    /// The page.
+    pub fn gfn(&self) -> Gfn {
+        self.gfn
+    }
+}
+
 /// A leaf as it was set, with its generations of that moment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Leaf {
@@ -267,10 +285,10 @@ impl Mmu {
         spte.is_present().then_some((gfn, bucket, spte))
     }
 
-    /// Write-protects every spte to `gfn`, in `mfn`; says whether some TLB may still let it be written: through an
-    /// spte protected now, or through one that was removed before and not flushed since (TLB debt). Caller holds
-    /// bucket(gfn) through `bucket`.
-    pub(crate) fn write_protect(&self, bucket: &BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> bool {
+    /// Write-protects every spte to `gfn`, in `mfn`, whose stores must be seen from now on. What is owed for it, where some
+    /// TLB may still let it be written: through an spte protected now, or through one that was removed before and not
+    /// flushed since (TLB debt). Caller holds bucket(gfn) through `bucket`.
+    pub(crate) fn write_protect(&self, bucket: &BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> Option<Protected> {
         let removal = self.coherence.removal();
         let mut narrowed = false;
         for link in bucket.links_of(gfn) {
@@ -281,12 +299,29 @@ impl Mmu {
             }
         }
         if narrowed {
-            self.p2m.advance_write_generation(gfn);
             self.frames.owe(mfn, removal.stamp_leaf(mfn));
         } else {
             drop(removal);
         }
-        !self.coherence.covered(self.frames.debt(mfn))
+        let debt = self.frames.debt(mfn);
+        if !self.coherence.covered(debt) {
+            return Some(Protected { gfn, mfn, debt });
+        }
+        if narrowed {
+            self.p2m.advance_write_generation(gfn);
+        }
+        None
+    }
+
+    /// No TLB lets the page be written any more: an entry that still does is a missed flush. Nothing is said of a
+    /// page that has been writable since: it is not tracked now, or was protected again and its debt is another.
+    pub(crate) fn finish_protected(&self, protected: &Protected) {
+        let Protected { gfn, mfn, debt } = *protected;
+        let _bucket = self.buckets.lock(gfn);
+        let stays = self.p2m.lookup(gfn) == PageState::Resident(mfn) && self.is_tracked(mfn);
+        if stays && self.frames.debt(mfn) == debt {
+            self.p2m.advance_write_generation(gfn);
+        }
     }
 
     /// Removes every spte to `gfn`: the unmap step of an invalidation. The TLBs may hold them on until the debt

@@ -17,7 +17,7 @@ use crate::frames::{Draw, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::shadow::RootRef;
-use crate::shadow::leaf::Mapped;
+use crate::shadow::leaf::{Mapped, Protected};
 use crate::shadow::pages::{Shard, find};
 use crate::shadow::role::{Key, Shape, directory_key};
 use crate::spte::{Spte, l2_index, l3_index};
@@ -133,14 +133,17 @@ impl Mmu {
         }
         self.pages.count_in(key);
         shard.entry(key.gfn).or_default().push((key.role, fresh));
-        let promoted = if key.role.shadows_table() { self.promote(key) } else { Some(false) };
-        let Some(owed) = promoted else {
-            self.withdraw(&mut shard, key, fresh);
-            return Err(Mapped::Need(key.gfn));
+        let promoted = if key.role.shadows_table() { self.promote(key) } else { Ok(None) };
+        let owed = match promoted {
+            Ok(owed) => owed,
+            Err(why) => {
+                self.withdraw(&mut shard, key, fresh);
+                return Err(why);
+            }
         };
         drop(shard);
-        if owed {
-            self.shoot_down_protected(Cause::Track, key.gfn, vcpu.id);
+        if let Some(owed) = owed {
+            self.shoot_down_protected(Cause::Track, &owed, vcpu.id);
         }
         if key.role.shape == Shape::Directory {
             self.sync_table(vcpu, key.gfn);
@@ -166,30 +169,30 @@ impl Mmu {
         self.pages.put_free(slot, 0);
     }
 
-    /// Marks the guest table of a new page as shadowed and write-protects it; says whether a vCPU may still have
-    /// a writable translation. An unsync table stays so, unless it becomes a directory. `None` where the table has no
-    /// frame, or is losing it. Caller holds the shard.
-    fn promote(&self, key: Key) -> Option<bool> {
+    /// Marks the guest table of a new page as shadowed and write-protects it; gives what is owed for that. An unsync table
+    /// stays so, unless it becomes a directory. [`Mapped::Need`] where the table has no frame, or is losing it. Caller holds
+    /// the shard.
+    fn promote(&self, key: Key) -> Result<Option<Protected>, Mapped> {
         let mfn = match self.resident(key.gfn) {
             PageState::Resident(mfn) => mfn,
-            PageState::Device => return Some(false),
-            _ => return None,
+            PageState::Device => return Ok(None),
+            _ => return Err(Mapped::Need(key.gfn)),
         };
         let bucket = self.buckets.lock(key.gfn);
         // Who takes frames away looks at the marks in here, and leaves a shadowed table alone.
         if self.p2m.lookup(key.gfn) != PageState::Resident(mfn) {
-            return None;
+            return Err(Mapped::Need(key.gfn));
         }
         let upper = key.role.shape == Shape::Directory;
         let wide = if key.role.mode.pae { WIDE } else { 0 };
         if !upper && self.frames.flags(mfn) & UNSYNC != 0 {
             self.frames.change_flags(mfn, 0, wide);
-            return Some(false);
+            return Ok(None);
         }
         let (clear, set) = if upper { (UNSYNC, SHADOWED | UPPER) } else { (0, SHADOWED) };
         self.frames.change_flags(mfn, clear, set | wide);
         fence(Ordering::SeqCst);
-        Some(self.write_protect(&bucket, key.gfn, mfn))
+        Ok(self.write_protect(&bucket, key.gfn, mfn))
     }
 
     /// Takes the marks of shadowing off a guest table according to the pages it still has. Caller holds the

@@ -289,8 +289,8 @@ impl Mmu {
             self.frames.change_flags(mfn, UNSYNC, 0);
             self.write_protect(&bucket, gfn, mfn)
         };
-        if owed {
-            self.shoot_down_protected(Cause::Track, gfn, vcpu.id);
+        if let Some(owed) = owed {
+            self.shoot_down_protected(Cause::Track, &owed, vcpu.id);
         }
         self.sync_table(vcpu, gfn);
     }

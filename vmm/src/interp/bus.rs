@@ -138,6 +138,9 @@ pub trait Bus {
         true
     }
 
+    /// PAUSE: the CPU spins for another one, most likely.
+    fn pause(&mut self) {}
+
     /// The time-stamp counter's source, before the CPU's own offset.
     fn tsc(&mut self) -> u64;
 

@@ -183,9 +183,11 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             M::In => self.input(i),
             M::Out => self.output(i),
             // Hints, and what is a hint on a CPU without the feature.
-            M::Nop | M::Pause | M::Reservednop | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Cldemote => {
+            M::Pause => {
+                self.bus.pause();
                 Ok(Flow::Next)
             }
+            M::Nop | M::Reservednop | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Cldemote => Ok(Flow::Next),
             M::Lfence | M::Mfence | M::Sfence => Ok(Flow::Next),
             M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 => Ok(Flow::Next),
             M::Prefetch | M::Prefetchw | M::Prefetchwt1 => Ok(Flow::Next),

@@ -61,6 +61,8 @@ pub enum FpuUse {
 /// How far an instruction moves the vCPU's own time: the guest's CPU runs at 1 GHz, and always lags behind real time, with
 /// which it catches up at the next slice.
 pub const NANOS_PER_INSTRUCTION: u64 = 1;
+/// PAUSEs in a stretch of code after which a vCPU gives its CPU to others.
+const PAUSES_MAX: u32 = 16;
 /// Attempts to have an access mapped, after which it is made by walk: each is lost to somebody else's progress.
 const ATTEMPTS_MAX: u32 = 8;
 
@@ -77,6 +79,8 @@ pub struct GuestBus<'a> {
     attention: Option<Attention>,
     /// Hardware has the FPU's registers.
     fpu_in_hardware: bool,
+    /// PAUSEs since it last gave its CPU to others.
+    pauses: u32,
     aftermath: Aftermath,
 }
 
@@ -101,6 +105,7 @@ impl<'a> GuestBus<'a> {
             step: 0,
             attention: None,
             fpu_in_hardware: false,
+            pauses: 0,
             aftermath,
         };
         bus.go_inside();
@@ -542,6 +547,15 @@ impl Bus for GuestBus<'_> {
     fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4] {
         let model = CpuModel { vcpus: self.mmu.config().vcpus as u8, smap: false };
         model.cpuid(leaf, subleaf, self.vcpu.id() as u8, cpu)
+    }
+
+    fn pause(&mut self) {
+        self.pauses += 1;
+        if self.pauses == PAUSES_MAX {
+            self.pauses = 0;
+            // There may be more vCPUs than CPUs, and the one that it spins for without one.
+            std::thread::yield_now();
+        }
     }
 
     fn tsc(&mut self) -> u64 {

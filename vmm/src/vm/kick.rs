@@ -7,11 +7,13 @@
 //! Where all vCPUs' translations are KVM's, the host can be had to take single frames away from them instead
 //! ([`Notifier`]): that is never right for one that has a TLB of ours too.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use umbra_mmu::{Mfn, Shootdown};
 
+use crate::barrier;
 use crate::kvm::Kicker;
 use crate::kvm::shootdown::Notifier;
 
@@ -70,8 +72,15 @@ pub struct Kicks {
 
 impl Kicks {
     /// Kicks by `kicks`, the vCPUs' in order; takes frames away by `notifier`.
-    pub fn new(kicks: Vec<Box<dyn Kick>>, notifier: Option<Notifier>) -> Kicks {
-        Kicks { kicks, notifier }
+    ///
+    /// # Errors
+    ///
+    /// When the host has no barrier for all threads, and there are several vCPUs.
+    pub fn new(kicks: Vec<Box<dyn Kick>>, notifier: Option<Notifier>) -> io::Result<Kicks> {
+        if kicks.len() > 1 {
+            barrier::prepare()?;
+        }
+        Ok(Kicks { kicks, notifier })
     }
 }
 
@@ -80,6 +89,10 @@ impl Shootdown for Kicks {
         if let Some(kick) = self.kicks.get(vcpu as usize) {
             kick.kick();
         }
+    }
+
+    fn settle_stores(&self) {
+        barrier::all_threads();
     }
 
     fn notify(&self, frames: &mut dyn Iterator<Item = Mfn>) -> bool {
@@ -101,7 +114,7 @@ mod tests {
     #[test]
     fn a_kick_stays_until_it_is_taken_back() {
         let attention = Attention::default();
-        let kicks = Kicks::new(vec![Box::new(attention.clone())], None);
+        let kicks = Kicks::new(vec![Box::new(attention.clone())], None).expect("one vCPU needs nothing");
         assert!(!kicks.notify(&mut [Mfn(1)].into_iter()), "the host knows nothing of its TLB");
         assert!(!attention.is_wanted());
         kicks.kick(0);

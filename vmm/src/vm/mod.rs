@@ -256,7 +256,7 @@ impl Guest {
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
-        let mmu = Arc::new(overcommit.apply(build_mmu(config, &runner, &pool), args)?);
+        let mmu = Arc::new(overcommit.apply(build_mmu(config, &runner, &pool)?, args)?);
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
         memory::extent(&memory).1.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
@@ -460,20 +460,20 @@ fn build_devices(
 }
 
 /// The MMU over the pool, of which the runner's firmware has its part.
-fn build_mmu(config: Config, runner: &Runner, pool: &Arc<Pool>) -> Mmu {
+fn build_mmu(config: Config, runner: &Runner, pool: &Arc<Pool>) -> Result<Mmu, RunError> {
     let config = Config {
         reserved_frames: runner.reserved_frames(),
         firmware_entry: runner.firmware_entry(),
         ..config
     };
-    let kicks = Kicks::new(runner.kicks(), runner.notifier());
+    let kicks = Kicks::new(runner.kicks(), runner.notifier()).map_err(RunError::Setup)?;
     let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(kicks))
         .with_clock(Box::new(HostClock))
         .with_host(Box::new(PoolHost(Arc::clone(pool))));
-    match pool.views() {
+    Ok(match pool.views() {
         Some(views) => mmu.with_views(views),
         None => mmu,
-    }
+    })
 }
 
 fn judge(

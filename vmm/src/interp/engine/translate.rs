@@ -196,7 +196,7 @@ fn branch(i: &Instruction, op: &mut Op) -> Option<u16> {
         C::Retnd => Some(table::RET),
         C::Cdq => Some(table::CDQ),
         C::Cwde => Some(table::CWDE),
-        C::Nopw | C::Nopd | C::Nop_rm16 | C::Nop_rm32 | C::Pause => Some(table::NOP),
+        C::Nopw | C::Nopd | C::Nop_rm16 | C::Nop_rm32 => Some(table::NOP),
         C::Leaved => Some(table::LEAVE),
         C::Invlpg_m => {
             memory(i, op)?;
