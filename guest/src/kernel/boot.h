@@ -2,6 +2,7 @@
 #ifndef BOOT_H
 #define BOOT_H
 
+#include "layout.h"
 #include "types.h"
 
 /* Workloads: name in C, name on the command line. */
@@ -59,6 +60,7 @@ struct options {
     u32 lowmem; /* MiB, a multiple of 4 */
     u32 hz;     /* timer interrupts a second */
     u32 nmi;    /* samples a second */
+    u32 cpus;   /* how many are used at most; 0: all that are found */
     u32 ram;    /* MiB that the kernel uses of what there is; 0: the workload decides */
     u32 allow;  /* set of enum quirk */
 };
@@ -76,6 +78,8 @@ struct boot {
     bool multiboot;    /* the loader's magic was right */
     u32 range_count;
     struct memory_range ranges[MEMORY_RANGES_MAX]; /* RAM, as the loader reports it, unsorted */
+    u32 cpu_count;         /* CPUs to be used, the one that boots among them */
+    u8 apic_ids[CPUS_MAX]; /* theirs, if there is more than one */
 };
 
 extern struct boot boot;

@@ -2,12 +2,13 @@
  *
  * Story: called once by boot.S. The loader's structures may lie anywhere below 4 GiB, also where the kernel will not map
  * anything; with paging off they can all be read, so this is where they are copied.
- * Holds: this file and cmdline.c are linked at their physical addresses; they call only each other and touch the rest of
- * the kernel's data through PHYSICAL(). */
+ * Holds: this file, cmdline.c and topology.c are linked at their physical addresses; they call only each other and touch the
+ * rest of the kernel's data through PHYSICAL(). */
 #include "boot.h"
 #include "layout.h"
 #include "multiboot.h"
 #include "paging.h"
+#include "topology.h"
 
 #define PHYSICAL(symbol) ((__typeof__(&(symbol)))((u32) & (symbol)-KERNEL_BASE))
 
@@ -40,6 +41,15 @@ static void copy_memory_map(struct boot *boot, const struct multiboot_info *info
     } else if (info->flags & MULTIBOOT_HAS_MEMORY) {
         add_range(boot, MIB, (u64)info->mem_upper * 1024);
     }
+}
+
+/* One CPU, at least: the one that runs this, whether a table knows of it or not. */
+static void count_cpus(struct boot *boot)
+{
+    u32 most = boot->options.cpus ? boot->options.cpus : CPUS_MAX;
+    boot->cpu_count = most > 1 ? topology_find(boot->apic_ids, most) : 1;
+    if (boot->cpu_count == 0)
+        boot->cpu_count = 1;
 }
 
 /* Low memory at 0 and at 3 GiB. In PAE both come from one directory, entered twice. */
@@ -77,6 +87,7 @@ u64 early_main(u32 magic, const struct multiboot_info *info)
     }
     if (!command_line_parse(line, &left->options, left->bad_word, sizeof(left->bad_word)))
         left->options.lowmem = LOWMEM_DEFAULT; /* enough to say what was wrong */
+    count_cpus(left);
     if (left->options.legacy)
         return build_legacy(left->options.lowmem) | (u64)CR4_PSE << 32;
     return build_pae(left->options.lowmem) | (u64)CR4_PAE << 32;

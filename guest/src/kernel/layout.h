@@ -4,10 +4,10 @@
  *   c0000000 - dfffffff   low memory, physical address + KERNEL_BASE, large pages
  *   e0000000 - f7ffffff   frame table: 32 bytes a frame, backed only as far as frames were handed out
  *   f8000000 - fbffffff   swap map: 16 bytes a slot, as many as the swap disk has
- *   ffc00000 - ffc7ffff   kernel stacks: an absent guard page, then two pages each
+ *   ffc00000 - ffc7ffff   kernel stacks: two absent guard pages, then two pages each
  *   ffd00000 - ffd02fff   LAPIC, two IOAPICs
  *   ffd08000 - ffd0afff   virtio-mmio transports
- *   ffe00000 - ffe0ffff   slots of the temporary window (kmap_local)
+ *   ffe00000 - ffe7ffff   slots of the temporary window (kmap_local), 16 for each CPU
  *   ffe80000 - ffe9ffff   slots of the persistent pool (kmap)
  *   ffec0000 - ffedffff   slots of the storm workload
  *
@@ -52,6 +52,16 @@
 
 #define TASKS_MAX 32
 #define STACK_PAGES 2
+/* From one stack to the next: a power of two, so that a CPU soon knows whose stack it is on. */
+#define STACK_STRIDE 0x4000
+
+/* CPUs that are used: as many as the window has slots for. */
+#define CPUS_MAX 8
+
+/* Where the other CPUs begin, in real mode: a page of low memory that nothing else uses, as all below the kernel. */
+#define AP_TRAMPOLINE 0x8000
+/* In that page, struct ap_parameters (smp.c). */
+#define AP_PARAMETERS (AP_TRAMPOLINE + 0xf00)
 #define REGIONS_MAX 16
 
 /* Window slots a context may hold: what the deepest kernel path needs, an interrupt on top of it, and an NMI on top of that. */
@@ -61,6 +71,7 @@
 #define WINDOW_DEPTH_MAX (WINDOW_TASK_DEPTH_MAX + WINDOW_IRQ_DEPTH_MAX + WINDOW_NMI_DEPTH_MAX)
 /* One more slot, outside the stack, for the walk that a crash dump does. */
 #define WINDOW_DUMP_SLOT WINDOW_DEPTH_MAX
+#define WINDOW_SLOTS 16 /* of a CPU */
 
 #define POOL_SLOTS 32
 #define STORM_SLOTS 32
@@ -70,11 +81,14 @@
 #define KERNEL_DS 0x10
 #define USER_CS 0x1b
 #define USER_DS 0x23
-#define TSS_SELECTOR 0x28
+#define TSS_SELECTOR 0x28 /* of the first CPU; the others' follow */
 
 /* Vectors above the exceptions. */
 #define VECTOR_TIMER 0x20
 #define VECTOR_VIRTIO 0x21
+/* From CPU to CPU: look for a task; forget translations. */
+#define VECTOR_LOOK 0x22
+#define VECTOR_FLUSH 0x23
 #define VECTOR_SYSCALL 0x80
 #define VECTOR_SPURIOUS 0xff
 
