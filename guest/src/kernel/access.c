@@ -9,7 +9,8 @@
  *      that contains this frame.
  *   3. Running: ring-0 cases in a row; a ring-3 case leaves through the trap frame and ends in the next trap.
  *
- * Holds: between cases of ring 3 no window is held. Interrupts may come in between: kernel code does not mind WP or SMEP off. */
+ * Holds: between cases of ring 3 no window is held. The process stays on its CPU, whose control registers and TLB all is about.
+ * Interrupts may come in between: kernel code does not mind WP or SMEP off. */
 #include "access.h"
 
 #include "boot.h"
@@ -366,13 +367,20 @@ static void order_next(struct trap_frame *frame)
 /* Where the program goes on: behind its INT. */
 static u32 resume_eip;
 
+static void begin(void)
+{
+    current->stays = true;
+    if (!slot_open(&current->space.upt))
+        panic("no memory for the access workload");
+}
+
 void access_probe(struct trap_frame *frame)
 {
     resume_eip = frame->eip;
     if (access_armed)
         end_case(frame->edx);
-    else if (!slot_open(&current->space.upt))
-        panic("no memory for the access workload");
+    else
+        begin();
     order_next(frame);
 }
 

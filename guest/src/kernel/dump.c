@@ -2,7 +2,7 @@
  *
  * Story: panic() is for invariants, die() for exceptions in kernel code. Both end in the closing line with FAIL.
  * Holds: nothing here depends on the window's stack or the frame table being sound; the walk reads each level through a slot
- * of its own. A fault while dumping ends the run at once. */
+ * of its own. A fault while dumping ends the run at once. Other CPUs are not stopped: the end of the run stops them. */
 #include "dump.h"
 
 #include "boot.h"
@@ -22,6 +22,8 @@ static bool dumping;
 static void enter_dump(void)
 {
     __asm__ volatile("cli");
+    if (smp)
+        cpu = cpu_self(); /* whoever has the kernel */
     if (dumping) {
         printk("\npager: another fault during the dump\n");
         tally.errors++;

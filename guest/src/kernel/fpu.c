@@ -6,7 +6,10 @@
  *   fork                        FXSAVE first if the parent owns them
  *   exit                        nobody owns them
  *
- * Holds: CR0.TS is clear if and only if the current task owns the registers. Kernel code has no use for them: FXSAVE, FXRSTOR
+ * With more than one CPU a task may go on elsewhere: its registers go home to its image whenever it is switched away, and each CPU
+ * sets its FPU up at its first switch after fpu_init.
+ *
+ * Holds: CR0.TS is clear if and only if the current task owns this CPU's registers. Kernel code has no use for them: FXSAVE, FXRSTOR
  * and FNINIT, all of which leave a pending x87 exception pending, are all there is; so it is raised in the process that caused
  * it, whoever ran in between. */
 #include "fpu.h"
@@ -31,9 +34,9 @@
 
 u32 fpu_takes;
 
-static bool on, task_switched;
+static bool on;
 static u32 cr0; /* without TS */
-static struct fpu *owner;
+static struct fpu *last_taker; /* on whatever CPU */
 static struct fpu pristine;
 
 static void save(struct fpu *fpu) { __asm__ volatile("fxsave %0" : "=m"(fpu->image)); }
@@ -41,9 +44,9 @@ static void restore(const struct fpu *fpu) { __asm__ volatile("fxrstor %0" : : "
 
 static void set_task_switched(bool wanted)
 {
-    if (wanted == task_switched)
+    if (wanted == cpu->fpu_closed)
         return;
-    task_switched = wanted;
+    cpu->fpu_closed = wanted;
     if (wanted)
         write_cr0(cr0 | CR0_TS);
     else
@@ -59,13 +62,20 @@ static void make_pristine(void)
     memset(pristine.image + IMAGE_REGISTERS, 0, FPU_IMAGE_BYTES - IMAGE_REGISTERS);
 }
 
+static void open_here(void)
+{
+    write_cr4(read_cr4() | CR4_OSFXSR | CR4_OSXMMEXCPT);
+    write_cr0(cr0);
+    cpu->fpu_on = true;
+    cpu->fpu_closed = false;
+}
+
 bool fpu_init(void)
 {
     if ((cpuid(1).edx & CPUID_1_EDX_NEEDED) != CPUID_1_EDX_NEEDED)
         return false;
-    write_cr4(read_cr4() | CR4_OSFXSR | CR4_OSXMMEXCPT);
     cr0 = (read_cr0() & ~(CR0_EM | CR0_TS)) | CR0_MP;
-    write_cr0(cr0);
+    open_here();
     make_pristine();
     on = true;
     set_task_switched(true);
@@ -76,36 +86,51 @@ bool fpu_take(void)
 {
     if (!on)
         return false;
-    ASSERT(owner != &current->fpu);
+    ASSERT(cpu->fpu_owner != &current->fpu);
     set_task_switched(false);
-    if (owner)
-        save(owner);
+    if (cpu->fpu_owner)
+        save(cpu->fpu_owner);
     restore(current->fpu.used ? &current->fpu : &pristine);
     current->fpu.used = true;
-    owner = &current->fpu;
-    fpu_takes++;
+    cpu->fpu_owner = &current->fpu;
+    fpu_takes += last_taker != cpu->fpu_owner;
+    last_taker = cpu->fpu_owner;
     return true;
+}
+
+static void send_home(void)
+{
+    if (!cpu->fpu_on)
+        open_here();
+    if (cpu->fpu_owner)
+        save(cpu->fpu_owner);
+    cpu->fpu_owner = NULL;
 }
 
 void fpu_switch(const struct fpu *to)
 {
-    if (on)
-        set_task_switched(to != owner);
+    if (!on)
+        return;
+    if (smp)
+        send_home();
+    set_task_switched(to != cpu->fpu_owner);
 }
 
 void fpu_reset(struct fpu *fpu) { fpu->used = false; }
 
 void fpu_fork(struct fpu *child)
 {
-    if (owner == &current->fpu)
-        save(owner);
+    if (cpu->fpu_owner == &current->fpu)
+        save(cpu->fpu_owner);
     *child = current->fpu;
 }
 
 void fpu_drop(void)
 {
-    if (owner != &current->fpu)
+    if (last_taker == &current->fpu)
+        last_taker = NULL;
+    if (cpu->fpu_owner != &current->fpu)
         return;
-    owner = NULL;
+    cpu->fpu_owner = NULL;
     set_task_switched(true);
 }

@@ -14,7 +14,7 @@ struct fpu {
     bool used; /* the image says something */
 };
 
-/* How often the registers went to another process. */
+/* How often registers went to another process than the last that took some. */
 extern u32 fpu_takes;
 
 /* False, and nothing changes, when the CPU has no FXSR or no SSE2. */

@@ -2,7 +2,7 @@
  *
  * Story: a slot is *free*, *held* (references > 0) or *idle* (mapped, held by nobody). A release makes a slot idle and
  * flushes nothing: the next kmap of the same frame finds it still mapped. When no slot is free, one sweep unmaps all idle
- * ones and pays for all with one flush; entries here are not global, so that reloading CR3 is that flush.
+ * ones and pays for all with one flush, on every CPU; entries here are not global, so that reloading CR3 is that flush.
  *
  * Holds: an idle or held slot is mapped; a free slot is unmapped, and no TLB remembers it. Page-table access never uses the
  * pool: reclaiming memory must not wait for a slot.
@@ -44,7 +44,7 @@ static void sweep(void)
     }
     if (freed == 0)
         return;
-    flush_not_global();
+    flush_not_global_everywhere();
     pool_counts.sweeps++;
     pool_counts.reclaimed += freed;
 }

@@ -83,6 +83,25 @@ static void drop_identity(void)
             set_directory(va, 0);
 }
 
+/* Its first entry alone is its own; what the kernel's directory gets later is not there. */
+static u32 below_directory[1024] __attribute__((aligned(PAGE_SIZE)));
+static u64 below_pdpt[4] __attribute__((aligned(32)));
+
+u32 kpt_root_from_below(void)
+{
+    const pte_t read_only = pte_make(0, PTE_PS | PTE_A | PTE_P);
+    if (paging.pae) {
+        table_set(below_directory, 0, read_only);
+        below_pdpt[0] = low_physical(below_directory) | PTE_P;
+        below_pdpt[3] = kernel_pdpt[3];
+        return low_physical(below_pdpt);
+    }
+    for (u32 i = 1; i < paging.entries; i++)
+        below_directory[i] = kernel_directory[i];
+    table_set(below_directory, 0, read_only);
+    return low_physical(below_directory);
+}
+
 void kpt_init(void)
 {
     cut_image();

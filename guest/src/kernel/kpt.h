@@ -34,6 +34,9 @@ static inline pte_t kpt_data_bits(void) { return paging.data; }
 /* What CR3 is to hold for a task without user memory. */
 u32 kpt_root(void);
 
+/* The same with the first large page of memory at 0 as well, for a CPU that turns paging on down there. */
+u32 kpt_root_from_below(void);
+
 /* One cleared low frame that the frame table knows nothing of (frames.c). */
 u32 frame_alloc_untracked(void);
 

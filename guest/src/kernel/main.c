@@ -8,6 +8,7 @@
 #include "frames.h"
 #include "irq.h"
 #include "kpt.h"
+#include "smp.h"
 #include "space.h"
 #include "task.h"
 #include "tick.h"
@@ -77,11 +78,13 @@ void kernel_main(void)
     tick_init();
     apic_init();
     virtio_init();
+    smp_start();
     apic_timer_start(boot.options.hz);
     irq_on();
     balloon_start();
     run(boot.options.workload);
     irq_off();
+    smp_print_counts();
     witness_seal();
     finish(tally.errors ? STATUS_FAIL : STATUS_PASS);
 }

@@ -4,9 +4,12 @@
  * the middle of a window's map or release, of a switch of tasks, of reclaim. The handler may wait for nothing and must leave
  * everything as it was; user memory it reaches by the page tables and its own window slots, never by a user address, since a
  * fault would end the blocking of NMIs.
+ * Each CPU gets them all, whether it has the kernel or not; which CPU it is, its stack tells.
  * Holds: INV-G-NMI-1: a walk changes nothing (not even which table was found last) and uses one window slot at a time, beyond
  * those of the task and the interrupt under it. An entry is written so that no walk can meet half of it (paging.h), and leads to a
- * frame that is in use. */
+ * frame that is in use. INV-G-NMI-2: only the space that this CPU has loaded is walked: an entry taken by another CPU meanwhile leads
+ * to its frame for as long as this CPU has not answered (tlb.c), which it cannot before the walk is over; and tables go with their
+ * own task alone. */
 #include "nmi.h"
 
 #include "apic.h"
@@ -22,7 +25,7 @@
 
 #define FRAMES_WALKED_MAX 32
 
-struct nmi_counts nmi_counts;
+static struct nmi_counts counts[CPUS_MAX];
 static bool armed;
 
 void nmi_start(u32 hz)
@@ -44,57 +47,61 @@ void nmi_stop(void)
         apic_pit_as_nmi(false);
 }
 
-/* An entry of a table that is reached through the window; 0 where there is no table. */
-static pte_t entry_of(u32 table_frame, u32 index)
+/* An entry of a table that is reached through the window; 0 where there is no table. One that another CPU changes between two looks
+ * may have been met in halves, and counts as absent. */
+static pte_t entry_of(struct cpu *self, u32 table_frame, u32 index)
 {
     if (table_frame == FRAME_NONE)
         return 0;
-    const void *table = kmap_local(table_frame, "nmi: table");
+    const void *table = window_map(self, table_frame, "nmi: table");
     pte_t entry = table_get(table, index);
-    kunmap_local(table);
-    return entry & PTE_P ? entry : 0;
+    bool whole = entry == table_get(table, index);
+    window_unmap(self, table);
+    return entry & PTE_P && whole ? entry : 0;
 }
 
-static bool read_user_word(const struct upt *upt, u32 va, u32 *word)
+static bool read_user_word(struct cpu *self, u32 va, u32 *word)
 {
+    const struct upt *upt = &self->task->space.upt;
     u32 directory = paging.pae ? pte_frame(upt->pdpt[va >> 30]) : upt->root;
-    u32 frame = pte_frame(entry_of(pte_frame(entry_of(directory, directory_index(va))), table_index(va)));
+    u32 table = pte_frame(entry_of(self, directory, directory_index(va)));
+    u32 frame = pte_frame(entry_of(self, table, table_index(va)));
     if (frame == FRAME_NONE)
         return false;
-    const u32 *page = kmap_local(frame, "nmi: stack");
+    const u32 *page = window_map(self, frame, "nmi: stack");
     *word = page[va % PAGE_SIZE / 4];
-    kunmap_local(page);
+    window_unmap(self, page);
     return true;
 }
 
 /* A frame pointer leads to the caller's, and the stack only grows down: else it is none. */
 static bool may_follow(u32 ebp, u32 before) { return ebp > before && ebp % 4 == 0 && ebp < USER_END - 8; }
 
-static void walk_stack(const struct upt *upt, u32 ebp)
+static void walk_stack(struct cpu *self, struct nmi_counts *count, u32 ebp)
 {
     u32 before = 0, next, return_address;
     for (u32 depth = 0; ebp && depth < FRAMES_WALKED_MAX; depth++) {
         if (!may_follow(ebp, before)) {
-            nmi_counts.broken++;
+            count->broken++;
             return;
         }
-        if (!read_user_word(upt, ebp, &next) || !read_user_word(upt, ebp + 4, &return_address)) {
-            nmi_counts.absent++;
+        if (!read_user_word(self, ebp, &next) || !read_user_word(self, ebp + 4, &return_address)) {
+            count->absent++;
             return;
         }
-        nmi_counts.frames++;
+        count->frames++;
         before = ebp;
         ebp = next;
     }
-    nmi_counts.whole++;
+    count->whole++;
 }
 
 /* The frame pointer that the process left user mode with. On the way in or out, where its frame is not whole, EBP still has it:
  * traps.S leaves it alone. What lies above an NMI's frame in kernel mode is where the stack was; in the middle of a switch that
  * is another task's. */
-static u32 user_frame_pointer(const struct trap_frame *frame)
+static u32 user_frame_pointer(const struct task *task, const struct trap_frame *frame)
 {
-    const struct trap_frame *users = task_user_frame();
+    const struct trap_frame *users = task_user_frame(task);
     u32 esp = (u32)&frame->user_esp;
     bool on_the_way = esp >= (u32)users && esp <= (u32)(users + 1);
     return trap_from_user(frame) || on_the_way ? frame->ebp : users->ebp;
@@ -104,16 +111,35 @@ bool nmi_sample(const struct trap_frame *frame)
 {
     if (!armed)
         return false;
-    u32 depth = window_nmi_enter();
+    struct cpu *self = cpu_self();
+    const struct task *task = self->task;
+    struct nmi_counts *count = &counts[self->index];
+    u32 depth = window_nmi_enter(self);
     bool user = trap_from_user(frame);
-    nmi_counts.samples++;
-    if (!current->is_process || !current->space.live) {
-        nmi_counts.threads++;
+    count->samples++;
+    if (!task->is_process || self->loaded_root != task->space.upt.cr3) {
+        count->threads++;
     } else {
-        nmi_counts.user += user;
-        nmi_counts.kernel += !user;
-        walk_stack(&current->space.upt, user_frame_pointer(frame));
+        count->user += user;
+        count->kernel += !user;
+        walk_stack(self, count, user_frame_pointer(task, frame));
     }
-    window_nmi_leave(depth);
+    window_nmi_leave(self, depth);
     return true;
+}
+
+struct nmi_counts nmi_total(void)
+{
+    struct nmi_counts total = {0};
+    for (const struct nmi_counts *count = counts; count < counts + CPUS_MAX; count++) {
+        total.samples += count->samples;
+        total.user += count->user;
+        total.kernel += count->kernel;
+        total.threads += count->threads;
+        total.frames += count->frames;
+        total.whole += count->whole;
+        total.absent += count->absent;
+        total.broken += count->broken;
+    }
+    return total;
 }

@@ -16,6 +16,7 @@ struct nmi_counts {
     u32 frames;                         /* of user stacks, found in all */
     u32 whole, absent, broken;          /* walks that came to the outermost frame, to a page that is away, to nonsense */
 };
-extern struct nmi_counts nmi_counts;
+/* Of all CPUs. */
+struct nmi_counts nmi_total(void);
 
 #endif

@@ -20,6 +20,8 @@ static void enable_nx(void)
     paging.nx = PTE_NX;
 }
 
+u32 paging_efer(void) { return paging.nx ? EFER_NXE : 0; }
+
 void paging_init(void)
 {
     paging.pae = !boot.options.legacy;

@@ -51,6 +51,8 @@ extern struct paging paging;
 
 /* Chooses the format that boot.S switched on, then turns on what the CPU has of NX, global pages and SMEP. */
 void paging_init(void);
+/* What EFER is to hold on another CPU; 0 where it is not to be touched. */
+u32 paging_efer(void);
 
 /* The entry of `table` (mapped, either format). */
 static inline pte_t table_get(const void *table, u32 index)
@@ -103,6 +105,24 @@ static inline void table_clear(bool pae, void *table, u32 index)
     }
     words[2 * index] = 0;
     words[2 * index + 1] = 0;
+}
+
+/* Makes a present entry 0 and returns what it was. Another CPU may set A and D until then, and not after. */
+static inline pte_t table_take(void *table, u32 index)
+{
+    u32 *words = table;
+    if (!paging.pae)
+        return __atomic_exchange_n(&words[index], 0, __ATOMIC_SEQ_CST);
+    u32 low = __atomic_exchange_n(&words[2 * index], 0, __ATOMIC_SEQ_CST), high = words[2 * index + 1];
+    words[2 * index + 1] = 0;
+    return low | (pte_t)high << 32;
+}
+
+/* Takes A from a present entry, whatever another CPU sets in it meanwhile. */
+static inline void table_age(void *table, u32 index)
+{
+    u32 *low = (u32 *)table + (paging.pae ? 2 * index : index);
+    __atomic_and_fetch(low, ~PTE_A, __ATOMIC_SEQ_CST);
 }
 
 static inline u32 pte_frame(pte_t entry) { return (u32)((entry & PTE_FRAME) >> PAGE_SHIFT); }

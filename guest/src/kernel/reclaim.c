@@ -8,7 +8,7 @@
  *            reserve      direct reclaim       kswapd is woken      kswapd sleeps
  *
  * One batch: 1. balance: used pages that have not been used any more go to the inactive list. 2. pick: from the old end of that
- * list; one that was used goes to the active list. 3. unmap. 4. write what is dirty, in order of slots. 5. free what nobody has
+ * list; one that was used goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has
  * come to want meanwhile.
  *
  * Holds: INV-G-RECLAIM-1: a page is freed only unmapped, flushed, clean and in nobody's hands. INV-G-RECLAIM-2: no I/O is
@@ -25,6 +25,7 @@
 #include "rmap.h"
 #include "swap.h"
 #include "task.h"
+#include "tlb.h"
 
 #define BATCH 32
 /* Batches without a page made free before a task gives up. */
@@ -92,7 +93,7 @@ static void pick(u32 *pages, u32 *count, u32 *file_pages, u32 *file_count)
             put_back(frame, LRU_INACTIVE);
         } else {
             struct frame *page = frame_of(frame);
-            if (rmap_unmap(frame))
+            if (rmap_begin_unmap(frame))
                 page->flags |= FRAME_DIRTY;
             if (page->flags & FRAME_FILE)
                 file_pages[(*file_count)++] = frame;
@@ -100,6 +101,7 @@ static void pick(u32 *pages, u32 *count, u32 *file_pages, u32 *file_count)
                 pages[(*count)++] = frame;
         }
     }
+    tlb_finish();
 }
 
 static void sort_by_slot(u32 *frames, u32 count)

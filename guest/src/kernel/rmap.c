@@ -4,19 +4,25 @@
  * same address then; a file's page is where each region of the file says. So its mappings are found by looking there in
  * every address space.
  * Holds: INV-G-RMAP-1: an entry is taken away, and its A and D with it, before its translation is flushed, and nothing is done
- * with the page before that.
- * Locks: none; never sleeps. One CPU: no other can set A or D in between. */
+ * with the page before that. The space may be that of a task that runs on another CPU, which sets A and D as it likes: an entry is
+ * taken, or aged, by one locked instruction.
+ * Locks: none; never sleeps. */
 #include "rmap.h"
 
-#include "cpu.h"
 #include "file.h"
 #include "lru.h"
 #include "space.h"
 #include "swap.h"
 #include "tlb.h"
 
-/* Calls for each entry that maps the frame; `change` returns what the entry is to be. */
-typedef pte_t (*change_t)(u32 frame, pte_t entry);
+/* An entry that maps a frame. */
+struct mapping {
+    u32 frame, root, va;
+    struct leaf leaf;
+};
+
+/* Calls for each entry that maps the frame; returns what it was. */
+typedef pte_t (*change_t)(struct mapping *mapping);
 
 /* Where the space would have the page; false if nowhere. */
 static bool place_of(struct space *space, const struct frame *page, u32 *va)
@@ -27,25 +33,17 @@ static bool place_of(struct space *space, const struct frame *page, u32 *va)
     return true;
 }
 
-/* The entry in this space, changed; 0 if it does not map the frame. */
+/* The entry in this space, as it was before; 0 if it does not map the frame. */
 static pte_t visit_one(struct space *space, u32 frame, change_t change)
 {
-    u32 va;
-    struct leaf leaf;
-    if (!place_of(space, frame_of(frame), &va) || !upt_open(&space->upt, va, false, &leaf))
+    struct mapping mapping = {.frame = frame, .root = space->upt.cr3};
+    if (!place_of(space, frame_of(frame), &mapping.va) || !upt_open(&space->upt, mapping.va, false, &mapping.leaf))
         return 0;
-    pte_t entry = upt_get(&leaf);
+    pte_t entry = upt_get(&mapping.leaf);
     bool maps = (entry & PTE_P) && pte_frame(entry) == frame;
-    if (maps) {
-        pte_t now = change(frame, entry);
-        if (now == 0)
-            upt_clear(&leaf);
-        else if (now != entry)
-            upt_change(&leaf, now);
-        if (now != entry && tlb_is_loaded(space->upt.cr3))
-            invlpg(va);
-    }
-    upt_close(&leaf);
+    if (maps)
+        entry = change(&mapping);
+    upt_close(&mapping.leaf);
     return maps ? entry : 0;
 }
 
@@ -68,32 +66,45 @@ static pte_t visit(u32 frame, change_t change)
     return all;
 }
 
-static pte_t without_accessed(u32 frame, pte_t entry)
+static pte_t age(struct mapping *mapping)
 {
-    (void)frame;
-    return entry & ~(pte_t)PTE_A;
+    pte_t entry = upt_get(&mapping->leaf);
+    if (entry & PTE_A) {
+        upt_age(&mapping->leaf);
+        tlb_age(mapping->root, mapping->va);
+    }
+    return entry;
 }
 
-bool rmap_take_referenced(u32 frame) { return visit(frame, without_accessed) & PTE_A; }
+bool rmap_take_referenced(u32 frame) { return visit(frame, age) & PTE_A; }
 
 /* The reference goes here too: whoever asks has one of its own. */
-static pte_t in_swap(u32 frame, pte_t entry)
+static pte_t replace(struct mapping *mapping, pte_t by)
 {
-    (void)entry;
-    u32 slot = swap_slot_of(frame);
-    swap_entry_copied(slot);
-    frame_put(frame);
-    return swap_entry(slot);
+    pte_t entry = upt_take(&mapping->leaf);
+    upt_put(&mapping->leaf, by);
+    tlb_drop(mapping->root, mapping->va);
+    frame_put(mapping->frame);
+    return entry;
 }
 
-static pte_t absent(u32 frame, pte_t entry)
+static pte_t to_swap(struct mapping *mapping)
 {
-    (void)entry;
-    frame_put(frame);
-    return 0;
+    u32 slot = swap_slot_of(mapping->frame);
+    swap_entry_copied(slot);
+    return replace(mapping, swap_entry(slot));
+}
+
+static pte_t to_nothing(struct mapping *mapping) { return replace(mapping, 0); }
+
+bool rmap_begin_unmap(u32 frame)
+{
+    return visit(frame, frame_of(frame)->flags & FRAME_FILE ? to_nothing : to_swap) & PTE_D;
 }
 
 bool rmap_unmap(u32 frame)
 {
-    return visit(frame, frame_of(frame)->flags & FRAME_FILE ? absent : in_swap) & PTE_D;
+    bool dirty = rmap_begin_unmap(frame);
+    tlb_finish();
+    return dirty;
 }

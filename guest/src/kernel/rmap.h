@@ -9,5 +9,7 @@ bool rmap_take_referenced(u32 frame);
 /* Takes all mappings of an anonymous page away, an entry for its slot in the place of each, or of a file's page; and every
  * TLB's memory of them. True if one was written through. Each mapping's reference is dropped. */
 bool rmap_unmap(u32 frame);
+/* The same, but other CPUs' memory of them lasts until tlb_finish. */
+bool rmap_begin_unmap(u32 frame);
 
 #endif

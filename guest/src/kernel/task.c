@@ -1,12 +1,14 @@
 /* Tasks: kernel threads and user processes, their life and their scheduling.
  *
- * Story: round robin over a fixed table. The timer only asks for a switch; it happens on the way back to user mode. Kernel
- * code runs until it waits or yields. When nobody can run, schedule() halts on the stack of whoever called it.
+ * Story: round robin over a fixed table, by each CPU from the task that it has. The timer only asks for a switch; it happens on the
+ * way back to user mode. Kernel code runs until it waits or yields. When nobody can run, schedule() halts on the stack of whoever
+ * called it; who is made runnable then has such a CPU called, by an interrupt.
  *
  *   a new task's stack      | struct trap_frame | edi esi ebx ebp | trap_return_first |  <- esp grows to the left
  *
  * Holds: a task's stack pages stay mapped for ever, so a slot's next task finds them; the lowest word of each stack holds
- * a mark that every switch checks.
+ * a mark that every switch checks. INV-G-TASK-1: a CPU is on the stack of its `task` (cpus.h), and no other is; a task that has a
+ * CPU, holds windows or has to stay goes on there and nowhere else, and its slot is nobody else's before the CPU is off its stack.
  * Limits: a stack that overflows past its mark meets an absent page, and then there is no stack to report it on. */
 #include "task.h"
 
@@ -26,9 +28,6 @@
 static struct task tasks[TASKS_MAX];
 /* Beyond the last that was ever in use. */
 static struct task *tasks_end = tasks + 1;
-struct task *current = &tasks[0];
-bool need_resched;
-u32 irq_depth = 1; /* boot.S left interrupts off */
 static u32 last_pid;
 
 void switch_stacks(u32 *save_esp, u32 esp);
@@ -41,10 +40,18 @@ extern u32 boot_stack[];
 static u32 *stack_bottom(const struct task *task)
 {
     u32 index = (u32)(task - tasks);
-    return index == 0 ? boot_stack : (u32 *)(STACKS_BASE + (index * (STACK_PAGES + 1) + 1) * PAGE_SIZE);
+    return index == 0 ? boot_stack : (u32 *)(STACKS_BASE + (index + 1) * STACK_STRIDE - STACK_PAGES * PAGE_SIZE);
 }
 
 static u32 stack_top(const struct task *task) { return (u32)stack_bottom(task) + STACK_PAGES * PAGE_SIZE; }
+
+struct cpu *cpu_self(void)
+{
+    u32 esp;
+    __asm__ volatile("mov %%esp, %0" : "=r"(esp));
+    u32 index = (esp - STACKS_BASE) / STACK_STRIDE;
+    return tasks[index < TASKS_MAX ? index : 0].cpu;
+}
 
 static void back_stack(const struct task *task)
 {
@@ -60,26 +67,31 @@ static void back_stack(const struct task *task)
 
 void task_init(void)
 {
+    cpu->task = &tasks[0];
+    current->cpu = cpu;
     current->state = TASK_RUNNABLE;
     current->pid = ++last_pid;
     current->name = "main";
     *stack_bottom(current) = STACK_MARK;
-    window_init(&current->windows);
+    window_init(cpu, &current->windows);
 }
 
-static struct task *new_task(const char *name)
+static bool has_a_cpu(const struct task *task) { return task->cpu && task->cpu->task == task; }
+
+static struct task *claim(const char *name)
 {
     for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
-        if (task->state != TASK_FREE)
+        if (task->state != TASK_FREE || has_a_cpu(task))
             continue;
         if (task >= tasks_end)
             tasks_end = task + 1;
         back_stack(task);
         *stack_bottom(task) = STACK_MARK;
-        task->pid = ++last_pid;
         task->name = name;
+        task->cpu = cpu;
         task->parent = current;
         task->is_process = false;
+        task->stays = false;
         task->preemptions = 0;
         task->makes_room = false;
         task->gfp_denied = 0;
@@ -90,15 +102,74 @@ static struct task *new_task(const char *name)
     return NULL;
 }
 
+static struct task *new_task(const char *name)
+{
+    struct task *task = claim(name);
+    if (task)
+        task->pid = ++last_pid;
+    return task;
+}
+
+/* It has no number, and waits for nothing until it runs; the first that it does is to end (smp.c). */
+u32 task_for_cpu(struct cpu *starting)
+{
+    struct task *task = claim("cpu");
+    if (!task)
+        return 0;
+    task->pid = 0;
+    task->parent = NULL;
+    task->state = TASK_WAITING;
+    task->channel = NULL;
+    task->cpu = starting;
+    starting->task = task;
+    starting->irq_depth = 1;
+    window_init(starting, &task->windows);
+    return stack_top(task);
+}
+
 static struct trap_frame *first_frame(const struct task *task)
 {
     return (struct trap_frame *)(stack_top(task) - sizeof(struct trap_frame));
 }
 
-const struct trap_frame *task_user_frame(void) { return first_frame(current); }
+const struct trap_frame *task_user_frame(const struct task *task) { return first_frame(task); }
+
+/* Who goes on on one CPU alone. */
+static bool must_stay(const struct task *task) { return has_a_cpu(task) || task->windows.depth || task->stays; }
+
+/* A CPU that halts and may run the task: this one if it is such (an interrupt has come), else the one that ran it last. */
+static struct cpu *find_idle_for(const struct task *task)
+{
+    if (must_stay(task) || (task->cpu->idle && !cpu->idle))
+        return task->cpu->idle ? task->cpu : NULL;
+    if (cpu->idle)
+        return cpu;
+    for (struct cpu *other = cpus; other < cpus_end; other++)
+        if (other->idle)
+            return other;
+    return NULL;
+}
+
+/* Has an idle CPU look for something to do, if there is one. Those that are busy look when they are done. */
+static void call_for(const struct task *task)
+{
+    struct cpu *found = find_idle_for(task);
+    if (!found)
+        return;
+    found->idle = false;
+    if (found != cpu)
+        apic_send(found->apic_id, VECTOR_LOOK);
+}
+
+static void make_runnable(struct task *task)
+{
+    task->state = TASK_RUNNABLE;
+    if (smp)
+        call_for(task);
+}
 
 /* Puts what switch_stacks expects below the task's first frame, and lets it run. */
-static void make_runnable(struct task *task)
+static void start(struct task *task)
 {
     u32 *stack = (u32 *)first_frame(task);
     *--stack = (u32)trap_return_first;
@@ -106,11 +177,16 @@ static void make_runnable(struct task *task)
         *--stack = 0;
     task->esp = (u32)stack;
     task->irq_depth = 1;
-    task->state = TASK_RUNNABLE;
+    make_runnable(task);
 }
 
 /* traps.S comes here on a task's first switch, before it leaves through its frame. */
-void task_first_run(void) { irq_depth--; }
+void task_first_run(void)
+{
+    cpu->irq_depth--;
+    if (smp && current->is_process)
+        kernel_give_back();
+}
 
 struct task *task_spawn(const struct program *program, const struct arguments *arguments)
 {
@@ -136,7 +212,7 @@ struct task *task_spawn(const struct program *program, const struct arguments *a
                                              .eflags = EFLAGS_IF | EFLAGS_FIXED,
                                              .user_esp = USER_STACK_TOP,
                                              .user_ss = USER_DS};
-    make_runnable(task);
+    start(task);
     return task;
 }
 
@@ -155,7 +231,7 @@ struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
                                              .cs = KERNEL_CS,
                                              .eflags = EFLAGS_IF | EFLAGS_FIXED,
                                              .user_esp = (u32)thread_end};
-    make_runnable(task);
+    start(task);
     return task;
 }
 
@@ -172,7 +248,7 @@ u32 task_fork(const struct trap_frame *frame)
     fpu_fork(&child->fpu);
     *first_frame(child) = *frame;
     first_frame(child)->eax = 0;
-    make_runnable(child);
+    start(child);
     return child->pid;
 }
 
@@ -246,7 +322,7 @@ void task_wake(const void *channel)
 {
     for (struct task *task = tasks; task < tasks_end; task++)
         if (task->state == TASK_WAITING && task->channel == channel)
-            task->state = TASK_RUNNABLE;
+            make_runnable(task);
 }
 
 static volatile u32 expected;
@@ -257,7 +333,7 @@ void task_wake_expected(const void *channel)
 {
     expected--;
     task_wake(channel);
-    need_resched = true;
+    cpu->need_resched = true;
 }
 
 void task_sleep(u32 for_ticks)
@@ -267,11 +343,13 @@ void task_sleep(u32 for_ticks)
     schedule();
 }
 
+static bool may_run_here(const struct task *task) { return task->cpu == cpu || !must_stay(task); }
+
 static bool can_run(struct task *task)
 {
     if (task->state == TASK_SLEEPING && (int)(ticks - task->wake_tick) >= 0)
         task->state = TASK_RUNNABLE;
-    return task->state == TASK_RUNNABLE;
+    return task->state == TASK_RUNNABLE && may_run_here(task);
 }
 
 /* The next in turn after the current one, which itself comes last. */
@@ -287,45 +365,69 @@ static struct task *find_next(void)
     return NULL;
 }
 
-static bool anyone_sleeps(void)
+/* Somebody sleeps, or runs on another CPU, or may run on another alone. */
+static bool anyone_goes_on(void)
 {
     for (struct task *task = tasks; task < tasks_end; task++)
-        if (task->state == TASK_SLEEPING)
+        if (task->state == TASK_SLEEPING || task->state == TASK_RUNNABLE)
             return true;
     return false;
+}
+
+static void halt(void) { __asm__ volatile("sti; hlt; cli" : : : "memory"); }
+
+/* The others have the kernel meanwhile; and what they do to the space of the task on whose stack this is needs no answer. */
+static void halt_without_kernel(void)
+{
+    struct cpu *self = cpu;
+    tlb_load(kpt_root());
+    self->idle = true;
+    kernel_give_back();
+    halt();
+    kernel_take();
+    self->idle = false;
 }
 
 static struct task *wait_for_next(void)
 {
     struct task *next;
     while (!(next = find_next())) {
-        if (!anyone_sleeps() && !expected)
+        if (!anyone_goes_on() && !expected)
             panic("every task waits for another");
-        __asm__ volatile("sti; hlt; cli" : : : "memory");
+        if (smp)
+            halt_without_kernel();
+        else
+            halt();
     }
     return next;
 }
 
+static u32 root_of(const struct task *task) { return task->is_process ? task->space.upt.cr3 : kpt_root(); }
+
+/* What comes after switch_stacks may run on another CPU. */
 static void switch_to(struct task *next)
 {
     struct task *previous = current;
     ASSERT(*stack_bottom(previous) == STACK_MARK);
-    previous->irq_depth = irq_depth;
-    irq_depth = next->irq_depth;
+    previous->irq_depth = cpu->irq_depth;
+    cpu->irq_depth = next->irq_depth;
     window_switch(&previous->windows, &next->windows);
-    tlb_load(next->is_process ? next->space.upt.cr3 : kpt_root());
+    tlb_load(root_of(next));
     fpu_switch(&next->fpu);
     tss_set_stack(stack_top(next));
-    current = next;
+    next->cpu = cpu;
+    cpu->task = next;
     switch_stacks(&previous->esp, next->esp);
 }
 
 void schedule(void)
 {
     irq_off();
-    need_resched = false;
+    cpu->need_resched = false;
     struct task *next = wait_for_next();
     if (next != current)
         switch_to(next);
+    else if (smp)
+        tlb_load(root_of(next)); /* it may have halted */
     irq_on();
 }

@@ -2,6 +2,7 @@
 #ifndef TASK_H
 #define TASK_H
 
+#include "cpus.h"
 #include "fpu.h"
 #include "space.h"
 #include "trap.h"
@@ -27,17 +28,14 @@ struct task {
     u32 status;
     u32 esp;       /* while switched away */
     u32 irq_depth; /* while switched away */
+    struct cpu *cpu; /* where it runs, or ran last */
+    bool stays;      /* there and nowhere else */
     u32 preemptions;
     bool makes_room; /* it is reclaiming: may take the last frames, and does not reclaim for itself */
     u32 gfp_denied;  /* what reclaim may not do for it: GFP_* (reclaim.h) */
     const void *channel;
     u32 wake_tick;
 };
-
-extern struct task *current;
-
-/* Set by the timer; the next return to user mode switches. */
-extern bool need_resched;
 
 /* A status tells how a process ended: its own exit value 0..255, or this plus the vector that killed it. */
 #define STATUS_KILLED 0x100
@@ -48,6 +46,8 @@ extern bool need_resched;
 
 /* Makes the running code task 1, and its window stack the current one. */
 void task_init(void);
+/* Gives a CPU that is to be started the task that it starts as; returns the top of its stack. 0 when there is none. */
+u32 task_for_cpu(struct cpu *starting);
 
 /* What a new process finds in EAX, EBX and ECX. */
 struct arguments {
@@ -76,8 +76,8 @@ void task_expect(void);
 void task_wake_expected(const void *channel);
 void task_sleep(u32 for_ticks);
 
-/* What the current process left user mode with. */
-const struct trap_frame *task_user_frame(void);
+/* What a process left user mode with. */
+const struct trap_frame *task_user_frame(const struct task *task);
 
 /* Lets others run. */
 void schedule(void);

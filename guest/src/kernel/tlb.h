@@ -1,14 +1,39 @@
-/* Which page tables are loaded, and making the CPU forget translations. */
+/* Which page tables are loaded, and making CPUs forget translations. */
 #ifndef TLB_H
 #define TLB_H
 
-#include "types.h"
+#include "cpus.h"
 
 /* Loads CR3 unless it holds `root` already. Loading forgets all but global translations. */
 void tlb_load(u32 root);
-bool tlb_is_loaded(u32 root);
+/* On this CPU. A process's root is loaded on one CPU at most, that of its task (INV-G-TLB-1): what the task does to its own space
+ * concerns no other. */
+static inline bool tlb_is_loaded(u32 root) { return cpu->loaded_root == root; }
+bool tlb_is_loaded_anywhere(u32 root);
 
-/* Forgets all but global translations; in PAE also reads the four top entries again. */
+/* Forgets all but global translations here; in PAE also reads the four top entries again. */
 void flush_not_global(void);
+/* The same on every CPU. */
+void flush_not_global_everywhere(void);
+
+/* A page's entry in the space of `root` has been taken away: forgotten here at once, elsewhere by tlb_finish. */
+void tlb_drop(u32 root, u32 page);
+/* An entry's A has been taken away: forgotten here at once, elsewhere when that CPU next comes to the kernel. Until then it may use
+ * the page without setting A again, which does no harm. */
+void tlb_age(u32 root, u32 page);
+/* Returns when no CPU can use what was dropped. Before that nothing is done with the frames behind it. */
+void tlb_finish(void);
+
+/* For whoever waits for the kernel, and the flush interrupt: does what is wanted of this CPU. */
+void tlb_serve(struct cpu *self);
+/* For whoever has just taken the kernel. */
+static inline void tlb_refresh(void)
+{
+    if (cpu->stale)
+        flush_not_global();
+}
+
+/* Requests sent to other CPUs. */
+extern u32 flushes_sent;
 
 #endif

@@ -3,13 +3,15 @@
  *   timer          tick, end of interrupt
  *   NMI            a sample, if the sampler is on (nmi.c)
  *   virtio         the devices are asked, end of interrupt
+ *   look, flush    from another CPU: without the kernel, end of interrupt
  *   int 0x80       system call
  *   page fault     one that the access workload provoked: noted there
  *                  at a user address, from user code or user_copy: the address space may repair it
  *   no FPU         from user code: the registers may be lent to it
  *   the rest       from user code: kills the process; from kernel code: stops the guest
  *
- * Then, on the way back to user code only: switch if the timer asked for it. */
+ * For all but NMIs and those two this CPU takes the kernel first (cpus.h). Then, on the way back to user code only: switch if the
+ * timer asked for it. */
 #include "trap.h"
 
 #include "access.h"
@@ -24,6 +26,7 @@
 #include "syscall.h"
 #include "task.h"
 #include "tick.h"
+#include "tlb.h"
 #include "virtio.h"
 
 static const char *const names[] = {
@@ -37,10 +40,12 @@ const char *trap_name(u32 vector) { return vector < ARRAY_SIZE(names) ? names[ve
 
 static void timer_interrupt(void)
 {
-    u32 depth = window_irq_enter();
-    tick();
-    window_irq_leave(depth);
-    need_resched = true;
+    if (cpu->index == 0) {
+        u32 depth = window_irq_enter();
+        tick();
+        window_irq_leave(depth);
+    }
+    cpu->need_resched = true;
     apic_end_of_interrupt();
 }
 
@@ -50,6 +55,18 @@ static void device_interrupt(void)
     virtio_interrupt();
     window_irq_leave(depth);
     apic_end_of_interrupt();
+}
+
+/* What another CPU wants of this one; nobody has to let go of the kernel for it. A CPU that is called to look has halted, and looks
+ * when it goes on. */
+static bool answer(u32 vector)
+{
+    if (vector != VECTOR_LOOK && vector != VECTOR_FLUSH)
+        return false;
+    if (vector == VECTOR_FLUSH)
+        tlb_serve(cpu_self());
+    apic_end_of_interrupt();
+    return true;
 }
 
 static const char *status_text(u32 status, u32 vector)
@@ -122,7 +139,13 @@ void trap_dispatch(struct trap_frame *frame)
     /* It may have come anywhere, also to the code below: nothing of that may be done for it. */
     if (frame->vector == TRAP_NMI && nmi_sample(frame))
         return;
-    irq_depth++;
+    bool took = false;
+    if (smp) {
+        if (answer(frame->vector))
+            return;
+        took = kernel_take();
+    }
+    cpu->irq_depth++;
     switch (frame->vector) {
     case VECTOR_TIMER: timer_interrupt(); break;
     case VECTOR_VIRTIO: device_interrupt(); break;
@@ -133,8 +156,10 @@ void trap_dispatch(struct trap_frame *frame)
     }
     if (trap_from_user(frame)) {
         ASSERT(window_depth() == 0);
-        if (need_resched)
+        if (cpu->need_resched)
             preempt();
     }
-    irq_depth--;
+    cpu->irq_depth--;
+    if (took)
+        kernel_give_back();
 }

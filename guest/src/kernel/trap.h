@@ -4,8 +4,8 @@
 
 #include "types.h"
 
-/* Exceptions 0..31, the timer and virtio. */
-#define TRAP_STUBS 34
+/* Exceptions 0..31, the timer, virtio and what CPUs send each other. */
+#define TRAP_STUBS 36
 
 #define TRAP_DIVIDE 0
 #define TRAP_NMI 2

@@ -5,7 +5,7 @@
  * Holds: interrupts are off from the gate to the IRET. */
 #include "layout.h"
 
-#define TRAP_STUBS 34 /* trap.h */
+#define TRAP_STUBS 36 /* trap.h */
 
     .text
 

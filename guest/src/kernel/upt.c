@@ -62,7 +62,7 @@ static void put_directory(u32 frame)
 
 void upt_destroy(struct upt *upt)
 {
-    ASSERT(!tlb_is_loaded(upt->cr3));
+    ASSERT(!tlb_is_loaded_anywhere(upt->cr3));
     if (!paging.pae) {
         put_directory(upt->root);
         return;

@@ -65,6 +65,20 @@ static inline void upt_enter(struct leaf *leaf, pte_t entry)
 
 static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->entry, 0, entry); }
 
+/* What is mapped by an entry of another task's space, which may be running: entered for good in the place of what upt_take has
+ * taken, which still counts; or, with 0, no longer counted. */
+static inline pte_t upt_take(struct leaf *leaf) { return table_take(leaf->entry, 0); }
+
+static inline void upt_put(struct leaf *leaf, pte_t entry)
+{
+    if (entry)
+        table_enter(paging.pae, leaf->entry, 0, entry);
+    else
+        frame_of(leaf->frame)->link--;
+}
+
+static inline void upt_age(struct leaf *leaf) { table_age(leaf->entry, 0); }
+
 static inline void upt_clear(struct leaf *leaf)
 {
     frame_of(leaf->frame)->link--;

@@ -5,6 +5,7 @@
 #ifndef WINDOW_H
 #define WINDOW_H
 
+#include "cpus.h"
 #include "layout.h"
 #include "types.h"
 
@@ -22,15 +23,14 @@ struct window_stack {
 
 enum window_error { WINDOW_OK, WINDOW_EMPTY, WINDOW_OUT_OF_ORDER };
 
-void *kmap_local(u32 frame, const char *why);
+static inline void *kmap_local(u32 frame, const char *why);
 /* A wrong release is a bug of the kernel's: the stack is printed and the guest stops. */
-void kunmap_local(const void *address);
+static inline void kunmap_local(const void *address);
 /* The same, but a wrong release changes nothing and is reported: for whoever tests the rule. */
 enum window_error window_release(const void *address);
 
 /* Those of the context that runs now. */
-extern struct window_stack *current_windows;
-static inline u32 window_depth(void) { return current_windows->depth; }
+static inline u32 window_depth(void) { return cpu->windows->depth; }
 /* The deepest any task has been since boot, or since the last call of window_reset_high_water. */
 u32 window_high_water(void);
 void window_reset_high_water(void);
@@ -39,17 +39,24 @@ void window_reset_high_water(void);
 u32 window_irq_enter(void);
 void window_irq_leave(u32 depth_at_entry);
 
-/* The same around an NMI's, on top of either. */
-u32 window_nmi_enter(void);
-void window_nmi_leave(u32 depth_at_entry);
+/* The same around an NMI's, on top of either; the CPU need not have the kernel. */
+u32 window_nmi_enter(struct cpu *self);
+void window_nmi_leave(struct cpu *self, u32 depth_at_entry);
 
-/* Names the first context. */
-void window_init(struct window_stack *stack);
+/* Names the first context of a CPU. */
+void window_init(struct cpu *self, struct window_stack *stack);
 /* Moves the CPU's slots from one context's mappings to another's. */
 void window_switch(const struct window_stack *from, struct window_stack *to);
 
 /* Maps any frame in the slot reserved for crash dumps, whatever state the stack is in. */
 void *window_map_for_dump(u32 frame);
 void window_dump_stack(void);
+
+/* By the CPU that runs this, whether or not it has the kernel. */
+void *window_map(struct cpu *self, u32 frame, const char *why);
+void window_unmap(struct cpu *self, const void *address);
+
+static inline void *kmap_local(u32 frame, const char *why) { return window_map(cpu, frame, why); }
+static inline void kunmap_local(const void *address) { window_unmap(cpu, address); }
 
 #endif

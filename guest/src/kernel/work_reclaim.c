@@ -39,9 +39,9 @@ static void print_counts(const struct blk *swap, const struct blk *file)
            file_counts.truncations, file_counts.left_alone);
     printk("reclaim: balloon inflated=%u deflated=%u for_want=%u reported=%u\n", balloon_counts.inflated,
            balloon_counts.deflated, balloon_counts.deflated_for_want, balloon_counts.reported);
+    const struct nmi_counts nmi = nmi_total();
     printk("reclaim: nmi samples=%u user=%u kernel=%u threads=%u frames=%u whole=%u absent=%u broken=%u\n",
-           nmi_counts.samples, nmi_counts.user, nmi_counts.kernel, nmi_counts.threads, nmi_counts.frames, nmi_counts.whole,
-           nmi_counts.absent, nmi_counts.broken);
+           nmi.samples, nmi.user, nmi.kernel, nmi.threads, nmi.frames, nmi.whole, nmi.absent, nmi.broken);
     print_disk("swap", swap);
     print_disk("file", file);
 }
@@ -62,7 +62,7 @@ void work_reclaim(void)
     u32 status = process_run(&program_reclaim);
     nmi_stop();
     check(status == 0, "reclaim ends with status 0");
-    check(nmi_counts.broken == 0, "every user stack leads to its end, or to a page that is away");
+    check(nmi_total().broken == 0, "every user stack leads to its end, or to a page that is away");
     check(swap_counts.lost == 0, "every page came back as it went");
     check(swap_slots_used() <= witness_frames(), "every slot is free again, but of pages that were published");
     check(reclaim_counts.stolen > 0 && swap_counts.ins > 0, "memory was short");
