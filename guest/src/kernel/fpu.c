@@ -36,7 +36,7 @@ u32 fpu_takes;
 
 static bool on;
 static u32 cr0; /* without TS */
-static struct fpu *last_taker; /* on whatever CPU */
+static struct fpu *last_taker; /* on whatever CPU; or who went home last */
 static struct fpu pristine;
 
 static void save(struct fpu *fpu) { __asm__ volatile("fxsave %0" : "=m"(fpu->image)); }
@@ -102,8 +102,10 @@ static void send_home(void)
 {
     if (!cpu->fpu_on)
         open_here();
-    if (cpu->fpu_owner)
-        save(cpu->fpu_owner);
+    if (!cpu->fpu_owner)
+        return;
+    save(cpu->fpu_owner);
+    last_taker = cpu->fpu_owner;
     cpu->fpu_owner = NULL;
 }
 

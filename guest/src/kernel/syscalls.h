@@ -22,6 +22,7 @@
 #define SYS_FILE_MAP 17   /* start; maps the shared file from there on, FILE_PAGES_MAX pages of room */
 #define SYS_FILE_TRUNCATE 18 /* pages; the file's new length */
 #define SYS_FILE_SYNC 19  /* 0 when all of the file is on its disk */
+#define SYS_CPUS 20       /* how many there are */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0

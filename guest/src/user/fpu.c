@@ -2,7 +2,8 @@
  *
  *   inherit   a child goes on with the registers that its parent had at the fork, and both come to the known end
  *   lazy      a process that is switched away and back, with nobody else using the FPU, keeps the registers in the CPU
- *   workers   each rounds in its own way, in a precision of its own, and is preempted again and again; beside them
+ *   workers   each rounds in its own way, in a precision of its own, and is preempted again and again; more of each where there are
+ *             more CPUs, so that none has one for itself; beside them
  *   crimes    a division by zero with its exception unmasked kills exactly the process that commits it, and by the right
  *             vector, also when others have used the FPU between the division and the instruction that reports it
  *
@@ -26,6 +27,7 @@
 #define PREEMPTIONS_DEFAULT 6
 #define PREEMPTIONS_MIN 4
 #define ROUNDS_MAX 4000000u
+#define COPIES_MAX 4 /* of each worker */
 
 struct known {
     u32 control, mxcsr;
@@ -247,18 +249,18 @@ static bool punish(const struct crime *crime, u32 flags, u32 *workers_ended)
 
 static void test_workers_and_crimes(u32 flags)
 {
-    u32 ended = 0, killed = 0;
+    u32 ended = 0, killed = 0, copies = cpus() < COPIES_MAX ? cpus() : COPIES_MAX;
     takes_before = fpu_takes();
-    for (u32 i = 0; i < ARRAY_SIZE(known); i++) {
+    for (u32 i = 0; i < ARRAY_SIZE(known) * copies; i++) {
         u32 pid = fork();
         expect(pid != SYS_ERROR, "a worker is forked");
         if (pid == 0)
-            worker(&known[i]);
+            worker(&known[i % ARRAY_SIZE(known)]);
     }
     for (u32 i = 0; i < ARRAY_SIZE(crimes); i++)
         killed += punish(&crimes[i], flags, &ended);
     status_of(0, &ended);
-    expect(ended == ARRAY_SIZE(known), "every worker ends");
+    expect(ended == ARRAY_SIZE(known) * copies, "every worker ends");
     expect(went_round(), "the registers went round");
     say("pager: fpu workers=", ended, " steps=", FPU_STEPS, " crimes=", ARRAY_SIZE(crimes), " deviations=",
         ARRAY_SIZE(crimes) - killed, NULL);
