@@ -31,12 +31,13 @@ struct cpu {
     u32 window_base;              /* of its slots */
     u32 window_depth_max;         /* how deep who runs now may go; an NMI changes it and puts it back */
     u32 loaded_root;              /* what CR3 holds */
-    bool stale;                   /* forgets what is not global before it runs kernel code again; by whoever has the kernel */
+    bool halted;                  /* it does nothing, and takes the kernel before it does anything */
+    bool stale;                   /* forgets what is not global when it next takes the kernel; by whoever has the kernel */
     struct flush_request flush;   /* by whoever has the kernel, but `wanted`, which this CPU clears without */
     u32 flushes;                  /* requests served; without the kernel */
     bool fpu_on, fpu_closed;      /* its FPU is set up; its CR0.TS is set */
     struct fpu *fpu_owner;        /* whose registers it has */
-    volatile bool idle;           /* halted, or about to, and nobody has called it; cleared by who calls */
+    volatile bool idle;           /* halted, and nobody has called it; cleared by who calls */
     volatile bool up, admitted;   /* it runs kernel code; it may go on (smp.c) */
 };
 

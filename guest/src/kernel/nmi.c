@@ -7,7 +7,7 @@
  * Each CPU gets them all, whether it has the kernel or not; which CPU it is, its stack tells.
  * Holds: INV-G-NMI-1: a walk changes nothing (not even which table was found last) and uses one window slot at a time, beyond
  * those of the task and the interrupt under it. An entry is written so that no walk can meet half of it (paging.h), and leads to a
- * frame that is in use. INV-G-NMI-2: only the space that this CPU has loaded is walked: an entry taken by another CPU meanwhile leads
+ * frame that is in use. INV-G-NMI-2: only the space that this CPU has loaded is walked, and not while it halts: an entry taken by another CPU meanwhile leads
  * to its frame for as long as this CPU has not answered (tlb.c), which it cannot before the walk is over; and tables go with their
  * own task alone. */
 #include "nmi.h"
@@ -117,7 +117,7 @@ bool nmi_sample(const struct trap_frame *frame)
     u32 depth = window_nmi_enter(self);
     bool user = trap_from_user(frame);
     count->samples++;
-    if (!task->is_process || self->loaded_root != task->space.upt.cr3) {
+    if (!task->is_process || self->halted || self->loaded_root != task->space.upt.cr3) {
         count->threads++;
     } else {
         count->user += user;

@@ -376,16 +376,15 @@ static bool anyone_goes_on(void)
 
 static void halt(void) { __asm__ volatile("sti; hlt; cli" : : : "memory"); }
 
-/* The others have the kernel meanwhile; and what they do to the space of the task on whose stack this is needs no answer. */
+/* The others have the kernel meanwhile. */
 static void halt_without_kernel(void)
 {
     struct cpu *self = cpu;
-    tlb_load(kpt_root());
-    self->idle = true;
+    self->halted = self->idle = true;
     kernel_give_back();
     halt();
     kernel_take();
-    self->idle = false;
+    self->halted = self->idle = false;
 }
 
 static struct task *wait_for_next(void)
@@ -427,7 +426,5 @@ void schedule(void)
     struct task *next = wait_for_next();
     if (next != current)
         switch_to(next);
-    else if (smp)
-        tlb_load(root_of(next)); /* it may have halted */
     irq_on();
 }

@@ -2,7 +2,7 @@
  *
  * The shootdown, by whoever has the kernel, of what another CPU may have in its TLB:
  *
- *   has the kernel                              the other CPU: in user code, halted, or waiting for the kernel
+ *   has the kernel                              the other CPU: in user code, or waiting for the kernel
  *   ----------------------------------------    ---------------------------------------------------------------
  *   takes the entry away, with its A and D      may use the old translation, and set no more A or D by it
  *   notes the page in the CPU's request         (may not load another root: for that it wants the kernel)
@@ -11,9 +11,11 @@
  *   waits until not wanted                      INVLPG each page, or MOV CR3; wanted := false
  *   reads, writes or frees the frames           faults if it touches one, and waits for the kernel
  *
+ * One that halts is not woken for this. It uses no translation of what is dropped before it has taken the kernel; `stale` then has
+ * it forget everything first.
+ *
  * Holds: loaded_root is what CR3 holds; CR3 itself is never read back, which would be one more exit. INV-G-TLB-1: a root other than
- * the kernel's is loaded on one CPU at most, and a CPU that halts with others about has the kernel's. INV-G-TLB-2: a request is
- * changed only while it is not wanted. Window slots are each CPU's own and need none of this.
+ * the kernel's is loaded on one CPU at most. INV-G-TLB-2: a request is changed only while it is not wanted. Window slots are each CPU's own and need none of this.
  * Locks: the kernel, but for tlb_serve, which touches the CPU's own request alone. */
 #include "tlb.h"
 
@@ -48,8 +50,13 @@ void flush_not_global(void)
     write_cr3(cpu->loaded_root);
 }
 
-static void note(struct flush_request *request, u32 page)
+static void note(struct cpu *other, u32 page)
 {
+    struct flush_request *request = &other->flush;
+    if (other->halted) {
+        other->stale = true;
+        return;
+    }
     if (request->count < FLUSH_PAGES_MAX)
         request->pages[request->count] = page;
     if (request->count <= FLUSH_PAGES_MAX)
@@ -65,7 +72,7 @@ void tlb_drop(u32 root, u32 page)
     else if (smp)
         for (struct cpu *other = cpus; other < cpus_end; other++)
             if (is_other_with(other, root))
-                note(&other->flush, page);
+                note(other, page);
 }
 
 void tlb_age(u32 root, u32 page)
@@ -107,9 +114,11 @@ void tlb_finish(void)
 void flush_not_global_everywhere(void)
 {
     flush_not_global();
-    for (struct cpu *other = cpus; other < cpus_end; other++)
-        if (other != cpu)
+    for (struct cpu *other = cpus; other < cpus_end; other++) {
+        other->stale |= other->halted;
+        if (other != cpu && !other->halted)
             other->flush.count = FLUSH_PAGES_MAX + 1;
+    }
     tlb_finish();
 }
 
