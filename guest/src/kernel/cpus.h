@@ -57,6 +57,20 @@ struct cpu *cpu_self(void);
 bool kernel_take(void);
 void kernel_give_back(void);
 
+/* Around long work on the contents of a page that nobody else may come to now; others may have the kernel meanwhile. Whoever does it
+ * reaches the page by a window of this CPU, looks at nothing else that others change, and does not sleep. */
+static inline void kernel_lend(void)
+{
+    if (smp)
+        kernel_give_back();
+}
+
+static inline void kernel_regain(void)
+{
+    if (smp)
+        kernel_take();
+}
+
 static inline void pause(void) { __asm__ volatile("pause" : : : "memory"); }
 
 #endif

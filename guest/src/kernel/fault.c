@@ -7,7 +7,10 @@
  *   in swap -------------------------> brought in, with nothing held; then, if it is still the page: mapped
  *   present, write, read-only -------> sole holder: made writable; else a private copy
  *
- * Holds: no entry gets W before its frame has this space as the only holder. Room is made before anything is held. */
+ * Holds: no entry gets W before its frame has this space as the only holder. Room is made before anything is held. A page is filled
+ * before it is on a list or in a table, so that others may have the kernel meanwhile; the tables stay, since this task alone takes
+ * them away, but reclaim may take a present entry.
+ */
 #include "check.h"
 #include "cpu.h"
 #include "file.h"
@@ -44,35 +47,42 @@ static bool region_allows(const struct region *region, u32 error)
 #define SELDOM __attribute__((noinline))
 
 /* From the image as far as it reaches, then zeros. */
-static SELDOM void fill_from_image(u8 *to, const struct region *region, u32 offset)
+static SELDOM void fill_from_image(u32 frame, const struct region *region, u32 offset)
 {
+    u8 *to = kmap_local(frame, "image");
     u32 bytes = min_u32(region->image_bytes - offset, PAGE_SIZE);
+    kernel_lend();
     memcpy(to, region->image + offset, bytes);
     memset(to + bytes, 0, PAGE_SIZE - bytes);
+    kernel_regain();
+    kunmap_local(to);
 }
 
-/* A frame for the page, which reclaim may take again. */
-static u32 alloc_page(const struct space *space, u32 page)
+/* A frame that has been filled, for the page, which reclaim may take from now on. */
+static void list_page(const struct space *space, u32 page, u32 frame)
 {
-    u32 frame = frame_alloc(ZONE_HIGH);
-    if (frame == FRAME_NONE)
-        return FRAME_NONE;
     frame_of(frame)->flags = FRAME_ANON;
     frame_of(frame)->index = page >> PAGE_SHIFT;
     frame_of(frame)->space = (u32)space;
     lru_add(frame, LRU_INACTIVE);
-    return frame;
+}
+
+static void clear_frame(u32 frame)
+{
+    void *to = kmap_local(frame, "first touch");
+    kernel_lend();
+    clear_page(to);
+    kernel_regain();
+    kunmap_local(to);
 }
 
 /* The page's initial contents. */
 static void fill_page(u32 frame, const struct region *region, u32 page)
 {
-    void *to = kmap_local(frame, "first touch");
     if (page - region->start >= region->image_bytes)
-        clear_page(to);
+        clear_frame(frame);
     else
-        fill_from_image(to, region, page - region->start);
-    kunmap_local(to);
+        fill_from_image(frame, region, page - region->start);
 }
 
 static SELDOM enum fault_result fix_by_zero_page(struct leaf *leaf, const struct region *region)
@@ -87,17 +97,32 @@ static enum fault_result fix_absent(const struct space *space, struct leaf *leaf
     bool anonymous = page - region->start >= region->image_bytes;
     if (anonymous && !write && !(region->flags & REGION_EXEC))
         return fix_by_zero_page(leaf, region);
-    u32 frame = alloc_page(space, page);
+    u32 frame = frame_alloc(ZONE_HIGH);
     if (frame == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
     fill_page(frame, region, page);
+    list_page(space, page, frame);
     pte_t entry = pte_make(frame, region_bits(region));
     upt_enter(leaf, write ? writable(entry) : entry);
     return FAULT_FIXED;
 }
 
+/* A reference keeps what is shared as it is. */
+static SELDOM void copy_shared(u32 own, u32 shared)
+{
+    void *to = kmap_local(own, "copy on write, to"), *from = kmap_local(shared, "copy on write, from");
+    frame_get(shared);
+    kernel_lend();
+    copy_page(to, from);
+    kernel_regain();
+    kunmap_local(from);
+    kunmap_local(to);
+    swap_put(shared);
+}
+
 /* Making an entry more permissive needs no flush: a stale read-only translation only brings the CPU back here, and the fault
- * itself has dropped it. A new frame behind a present entry does need one. */
+ * itself has dropped it. A new frame behind a present entry does need one. An entry that has gone to swap meanwhile is for the next
+ * fault. */
 static SELDOM enum fault_result fix_write(const struct space *space, struct leaf *leaf, u32 page)
 {
     pte_t entry = upt_get(leaf);
@@ -108,18 +133,18 @@ static SELDOM enum fault_result fix_write(const struct space *space, struct leaf
         upt_change(leaf, writable(entry));
         return FAULT_FIXED;
     }
-    u32 own = alloc_page(space, page);
+    u32 own = frame_alloc(ZONE_HIGH);
     if (own == FRAME_NONE)
         return FAULT_OUT_OF_MEMORY;
-    void *to = kmap_local(own, "copy on write, to");
-    if (shared == zero_frame) {
-        clear_page(to);
-    } else {
-        void *from = kmap_local(shared, "copy on write, from");
-        copy_page(to, from);
-        kunmap_local(from);
+    if (shared == zero_frame)
+        clear_frame(own);
+    else
+        copy_shared(own, shared);
+    if ((upt_get(leaf) ^ entry) & (PTE_FRAME | PTE_P)) {
+        frame_put(own);
+        return FAULT_FIXED;
     }
-    kunmap_local(to);
+    list_page(space, page, own);
     upt_change(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
     invlpg(page);
     swap_put(shared);

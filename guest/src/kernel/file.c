@@ -187,7 +187,9 @@ void file_note_dirty(u32 frame)
 static void clear_frame(u32 frame)
 {
     void *page = kmap_local(frame, "hole");
+    kernel_lend();
     clear_page(page);
+    kernel_regain();
     kunmap_local(page);
 }
 
@@ -198,18 +200,19 @@ static bool fill(u32 index)
     if (frame == FRAME_NONE)
         return true;
     struct frame *page = frame_of(frame);
-    page->flags = FRAME_FILE | (block ? FRAME_READING : 0);
+    page->flags = FRAME_FILE | FRAME_READING;
     page->index = index;
     cached[index] = frame;
     bool ok = true;
     if (block) {
         file_counts.reads++;
         ok = blk_transfer(disk, BLK_READ, block, &frame, 1);
-        page->flags &= ~FRAME_READING;
-        task_wake(page);
     } else {
         clear_frame(frame);
     }
+    page->flags &= ~FRAME_READING;
+    if (block || smp)
+        task_wake(page);
     if (ok)
         lru_add(frame, LRU_INACTIVE);
     else

@@ -27,7 +27,7 @@
 #include "task.h"
 #include "tlb.h"
 
-#define BATCH 32
+#define BATCH SWAP_OUT_MAX
 /* Batches without a page made free before a task gives up. */
 #define FRUITLESS_MAX 24
 

@@ -13,7 +13,8 @@
  * Holds: INV-G-SWAP-1: a slot's contents are those of its cached page unless the page is FRAME_DIRTY or an entry that maps
  * it has D. INV-G-SWAP-2: a page is changed through a mapping only by its sole holder, so a slot that an entry names keeps
  * what the entry's owner had. INV-G-SWAP-3: a page that comes in has the sum that went out.
- * Locks: none; kernel code is not preempted. swap_in and swap_out sleep, and hold references alone then. */
+ * Locks: none; kernel code is not preempted. swap_in and swap_out sleep, and hold references alone then. Pages are summed while
+ * others may have the kernel: FRAME_READING and FRAME_WRITING keep their contents from all, as while the disk has them. */
 #include "swap.h"
 
 #include "check.h"
@@ -183,14 +184,25 @@ void swap_lost(const char *what, u32 number)
     tally.errors++;
 }
 
-u32 page_sum(u32 frame, u32 salt)
+/* A sum over a part of the page, another one for each slot: what is compared when it comes back. */
+static u32 page_sum(struct cpu *self, u32 frame, u32 salt)
 {
-    const u32 *page = kmap_local(frame, "sum");
+    const u32 *page = window_map(self, frame, "sum");
     u32 sum = salt;
     for (u32 at = salt % SUM_STEP; at < PAGE_SIZE / 4; at += SUM_STEP)
         sum = (sum << 1 | sum >> 31) + page[at];
-    kunmap_local(page);
+    window_unmap(self, page);
     return sum;
+}
+
+/* Of pages that are marked as on their way, and so keep their slots. */
+static void sum_pages(const u32 *frames, u32 count, u32 *sums)
+{
+    struct cpu *self = cpu;
+    kernel_lend();
+    for (u32 i = 0; i < count; i++)
+        sums[i] = page_sum(self, frames[i], swap_slot_of(frames[i]));
+    kernel_regain();
 }
 
 /* A frame for a slot that has none, marked as on its way; FRAME_NONE if there is none to be had. */
@@ -204,12 +216,12 @@ static u32 begin_in(u32 slot)
     return frame;
 }
 
-static void end_in(u32 frame, bool read)
+static void end_in(u32 frame, bool read, u32 sum)
 {
     struct frame *entry = frame_of(frame);
     u32 slot = entry->slot - 1;
     swap_counts.checked++;
-    bool same = read && page_sum(frame, slot) == slots[slot].sum;
+    bool same = read && sum == slots[slot].sum;
     if (!same)
         swap_lost(read ? "is not what was written" : "could not be read", slot);
     entry->flags = (entry->flags & ~FRAME_READING) | (same ? 0 : FRAME_FAILED);
@@ -223,7 +235,8 @@ static bool wants_reading(u32 slot) { return slots[slot].entries && slots[slot].
 /* Reads the slot and those beside it in its group that are wanted too, as far as there are frames to spare. */
 static void read_group(u32 slot)
 {
-    u32 first = slot, end = slot + 1, group = ALIGN_DOWN(slot, READ_AHEAD), frames[READ_AHEAD], count = 0;
+    u32 first = slot, end = slot + 1, group = ALIGN_DOWN(slot, READ_AHEAD), count = 0;
+    u32 frames[READ_AHEAD], sums[READ_AHEAD];
     bool spare = frames_free() > READ_AHEAD + reclaim_min();
     while (spare && first > group && wants_reading(first - 1))
         first--;
@@ -243,8 +256,9 @@ static void read_group(u32 slot)
     swap_counts.pages_read += count;
     swap_counts.read_ahead += count - 1;
     bool read = blk_transfer(disk, BLK_READ, first, frames, count);
+    sum_pages(frames, count, sums);
     for (u32 i = 0; i < count; i++)
-        end_in(frames[i], read);
+        end_in(frames[i], read, sums[i]);
 }
 
 static void wait_while_reading(u32 frame)
@@ -331,11 +345,13 @@ static void end_run(const struct run *run)
 /* They are unmapped, and nobody stores to a page that others hold: what is summed is what goes out. */
 static void sum_all(const u32 *frames, u32 count)
 {
-    for (u32 i = 0; i < count; i++) {
-        u32 slot = swap_slot_of(frames[i]);
+    u32 sums[SWAP_OUT_MAX];
+    ASSERT(count <= SWAP_OUT_MAX);
+    for (u32 i = 0; i < count; i++)
         frame_of(frames[i])->flags &= ~FRAME_DIRTY;
-        slots[slot].sum = page_sum(frames[i], slot);
-    }
+    sum_pages(frames, count, sums);
+    for (u32 i = 0; i < count; i++)
+        slots[swap_slot_of(frames[i])].sum = sums[i];
 }
 
 void swap_out(const u32 *frames, u32 count)

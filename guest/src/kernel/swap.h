@@ -57,13 +57,14 @@ enum swap_result {
  * was. */
 enum swap_result swap_in(u32 slot, u32 *frame);
 
+/* Pages of one swap_out. */
+#define SWAP_OUT_MAX 32
+
 /* Writes pages of the cache, in order of their slots, neighbours in one request; sleeps. They are marked FRAME_WRITING by the
  * caller and not any more then; one that could not be written is dirty. */
 void swap_out(const u32 *frames, u32 count);
 
 /* A page that was not found as it was written. */
 void swap_lost(const char *what, u32 number);
-/* A sum over a part of the page, another one for each `salt`: what is compared when it comes back. */
-u32 page_sum(u32 frame, u32 salt);
 
 #endif
