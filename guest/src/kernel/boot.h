@@ -60,6 +60,7 @@ struct options {
     u32 lowmem; /* MiB, a multiple of 4 */
     u32 hz;     /* timer interrupts a second */
     u32 nmi;    /* samples a second */
+    u32 work;   /* times that a process of workload=reclaim reads a page that it touches */
     u32 cpus;   /* how many are used at most; 0: all that are found */
     u32 ram;    /* MiB that the kernel uses of what there is; 0: the workload decides */
     u32 allow;  /* set of enum quirk */

@@ -112,6 +112,8 @@ static bool parse_word(const char *word, struct options *options)
                options->lowmem % 4 == 0;
     if ((value = value_of(word, "nmi=")))
         return parse_number(value, NMI_HZ_MAX, &options->nmi);
+    if ((value = value_of(word, "work=")))
+        return parse_number(value, WORK_MAX, &options->work);
     if ((value = value_of(word, "cpus=")))
         return parse_number(value, CPUS_MAX, &options->cpus) && options->cpus > 0;
     if ((value = value_of(word, "ram=")))
@@ -142,6 +144,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->hz = TIMER_HZ_DEFAULT;
     options->nmi = NMI_HZ_DEFAULT;
     options->ram = 0;
+    options->work = 0;
     options->cpus = 0;
     options->allow = 0;
     bool first = true;

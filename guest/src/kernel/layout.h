@@ -49,6 +49,7 @@
 
 /* Percent of the default work: so much that the count of what a timed workload does fits 32 bits. */
 #define SCALE_MAX 4000
+#define WORK_MAX 1000
 
 #define TASKS_MAX 32
 #define STACK_PAGES 2

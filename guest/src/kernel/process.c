@@ -13,7 +13,7 @@
 static u32 flags(void)
 {
     return (paging.nx ? FLAG_NX : 0) | (boot.options.allow & QUIRK_NO_XM ? FLAG_NO_XM : 0) |
-           (boot.options.allow & QUIRK_MXCSR_ANY ? FLAG_MXCSR_ANY : 0);
+           (boot.options.allow & QUIRK_MXCSR_ANY ? FLAG_MXCSR_ANY : 0) | boot.options.work << FLAGS_WORK_SHIFT;
 }
 
 /* Frames that are somebody's, but for those that are meant to stay. */

@@ -1,7 +1,8 @@
 /* Program `reclaim`: more memory than there is.
  *
  *   workers    one process for each pattern of access, with twice the machine's memory between them; each page carries the
- *              number of its last version in eight words, which are compared at every touch
+ *              number of its last version in eight words, which are compared at every touch; with work=N each touch also reads the
+ *              whole page N times, as a process would that has use for what it keeps
  *   common     pages that all have from the parent, read by all and written by each: shared in swap, and copied
  *   file       two processes with a shared file, each the other's neighbour; a third that cuts it off and makes it longer again
  *
@@ -22,7 +23,7 @@
 #define WORD_STEP (PAGE_SIZE / 4 / WORDS)
 #define STATUS_WRONG 1
 
-static u32 wrong;
+static u32 wrong, work;
 
 static u32 *page_at(u32 base, u32 page) { return (u32 *)(base + page * PAGE_SIZE); }
 
@@ -93,9 +94,26 @@ static u8 *versions_of(u32 pages)
     return (u8 *)start;
 }
 
+static u32 sum(const u32 *words)
+{
+    u32 sum = 0;
+    for (u32 i = 0; i < PAGE_SIZE / 4; i++)
+        sum = (sum << 1 | sum >> 31) + words[i];
+    return sum;
+}
+
+/* It comes to the same each time: nobody else writes to the page. */
+static void use(u32 page)
+{
+    u32 first = work ? sum(page_at(BASE, page)) : 0;
+    for (u32 i = 1; i < work; i++)
+        wrong += sum(page_at(BASE, page)) != first;
+}
+
 static void touch(struct walk *walk, u8 *versions, u32 key)
 {
     u32 page = walk_next(walk);
+    use(page);
     verify(BASE, page, key, versions[page]);
     if (walk_draw(walk) & 1)
         stamp(BASE, page, key, ++versions[page]);
@@ -129,6 +147,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
     for (u32 page = 0; page < pages; page++) {
         stamp(BASE, page, key, 0);
         verify_zero_beside(BASE, page);
+        use(page);
         take_turns(page);
     }
     use_common(key, seed);
@@ -139,6 +158,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
     verify_common(key, seed);
     for (u32 page = 0; page < pages; page++) {
         verify(BASE, page, key, versions[page]);
+        use(page);
         take_turns(page);
     }
     leave("what a worker reads is what it wrote");
@@ -221,7 +241,7 @@ static u32 wait_for_all(void)
 
 u32 program_main(u32 seed, u32 scale, u32 flags)
 {
-    (void)flags;
+    work = flags >> FLAGS_WORK_SHIFT;
     u32 pages = memory() * 2 / PATTERNS, touches = (u32)((u64)pages * scale / 200), rounds = 2 + scale / 200;
     expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
     for (u32 page = 0; page < COMMON_PAGES; page++)
