@@ -67,7 +67,7 @@ static void list_page(const struct space *space, u32 page, u32 frame)
     lru_add(frame, LRU_INACTIVE);
 }
 
-static void clear_frame(u32 frame)
+static inline __attribute__((always_inline)) void clear_frame(u32 frame)
 {
     void *to = kmap_local(frame, "first touch");
     kernel_lend();

@@ -82,13 +82,12 @@ static bool sums_to_zero(const void *table, u32 bytes)
     return sum == 0;
 }
 
-typedef bool (*is_it_t)(const u32 *at);
-
-static const void *search(u32 start, u32 end, is_it_t is_it)
+/* What stands on a paragraph, begins with that word and sums to zero. Next to nothing begins so: a slow CPU comes here too. */
+static const void *search(u32 start, u32 end, u32 signature, u32 bytes)
 {
-    for (u32 at = start; at < end; at += PARAGRAPH)
-        if (is_it((const u32 *)at))
-            return (const void *)at;
+    for (const u32 *at = (const u32 *)start; at < (const u32 *)end; at += PARAGRAPH / 4)
+        if (*at == signature && sums_to_zero(at, bytes))
+            return at;
     return NULL;
 }
 
@@ -101,20 +100,15 @@ static u32 ebda(void)
     return start >= 0x1000 && start < BIOS_START ? start : 0;
 }
 
-static const void *search_all(u32 bios_start, is_it_t is_it)
+static const void *search_all(u32 bios_start, u32 signature, u32 bytes)
 {
     const void *found = NULL;
     if (ebda())
-        found = search(ebda(), ebda() + EBDA_SEARCHED, is_it);
-    return found ? found : search(bios_start, BIOS_END, is_it);
+        found = search(ebda(), ebda() + EBDA_SEARCHED, signature, bytes);
+    return found ? found : search(bios_start, BIOS_END, signature, bytes);
 }
 
 /* ACPI. */
-
-static bool is_rsdp(const u32 *at)
-{
-    return at[0] == WORD('R', 'S', 'D', ' ') && at[1] == WORD('P', 'T', 'R', ' ') && sums_to_zero(at, RSDP_FIRST_BYTES);
-}
 
 static const struct acpi_table *table_at(u64 address, u32 signature)
 {
@@ -139,8 +133,8 @@ static const struct acpi_table *find_listed(const struct acpi_table *list, u32 e
 
 static const struct madt *find_madt(void)
 {
-    const struct rsdp *rsdp = search_all(BIOS_START, is_rsdp);
-    if (!rsdp)
+    const struct rsdp *rsdp = search_all(BIOS_START, WORD('R', 'S', 'D', ' '), RSDP_FIRST_BYTES);
+    if (!rsdp || rsdp->signature[1] != WORD('P', 'T', 'R', ' '))
         return NULL;
     const u32 signature = WORD('A', 'P', 'I', 'C');
     const struct acpi_table *list = rsdp->revision >= 2 ? table_at(rsdp->xsdt, WORD('X', 'S', 'D', 'T')) : NULL;
@@ -161,11 +155,6 @@ static void read_madt(const struct madt *madt, struct found *found)
 
 /* MP table. */
 
-static bool is_mp_pointer(const u32 *at)
-{
-    return at[0] == WORD('_', 'M', 'P', '_') && sums_to_zero(at, PARAGRAPH);
-}
-
 /* An entry of a CPU: type, the APIC's id, its version, flags. */
 static void read_mp_table(const struct mp_table *table, struct found *found)
 {
@@ -183,7 +172,7 @@ u32 topology_find(u8 *apic_ids, u32 most)
     const struct madt *madt = find_madt();
     if (madt)
         read_madt(madt, &found);
-    const struct mp_pointer *pointer = found.count ? NULL : search_all(BIOS_MP_START, is_mp_pointer);
+    const struct mp_pointer *pointer = found.count ? NULL : search_all(BIOS_MP_START, WORD('_', 'M', 'P', '_'), PARAGRAPH);
     if (pointer)
         read_mp_table((const struct mp_table *)pointer->table, &found);
     return found.count;

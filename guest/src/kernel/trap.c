@@ -134,17 +134,9 @@ static void preempt(void)
     schedule();
 }
 
-void trap_dispatch(struct trap_frame *frame)
+/* This CPU has the kernel. Inline, since a machine of one CPU does nothing else. */
+static inline __attribute__((always_inline)) void handle(struct trap_frame *frame)
 {
-    /* It may have come anywhere, also to the code below: nothing of that may be done for it. */
-    if (frame->vector == TRAP_NMI && nmi_sample(frame))
-        return;
-    bool took = false;
-    if (smp) {
-        if (answer(frame->vector))
-            return;
-        took = kernel_take();
-    }
     cpu->irq_depth++;
     switch (frame->vector) {
     case VECTOR_TIMER: timer_interrupt(); break;
@@ -160,6 +152,26 @@ void trap_dispatch(struct trap_frame *frame)
             preempt();
     }
     cpu->irq_depth--;
+}
+
+/* What comes after `handle` may run on another CPU; the kernel, whoever took it, is its to give back there. */
+static __attribute__((noinline)) void handle_among_others(struct trap_frame *frame)
+{
+    if (answer(frame->vector))
+        return;
+    bool took = kernel_take();
+    handle(frame);
     if (took)
         kernel_give_back();
+}
+
+void trap_dispatch(struct trap_frame *frame)
+{
+    /* It may have come anywhere, also to the code below: nothing of that may be done for it. */
+    if (frame->vector == TRAP_NMI && nmi_sample(frame))
+        return;
+    if (smp)
+        handle_among_others(frame);
+    else
+        handle(frame);
 }

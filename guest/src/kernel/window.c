@@ -62,7 +62,7 @@ static inline enum window_error release(struct cpu *self, const void *address)
     u32 slot = stack->depth - 1;
     if (stack->entries[slot].address != address)
         return WINDOW_OUT_OF_ORDER;
-    if ((u32)address == slot_address(self, slot))
+    if ((u32)address >= WINDOW_BASE) /* else it is that of a low frame */
         slot_clear((u32)address);
     barrier();
     stack->depth = slot;
