@@ -53,6 +53,7 @@ const PROGRAMS: &[Program] = &[
     Program { name: "fpu", files: &["fpu.c", "fpu_loop.S"] },
     Program { name: "fpu_fresh", files: &["fpu_fresh.c"] },
     Program { name: "reclaim", files: &["reclaim.c", "reclaim_pattern.c"] },
+    Program { name: "shoot", files: &["shoot.c"] },
     Program {
         name: "mix",
         files: &[

@@ -40,7 +40,7 @@ const fn timed(name: &'static str) -> Workload {
     Workload { name, scale: 1, timed: true }
 }
 
-const WORKLOADS: [Workload; 12] = [
+const WORKLOADS: [Workload; 13] = [
     tested("hello"),
     tested("mm"),
     tested("kmap"),
@@ -48,6 +48,7 @@ const WORKLOADS: [Workload; 12] = [
     tested("all"),
     tested("fpu"),
     tested("reclaim"),
+    Workload { name: "shoot", scale: 10, timed: false },
     timed("disk"),
     timed("spin"),
     timed("sweep"),

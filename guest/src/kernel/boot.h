@@ -19,6 +19,7 @@
     X(FPU, "fpu")    \
     X(RECLAIM, "reclaim") \
     X(DISK, "disk")  \
+    X(SHOOT, "shoot") \
     X(OOPS, "oops")
 
 enum workload {

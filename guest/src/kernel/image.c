@@ -34,6 +34,7 @@ PROGRAM(mix, "mix")
 PROGRAM(fpu, "fpu")
 PROGRAM(fpu_fresh, "fpu_fresh")
 PROGRAM(reclaim, "reclaim")
+PROGRAM(shoot, "shoot")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

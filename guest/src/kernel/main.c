@@ -59,6 +59,8 @@ static void run(enum workload workload)
         work_reclaim();
     if (workload == WORKLOAD_DISK)
         work_disk();
+    if (workload == WORKLOAD_SHOOT)
+        work_shoot();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

@@ -18,3 +18,4 @@ program_\name\()_elf_end:
     program fpu
     program fpu_fresh
     program reclaim
+    program shoot

@@ -13,6 +13,7 @@ void work_mix(void);
 void work_fpu(void);
 void work_reclaim(void);
 void work_disk(void);
+void work_shoot(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 
