@@ -105,17 +105,24 @@ impl Machine {
         u64::from_le_bytes(bytes)
     }
 
-    /// Stores the low `width` bytes of `value` at `mpa`, all in one frame. Whole where they are naturally aligned.
+    /// Stores the low `width` bytes of `value` at `mpa`, all in one frame. Whole where they lie within an aligned 8-byte word.
     #[inline]
     pub fn store(&self, mpa: Mpa, width: Width, value: u64) {
         if mpa.0 & (u64::from(width.bytes()) - 1) != 0 {
-            return self.write(mpa, &value.to_le_bytes()[..width.bytes() as usize]);
+            return self.store_unaligned(mpa, width, value);
         }
         match width {
             Width::B1 => self.word::<AtomicU8>(mpa).store(value as u8, Ordering::Release),
             Width::B2 => self.word::<AtomicU16>(mpa).store(value as u16, Ordering::Release),
             Width::B4 => self.word32(mpa).store(value as u32, Ordering::Release),
             Width::B8 => self.word64(mpa).store(value, Ordering::Release),
+        }
+    }
+
+    fn store_unaligned(&self, mpa: Mpa, width: Width, value: u64) {
+        match within_word(mpa, width) {
+            Some(_) => drop(self.update(mpa, width, &mut |_| value)),
+            None => self.write(mpa, &value.to_le_bytes()[..width.bytes() as usize]),
         }
     }
 
