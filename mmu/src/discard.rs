@@ -4,6 +4,9 @@
 //! cannot be had at once (pinned by a window, being read back) is tried again a number of times, and named then. The frames go
 //! back to the host, but for a few.
 //!
+//! Holds: INV-WAIT-2, where the caller may not sleep nothing here does: what a sleeper would have waited for is
+//! [`WouldBlock`], and the host and the swap device hear from the background thread.
+//!
 //! Locks: none held by the caller; no window. May sleep, unless it was told not to.
 
 use crate::Mmu;
@@ -12,6 +15,7 @@ use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::invalidation::{BATCH_MAX, Caller, May, Settled, Settling, WouldBlock};
 use crate::p2m::PageState;
 use crate::records::Cause;
+use crate::scope::NoSleep;
 use crate::sync::thread;
 
 /// Attempts at a batch before the pages that are left are named.
@@ -29,7 +33,7 @@ pub enum Discard {
 /// Why pages were not discarded. Those before them are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotDiscarded {
-    /// The caller may not sleep.
+    /// The caller may not sleep, and would have to: for a vCPU, or for whoever has a page in hand.
     #[error(transparent)]
     WouldBlock(#[from] WouldBlock),
     /// A page is held in its place.
@@ -48,7 +52,8 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// When a page cannot be had, or the caller may not sleep and would have to: pages before it are discarded.
+    /// When a page cannot be had, or the caller may not sleep and would have to: pages before it are discarded, and others of
+    /// its batch may be.
     pub fn discard(
         &self,
         own: Option<u32>,
@@ -56,6 +61,7 @@ impl Mmu {
         what: Discard,
         may: May,
     ) -> Result<(), NotDiscarded> {
+        let _scope = (may == May::NotSleep).then(NoSleep::enter);
         let (memory, mut caller) = (self.p2m.pages(), Caller::new(own, may));
         let mut pages = pages.into_iter().take_while(|page| *page < memory).map(Gfn);
         loop {
@@ -78,11 +84,19 @@ impl Mmu {
                 }
             }
             if let Some(gfn) = left.first() {
-                return Err(NotDiscarded::Held { gfn: *gfn, why: self.held_by(*gfn) });
+                // Watched tables stay where they are however long one waits.
+                let waits = may == May::NotSleep && left.iter().any(|gfn| !self.is_flagged(*gfn, WATCHED));
+                return Err(match waits {
+                    true => WouldBlock.into(),
+                    false => NotDiscarded::Held { gfn: *gfn, why: self.held_by(*gfn) },
+                });
             }
         }
-        self.swap.discard_abandoned();
-        self.trim();
+        match may {
+            May::Sleep => self.give_back(),
+            // Swap slots and frames are given up by who may sleep.
+            May::NotSleep => self.background.want(),
+        }
         Ok(())
     }
 
@@ -98,7 +112,8 @@ impl Mmu {
             Discard::Balloon => (Cause::Balloon, Settled::Ballooned),
         };
         if caller.may_sleep() {
-            gfns.iter().filter(|gfn| self.is_table(**gfn)).for_each(|gfn| self.unshadow(*gfn));
+            let tables = gfns.iter().filter(|gfn| self.is_flagged(**gfn, SHADOWED | UPPER | UNSYNC));
+            tables.for_each(|gfn| self.unshadow(*gfn));
         }
         let mut settling = self.begin(cause, gfns, caller)?.unmap()?.shoot_down()?;
         let mut done = Vec::with_capacity(gfns.len());
@@ -121,10 +136,10 @@ impl Mmu {
         }
     }
 
-    /// The page is shadowed as a table now.
-    fn is_table(&self, gfn: Gfn) -> bool {
+    /// The page has a frame with one of these flags now.
+    fn is_flagged(&self, gfn: Gfn, flags: u32) -> bool {
         match self.p2m.lookup(gfn) {
-            PageState::Resident(mfn) => self.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC) != 0,
+            PageState::Resident(mfn) => self.frames.flags(mfn) & flags != 0,
             _ => false,
         }
     }

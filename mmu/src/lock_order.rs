@@ -3,6 +3,7 @@
 //! Story: every lock is made with a [`Level`]; debug builds keep, per thread, the levels held and assert that
 //! each new one is higher. Holds: INV-LOCK-1, levels rise strictly along every thread's stack of locks.
 //! INV-LOCK-2, nothing sleeps with one of these held ([`assert_may_sleep`]). INV-WINDOW-3, nor with a window open.
+//! INV-WAIT-2, nor on behalf of a caller that may not ([`crate::scope::NoSleep`]).
 //!
 //! Numbers have gaps for what is still to come. Release builds compile all of it away.
 //!
@@ -66,6 +67,7 @@ mod held {
     use std::cell::{Cell, RefCell};
 
     use super::Level;
+    use crate::scope::NoSleep;
 
     // A model checker runs many threads of its own on one of the system's, and has their locals.
     #[cfg(loom)]
@@ -108,6 +110,7 @@ mod held {
         with(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {held:?}"));
         let open = MAPPED.with(Cell::get);
         assert!(open == 0, "INV-WINDOW-3: about to sleep with {open} local mappings open");
+        assert!(!NoSleep::is_entered(), "INV-WAIT-2: about to sleep for a caller that may not");
     }
 
     fn with<T>(look: impl FnOnce(&mut Vec<Level>) -> T) -> T {
@@ -145,8 +148,8 @@ pub(crate) fn unmapped() {
     held::unmapped();
 }
 
-/// Asserts (debug builds) that this thread holds no lock of this crate and no local mapping: called at every point that may
-/// sleep.
+/// Asserts (debug builds) that this thread holds no lock of this crate and no local mapping, and is not in a scope that forbids
+/// it: called at every point that may sleep.
 #[inline]
 pub fn assert_may_sleep() {
     #[cfg(debug_assertions)]
@@ -180,6 +183,13 @@ mod tests {
     fn sleeping_with_a_lock_held_is_caught() {
         let frames = Lock::new(FRAMES, ());
         let _frames = frames.lock();
+        assert_may_sleep();
+    }
+
+    #[test]
+    #[should_panic(expected = "INV-WAIT-2")]
+    fn sleeping_for_a_caller_that_may_not_is_caught() {
+        let _scope = crate::scope::NoSleep::enter();
         assert_may_sleep();
     }
 

@@ -547,8 +547,14 @@ impl Mmu {
         if over > 0 || short {
             freed = self.reclaim(CLUSTER, Cause::Reclaim, None)? + self.shrink_shadow(None);
         }
-        self.trim();
+        self.give_back();
         Ok(freed > 0)
+    }
+
+    /// Gives up what others have left to whoever may sleep: swap slots that nobody wants, frames that are free in numbers.
+    pub(crate) fn give_back(&self) {
+        self.swap.discard_abandoned();
+        self.trim();
     }
 
     /// Gives the host back what is free in numbers.

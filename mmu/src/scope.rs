@@ -1,8 +1,9 @@
-//! Scopes: what reclaim may do on behalf of the thread that called it.
+//! Scopes: what may be done on behalf of the thread that called.
 //!
 //! Story: a thread that holds something which reclaim's own I/O may want enters [`NoIo`]: reclaim then drops clean pages
 //! and writes none. Who makes frames free is in [`MemAlloc`]: it may take from the reserve, and does not reclaim to make
-//! room for itself, which might never end. Scopes nest, and end where their guard does.
+//! room for itself, which might never end. Who may not sleep is in [`NoSleep`], and debug builds assert at every point that
+//! may sleep that nobody there is. Scopes nest, and end where their guard does.
 //!
 //! See: the reclaim deadlocks of 1999, where a filesystem's lock was held by whoever had to wait for its own write.
 
@@ -13,6 +14,7 @@ use std::marker::PhantomData;
 struct Depths {
     no_io: u32,
     mem_alloc: u32,
+    no_sleep: u32,
 }
 
 macro_rules! threads {
@@ -82,6 +84,30 @@ impl MemAlloc {
 impl Drop for MemAlloc {
     fn drop(&mut self) {
         change(|now| now.mem_alloc -= 1);
+    }
+}
+
+/// While it lives, this thread may not sleep (INV-WAIT-2).
+#[derive(Debug)]
+#[must_use]
+pub struct NoSleep(PhantomData<*const ()>);
+
+impl NoSleep {
+    /// Enters the scope.
+    pub fn enter() -> NoSleep {
+        change(|now| now.no_sleep += 1);
+        NoSleep(PhantomData)
+    }
+
+    /// True within one.
+    pub fn is_entered() -> bool {
+        DEPTHS.with(Cell::get).no_sleep > 0
+    }
+}
+
+impl Drop for NoSleep {
+    fn drop(&mut self) {
+        change(|now| now.no_sleep -= 1);
     }
 }
 

@@ -158,6 +158,7 @@ impl SwapMap {
 
     /// Gives slots back. The device forgets them first: once they are free, another may be writing to them.
     pub fn free(&self, slots: Range<u32>) {
+        lock_order::assert_may_sleep();
         self.device.discard(slots.clone());
         let mut map = self.map.lock();
         map.used -= slots.len() as u32;

@@ -273,6 +273,24 @@ fn a_caller_that_may_not_sleep_is_told_so_and_nothing_has_changed() {
     audit(&mmu);
 }
 
+/// The host and the swap device take their time: who may not sleep leaves what is for them to the background.
+#[test]
+fn a_discard_that_may_not_sleep_leaves_frames_and_slots_to_the_background() {
+    let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));
+    let mut guest = alone(&mmu);
+    (400..700).for_each(|page| guest.store(page, 3, 1).expect("a frame"));
+    guest.leave();
+    mmu.page_out(None, &[Gfn(405), Gfn(406)]).expect("swap has room");
+    let before = mmu.reclaim_stats().given_back;
+    assert_eq!(mmu.discard(None, 400..700, Discard::Zero, May::NotSleep), Ok(()));
+    assert_eq!((mmu.reclaim_stats().given_back, mmu.usage().resident), (before, 0), "the host was asked");
+    assert!(mmu.wait_for_background_work(), "somebody is to come for them");
+    mmu.background_round().expect("swap works");
+    let given = mmu.reclaim_stats().given_back - before;
+    assert!(given > 200, "{given} of 298 frames went back");
+    audit(&mmu);
+}
+
 #[test]
 fn a_discarded_page_reads_as_zeros_wherever_it_was() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));

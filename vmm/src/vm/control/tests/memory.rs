@@ -109,4 +109,8 @@ fn atomic_discard_would_block_where_a_vcpu_is_inside() {
     assert_eq!(mmu.usage().resident, 12);
     mmu.coherence().leave_guest(0);
     assert_eq!(peer.with("x-discard", arguments)["return"]["discarded"], 8);
+    // Nor are its tables, which would have to be taken out of the shadow first.
+    let answer = peer.with("x-discard", json!({"gpa": 20 * 4096, "bytes": 2 * 4096, "atomic": true}));
+    assert_eq!(refused(&answer).0, "WouldBlock", "{answer}");
+    assert_eq!(peer.ask("x-counters")["discard"], json!({"atomic": 3, "would_block": 2}));
 }
