@@ -12,9 +12,11 @@
 //! ```
 //!
 //! Holds: a client that is slow, silent or hostile costs its own connection. Reads and writes never block; a client
-//! that does not read its answers is dropped, and one that says nothing costs nothing. The loop's thread waits for nobody.
+//! that does not read its answers is dropped, and of events that it leaves unread it hears the latest. One that says nothing
+//! costs nothing: where there is no room, the eldest that has not negotiated makes some. Each client has one command done
+//! apart at most, and one that goes keeps its place until that is done. The loop's thread waits for nobody.
 //!
-//! Limits: [`CLIENTS_MAX`] clients, [`JOBS_MAX`] commands at once that are done apart, [`FAREWELL`] at the end for clients to
+//! Limits: [`CLIENTS_MAX`] clients, and so as many commands at once that are done apart; [`FAREWELL`] at the end for clients to
 //! take what is theirs.
 //!
 //! See: QEMU, docs/interop/qmp-spec.rst.
@@ -60,10 +62,8 @@ use news::{Item, Throttle};
 use protocol::{Refusal, reply};
 use session::{Next, Session, Work};
 
-/// The most clients at once; more are turned away.
+/// The most clients at once; more are turned away, unless one has not negotiated.
 pub const CLIENTS_MAX: usize = 8;
-/// The most commands at once that are done apart: one for each client, and as many of clients that have gone.
-pub const JOBS_MAX: usize = 2 * CLIENTS_MAX;
 /// How long the end of the run waits for clients to take what is theirs, for all of them together.
 pub const FAREWELL: Duration = Duration::from_millis(250);
 /// Output is passed on when so much of it is there, or no more to come.
@@ -118,6 +118,8 @@ struct Client {
     closing: bool,
     /// It cannot be reached any more.
     gone: bool,
+    /// Nothing is heard from it or told to it any more. It keeps its place while a command of its is being done.
+    parted: bool,
     /// What the loop looks for.
     interest: EventSet,
 }
@@ -155,7 +157,7 @@ impl ControlSocket {
         if stream.set_nonblocking(true).is_err() {
             return;
         }
-        if self.clients.len() >= CLIENTS_MAX {
+        if self.clients.len() >= CLIENTS_MAX && !self.make_room(ops) {
             return turn_away(stream);
         }
         add(ops, Events::new(&stream, EventSet::IN));
@@ -166,16 +168,27 @@ impl ControlSocket {
             number: self.next,
             closing: false,
             gone: false,
+            parted: false,
             interest,
         });
         self.next += 1;
         self.go_on(self.clients.len() - 1, ops);
     }
 
+    /// Parts with the client that has been silent for longest: true if there was one that has not negotiated.
+    fn make_room(&mut self, ops: &mut EventOps) -> bool {
+        let silent = (0..self.clients.len()).filter(|at| !self.clients[*at].session.is_negotiated());
+        let Some(eldest) = silent.min_by_key(|at| self.clients[*at].number) else { return false };
+        let client = self.clients.swap_remove(eldest);
+        let _ = ops.remove(Events::empty(&client.stream));
+        true
+    }
+
     fn serve(&mut self, events: Events, ops: &mut EventOps) {
         let fd = events.fd();
         // Of an event that was on its way when its client went: nothing is left to do.
-        let Some(at) = self.clients.iter().position(|client| client.stream.as_raw_fd() == fd) else { return };
+        let here = |client: &Client| client.stream.as_raw_fd() == fd && !client.parted;
+        let Some(at) = self.clients.iter().position(here) else { return };
         self.clients[at].heed(events.event_set());
         self.go_on(at, ops);
     }
@@ -227,7 +240,7 @@ impl ControlSocket {
 
     /// Answers what a client has asked, passes on what it is to have, and sees whether it stays.
     fn go_on(&mut self, at: usize, ops: &mut EventOps) {
-        loop {
+        while !self.clients[at].parted {
             let client = &mut self.clients[at];
             if client.session.output().len() >= OUTPUT_PIECE && !client.flush() {
                 break;
@@ -245,19 +258,17 @@ impl ControlSocket {
         }
         let client = &mut self.clients[at];
         if client.flush() && client.stays() {
-            client.look_for_more(ops);
-        } else {
-            let client = self.clients.swap_remove(at);
-            let _ = ops.remove(Events::empty(&client.stream));
+            return client.look_for_more(ops);
+        }
+        client.part_with(ops);
+        if !client.session.is_busy() {
+            self.clients.swap_remove(at);
         }
     }
 
     /// Has `work` done on a thread of its own. Its reply, where that cannot be.
     fn start(&mut self, number: u64, work: Work) -> Result<(), Value> {
         self.jobs.retain(|job| !job.is_finished());
-        if self.jobs.len() >= JOBS_MAX {
-            return Err(work.refuse("too many commands are being done; wait for some to end"));
-        }
         let controls = Arc::clone(&self.controls);
         let (hand_over, taken) = std::sync::mpsc::channel::<Work>();
         let job = move || {
@@ -336,7 +347,15 @@ impl Client {
     /// Passes on what the client takes; false when it is to be dropped.
     fn flush(&mut self) -> bool {
         self.gone |= self.session.output().flush(&mut self.stream).is_err();
-        !self.gone && self.session.output().len() <= OUTPUT_MAX
+        !self.gone && !self.parted && self.session.output().len() <= OUTPUT_MAX
+    }
+
+    /// Has it know that nothing more comes.
+    fn part_with(&mut self, ops: &mut EventOps) {
+        if !std::mem::replace(&mut self.parted, true) {
+            let _ = ops.remove(Events::empty(&self.stream));
+            let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// There is something left to be done for it.

@@ -4,7 +4,8 @@
 //! may take long comes back as [`Work`], to be done on another thread; the next one is looked at when its answer is there.
 //! So answers come in the order of the commands.
 //!
-//! Limits: [`OUTPUT_MAX`] bytes that the client has not taken.
+//! Limits: [`OUTPUT_MAX`] bytes that the client has not taken; beyond half of them, of events the latest of each name, so that
+//! what others do costs it nothing but events.
 
 use std::io::{self, ErrorKind, Write};
 
@@ -17,6 +18,9 @@ use super::protocol::{self, Answer, Call, Refusal};
 
 /// The most that is kept for a client that does not read. One that has more coming is dropped.
 pub const OUTPUT_MAX: usize = 256 << 10;
+
+/// Where so much waits for a client, events wait elsewhere: the latest of each name.
+const EVENTS_LATE: usize = OUTPUT_MAX / 2;
 
 /// A conversation.
 #[derive(Debug)]
@@ -145,8 +149,13 @@ impl Session {
     /// Tells the client of an event, once it has negotiated.
     pub fn tell(&mut self, event: &Value) {
         if self.negotiated {
-            self.output.push(event);
+            self.output.push_event(event);
         }
+    }
+
+    /// It may give commands, and hears events.
+    pub fn is_negotiated(&self) -> bool {
+        self.negotiated
     }
 
     /// A command of this client is being done elsewhere.
@@ -170,10 +179,42 @@ impl Session {
 pub struct Output {
     bytes: Vec<u8>,
     sent: usize,
+    /// Events for when these have been taken, at most one of a name.
+    late: Vec<Value>,
 }
 
 impl Output {
+    /// A message behind all there is.
     fn push(&mut self, message: &Value) {
+        self.catch_up();
+        self.append(message);
+    }
+
+    fn push_event(&mut self, event: &Value) {
+        if self.len() < EVENTS_LATE {
+            return self.append(event);
+        }
+        let name = |event: &Value| event["event"].as_str().unwrap_or_default().to_owned();
+        let undone = match name(event).as_str() {
+            "STOP" => "RESUME",
+            "RESUME" => "STOP",
+            _ => "",
+        };
+        // A stop that is over, or a stretch between two, is nothing that is so any more.
+        if let Some(at) = self.late.iter().position(|other| name(other) == undone) {
+            self.late.remove(at);
+            return;
+        }
+        self.late.retain(|other| name(other) != name(event));
+        self.late.push(event.clone());
+    }
+
+    /// Late events follow what there is.
+    fn catch_up(&mut self) {
+        std::mem::take(&mut self.late).iter().for_each(|event| self.append(event));
+    }
+
+    fn append(&mut self, message: &Value) {
         self.bytes.extend_from_slice(message.to_string().as_bytes());
         self.bytes.extend_from_slice(b"\r\n");
     }
@@ -205,10 +246,54 @@ impl Output {
         }
         self.bytes.drain(..self.sent);
         self.sent = 0;
-        // A burst does not stay with an idle client.
-        if self.bytes.is_empty() {
-            self.bytes = Vec::new();
+        if !self.bytes.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // A burst does not stay with an idle client.
+        self.bytes = Vec::new();
+        if self.late.is_empty() {
+            return Ok(());
+        }
+        self.catch_up();
+        self.flush(to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The names of all events that come of `told` for a client that reads once they are over.
+    fn heard(told: &[&str]) -> Vec<String> {
+        let mut output = Output::default();
+        output.push(&Value::from("x".repeat(EVENTS_LATE)));
+        told.iter().for_each(|name| output.push_event(&protocol::event(name, None)));
+        let mut bytes = Vec::new();
+        output.flush(&mut bytes).expect("memory");
+        assert!(output.is_empty() && output.late.is_empty());
+        let lines = String::from_utf8(bytes).expect("text");
+        let events = lines.lines().skip(1).map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        events.map(|event| event["event"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    #[test]
+    fn a_client_that_reads_late_hears_the_latest_of_each_and_stop_and_resume_in_turn() {
+        assert_eq!(heard(&["STOP", "POWERDOWN", "POWERDOWN", "SHUTDOWN"]), ["STOP", "POWERDOWN", "SHUTDOWN"]);
+        assert_eq!(heard(&["STOP", "RESUME", "STOP", "RESUME"]), [""; 0]);
+        assert_eq!(heard(&["STOP", "RESUME", "STOP", "POWERDOWN"]), ["STOP", "POWERDOWN"]);
+        assert_eq!(heard(&["RESUME", "STOP", "RESUME"]), ["RESUME"]);
+    }
+
+    #[test]
+    fn a_reply_comes_behind_the_events_before_it() {
+        let mut output = Output::default();
+        output.push(&Value::from("x".repeat(EVENTS_LATE)));
+        output.push_event(&protocol::event("STOP", None));
+        output.push(&Value::from("reply"));
+        let mut bytes = Vec::new();
+        output.flush(&mut bytes).expect("memory");
+        let lines = String::from_utf8(bytes).expect("text");
+        let lines: Vec<&str> = lines.lines().collect();
+        assert!(lines[1].contains("STOP") && lines[2].contains("reply"), "{:?}", &lines[1..]);
     }
 }

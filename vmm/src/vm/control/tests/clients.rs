@@ -160,7 +160,7 @@ fn a_client_that_has_said_all_still_gets_its_answers() {
 #[test]
 fn more_clients_than_the_limit_are_told_so_and_room_comes_back() {
     let rig = Rig::new();
-    let held: Vec<Peer> = (0..CLIENTS_MAX).map(|_| rig.client()).collect();
+    let held: Vec<Peer> = (0..CLIENTS_MAX).map(|_| rig.negotiated()).collect();
     for _ in 0..200 {
         let mut peer = rig.connect();
         assert!(
@@ -177,6 +177,52 @@ fn more_clients_than_the_limit_are_told_so_and_room_comes_back() {
         thread::sleep(Duration::from_millis(1));
     }
     panic!("no room came back");
+}
+
+#[test]
+fn clients_that_never_negotiate_keep_nobody_out() {
+    let rig = Rig::new();
+    let mut held: Vec<Peer> = (0..CLIENTS_MAX).map(|_| rig.client()).collect();
+    let mut others: Vec<Peer> = (0..CLIENTS_MAX).map(|_| rig.negotiated()).collect();
+    assert!(held.iter_mut().all(|peer| peer.receive().is_none()), "they have made room");
+    others.iter_mut().for_each(|peer| drop(peer.ask("query-status")));
+}
+
+#[test]
+fn a_client_that_sleeps_while_others_make_events_hears_the_latest_and_stays() {
+    let rig = Rig::new();
+    let (mut sleeps, mut floods) = (rig.negotiated(), rig.negotiated());
+    let lines = "{\"execute\":\"system_powerdown\"}".repeat(100);
+    for _ in 0..100 {
+        floods.send(&lines);
+        let mut answers = 0;
+        while answers < 100 {
+            answers += u32::from(floods.receive().expect("a line").get("return").is_some());
+        }
+    }
+    sleeps.send(STATUS);
+    let mut events = 0;
+    while sleeps.receive().expect("it is still connected").get("return").is_none() {
+        events += 1;
+    }
+    assert!(0 < events && events < 10_000, "{events} events of 10 000");
+}
+
+#[test]
+fn commands_of_clients_that_have_gone_keep_nobody_from_theirs() {
+    let rig = Rig::new();
+    let mut peer = rig.negotiated();
+    for _ in 0..100 {
+        let mut other = rig.connect();
+        // It may be turned away.
+        let _ = other.stream.write_all(
+            b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"x-explain\",\"arguments\":{\"gva\":1}}",
+        );
+    }
+    for _ in 0..20 {
+        peer.ask("x-memory");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

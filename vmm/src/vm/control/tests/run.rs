@@ -285,7 +285,7 @@ fn a_job_of_a_client_that_has_gone_ends_before_the_loop_does() {
         }
     }
     let mut rig = Rig::with(|controls| controls.balloon = Some(Arc::new(Slow)));
-    for _ in 0..JOBS_MAX {
+    for _ in 1..CLIENTS_MAX {
         let mut peer = rig.negotiated();
         peer.send("{\"execute\":\"x-explain\",\"arguments\":{\"gva\":1}}");
     }
