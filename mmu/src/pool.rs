@@ -307,6 +307,19 @@ impl Mmu {
         self.frames.pins(mfn)
     }
 
+    /// Mappings hold the page's frame in place, an idle slot not counted: as [`Mmu::pins_of`], for who only looks.
+    pub(crate) fn is_held(&self, gfn: Gfn, mfn: Mfn) -> bool {
+        match self.frames.pins(mfn) {
+            0 => false,
+            1 => {
+                let slots = self.pool.slots.lock();
+                let slot = slots.by_gfn.get(&gfn).and_then(|index| slots.slots[*index as usize].as_ref());
+                slot.is_none_or(|slot| slot.mappings != 0)
+            }
+            _ => true,
+        }
+    }
+
     /// What the pool has, and has done.
     pub fn window_stats(&self) -> WindowStats {
         self.pool.slots.lock().stats

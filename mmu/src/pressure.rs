@@ -7,7 +7,7 @@
 //! right, and need not add up.
 
 use crate::Mmu;
-use crate::frames::Marks;
+use crate::frames::{DIRTY, Marks};
 use crate::p2m::PageState;
 
 /// What reclaim is up against.
@@ -15,8 +15,10 @@ use crate::p2m::PageState;
 pub struct Pressure {
     /// Pages of guest memory that have no frame because they read as zeros.
     pub zero: u32,
-    /// Pages that a window, a device or a pool holds in their frames.
+    /// Pages that reclaim might take, but that a window or a device holds in their frames.
     pub pinned: u32,
+    /// Pages that reclaim might take, and that swap has no good copy of: they need a slot to go.
+    pub dirty: u32,
     /// Frames on the inactive list: the next to go.
     pub inactive: u32,
     /// Frames on the active list.
@@ -42,11 +44,12 @@ impl Mmu {
     pub fn pressure(&self) -> Pressure {
         let (counts, swap) = (self.frames.counts(), self.swap.stats());
         let (inactive, active) = self.lru.lengths();
-        let (zero, pinned) = self.zero_and_pinned();
+        let Pages { others, pinned, dirty } = self.pages_by_need();
         let (wanted, failed) = self.background.state();
         Pressure {
-            zero,
+            zero: self.p2m.pages() - others,
             pinned,
+            dirty,
             inactive,
             active,
             marks: counts.marks,
@@ -59,23 +62,38 @@ impl Mmu {
         }
     }
 
-    fn zero_and_pinned(&self) -> (u32, u32) {
-        let (mut others, mut pinned) = (0, 0);
-        self.p2m.for_each(|_, state| {
-            others += u32::from(state != PageState::Zero);
-            if let PageState::Resident(mfn) = state {
-                pinned += u32::from(self.frames.pins(mfn) != 0);
+    fn pages_by_need(&self) -> Pages {
+        let mut pages = Pages::default();
+        self.p2m.for_each(|gfn, state| {
+            pages.others += u32::from(state != PageState::Zero);
+            // Low memory is on no list: nobody takes it, pinned or not.
+            if let PageState::Resident(mfn) = state
+                && gfn.0 >= self.config.low_pages
+            {
+                match self.is_held(gfn, mfn) {
+                    true => pages.pinned += 1,
+                    false => pages.dirty += u32::from(self.frames.flags(mfn) & DIRTY != 0),
+                }
             }
         });
-        (self.p2m.pages() - others, pinned)
+        pages
     }
+}
+
+#[derive(Default)]
+struct Pages {
+    /// Those that do not read as zeros without a frame.
+    others: u32,
+    pinned: u32,
+    dirty: u32,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::addr::Gfn;
-    use crate::window::{Context, LocalStack};
+    use crate::swap::MemorySwap;
+    use crate::window::{Context, Intent, LocalStack};
     use crate::{Config, Machine, NoVcpus};
 
     #[test]
@@ -91,5 +109,25 @@ mod tests {
         mmu.set_budget(mmu.budget_min()).expect("the least");
         let pressure = mmu.pressure();
         assert!(pressure.wanted && pressure.marks.high > 0 && !pressure.failed);
+    }
+
+    #[test]
+    fn pinned_and_dirty_are_what_keeps_a_page_that_could_be_taken() {
+        let config = Config { low_pages: 8, ..Config::of_pages(600) };
+        let mmu = Mmu::new(Machine::anonymous(1200), config, Box::new(NoVcpus));
+        let mmu = mmu.with_swap(Box::new(MemorySwap::new(600)));
+        let (stack, seen) = (LocalStack::new(Context::Host), || mmu.pressure());
+        let write = |page: u32| mmu.write_bytes(&stack, Gfn(page).at(0), &[1]).expect("a frame");
+        (0..20).for_each(write);
+        assert_eq!((seen().pinned, seen().dirty), (0, 12), "those of low memory stay, whatever they are");
+        let maps = [7, 10].map(|page| mmu.try_take_page(Gfn(page), Intent::Read).expect("resident"));
+        assert_eq!((seen().pinned, seen().dirty), (1, 11));
+        drop(maps);
+        assert_eq!((seen().pinned, seen().dirty), (0, 12), "an idle slot keeps nobody");
+        assert_eq!(mmu.page_out(None, &[Gfn(10), Gfn(11)]), Ok(2));
+        mmu.bring_in(None, Gfn(10)).expect("frames are left");
+        assert_eq!(seen().dirty, 10, "swap has a copy");
+        write(10);
+        assert_eq!(seen().dirty, 11);
     }
 }

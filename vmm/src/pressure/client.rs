@@ -14,8 +14,6 @@ use crate::vm::ask::{Connection, PATIENCE, Refused};
 
 /// How often a guest is asked for its statistics.
 const STATS_PERIOD: Duration = Duration::from_secs(1);
-/// How often it is asked at most what a balloon has that moves.
-const LEARN_MAX: u32 = 20;
 /// QMP's class of an error where something would have had to sleep.
 const WOULD_BLOCK: &str = "WouldBlock";
 
@@ -28,22 +26,22 @@ pub struct Seen {
     pub budget_min: u32,
     /// Frames that the host backs beyond the budget.
     pub over: u32,
-    /// Pages that somebody holds in their frames.
+    /// Pages on these lists that somebody holds in their frames.
     pub pinned: u32,
+    /// Others there that need a slot of swap to go.
+    pub dirty: u32,
     /// Frames that reclaim may choose from.
     pub listed: u32,
-    /// Slots of swap, and those in use.
+    /// Slots of swap.
     pub swap_slots: u32,
-    /// Those in use, copies of resident pages among them.
-    pub swap_used: u32,
     /// Swap has failed.
     pub swap_failed: bool,
     /// The reclaim thread has been woken and has not begun.
     pub wanted: bool,
     /// Pages that reclaim has taken so far.
     pub evicted: u64,
-    /// Frames that the host has back, so far.
-    pub given_back: u64,
+    /// Pages of guest memory, holes among them.
+    pub guest_pages: u32,
     /// The balloon, if there is one.
     pub balloon: Option<Kept>,
 }
@@ -88,12 +86,14 @@ pub fn bytes(pages: u32) -> u64 {
 }
 
 /// What came of one discard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Discarded {
     /// So many pages are gone, and so many are left to do.
     Pages(u64, u64),
     /// It would have had to sleep.
     WouldBlock,
+    /// It could not be done, and why.
+    Refused(String),
 }
 
 /// A running guest.
@@ -101,8 +101,6 @@ pub struct Guest<'a> {
     connection: Connection<'a>,
     path: &'a Path,
     begun: Instant,
-    /// All of its memory, if it has a balloon.
-    memory: Option<u64>,
     /// When its statistics are due.
     stats_due: Duration,
     /// Free pages and swap-ins as it last said.
@@ -110,15 +108,15 @@ pub struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Connects.
+    /// Connects. That, and each answer later on, may take `patience` at most.
     ///
     /// # Errors
     ///
     /// A sentence, as for all that follow: why there is no answer.
-    pub fn open(path: &Path) -> Result<Guest<'_>, String> {
-        let connection = Connection::open(path, PATIENCE)?;
+    pub fn open(path: &Path, patience: Duration) -> Result<Guest<'_>, String> {
+        let connection = Connection::open(path, patience.min(PATIENCE))?;
         let (begun, stats_due) = (Instant::now(), Duration::ZERO);
-        Ok(Guest { connection, path, begun, memory: None, stats_due, stats: None })
+        Ok(Guest { connection, path, begun, stats_due, stats: None })
     }
 
     /// Since the connection was made.
@@ -146,7 +144,7 @@ impl Guest<'_> {
     ///
     /// # Errors
     ///
-    /// The server's own sentence where it refuses for another reason than sleep.
+    /// When there is no answer.
     pub fn discard(&mut self, gpa: u64, bytes: u64, atomic: bool) -> Result<Discarded, String> {
         let arguments = json!({"gpa": gpa, "bytes": bytes, "atomic": atomic});
         match self.connection.try_call("x-discard", &arguments)? {
@@ -154,7 +152,7 @@ impl Guest<'_> {
                 Ok(Discarded::Pages(self.number(&answer, "/discarded")?, self.number(&answer, "/left")?))
             }
             Err(Refused { class, .. }) if class == WOULD_BLOCK => Ok(Discarded::WouldBlock),
-            Err(Refused { desc, .. }) => Err(desc),
+            Err(Refused { desc, .. }) => Ok(Discarded::Refused(desc)),
         }
     }
 
@@ -179,9 +177,6 @@ impl Guest<'_> {
     ///
     /// When an answer is missing, or not what such a server says.
     pub fn look(&mut self) -> Result<Seen, String> {
-        if self.memory.is_none() {
-            self.memory = self.learn_memory()?;
-        }
         let memory = self.connection.call("x-memory", &json!({}))?;
         let counters = self.connection.call("x-counters", &json!({}))?;
         self.ask_for_stats()?;
@@ -189,9 +184,12 @@ impl Guest<'_> {
         let pages = |path: &str| self.number(&memory, path).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let count = |path: &str| self.number(&counters, path);
         let balloon = memory.get("balloon").filter(|balloon| !balloon.is_null());
-        let balloon =
-            balloon.map(|_| Ok::<_, String>((pages("/balloon/target")?, pages("/balloon/actual")?)));
-        let balloon = balloon.transpose()?;
+        let given = if balloon.is_some() { pages("/balloon/actual")? } else { 0 };
+        let balloon = balloon.map(|_| {
+            let (memory, target) = (bytes(pages("/balloon/memory")?), bytes(pages("/balloon/target")?));
+            let (target, actual) = (memory.saturating_sub(target), memory.saturating_sub(bytes(given)));
+            Ok::<_, String>(Kept { target, actual, memory })
+        });
         let (guest_free, guest_swap_ins) = self.stats.unwrap_or_default();
         let sample = Sample {
             at,
@@ -210,7 +208,7 @@ impl Guest<'_> {
             invalidations: invalidations(&counters),
             direct_reclaims: self.number(&memory, "/reclaim/direct")?,
             gate_waits: self.number(&memory, "/reclaim/gate-waits")?,
-            balloon_actual: balloon.map_or(0, |(_, given)| given),
+            balloon_actual: given,
             guest_free,
             guest_swap_ins,
         };
@@ -220,36 +218,15 @@ impl Guest<'_> {
             budget_min: pages("/budget-min")?,
             over: pages("/reclaim/over-budget")?,
             pinned: pages("/pinned")?,
+            dirty: pages("/dirty")?,
             listed: pages("/reclaim/inactive")?.saturating_add(pages("/reclaim/active")?),
             swap_slots: pages("/swap/slots")?,
-            swap_used: pages("/swap/used")?,
             swap_failed: memory["reclaim"]["failed"] == true,
             wanted: memory["reclaim"]["wanted"] == true,
             evicted: sample.swap_outs.saturating_add(dropped),
-            given_back: self.number(&memory, "/reclaim/given-back")?,
-            balloon: balloon.zip(self.memory).map(|((wanted, given), memory)| Kept {
-                target: memory.saturating_sub(bytes(wanted)),
-                actual: memory.saturating_sub(bytes(given)),
-                memory,
-            }),
+            guest_pages: pages("/guest-pages")?,
+            balloon: balloon.transpose()?,
         })
-    }
-
-    /// How much memory there is with what the balloon has. That may move between two questions: they are asked until it has not.
-    fn learn_memory(&mut self) -> Result<Option<u64>, String> {
-        let mut all = None;
-        for _ in 0..LEARN_MAX {
-            let Ok(first) = self.connection.try_call("query-balloon", &json!({}))? else { return Ok(None) };
-            let memory = self.connection.call("x-memory", &json!({}))?;
-            let second = self.connection.call("query-balloon", &json!({}))?;
-            let (first, second) = (self.number(&first, "/actual")?, self.number(&second, "/actual")?);
-            let given = self.number(&memory, "/balloon/actual")?;
-            all = Some(second.saturating_add(given.saturating_mul(PAGE_SIZE)));
-            if first == second {
-                break;
-            }
-        }
-        Ok(all)
     }
 
     fn ask_for_stats(&mut self) -> Result<(), String> {

@@ -1,7 +1,8 @@
 //! Why a guest has not come to what was asked of it in time.
 //!
-//! Story: the numbers before and after are all that is looked at. The first reason that fits is the one that is said: what
-//! nothing can come through first, what only takes longer last.
+//! Story: the numbers before and after are all that is looked at, and those of [`RECENT`] ago: what happens now is why it is not
+//! reached now. The first reason that fits is the one that is said: what nothing can come through first, what only takes longer
+//! last.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,6 +14,9 @@ use crate::units::approximate_size;
 /// Refaults are comparable with evictions from this share on: one of so many pages comes back.
 const REFAULT_SHARE: u64 = 2;
 
+/// What a guest did in this time, it does.
+pub const RECENT: Duration = Duration::from_secs(1);
+
 /// All that the judgement is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Evidence {
@@ -22,10 +26,10 @@ pub struct Evidence {
     pub goal: u64,
     /// The guest before it was asked.
     pub before: Seen,
+    /// The last look that was [`RECENT`] before the end, or the first after it was asked.
+    pub recent: Seen,
     /// And when there was no more time.
     pub after: Seen,
-    /// From the one to the other.
-    pub took: Duration,
     /// The guest stands still.
     pub paused: bool,
     /// It has sent statistics, as a driver does.
@@ -45,12 +49,14 @@ pub enum Reason {
     Unwilling(Option<u64>),
     /// It moves, and is not there yet: so many bytes a second.
     Slow(u64),
+    /// It has moved, and does no more: so much it keeps, and so much is free, as it says.
+    Stopped(u64, Option<u64>),
     /// Swap has failed.
     SwapFailed,
     /// So many frames are to go, and so many are pinned.
     Pinned(u32, u32),
-    /// So many frames are to go, and swap has so few slots for them.
-    NoRoom(u32, u32),
+    /// So many frames are to go, so many pages are dirty, and swap has so few slots for them.
+    NoRoom(u32, u32, u32),
     /// So many pages a second come back, of so many that go.
     Refaulting(u64, u64),
     /// The reclaim thread has not begun.
@@ -74,37 +80,46 @@ pub fn judge(evidence: &Evidence) -> Reason {
 }
 
 fn judge_balloon(evidence: &Evidence) -> Reason {
-    let Evidence { before, after, .. } = evidence;
-    let (was, is) = (before.reached(Level::Balloon), after.reached(Level::Balloon));
+    let Evidence { before, recent, after, .. } = evidence;
+    let [was, lately, is] = [before, recent, after].map(|seen| seen.reached(Level::Balloon));
+    let free = after.sample.guest_free.map(|pages| pages.saturating_mul(bytes(1)));
     match () {
         () if evidence.paused => Reason::Paused,
-        () if was != is => Reason::Slow(rate(was.abs_diff(is), evidence.took)),
-        () if evidence.has_driver => {
-            Reason::Unwilling(after.sample.guest_free.map(|pages| pages.saturating_mul(bytes(1))))
-        }
+        () if lately != is => Reason::Slow(rate(lately.abs_diff(is), evidence.lately())),
+        () if was != is => Reason::Stopped(is, free),
+        () if evidence.has_driver => Reason::Unwilling(free),
         () => Reason::NoAnswer,
     }
 }
 
 fn judge_frames(evidence: &Evidence) -> Reason {
-    let Evidence { before, after, took, .. } = *evidence;
-    let evicted = after.evicted.saturating_sub(before.evicted);
-    let refaults = after.sample.refaults.saturating_sub(before.sample.refaults);
-    let written = after.sample.swap_outs.saturating_sub(before.sample.swap_outs);
+    let Evidence { before, recent, after, .. } = *evidence;
+    let took = evidence.lately();
+    let evicted = after.evicted.saturating_sub(recent.evicted);
+    let refaults = after.sample.refaults.saturating_sub(recent.sample.refaults);
+    let written = after.sample.swap_outs.saturating_sub(recent.sample.swap_outs);
+    let can_go = after.listed.saturating_sub(after.pinned);
     // A page that swap has a copy of needs no slot, so that only those in swap alone take up room.
     let room = after.swap_slots.saturating_sub(after.sample.swapped);
     match () {
         () if after.swap_failed => Reason::SwapFailed,
-        () if after.pinned > 0 && after.listed.saturating_sub(after.pinned) < after.over => {
-            Reason::Pinned(after.over, after.pinned)
+        () if after.pinned > 0 && can_go < after.over => Reason::Pinned(after.over, after.pinned),
+        () if after.dirty > room && can_go.saturating_sub(after.dirty - room) < after.over => {
+            Reason::NoRoom(after.over, after.dirty, room)
         }
-        () if room < after.over => Reason::NoRoom(after.over, room),
         () if refaults > 0 && refaults.saturating_mul(REFAULT_SHARE) >= evicted => {
             Reason::Refaulting(rate(refaults, took), rate(evicted, took))
         }
         () if evicted == 0 && after.wanted => Reason::NotBegun,
         () if written > 0 => Reason::Writing(rate(written, took), after.over),
-        () => Reason::Unknown(after.over, evicted),
+        () => Reason::Unknown(after.over, after.evicted.saturating_sub(before.evicted)),
+    }
+}
+
+impl Evidence {
+    /// From the recent look to the last.
+    fn lately(&self) -> Duration {
+        self.after.sample.at.saturating_sub(self.recent.sample.at)
     }
 }
 
@@ -137,14 +152,23 @@ impl fmt::Display for Reason {
                 let speed = approximate_size(speed);
                 write!(f, "the guest's balloon moves by {speed} a second; give it longer, with --timeout")
             }
+            Reason::Stopped(at, free) => {
+                let at = approximate_size(at);
+                write!(f, "the guest's balloon has stopped at {at}, and moves no more")?;
+                match free {
+                    Some(free) => write!(f, "; it says that it has {} free", approximate_size(free)),
+                    None => Ok(()),
+                }
+            }
             Reason::SwapFailed => f.write_str("swap has failed; the run is about to end, and says why"),
             Reason::Pinned(over, pinned) => write!(
                 f,
                 "{over} frames are to go, but {pinned} pages are pinned: devices or windows hold them in their frames"
             ),
-            Reason::NoRoom(over, room) => write!(
+            Reason::NoRoom(over, dirty, room) => write!(
                 f,
-                "{over} frames are to go, dirty pages among them, and swap has room for {room}; start the guest with a larger --swap"
+                "{over} frames are to go, {dirty} pages are dirty, and swap has room for {room} of them; start the guest with a \
+                 larger --swap"
             ),
             Reason::Refaulting(refaults, evicted) => write!(
                 f,
@@ -177,30 +201,37 @@ mod tests {
         let sample = Sample { budget: 3072, frames_used: 3172, resident: 3000, ..Sample::default() };
         let before = Seen { sample, swap_slots: 4096, listed: 2000, over: 100, ..Seen::default() };
         let mut after = before;
+        after.sample.at = Duration::from_secs(2);
         change(&mut after);
         Evidence {
             level: Level::Frames,
             goal: 12 * MIB,
             before,
+            recent: before,
             after,
-            took: Duration::from_secs(2),
             paused: false,
             has_driver: false,
         }
     }
 
+    /// A guest that is to keep 12 MiB, and keeps so many.
+    fn keeps(mib: u64) -> Kept {
+        Kept { target: 12 * MIB, actual: mib * MIB, memory: 32 * MIB }
+    }
+
     /// The same of a balloon, of which nothing has moved.
     fn balloon(change: impl Fn(&mut Evidence)) -> Evidence {
-        let kept = Kept { target: 12 * MIB, actual: 32 * MIB, memory: 32 * MIB };
-        let seen = Seen { balloon: Some(kept), ..Seen::default() };
-        let mut evidence = Evidence { level: Level::Balloon, before: seen, after: seen, ..frames(|_| {}) };
+        let kept = Some(keeps(32));
+        let mut evidence = frames(|_| {});
+        evidence.level = Level::Balloon;
+        (evidence.before.balloon, evidence.recent.balloon, evidence.after.balloon) = (kept, kept, kept);
         change(&mut evidence);
         evidence
     }
 
     #[test]
     fn each_reason_has_its_numbers() {
-        let table: [(&str, Evidence, Reason); 18] = [
+        let table: [(&str, Evidence, Reason); 22] = [
             ("nothing moves", frames(|_| {}), Reason::Unknown(100, 0)),
             ("another budget", frames(|seen| seen.sample.budget = 256), Reason::Elsewhere(Some(MIB))),
             (
@@ -214,12 +245,27 @@ mod tests {
             (
                 "swap is full",
                 frames(|seen| {
-                    (seen.swap_used, seen.sample.swapped, seen.sample.swap_outs, seen.evicted) =
-                        (4096, 4090, 9, 9)
+                    (seen.sample.swapped, seen.sample.swap_outs, seen.evicted) = (4090, 9, 9);
+                    seen.dirty = 1950;
                 }),
-                Reason::NoRoom(100, 6),
+                Reason::NoRoom(100, 1950, 6),
             ),
-            ("slots with copies are room", frames(|seen| seen.swap_used = 4096), Reason::Unknown(100, 0)),
+            (
+                "swap is full, but clean pages are there",
+                frames(|seen| (seen.sample.swapped, seen.dirty) = (4090, 1900)),
+                Reason::Unknown(100, 0),
+            ),
+            (
+                "as many as there are come and went, a while ago",
+                {
+                    let mut evidence = frames(|seen| {
+                        (seen.sample.refaults, seen.evicted, seen.sample.swap_outs) = (1000, 1100, 900)
+                    });
+                    evidence.recent = evidence.after;
+                    evidence
+                },
+                Reason::Unknown(100, 1100),
+            ),
             (
                 "as many come as go",
                 frames(|seen| (seen.sample.refaults, seen.evicted) = (1000, 1100)),
@@ -253,10 +299,33 @@ mod tests {
             (
                 "it moves",
                 balloon(|evidence| {
-                    let kept = Kept { target: 12 * MIB, actual: 28 * MIB, memory: 32 * MIB };
-                    (evidence.has_driver, evidence.after.balloon) = (true, Some(kept));
+                    (evidence.has_driver, evidence.after.balloon) = (true, Some(keeps(28)));
                 }),
                 Reason::Slow(2 * MIB),
+            ),
+            (
+                "it moves more slowly now",
+                balloon(|evidence| {
+                    (evidence.recent.balloon, evidence.after.balloon) = (Some(keeps(21)), Some(keeps(20)));
+                    evidence.recent.sample.at = Duration::from_secs(1);
+                }),
+                Reason::Slow(MIB),
+            ),
+            (
+                "it stands still where the rest is in use",
+                balloon(|evidence| {
+                    let kept = Some(keeps(20));
+                    (evidence.recent.balloon, evidence.after.balloon) = (kept, kept);
+                    (evidence.has_driver, evidence.after.sample.guest_free) = (true, Some(256));
+                }),
+                Reason::Stopped(20 * MIB, Some(MIB)),
+            ),
+            (
+                "it stands still and says nothing",
+                balloon(|evidence| {
+                    (evidence.recent.balloon, evidence.after.balloon) = (Some(keeps(20)), Some(keeps(20)));
+                }),
+                Reason::Stopped(20 * MIB, None),
             ),
             (
                 "another target",
@@ -276,11 +345,11 @@ mod tests {
 
     #[test]
     fn huge_numbers_and_no_time_are_judged() {
-        let mut evidence = frames(|seen| {
+        let evidence = frames(|seen| {
+            seen.sample.at = Duration::ZERO;
             (seen.sample.refaults, seen.evicted, seen.over) = (u64::MAX, u64::MAX, u32::MAX);
             (seen.swap_slots, seen.listed) = (u32::MAX, u32::MAX);
         });
-        evidence.took = Duration::ZERO;
         assert_eq!(judge(&evidence), Reason::Refaulting(u64::MAX, u64::MAX));
     }
 }

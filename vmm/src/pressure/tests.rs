@@ -28,11 +28,24 @@ struct Played {
     /// All that was to change something, in order.
     asked: Vec<(String, u64)>,
     looks: u32,
+    /// Pages of guest memory.
+    memory: u64,
+    /// Its balloon has a driver, which does at once what it is told.
+    driver: bool,
 }
 
 impl Played {
     fn new() -> Played {
-        Played { budget: 24 * MIB, over: 0, target: 0, actual: 0, asked: Vec::new(), looks: 0 }
+        Played {
+            budget: 24 * MIB,
+            over: 0,
+            target: 0,
+            actual: 0,
+            asked: Vec::new(),
+            looks: 0,
+            memory: 8192,
+            driver: false,
+        }
     }
 
     fn answer(&mut self, command: &str, arguments: &Value) -> Value {
@@ -47,6 +60,7 @@ impl Played {
             "balloon" => {
                 self.asked.push((command.into(), number("value")));
                 self.target = (32 * MIB).saturating_sub(number("value")) / 4096;
+                self.actual = if self.driver { self.target } else { self.actual };
                 json!({})
             }
             "x-discard" => {
@@ -55,7 +69,6 @@ impl Played {
                 let pages = number("bytes") / 4096;
                 json!({"discarded": pages.div_ceil(2), "left": pages / 2})
             }
-            "query-balloon" => json!({"actual": 32 * MIB - self.actual * 4096}),
             "query-status" => json!({"status": "running"}),
             "x-counters" => {
                 json!({"memory": {"swap_outs": 5, "swap_writes": 1, "zero_drops": 2, "clean_drops": 3,
@@ -66,9 +79,10 @@ impl Played {
                 let over = std::mem::take(&mut self.over);
                 json!({"budget": self.budget / 4096, "budget-min": 2048, "frames-used": self.budget / 4096 + over,
                     "frames-free": 1, "resident": 2000, "swapped": 7, "ballooned": 0, "shadow-pages": 64, "pinned": 0,
-                    "balloon": {"target": self.target, "actual": self.actual}, "swap": {"slots": 8192, "used": 7},
+                    "dirty": 0, "guest-pages": self.memory, "swap": {"slots": 8192},
+                    "balloon": {"target": self.target, "actual": self.actual, "memory": self.memory},
                     "reclaim": {"refaults": 1, "direct": 2, "gate-waits": 3, "over-budget": over, "inactive": 500,
-                        "active": 500, "failed": false, "wanted": false, "given-back": 6}})
+                        "active": 500, "failed": false, "wanted": false}})
             }
             _ => json!({}),
         }
@@ -85,7 +99,7 @@ fn serve(mut stream: UnixStream, played: &Mutex<Played>, instead: Instead) {
         let call: Value = serde_json::from_str(&line).expect("JSON");
         let command = call["execute"].as_str().expect("a command");
         let mut played = played.lock().expect("no panic");
-        let answer = match instead(&mut played, command, &call["arguments"]) {
+        let mut answer = match instead(&mut played, command, &call["arguments"]) {
             Some(answer) => answer,
             None if command == "x-balloon-stats" => {
                 json!({"error": {"class": "GenericError", "desc": "the guest has reported no statistics"}})
@@ -93,6 +107,7 @@ fn serve(mut stream: UnixStream, played: &Mutex<Played>, instead: Instead) {
             None => json!({"return": played.answer(command, &call["arguments"])}),
         };
         drop(played);
+        answer["id"] = call["id"].clone();
         if stream.write_all(format!("{{\"event\":\"X\"}}\n{answer}\n").as_bytes()).is_err() {
             return;
         }
@@ -131,7 +146,7 @@ fn a_step_is_reached_once_the_host_has_the_frames_back() {
     let report = report.expect("a report");
     assert_eq!((&report.end, report.status().code()), (&End::Reached, 0));
     assert_eq!(played.asked, asked(&[12]));
-    assert_eq!(played.looks, 4, "for the balloon, before, over it, there");
+    assert_eq!(played.looks, 3, "before, over it, there");
     for words in ["frames: from 24M to 12M in ", "the host backs 12M and has back 12M"] {
         assert!(report.summary.contains(words), "{}", report.summary);
     }
@@ -154,7 +169,56 @@ fn a_ramp_goes_by_steps_and_a_wave_ends_where_it_began() {
     let (report, played) = pressed(wave, LONG, u32::MAX, |_, _, _| None);
     let report = report.expect("a report");
     assert_eq!((report.end, played.budget), (End::Reached, 24 * MIB));
-    assert!(report.summary.contains("(12M to 24M meanwhile)"), "{}", report.summary);
+    let words = "(12M to 24M meanwhile), reached its low 2 of 2 times and its high 2 of 2 times,";
+    assert!(report.summary.contains(words), "{}", report.summary);
+}
+
+fn wave(level: Level) -> Task {
+    let span = Span { from: 16 * MIB, to: 24 * MIB };
+    let (period, lasts) = (Duration::from_millis(400), Duration::from_millis(800));
+    Task::Level(level, Shape::Wave { span, period, lasts })
+}
+
+/// In the end a wave asks for what there was before, which says nothing of what came in between.
+#[test]
+fn a_wave_that_was_never_followed_is_not_reached() {
+    let (report, played) = pressed(wave(Level::Balloon), LONG, u32::MAX, |_, _, _| None);
+    let report = report.expect("a report");
+    assert!(matches!(&report.end, End::NotReached(why) if why.contains("does not answer")), "{report:?}");
+    assert!(report.summary.contains("its low 0 of 2 times and its high 0 of 2 times"), "{}", report.summary);
+    assert_eq!(played.asked.last().map(|(_, size)| *size), Some(32 * MIB), "and the guest is as it was");
+    // The high size costs the guest nothing.
+    let never_low: Instead = |played, command, _| {
+        if command == "x-memory" && played.budget < 20 * MIB {
+            played.over = 9;
+        }
+        None
+    };
+    let (report, _) = pressed(wave(Level::Frames), LONG, u32::MAX, never_low);
+    let report = report.expect("a report");
+    assert!(matches!(&report.end, End::NotReached(why) if why.contains("9 frames are")), "{report:?}");
+    assert!(report.summary.contains("its low 0 of 2 times and its high 2 of 2 times"), "{}", report.summary);
+    let follows: Instead = |played, _, _| {
+        played.driver = true;
+        None
+    };
+    let (report, _) = pressed(wave(Level::Balloon), LONG, u32::MAX, follows);
+    assert_eq!(report.expect("a report").end, End::Reached);
+}
+
+/// The rest of its memory is in use: what it gave up at first says nothing of now.
+#[test]
+fn a_balloon_that_stands_still_has_stopped_however_fast_it_was() {
+    let first: Instead = |played, command, _| {
+        if command == "balloon" {
+            played.actual = 4 << 20 >> 12;
+        }
+        None
+    };
+    let balloon = Task::Level(Level::Balloon, Shape::Step(16 * MIB));
+    let (report, _) = pressed(balloon, Duration::from_millis(1600), u32::MAX, first);
+    let report = report.expect("a report");
+    assert!(matches!(&report.end, End::NotReached(why) if why.contains("stopped at 28M")), "{report:?}");
 }
 
 #[test]
@@ -189,12 +253,36 @@ fn who_interrupts_it_finds_the_guest_as_it_was() {
         }
         None
     };
-    let (report, played) = pressed(frames(Shape::Step(12 * MIB)), LONG, 4, never);
+    let (report, played) = pressed(frames(Shape::Step(12 * MIB)), LONG, 3, never);
     let report = report.expect("a report");
     assert_eq!(report.status().code(), 14);
     let words = "frames set back to 24M: the guest is at 24M now;";
     assert!(matches!(&report.end, End::Interrupted(now) if now.contains(words)), "{report:?}");
     assert_eq!(played.asked, asked(&[12, 24]));
+}
+
+#[test]
+fn who_interrupts_it_before_anything_is_asked_has_asked_nothing() {
+    let (report, played) = pressed(frames(Shape::Step(12 * MIB)), LONG, 0, |_, _, _| None);
+    let report = report.expect("a report");
+    assert_eq!(report.status().code(), 14);
+    assert!(
+        matches!(&report.end, End::Interrupted(now) if now.contains("nothing has been asked")),
+        "{report:?}"
+    );
+    assert_eq!(played.asked, []);
+}
+
+#[test]
+fn who_interrupts_it_hears_what_is_left_asked_for_where_it_cannot_be_set_back() {
+    let refuses: Instead = |_, command, arguments| {
+        let back = command == "x-frames" && arguments["bytes"] == 24 * MIB;
+        back.then(|| json!({"error": {"class": "GenericError", "desc": "no more"}}))
+    };
+    let (report, _) = pressed(frames(Shape::Step(12 * MIB)), LONG, 2, refuses);
+    let report = report.expect("a report");
+    let words = "could not be set back to 24M: no more; before that 12M was asked for";
+    assert!(matches!(&report.end, End::Interrupted(now) if now.contains(words)), "{report:?}");
 }
 
 #[test]
@@ -234,6 +322,25 @@ fn discards_go_on_with_what_is_left_and_count_what_would_block() {
         (command == "x-discard").then(|| json!({"error": {"class": "GenericError", "desc": "held"}}))
     };
     assert_eq!(pressed(Task::Discard(once), LONG, u32::MAX, refuses).0.err().as_deref(), Some("held"));
+    let (report, _) = pressed(Task::Discard(Discards { again, ..once }), LONG, u32::MAX, refuses);
+    let report = report.expect("a report");
+    assert!(matches!(&report.end, End::NotReached(why) if why.ends_with("the last: held")), "{report:?}");
+    assert!(report.summary.contains("WouldBlock 0 times, refused "), "{}", report.summary);
+    let beyond = Task::Discard(Discards { gpa: 32 * MIB, again, ..once });
+    let (report, played) = pressed(beyond, LONG, u32::MAX, |_, _, _| None);
+    assert!(report.is_err_and(|error| error.contains("ends at 0x2000000")) && played.asked.is_empty());
+}
+
+#[test]
+fn a_server_that_takes_nobody_costs_no_more_than_the_time_there_is() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("s");
+    let _silent = UnixListener::bind(&path).expect("a socket");
+    let begun = Instant::now();
+    let timeout = Duration::from_millis(100);
+    let order = Order { socket: &path, task: frames(Shape::Step(12 * MIB)), timeout };
+    assert!(run(&order, &|| 0).is_err_and(|error| error.contains("in time")));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
 }
 
 #[test]

@@ -1,12 +1,15 @@
 //! Asking a guest and looking at it, to the end.
+//!
+//! Holds: nothing is asked of a guest once an interrupt has come, but what it was asked for before.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::thread;
 use std::time::Duration;
 
 use super::args::{Discards, Level, Order, Task};
 use super::client::{Discarded, Guest, Seen, bytes};
-use super::judge::{Evidence, Reason, judge};
+use super::judge::{Evidence, RECENT, Reason, judge};
 use super::plan::{STEP, Shape};
 use super::progress::Progress;
 use crate::status::Status;
@@ -16,8 +19,8 @@ use crate::vm::{Rates, Sample, Series};
 
 /// How long a guest that is set back has to be as it was.
 pub const SET_BACK: Duration = Duration::from_secs(2);
-/// Bytes of one discard that may not sleep: all of it is done, or nothing.
-const ATOMIC_BYTES: u64 = umbra_mmu::invalidation::BATCH_MAX as u64 * umbra_mmu::PAGE_SIZE;
+/// Bytes of one discard of several: without sleep, a piece is one invalidation.
+const PIECE_BYTES: u64 = umbra_mmu::invalidation::BATCH_MAX as u64 * umbra_mmu::PAGE_SIZE;
 
 /// How it came out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,15 +61,15 @@ impl Report {
 ///
 /// A sentence where it could not be done: the guest is not there, refuses, or could never come to it.
 pub fn run(order: &Order, interrupts: &dyn Fn() -> u32) -> Result<Report, String> {
-    let guest = Guest::open(order.socket)?;
-    let ignored = interrupts();
     let mut watch = Watch {
-        guest,
+        guest: Guest::open(order.socket, order.timeout)?,
         order,
-        interrupts: &|| interrupts().saturating_sub(ignored),
+        interrupts,
         progress: Progress::on_stderr(),
         series: Series::default(),
-        recent: None,
+        looks: VecDeque::new(),
+        rates: Rates::default(),
+        asked: None,
     };
     let (end, summary) = match order.task {
         Task::Level(level, shape) => watch.level(level, shape)?,
@@ -81,8 +84,12 @@ struct Watch<'a> {
     interrupts: &'a dyn Fn() -> u32,
     progress: Progress,
     series: Series,
-    /// The last look, and the rates since the one before.
-    recent: Option<(Seen, Rates)>,
+    /// The last looks: one that is [`RECENT`] old, if there is one, and all since.
+    looks: VecDeque<Seen>,
+    /// Between the last two.
+    rates: Rates,
+    /// What was last asked of the guest, in bytes.
+    asked: Option<u64>,
 }
 
 /// Where a guest has come to: so much time was given, and why it is over.
@@ -91,8 +98,33 @@ struct Course {
     last: Seen,
     /// The least and the most that the host backed, in bytes.
     backed: (u64, u64),
-    goal: u64,
+    /// What was asked last.
+    part: Option<Part>,
+    /// Of a wave: its low and its high size.
+    halves: [Half; 2],
     how: How,
+}
+
+/// A time in which the same is asked of a guest. All steps of a ramp are one.
+struct Part {
+    /// What that is, by its shape.
+    want: Option<u64>,
+    /// What there is to reach.
+    goal: u64,
+    /// The guest before it.
+    before: Seen,
+    reached: bool,
+}
+
+/// What became of one size of a wave.
+#[derive(Clone, Copy, Debug, Default)]
+struct Half {
+    /// How often it was asked for.
+    times: u32,
+    /// How often it was reached before the other was asked for.
+    reached: u32,
+    /// Why it was not, the last time.
+    why: Option<Reason>,
 }
 
 enum How {
@@ -108,11 +140,19 @@ impl Watch<'_> {
 
     fn look(&mut self) -> Result<Seen, String> {
         let seen = self.guest.look()?;
-        let before = self.recent.map(|(before, _)| before.sample);
-        let rates = before.and_then(|before| Rates::between(&before, &seen.sample)).unwrap_or_default();
+        let before = self.looks.back().map(|before| before.sample);
+        self.rates = before.and_then(|before| Rates::between(&before, &seen.sample)).unwrap_or_default();
         self.series.offer(seen.sample);
-        self.recent = Some((seen, rates));
+        self.looks.push_back(seen);
+        while self.looks.get(1).is_some_and(|next| next.sample.at + RECENT <= seen.sample.at) {
+            self.looks.pop_front();
+        }
         Ok(seen)
+    }
+
+    fn set(&mut self, level: Level, size: u64) -> Result<u64, String> {
+        self.asked = Some(size);
+        self.guest.set(level, size)
     }
 
     /// Until the next look is due.
@@ -122,7 +162,7 @@ impl Watch<'_> {
     }
 
     fn finish(mut self) -> Series {
-        if let Some((seen, _)) = self.recent {
+        if let Some(seen) = self.looks.back() {
             self.series.finish(seen.sample);
         }
         self.series
@@ -137,45 +177,79 @@ impl Watch<'_> {
             Err(why) => return Err(self.undo_after(level, was, why)),
         };
         let summary = Summary { level, shape, before, course: &course }.to_string();
-        let end = match course.how {
-            How::Reached => End::Reached,
-            How::NoTime => End::NotReached(self.reason(level, &before, &course)?.to_string()),
-            How::Interrupted => End::Interrupted(self.set_back(level, was)?),
+        let never = course.halves.iter().filter(|half| half.reached == 0).find_map(|half| half.why);
+        let end = match (course.how, never, &course.part) {
+            (How::Interrupted, ..) => End::Interrupted(self.set_back(level, was)),
+            (How::NoTime, _, Some(part)) => {
+                End::NotReached(self.reason(level, part, course.last)?.to_string())
+            }
+            (_, Some(why), _) => End::NotReached(why.to_string()),
+            (_, None, _) => End::Reached,
         };
         Ok((end, summary))
     }
 
     /// Asks for what `shape` says, when it says so, and looks what comes of it.
     fn drive(&mut self, level: Level, shape: Shape, was: u64, before: &Seen) -> Result<Course, String> {
-        let begun = self.guest.time();
-        let (mut asked, mut goal) = (None, was);
-        let mut backed = (before.backed(), before.backed());
-        loop {
-            let passed = self.guest.time().saturating_sub(begun);
-            let want = shape.at(passed).unwrap_or(was);
-            if asked != Some(want) {
-                goal = self.guest.set(level, want)?;
-                asked = Some(want);
-            }
-            let last = self.look()?;
-            backed = (backed.0.min(last.backed()), backed.1.max(last.backed()));
-            self.show(level, shape, goal, passed, before);
-            let is_there = passed >= shape.length() && is_at(&last, level, goal);
-            let how = match () {
-                () if is_there => How::Reached,
-                () if self.is_interrupted() => How::Interrupted,
-                () if passed >= self.order.timeout => How::NoTime,
-                () => {
-                    self.sleep();
-                    continue;
+        let mut course = Course {
+            begun: self.guest.time(),
+            last: *before,
+            backed: (before.backed(), before.backed()),
+            part: None,
+            halves: [Half::default(); 2],
+            how: How::Interrupted,
+        };
+        while !self.is_interrupted() {
+            let passed = self.guest.time().saturating_sub(course.begun);
+            let want = shape.at(passed);
+            let part = match course.part.take() {
+                Some(part) if part.want == want => part,
+                done => {
+                    self.note_half(level, shape, done, &mut course)?;
+                    let goal = self.set(level, want.unwrap_or(was))?;
+                    let is_wave = matches!(shape, Shape::Wave { .. });
+                    Part { want, goal, before: if is_wave { course.last } else { *before }, reached: false }
                 }
             };
-            return Ok(Course { begun, last, backed, goal, how });
+            let last = self.look()?;
+            let is_there = is_at(&last, level, part.goal);
+            course.last = last;
+            course.backed = (course.backed.0.min(last.backed()), course.backed.1.max(last.backed()));
+            self.show(level, shape, part.goal, passed, before);
+            course.part = Some(Part { reached: part.reached || is_there, ..part });
+            if passed >= shape.length() && is_there {
+                course.how = How::Reached;
+                return Ok(course);
+            }
+            if passed >= self.order.timeout {
+                course.how = How::NoTime;
+                return Ok(course);
+            }
+            self.sleep();
         }
+        Ok(course)
+    }
+
+    /// Notes what became of half a period of a wave, which is over.
+    fn note_half(
+        &mut self,
+        level: Level,
+        shape: Shape,
+        done: Option<Part>,
+        course: &mut Course,
+    ) -> Result<(), String> {
+        let (Shape::Wave { span, .. }, Some(part)) = (shape, done) else { return Ok(()) };
+        let half = &mut course.halves[usize::from(part.want == Some(span.to))];
+        half.times += 1;
+        half.reached += u32::from(part.reached);
+        if !part.reached {
+            half.why = Some(self.reason(level, &part, course.last)?);
+        }
+        Ok(())
     }
 
     fn show(&mut self, level: Level, shape: Shape, goal: u64, passed: Duration, before: &Seen) {
-        let Some((seen, rates)) = self.recent else { return };
+        let (Some(seen), rates) = (self.looks.back().copied(), self.rates) else { return };
         let reached = seen.reached(level);
         let done = match shape {
             Shape::Step(_) => {
@@ -196,21 +270,38 @@ impl Watch<'_> {
         });
     }
 
-    fn reason(&mut self, level: Level, before: &Seen, course: &Course) -> Result<Reason, String> {
+    /// Why the goal of `part` has not been reached by now.
+    fn reason(&mut self, level: Level, part: &Part, now: Seen) -> Result<Reason, String> {
+        let before = part.before;
+        let recent = self.looks.front().copied().filter(|seen| seen.sample.at > before.sample.at);
         Ok(judge(&Evidence {
             level,
-            goal: course.goal,
-            before: *before,
-            after: course.last,
-            took: course.last.sample.at.saturating_sub(course.begun),
+            goal: part.goal,
+            before,
+            recent: recent.unwrap_or(before),
+            after: now,
             paused: self.guest.is_paused()?,
             has_driver: self.guest.has_driver(),
         }))
     }
 
     /// Asks for what was asked for before, waits a little, and says how it is then.
-    fn set_back(&mut self, level: Level, was: u64) -> Result<String, String> {
-        let goal = self.guest.set(level, was)?;
+    fn set_back(&mut self, level: Level, was: u64) -> String {
+        let Some(asked) = self.asked else { return "nothing has been asked of the guest".into() };
+        let (name, was_size) = (level.name(), format_size(was));
+        let goal = match self.set(level, was) {
+            Ok(goal) => goal,
+            Err(why) => {
+                let asked = format_size(asked);
+                return format!(
+                    "{name} could not be set back to {was_size}: {why}; before that {asked} was asked for"
+                );
+            }
+        };
+        self.see_back(level, goal).unwrap_or_else(|why| format!("{name} set back to {was_size}; then {why}"))
+    }
+
+    fn see_back(&mut self, level: Level, goal: u64) -> Result<String, String> {
         let end = self.guest.time() + SET_BACK;
         let seen = loop {
             let seen = self.look()?;
@@ -231,14 +322,21 @@ impl Watch<'_> {
 
     /// The sentence of a failure in the middle, and what has become of the guest.
     fn undo_after(&mut self, level: Level, was: u64, why: String) -> String {
+        let Some(asked) = self.asked else { return why };
         match self.guest.set(level, was) {
             Ok(_) => format!("{why}; {} is set back to {}", level.name(), format_size(was)),
-            Err(_) => why,
+            Err(_) => format!("{why}; {} was last asked for {}", level.name(), format_size(asked)),
         }
     }
 
     fn discard(&mut self, discards: &Discards) -> Result<(End, String), String> {
         let before = self.look()?;
+        let memory = bytes(before.guest_pages);
+        if discards.gpa.saturating_add(discards.bytes) > memory {
+            return Err(format!(
+                "discard: the memory of this guest ends at {memory:#x}, before the pages do"
+            ));
+        }
         let begun = self.guest.time();
         let mut tally = Tally::default();
         let how = loop {
@@ -260,15 +358,18 @@ impl Watch<'_> {
             "discard: {tally} in {took:.3}s; the host has back {}",
             given_back(before.backed(), last.backed())
         );
-        let end = match how {
-            How::Interrupted => End::Interrupted("what is discarded stays so".into()),
-            How::Reached if tally.complete > 0 => End::Reached,
-            How::Reached => End::NotReached(
+        let end = match (how, tally.refused) {
+            (How::Interrupted, _) => End::Interrupted("what is discarded stays so".into()),
+            (How::Reached, _) if tally.complete > 0 => End::Reached,
+            (How::Reached, (times, Some(why))) => {
+                End::NotReached(format!("{times} pieces were refused, the last: {why}"))
+            }
+            (How::Reached, _) => End::NotReached(
                 "WouldBlock: a vCPU is inside the guest, or somebody else has a page; leave out --atomic, or try again with \
                  --every and --for"
                     .into(),
             ),
-            How::NoTime => End::NotReached("not all pages were discarded in time; give it longer, with --timeout".into()),
+            (How::NoTime, _) => End::NotReached("not all pages were discarded in time; give it longer, with --timeout".into()),
         };
         Ok((end, summary))
     }
@@ -281,7 +382,8 @@ impl Watch<'_> {
             if self.is_interrupted() || self.guest.time().saturating_sub(begun) >= self.order.timeout {
                 return Ok(false);
             }
-            let piece = if discards.atomic { ATOMIC_BYTES.min(end - gpa) } else { end - gpa };
+            let in_pieces = discards.atomic || discards.again.is_some();
+            let piece = if in_pieces { PIECE_BYTES.min(end - gpa) } else { end - gpa };
             match self.guest.discard(gpa, piece, discards.atomic)? {
                 // The server had no time for the rest.
                 Discarded::Pages(pages, left) => {
@@ -290,6 +392,11 @@ impl Watch<'_> {
                 }
                 Discarded::WouldBlock => {
                     (tally.would_block, blocked) = (tally.would_block + 1, true);
+                    gpa += piece;
+                }
+                Discarded::Refused(why) if discards.again.is_none() => return Err(why),
+                Discarded::Refused(why) => {
+                    (tally.refused, blocked) = ((tally.refused.0 + 1, Some(why)), true);
                     gpa += piece;
                 }
             }
@@ -347,10 +454,12 @@ fn given_back(before: u64, after: u64) -> String {
 }
 
 /// What discards have come to.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Tally {
     pages: u64,
     would_block: u64,
+    /// Pieces that could not be had, and why, the last time.
+    refused: (u64, Option<String>),
     rounds: u64,
     /// Rounds of which nothing was left.
     complete: u64,
@@ -360,7 +469,11 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tally { pages, would_block, rounds, .. } = self;
         let plural = if *rounds == 1 { "" } else { "s" };
-        write!(f, "{pages} pages in {rounds} round{plural}, WouldBlock {would_block} times")
+        write!(f, "{pages} pages in {rounds} round{plural}, WouldBlock {would_block} times")?;
+        match self.refused.0 {
+            0 => Ok(()),
+            times => write!(f, ", refused {times} times"),
+        }
     }
 }
 
@@ -391,6 +504,8 @@ impl fmt::Display for Summary<'_> {
                 approximate_size(course.backed.0),
                 approximate_size(course.backed.1)
             )?;
+            let [low, high] = course.halves.map(|half| format!("{} of {} times", half.reached, half.times));
+            write!(f, ", reached its low {low} and its high {high},")?;
         }
         write!(f, " and has back {}", given_back(before.backed(), course.last.backed()))
     }

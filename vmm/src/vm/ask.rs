@@ -1,13 +1,17 @@
 //! The client's side of the control socket: what `umbra explain` does, and what `umbra pressure` is made of.
 //!
-//! Holds: a server that is slow, silent or hostile costs [`PATIENCE`] for each question and [`ANSWER_MAX`] bytes, and nothing that
-//! it sends reaches the terminal but printable text.
+//! Holds: a server that is slow, silent or hostile costs [`PATIENCE`] for the connection and each question, and [`ANSWER_MAX`] bytes,
+//! and nothing that it sends reaches the terminal but printable text. An answer is that of the question under way, by its `id`:
+//! one that comes too late is passed over.
 
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
 use super::control::{ANSWER_WAIT, OUTPUT_MAX};
@@ -25,6 +29,8 @@ pub struct Connection<'a> {
     patience: Duration,
     /// Of the question that is under way.
     deadline: Instant,
+    /// And its `id`.
+    asked: u64,
 }
 
 /// What a server says that does not do a command.
@@ -54,25 +60,25 @@ fn ask(socket: &Path, vcpu: u32, gva: u32, patience: Duration) -> Result<Vec<Str
 }
 
 impl Connection<'_> {
-    /// Connects, and takes the greeting. Each question may take `patience` from then on.
+    /// Connects, and takes the greeting, all of it within `patience`, which each question may take from then on.
     ///
     /// # Errors
     ///
     /// A sentence that says what went wrong and what to do.
     pub fn open(path: &Path, patience: Duration) -> Result<Connection<'_>, String> {
-        let stream = UnixStream::connect(path).map_err(|error| {
+        let deadline = Instant::now() + patience;
+        let stream = connect(path, patience).map_err(|error| {
             let path = path.display();
             format!(
                 "cannot connect to {path}: {error}; is a guest running that was started with --qmp {path}?"
             )
         })?;
-        let deadline = Instant::now() + patience;
-        let mut connection = Connection { stream, path, received: Vec::new(), patience, deadline };
+        let mut connection = Connection { stream, path, received: Vec::new(), patience, deadline, asked: 0 };
         let greeting = connection.receive()?;
         if let Some(desc) = greeting.pointer("/error/desc").and_then(Value::as_str) {
             return Err(printable(desc));
         }
-        connection.call("qmp_capabilities", &json!({}))?;
+        connection.exchange("qmp_capabilities", &json!({}))?.map_err(|refused| refused.desc)?;
         Ok(connection)
     }
 
@@ -92,7 +98,12 @@ impl Connection<'_> {
     /// A sentence that says why there is no answer.
     pub fn try_call(&mut self, command: &str, arguments: &Value) -> Result<Result<Value, Refused>, String> {
         self.deadline = Instant::now() + self.patience;
-        let command = json!({"execute": command, "arguments": arguments});
+        self.exchange(command, arguments)
+    }
+
+    fn exchange(&mut self, command: &str, arguments: &Value) -> Result<Result<Value, Refused>, String> {
+        self.asked += 1;
+        let command = json!({"execute": command, "arguments": arguments, "id": self.asked});
         let sent = self.time_left().and_then(|left| {
             self.stream.set_write_timeout(Some(left))?;
             self.stream.write_all(format!("{command}\n").as_bytes())
@@ -100,6 +111,10 @@ impl Connection<'_> {
         sent.map_err(|error| self.failed("writing to", &error))?;
         loop {
             let mut answer = self.receive()?;
+            // Another's, or an event, which has none.
+            if answer["id"] != self.asked {
+                continue;
+            }
             if let Some(desc) = answer.pointer("/error/desc").and_then(Value::as_str) {
                 let class = answer.pointer("/error/class").and_then(Value::as_str).unwrap_or_default();
                 return Ok(Err(Refused { class: printable(class), desc: printable(desc) }));
@@ -158,6 +173,17 @@ impl Connection<'_> {
     }
 }
 
+/// Connects, unless so many others wait for it already that it takes too long.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let socket: OwnedFd =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(rustix::io::Errno::AGAIN) => Err(io::Error::other("it takes no connection in time")),
+        done => Ok(done.map(|()| UnixStream::from(socket))?),
+    }
+}
+
 /// A server's text without what a terminal would obey.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
@@ -204,17 +230,42 @@ mod tests {
     #[test]
     fn an_explanation_is_found_behind_events_and_made_printable() {
         let lines = asked(
-            "{\"QMP\":{}}\n{\"event\":\"X\"}\n{\"return\":{}}\n{\"return\":{\"lines\":[\"a\\u001b[2Jb\",7]}}\n",
+            "{\"QMP\":{}}\n{\"event\":\"X\"}\n{\"return\":{},\"id\":1}\n\
+             {\"return\":{\"lines\":[\"a\\u001b[2Jb\",7]},\"id\":2}\n",
         );
         assert_eq!(lines, Ok(vec!["a\u{fffd}[2Jb".to_owned()]));
     }
 
     #[test]
+    fn an_answer_to_another_question_is_passed_over() {
+        let lines = asked(
+            "{}\n{\"return\":{},\"id\":1}\n{\"return\":{\"lines\":[\"late\"]},\"id\":1}\n\
+             {\"error\":{\"desc\":\"late\"},\"id\":\"2\"}\n{\"return\":{\"lines\":[\"ours\"]},\"id\":2}\n",
+        );
+        assert_eq!(lines, Ok(vec!["ours".to_owned()]));
+    }
+
+    /// One that accepts nobody, and has as many waiting as it has room for.
+    #[test]
+    fn a_server_that_takes_nobody_costs_its_time_and_no_more() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        rustix::net::listen(&listener, 0).expect("less room");
+        let begun = Instant::now();
+        let waiting = UnixStream::connect(&path).expect("room for one");
+        let refused = ask(&path, 0, 0, SHORT);
+        assert!(refused.is_err_and(|text| text.contains("cannot connect") && text.contains("in time")));
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        drop(waiting);
+    }
+
+    #[test]
     fn a_server_that_is_not_ours_gets_a_sentence() {
         assert!(asked("hello\n").is_err_and(|text| text.contains("no JSON")));
-        let refused = asked("{}\n{\"error\":{\"desc\":\"no\"}}\n");
+        let refused = asked("{}\n{\"error\":{\"desc\":\"no\"},\"id\":1}\n");
         assert_eq!(refused, Err("no".to_owned()));
-        let strange = asked("{}\n{\"return\":{}}\n{\"return\":[]}\n");
+        let strange = asked("{}\n{\"return\":{},\"id\":1}\n{\"return\":[],\"id\":2}\n");
         assert!(strange.is_err_and(|text| text.contains("no explanation")));
     }
 

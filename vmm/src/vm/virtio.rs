@@ -187,6 +187,10 @@ impl BalloonControl for GuestBalloon {
         kept(self.memory, self.balloon.state().actual)
     }
 
+    fn memory_bytes(&self) -> u64 {
+        self.memory
+    }
+
     fn pages(&self) -> (u32, u32) {
         let state = self.balloon.state();
         (state.target, state.actual)

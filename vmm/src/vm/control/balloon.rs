@@ -13,6 +13,9 @@ pub trait BalloonControl: Send + Sync {
     /// What the guest has of its memory now, in bytes.
     fn actual_bytes(&self) -> u64;
 
+    /// All of the guest's memory, in bytes.
+    fn memory_bytes(&self) -> u64;
+
     /// Pages that the guest is to have given up, and that it says it has.
     fn pages(&self) -> (u32, u32);
 

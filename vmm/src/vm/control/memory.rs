@@ -70,7 +70,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
     let mmu = &controls.mmu;
     let (pressure, usage, reclaim, window) =
         (mmu.pressure(), mmu.usage(), mmu.reclaim_stats(), mmu.window_stats());
-    let balloon = controls.balloon.as_ref().map(|balloon| balloon.pages());
+    let balloon = controls.balloon.as_ref().map(|balloon| (balloon.pages(), balloon.memory_bytes()));
     Ok(json!({
         "page-size": PAGE_SIZE,
         "guest-pages": mmu.p2m().pages(),
@@ -78,8 +78,11 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
         "swapped": usage.swapped,
         "zero": pressure.zero,
         "ballooned": usage.ballooned,
-        "balloon": balloon.map(|(target, actual)| json!({"target": target, "actual": actual})),
+        "balloon": balloon.map(|((target, actual), memory)| {
+            json!({"target": target, "actual": actual, "memory": memory / PAGE_SIZE})
+        }),
         "pinned": pressure.pinned,
+        "dirty": pressure.dirty,
         "shadow-pages": usage.shadow_pages,
         "frames-free": usage.frames_free,
         "frames-used": usage.frames_used,
