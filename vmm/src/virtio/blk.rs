@@ -27,6 +27,11 @@ use crate::board::{CONFIG_BYTES_MAX, VirtioSnapshot, VirtioSpec};
 pub const REQUEST_BYTES_MAX: u64 = 1 << 20;
 /// Entries of the queue.
 pub const QUEUE_SIZE: u16 = 128;
+/// What a driver is told to make its requests of: so many segments, beside header and status, each of so many bytes.
+pub const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Bytes of one of them.
+pub const SEGMENT_BYTES_MAX: u32 = 8 << 10;
+const _: () = assert!(SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64 <= REQUEST_BYTES_MAX);
 /// Ranges of one request to discard or to zero.
 pub const RANGES_MAX: u32 = 16;
 /// Sectors of such a range.
@@ -37,6 +42,7 @@ const HEADER_BYTES: usize = 16;
 const RANGE_BYTES: usize = 16;
 
 /// Features.
+const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
@@ -355,9 +361,10 @@ impl Device for Blk {
         let mut config = [0; CONFIG_BYTES_MAX];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.disk.sectors().to_le_bytes());
-        put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
+        put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
+        put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &(SECTOR_BYTES as u32).to_le_bytes());
-        let mut features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH;
+        let mut features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH;
         if self.disk.is_read_only() {
             features |= F_RO;
         } else {

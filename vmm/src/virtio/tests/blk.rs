@@ -264,6 +264,22 @@ fn the_largest_request_is_served() {
     assert_eq!(guest.ask(IN, 0, &[part]), (OK, REQUEST_BYTES_MAX as u32 + 1));
 }
 
+/// A driver makes requests as large as it is told that it may.
+#[test]
+fn the_largest_request_that_the_limits_allow_is_served() {
+    let mut guest = guest();
+    guest.bench.driver.size = 128;
+    guest.bench.set_up(F_FLUSH, 0);
+    let read = |register| guest.bench.port.read(register);
+    guest.bench.port.write(0x14, 0);
+    assert_eq!(read(0x10) & 6, 6, "both limits are offered");
+    let (segment, segments) = (read(0x108), read(0x10c));
+    let data = (0..segments).map(|n| (DATA + u64::from(n * segment), segment, WRITE));
+    guest.header(IN, 0);
+    let parts: Vec<Part> = [(HEADER, 16, 0)].into_iter().chain(data).chain([(STATUS, 1, WRITE)]).collect();
+    assert_eq!(guest.offer(&parts, true), (OK, segment * segments + 1));
+}
+
 #[test]
 fn chains_that_are_none_are_given_back_with_an_error_where_there_is_a_status() {
     let mut guest = guest();
