@@ -11,14 +11,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::kick::Kick;
-use crate::board::{Board, Nanos, VIRTIO_SLOTS};
+use crate::board::{Board, Nanos, VIRTIO_SLOTS, VirtioSnapshot};
 use crate::virtio::worker::Bell;
 
 /// How a sleeping or running vCPU is made to look up.
@@ -69,6 +69,8 @@ pub struct Devices {
     stood: AtomicU64,
     /// The time at which guest time stands, or [`GOING`].
     frozen: AtomicU64,
+    /// Slots whose workers have their devices in hand. Changed with the state locked, too.
+    in_hand: AtomicU32,
     alarm: RawFd,
     wakers: Box<[Waker]>,
     /// By slot: what the virtio devices' workers sleep on.
@@ -121,6 +123,7 @@ impl Devices {
             started: Instant::now(),
             stood: AtomicU64::new(0),
             frozen: AtomicU64::new(GOING),
+            in_hand: AtomicU32::new(0),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
             bells: Default::default(),
         })
@@ -143,7 +146,8 @@ impl Devices {
         u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Guest time stands still from now on, and no alarm rings. For a vCPU's thread that is about to do so too.
+    /// Guest time stands still from now on, no alarm rings, and no worker begins a round. For a vCPU's thread that is about to
+    /// do so too.
     pub fn freeze(&self) {
         let mut state = lock(&self.state);
         let now = self.now().max(state.latest);
@@ -154,15 +158,51 @@ impl Devices {
         state.deadline = None;
     }
 
-    /// Guest time goes on from where it stands.
+    /// Guest time goes on from where it stands, and workers with it.
     pub fn thaw(&self) {
-        let mut state = lock(&self.state);
-        let frozen = self.frozen.load(Ordering::SeqCst);
-        if frozen != GOING {
-            self.stood.store(self.elapsed().saturating_sub(frozen), Ordering::SeqCst);
-            self.frozen.store(GOING, Ordering::SeqCst);
+        {
+            let mut state = lock(&self.state);
+            let frozen = self.frozen.load(Ordering::SeqCst);
+            if frozen != GOING {
+                self.stood.store(self.elapsed().saturating_sub(frozen), Ordering::SeqCst);
+                self.frozen.store(GOING, Ordering::SeqCst);
+            }
+            self.set_alarm(&mut state);
         }
-        self.set_alarm(&mut state);
+        // What they were to look at meanwhile they have left alone.
+        self.ring_bells(u32::MAX);
+    }
+
+    fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::SeqCst) != GOING
+    }
+
+    /// A worker begins a round over its device, unless guest time stands still.
+    pub fn begin_round(&self, slot: usize) -> Option<VirtioSnapshot> {
+        self.with(|board, _| {
+            if self.is_frozen() {
+                return None;
+            }
+            let begun = board.virtio_begin(slot)?;
+            self.in_hand.fetch_or(1 << slot, Ordering::SeqCst);
+            Some(begun)
+        })
+    }
+
+    /// It has ended one, and `call` tells the board. Whoever waits for the guest to stand still is told by its vCPUs.
+    pub fn end_round(&self, slot: usize, call: impl FnOnce(&mut Board, Nanos)) {
+        self.with(|board, now| {
+            call(board, now);
+            self.in_hand.fetch_and(!(1 << slot), Ordering::SeqCst);
+        });
+        if self.is_frozen() {
+            self.wake_all();
+        }
+    }
+
+    /// No worker has its device in hand. Where guest time stands still, none takes it.
+    pub fn is_quiet(&self) -> bool {
+        self.in_hand.load(Ordering::SeqCst) == 0
     }
 
     /// What the worker of a virtio device sleeps on.
@@ -269,8 +309,7 @@ impl Devices {
 
     fn set_alarm(&self, state: &mut State) {
         let next = state.board.next_deadline();
-        let frozen = self.frozen.load(Ordering::SeqCst) != GOING;
-        if frozen || state.deadline == next {
+        if self.is_frozen() || state.deadline == next {
             return;
         }
         let set = match next {

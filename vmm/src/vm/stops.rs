@@ -1,11 +1,12 @@
 //! Whether the guest is to run: an operator's `stop` and `cont`.
 //!
 //! Story: an operator writes down that the guest is to stand still and wakes its vCPUs. Each comes to the top of its loop,
-//! outside the guest, and stays there ([`Stops::stand`]), answering questions. When the last of them stands, the guest does, and
-//! guest time with it, until [`Stops::release`]. Whoever wants to know that it stands waits here.
+//! outside the guest, and stays there ([`Stops::stand`]), answering questions. When the last of them stands, guest time does, and
+//! no device begins a request. When none has one in hand, the guest stands, until [`Stops::release`]: a worker that ends its
+//! round wakes the vCPUs, which look. Whoever wants to know that it stands waits here.
 //!
 //! Holds: STOP and RESUME are told in turn, beginning with STOP, each when it has become so. What is told and what
-//! [`Stops::is_standing`] says never disagree.
+//! [`Stops::is_standing`] says never disagree. While the guest stands, neither a vCPU nor a device changes its memory or a disk.
 //!
 //! Locks: this one, and under it the queue of the news or the board's.
 
@@ -30,6 +31,8 @@ struct State {
     wanted: bool,
     /// The vCPUs that stand, a bit for each.
     standing: u64,
+    /// All of them, and the devices.
+    stands: bool,
     ended: bool,
 }
 
@@ -50,11 +53,13 @@ impl Stops {
     pub fn release(&self) {
         {
             let mut state = self.lock();
-            if state.standing == self.all {
+            if state.stands {
                 self.news.event("RESUME", None);
+            }
+            if state.standing == self.all {
                 self.devices.thaw();
             }
-            (state.wanted, state.standing) = (false, 0);
+            *state = State { ended: state.ended, ..State::default() };
             self.changed.notify_all();
         }
         self.devices.wake_all();
@@ -63,14 +68,14 @@ impl Stops {
     /// Waits until the guest stands; false when it does not within `limit`. True also when somebody has let it run again, or
     /// the run has ended.
     pub fn wait(&self, limit: Duration) -> bool {
-        let runs = |state: &mut State| state.wanted && state.standing != self.all && !state.ended;
+        let runs = |state: &mut State| state.wanted && !state.stands && !state.ended;
         let waited = self.changed.wait_timeout_while(self.lock(), limit, runs);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// The guest stands still now.
     pub fn is_standing(&self) -> bool {
-        self.lock().standing == self.all
+        self.lock().stands
     }
 
     /// For the thread of `vcpu`, which is outside the guest: true when it is to stay there.
@@ -80,9 +85,12 @@ impl Stops {
             state.standing |= 1 << vcpu;
             if state.standing == self.all {
                 self.devices.freeze();
-                self.news.event("STOP", None);
-                self.changed.notify_all();
             }
+        }
+        if state.standing == self.all && !state.stands && self.devices.is_quiet() {
+            state.stands = true;
+            self.news.event("STOP", None);
+            self.changed.notify_all();
         }
         state.wanted
     }

@@ -32,7 +32,7 @@ struct SlotPort {
 
 impl Port for SlotPort {
     fn begin(&self) -> Option<VirtioSnapshot> {
-        let begun = self.devices.with(|board, _| board.virtio_begin(self.slot));
+        let begun = self.devices.begin_round(self.slot);
         if begun.is_none() {
             self.devices.nudge_sleepers();
         }
@@ -40,7 +40,7 @@ impl Port for SlotPort {
     }
 
     fn end(&self, used: bool, more: bool) {
-        self.devices.with(|board, now| {
+        self.devices.end_round(self.slot, |board, now| {
             if used {
                 board.virtio_used(now, self.slot);
             }
@@ -52,7 +52,7 @@ impl Port for SlotPort {
     }
 
     fn fail(&self) {
-        self.devices.with(|board, now| {
+        self.devices.end_round(self.slot, |board, now| {
             board.virtio_failed(now, self.slot);
             board.virtio_end(now, self.slot, false);
         });
@@ -229,6 +229,7 @@ mod tests {
     use crate::interp::Width;
     use crate::virtio::disk::{DiskSource, DiskSpec, Medium};
     use crate::virtio::fuzz::{self, BUFFERS, Driver, Registers, WRITE};
+    use crate::vm::stops::Stops;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -322,6 +323,64 @@ mod tests {
         assert_eq!(Slot(&run.devices, 1).read(0x100), 5);
         let (disks, balloon) = run.threads.finish();
         assert_eq!((disks[0].write.requests, disks[0].write.errors, balloon.target), (99, 0, 5));
+    }
+
+    /// A medium that takes its time: until it is let go on.
+    struct Held(Arc<Bell>);
+
+    impl Medium for Held {
+        fn read(&self, _offset: u64, _buffer: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+            self.0.wait();
+            Ok(())
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn punch(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn zero(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The request in hand is done, and no other begins until the guest goes on.
+    #[test]
+    fn a_guest_stands_when_its_devices_do_and_they_go_on_with_it() {
+        let bell = Arc::new(Bell::default());
+        let run = run(vec![Disk::new(Box::new(Held(Arc::clone(&bell))), 8, false, "disk0".into())]);
+        let news = Arc::new(News::default());
+        let stops = Stops::new(Arc::clone(&run.devices), Arc::clone(&news));
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        write_a_sector(&run, &mut driver);
+        wait_for(|| !run.devices.is_quiet());
+        stops.want();
+        assert!(stops.stand(0) && !stops.is_standing(), "a request is under way");
+        assert!(!stops.wait(Duration::from_millis(20)));
+        run.devices.sleep(0);
+        bell.ring();
+        // As a vCPU does, which the worker wakes.
+        run.devices.sleep(0);
+        assert!(stops.stand(0));
+        wait_for(|| stops.stand(0) && stops.is_standing());
+        assert_eq!(driver.used(&run.mmu, 0).0, 1);
+        write_a_sector(&run, &mut driver);
+        bell.ring();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!((driver.used(&run.mmu, 0).0, run.devices.is_quiet()), (1, true), "the guest stands");
+        stops.release();
+        wait_for(|| driver.used(&run.mmu, 0).0 == 2);
+        stops.want();
+        wait_for(|| stops.stand(0) && stops.is_standing());
+        assert_eq!(run.threads.finish().0[0].write.requests, 2, "the end waits for no guest that stands");
     }
 
     /// A medium with a mistake in it.
