@@ -60,6 +60,7 @@ struct blk {
 
 static struct blk disks[DISKS_MAX];
 static u32 disk_count;
+static u32 under_way, waiters; /* requests that devices have; tasks in blk_wait_any */
 
 static void interrupt(struct virtio_device *device)
 {
@@ -68,9 +69,12 @@ static void interrupt(struct virtio_device *device)
         struct blk_request *request;
         while (disk->device == device && (request = virtq_take(&disk->queue, &bytes))) {
             request->done = true;
+            under_way--;
             task_wake_expected(request);
         }
     }
+    if (waiters)
+        task_wake(&under_way);
 }
 
 /* A place, and descriptors for the longest request; NULL when there is none. */
@@ -112,6 +116,7 @@ static struct blk_request *offer(struct blk_request *request, const struct virtq
     irq_off();
     bool offered = virtq_add(&disk->queue, parts, device_writes ? 1 : 1 + count, device_writes ? count + 1 : 1, request);
     ASSERT(offered);
+    under_way++;
     task_expect();
     virtq_kick(disk->device, &disk->queue);
     irq_on();
@@ -164,6 +169,18 @@ bool blk_wait(struct blk_request *request)
     request->disk = NULL;
     task_wake(disk);
     return ok;
+}
+
+bool blk_wait_any(void)
+{
+    irq_off();
+    bool any = under_way;
+    waiters += any;
+    if (any)
+        task_wait_on(&under_way);
+    waiters -= any;
+    irq_on();
+    return any;
 }
 
 bool blk_transfer(struct blk *disk, enum blk_operation operation, u32 page, const u32 *frames, u32 count)

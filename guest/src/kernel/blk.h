@@ -39,6 +39,8 @@ struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u3
                               bool may_wait);
 /* Sleeps until it is done; true if it went well. The request is gone then. */
 bool blk_wait(struct blk_request *request);
+/* Sleeps until some request of any disk has ended, whoever waits for it; false if none is under way. */
+bool blk_wait_any(void);
 
 /* Both at once. */
 bool blk_transfer(struct blk *disk, enum blk_operation operation, u32 page, const u32 *frames, u32 count);

@@ -161,6 +161,7 @@ static void enter_swapped(const struct space *space, struct leaf *leaf, const st
     u32 slot = swap_entry_slot(upt_get(leaf));
     upt_change(leaf, pte_make(frame, region_bits(region)));
     swap_entry_dropped(slot);
+    swap_came_in(frame);
 }
 
 /* A write faults once more, and has a copy or its right then. */
@@ -188,6 +189,8 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
 {
     if (va >= USER_END)
         return FAULT_BAD_ACCESS;
+    if (space->doomed)
+        return FAULT_OUT_OF_MEMORY;
     if (error & FAULT_RSVD)
         panic("reserved bit in the user page tables at %08x", va);
     struct region *region = space_find(space, va);

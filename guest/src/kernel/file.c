@@ -288,6 +288,8 @@ static void write_one(u32 frame)
     task_wake(page);
 }
 
+bool file_has_block(u32 index) { return block_map[index]; }
+
 bool file_may_write_out(void)
 {
     file_counts.left_alone += truncate_lock.owner != NULL;

@@ -29,6 +29,8 @@ void file_note_dirty(u32 frame);
 /* The file's cache has the frame; and takes it out, which must be unmapped and clean. */
 bool file_has(u32 frame);
 void file_forget(u32 frame);
+/* The page has its place on the disk. */
+bool file_has_block(u32 index);
 /* False while the file is being cut off or synced: its pages are not to be taken then, and reclaim does not wait. */
 bool file_may_write_out(void);
 /* Writes those that are dirty; sleeps. They are unmapped; one that could not be written stays dirty. For reclaim. */

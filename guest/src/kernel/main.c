@@ -8,6 +8,7 @@
 #include "frames.h"
 #include "irq.h"
 #include "kpt.h"
+#include "reclaim.h"
 #include "smp.h"
 #include "space.h"
 #include "task.h"
@@ -75,6 +76,7 @@ void kernel_main(void)
     paging_init();
     kpt_init();
     frames_init();
+    reclaim_init();
     task_init();
     space_init();
     tick_init();

@@ -8,28 +8,34 @@
  *            reserve      direct reclaim       kswapd is woken      kswapd sleeps
  *
  * One batch: 1. balance: used pages that have not been used any more go to the inactive list. 2. pick: from the old end of that
- * list; one that was used goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has
- * come to want meanwhile.
+ * list; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is
+ * dirty, in order of slots. 5. free what nobody has come to want meanwhile.
  *
- * Holds: INV-G-RECLAIM-1: a page is freed only unmapped, flushed, clean and in nobody's hands. INV-G-RECLAIM-2: no I/O is
- * started, and no file-system lock taken, against the scope of the task that reclaims.
+ * When to give up: not while a disk has a request, since what it has may come free; else after looking at each page of both
+ * lists a few times, and once more after all others have run. Then the balloon gives back; then the largest process is killed.
+ *
+ * Holds: INV-G-RECLAIM-1: a page is freed only unmapped, flushed, clean and in nobody's hands. INV-G-RECLAIM-2: no file-system
+ * lock is taken against the scope of the task that reclaims.
  * Locks: none held; sleeps for I/O. */
 #include "reclaim.h"
 
 #include "balloon.h"
+#include "blk.h"
 #include "check.h"
 #include "file.h"
 #include "frames.h"
 #include "irq.h"
 #include "lru.h"
+#include "oom.h"
+#include "paging.h"
 #include "rmap.h"
 #include "swap.h"
 #include "task.h"
 #include "tlb.h"
 
 #define BATCH SWAP_OUT_MAX
-/* Batches without a page made free before a task gives up. */
-#define FRUITLESS_MAX 24
+/* Looks at each page before reclaim gives up: it may be moved between the lists, and have to be found unused. */
+#define LOOKS 3
 
 struct reclaim_counts reclaim_counts;
 static u32 mark_min, mark_low, mark_high;
@@ -48,16 +54,12 @@ void reclaim_restore(u32 before) { current->gfp_denied = before; }
 
 static bool may(u32 right) { return !(current->gfp_denied & right); }
 
-/* 1. */
-static void balance(void)
-{
-    u32 steps = BATCH;
-    while (lru_count[LRU_ACTIVE] > lru_count[LRU_INACTIVE] && steps--) {
-        u32 frame = lru_isolate(LRU_ACTIVE);
-        lru_add(frame, rmap_take_referenced(frame) ? LRU_ACTIVE : LRU_INACTIVE);
-        swap_put(frame);
-    }
-}
+/* Pages off the inactive list, unmapped, by what is to be done with them. */
+struct batch {
+    u32 looked; /* at pages of either list */
+    u32 clean_count, anon_count, file_count;
+    u32 clean[BATCH], anon[BATCH], file[BATCH];
+};
 
 static void put_back(u32 frame, enum lru list)
 {
@@ -65,40 +67,84 @@ static void put_back(u32 frame, enum lru list)
     swap_put(frame);
 }
 
-/* Nothing keeps the page from being written, if it has to be. An anonymous page gets its slot here. */
-static bool can_go(u32 frame)
+/* It has to stay, whether it was used or not. */
+static bool is_stuck(u32 frame)
 {
     const struct frame *page = frame_of(frame);
-    if (page->flags & (FRAME_READING | FRAME_WRITING | FRAME_FAILED))
-        return false;
-    if (page->flags & FRAME_FILE)
-        return may(GFP_FS) && may(GFP_IO) && file_may_write_out();
-    return may(GFP_IO) && swap_slot_for(frame) != SLOT_NONE;
+    bool busy = page->flags & (FRAME_READING | FRAME_WRITING | FRAME_FAILED);
+    bool no_slot = page->flags & FRAME_ANON && !in_swap_cache(frame) && swap_is_full();
+    reclaim_counts.busy += busy;
+    reclaim_counts.no_slot += !busy && no_slot;
+    return busy || no_slot;
 }
 
-/* 2. and 3. Pages off the list and unmapped, those of the file apart. */
-static void pick(u32 *pages, u32 *count, u32 *file_pages, u32 *file_count)
+/* 1. Returns how many pages it looked at. */
+static u32 balance(void)
 {
-    *count = *file_count = 0;
-    for (u32 steps = 4 * BATCH; steps && *count + *file_count < BATCH; steps--) {
+    u32 steps = 0;
+    for (; steps < BATCH && lru_count[LRU_ACTIVE] > lru_count[LRU_INACTIVE]; steps++) {
+        u32 frame = lru_isolate(LRU_ACTIVE);
+        put_back(frame, is_stuck(frame) || rmap_take_used(frame) & PTE_A ? LRU_ACTIVE : LRU_INACTIVE);
+    }
+    return steps;
+}
+
+/* The file's pages need the lock of the file system only for a block, and a block only when they are written. */
+static bool file_page_can_go(const struct frame *page, bool dirty)
+{
+    if (!dirty)
+        return true;
+    bool allowed = may(GFP_FS) || file_has_block(page->index);
+    reclaim_counts.denied += !allowed;
+    return allowed && file_may_write_out();
+}
+
+/* Nothing keeps the page from being written, if it has to be. An anonymous page gets its slot here. */
+static bool can_go(u32 frame, bool mapped_dirty)
+{
+    const struct frame *page = frame_of(frame);
+    if (page->flags & FRAME_FILE)
+        return file_page_can_go(page, mapped_dirty || page->flags & FRAME_DIRTY);
+    return swap_slot_for(frame) != SLOT_NONE;
+}
+
+/* 3. Whoever calls has the other CPUs flush after: what it was written through is known before. */
+static void begin_unmap(struct batch *batch, u32 frame)
+{
+    struct frame *page = frame_of(frame);
+    if (rmap_begin_unmap(frame))
+        page->flags |= FRAME_DIRTY;
+    if (!(page->flags & FRAME_DIRTY)) {
+        batch->clean[batch->clean_count++] = frame;
+    } else if (page->flags & FRAME_FILE) {
+        batch->file[batch->file_count++] = frame;
+    } else {
+        page->flags |= FRAME_WRITING;
+        batch->anon[batch->anon_count++] = frame;
+    }
+}
+
+/* 2. */
+static void pick(struct batch *batch)
+{
+    for (u32 steps = 4 * BATCH; steps && batch->clean_count + batch->anon_count + batch->file_count < BATCH; steps--) {
         u32 frame = lru_isolate(LRU_INACTIVE);
         if (frame == FRAME_NONE)
             break;
+        batch->looked++;
         reclaim_counts.scanned++;
-        if (rmap_take_referenced(frame)) {
+        if (is_stuck(frame)) {
+            put_back(frame, LRU_ACTIVE);
+            continue;
+        }
+        pte_t used = rmap_take_used(frame);
+        if (used & PTE_A) {
             reclaim_counts.referenced++;
             put_back(frame, LRU_ACTIVE);
-        } else if (!can_go(frame)) {
-            reclaim_counts.scope_skipped++;
-            put_back(frame, LRU_INACTIVE);
+        } else if (!can_go(frame, used & PTE_D)) {
+            put_back(frame, LRU_ACTIVE);
         } else {
-            struct frame *page = frame_of(frame);
-            if (rmap_begin_unmap(frame))
-                page->flags |= FRAME_DIRTY;
-            if (page->flags & FRAME_FILE)
-                file_pages[(*file_count)++] = frame;
-            else
-                pages[(*count)++] = frame;
+            begin_unmap(batch, frame);
         }
     }
     tlb_finish();
@@ -112,21 +158,6 @@ static void sort_by_slot(u32 *frames, u32 count)
             frames[at] = frames[at - 1];
         frames[at] = frame;
     }
-}
-
-/* Moves the dirty ones to the front, marked; returns how many they are. */
-static u32 dirty_first(u32 *frames, u32 count)
-{
-    u32 dirty = 0;
-    for (u32 i = 0; i < count; i++) {
-        u32 frame = frames[i];
-        if (!(frame_of(frame)->flags & FRAME_DIRTY))
-            continue;
-        frame_of(frame)->flags |= FRAME_WRITING;
-        frames[i] = frames[dirty];
-        frames[dirty++] = frame;
-    }
-    return dirty;
 }
 
 /* 5. Frees the page if only the cache has it beside this reference, and it is clean. */
@@ -156,19 +187,46 @@ static u32 free_all(const u32 *frames, u32 count)
 }
 
 /* One batch; returns how many frames came free. */
-static u32 shrink(void)
+static u32 shrink(u32 *looked)
 {
-    u32 pages[BATCH], count, file_pages[BATCH], file_count;
-    balance();
-    pick(pages, &count, file_pages, &file_count);
-    u32 dirty = dirty_first(pages, count);
-    u32 freed = free_all(pages + dirty, count - dirty);
-    reclaim_counts.stolen_clean += freed;
-    sort_by_slot(pages, dirty);
-    swap_out(pages, dirty);
-    freed += free_all(pages, dirty);
-    file_write_out(file_pages, file_count);
-    return freed + free_all(file_pages, file_count);
+    struct batch batch;
+    batch.clean_count = batch.anon_count = batch.file_count = 0;
+    batch.looked = balance();
+    pick(&batch);
+    *looked += batch.looked;
+    u32 clean = free_all(batch.clean, batch.clean_count);
+    reclaim_counts.stolen_clean += clean;
+    sort_by_slot(batch.anon, batch.anon_count);
+    swap_out(batch.anon, batch.anon_count);
+    u32 freed = clean + free_all(batch.anon, batch.anon_count);
+    file_write_out(batch.file, batch.file_count);
+    return freed + free_all(batch.file, batch.file_count);
+}
+
+/* Batches until `goal` frames are free, or there is no way; with `enough` of them one look at each page finds that there is none.
+ * Returns how many batches. */
+static u32 reclaim_to(u32 goal, u32 enough)
+{
+    u32 batches = 0, looked = 0;
+    bool others_ran = false;
+    while (frames_free() < goal) {
+        batches++;
+        u32 pages = lru_count[LRU_ACTIVE] + lru_count[LRU_INACTIVE];
+        if (shrink(&looked) || blk_wait_any()) {
+            looked = 0;
+            others_ran = false;
+        } else if (frames_free() >= enough) {
+            if (looked >= pages)
+                break;
+        } else if (looked >= LOOKS * pages) {
+            if (others_ran)
+                break;
+            looked = 0;
+            others_ran = true;
+            schedule();
+        }
+    }
+    return batches;
 }
 
 static void kswapd(u32 argument)
@@ -176,12 +234,7 @@ static void kswapd(u32 argument)
     (void)argument;
     current->makes_room = true;
     while (1) {
-        u32 fruitless = 0;
-        while (frames_free() < mark_high && fruitless < FRUITLESS_MAX) {
-            fruitless = shrink() ? 0 : fruitless + 1;
-            if (fruitless)
-                task_sleep(1);
-        }
+        reclaim_to(mark_high, 0);
         irq_off();
         kswapd_sleeps = true;
         task_wait_on(&kswapd_sleeps);
@@ -204,33 +257,53 @@ void reclaim_settle(void)
         task_sleep(1);
 }
 
-bool reclaim_start(void)
+u32 reclaim_to_spare(void)
+{
+    bool works = started && !kswapd_sleeps;
+    return works || frames_free() < mark_high ? 0 : frames_free() - mark_high;
+}
+
+void reclaim_init(void)
 {
     mark_min = max_u32(16, frames_total() / 64);
     mark_low = 2 * mark_min;
     mark_high = 3 * mark_min;
+}
+
+bool reclaim_start(void)
+{
     started = task_start_thread("kswapd", kswapd, 0) != NULL;
     return started;
 }
 
-bool make_room(u32 frames)
+/* The last half of the reserve is reclaim's own. */
+static u32 enough_for(u32 frames) { return mark_min / 2 + frames; }
+
+static void reclaim_for_current(u32 frames)
 {
-    if (!started || current->makes_room)
+    current->makes_room = true;
+    reclaim_counts.direct += reclaim_to(mark_min + frames, enough_for(frames));
+    current->makes_room = false;
+}
+
+bool try_room(u32 frames)
+{
+    if (current->makes_room)
         return true;
     if (frames_free() < mark_low)
         wake_kswapd();
-    current->makes_room = true;
-    for (u32 fruitless = 0; frames_free() < mark_min + frames && fruitless < FRUITLESS_MAX;) {
-        reclaim_counts.direct++;
-        fruitless = shrink() ? 0 : fruitless + 1;
-        if (fruitless)
-            task_sleep(1);
-    }
-    current->makes_room = false;
+    if (started && frames_free() < mark_min + frames)
+        reclaim_for_current(frames);
     /* Better the host's wish unheeded than a process killed; but the balloon itself does not take from itself. */
-    while (frames_free() < mark_min / 2 + frames && balloon_give_back(frames))
+    while (frames_free() < enough_for(frames) && balloon_give_back(frames))
         barrier();
-    bool room = frames_free() >= mark_min / 2 + frames;
-    reclaim_counts.out_of_memory += !room;
-    return room;
+    return frames_free() >= enough_for(frames);
+}
+
+bool make_room(u32 frames)
+{
+    while (!try_room(frames))
+        if (!oom_kill_other())
+            return false;
+    return true;
 }

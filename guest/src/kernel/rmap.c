@@ -76,7 +76,7 @@ static pte_t age(struct mapping *mapping)
     return entry;
 }
 
-bool rmap_take_referenced(u32 frame) { return visit(frame, age) & PTE_A; }
+pte_t rmap_take_used(u32 frame) { return visit(frame, age) & (PTE_A | PTE_D); }
 
 /* The reference goes here too: whoever asks has one of its own. */
 static pte_t replace(struct mapping *mapping, pte_t by)

@@ -3,7 +3,7 @@
  * Jobs: 1. regions, 2. zapping pages, 3. the heap, 4. fork.
  * Holds: a present user entry is writable only if its region is and its frame has no other holder; every present entry holds
  * one reference to its frame, the zero page included; only the owner's task, or its parent before it first runs, changes a
- * space. */
+ * space, but that reclaim takes pages out of present entries, and space_reap all pages: tables stay where a task has found them. */
 #include "space.h"
 
 #include "check.h"
@@ -31,6 +31,7 @@ bool space_create(struct space *space)
 {
     space->region_count = 0;
     space->brk_start = space->brk = 0;
+    space->doomed = false;
     if (!upt_create(&space->upt))
         return false;
     space->previous = NULL;
@@ -137,6 +138,7 @@ static void region_cut(struct space *space, u32 i, u32 start, u32 end)
 
 struct zap {
     struct space *space;
+    bool keeps_tables;
     u32 count;
     u32 va[ZAP_BATCH];
     u32 frame[ZAP_BATCH];
@@ -187,17 +189,18 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
         zap_add(zap, va, pte_frame(entry));
     }
     upt_close(&leaf);
-    if (left == 0)
+    if (left == 0 && !zap->keeps_tables)
         zap_add(zap, start, upt_unlink(&zap->space->upt, start));
 }
 
 static u32 table_end(u32 va, u32 end) { return min_u32(ALIGN_DOWN(va, table_reach()) + table_reach(), end); }
 
-static void zap_range(struct space *space, u32 start, u32 end)
+static void zap_range(struct space *space, u32 start, u32 end, bool keeps_tables)
 {
     /* The arrays hold nothing until zap_add fills them. */
     struct zap zap;
     zap.space = space;
+    zap.keeps_tables = keeps_tables;
     zap.count = 0;
     for (u32 va = start; va < end; va = table_end(va, end))
         zap_table(&zap, va, table_end(va, end));
@@ -216,7 +219,7 @@ bool space_unmap(struct space *space, u32 start, u32 end)
             continue;
         if (region_start < start && region_end > end && space->region_count == REGIONS_MAX)
             return false;
-        zap_range(space, max_u32(start, region_start), min_u32(end, region_end));
+        zap_range(space, max_u32(start, region_start), min_u32(end, region_end), false);
         region_cut(space, i, start, end);
         if (region_start <= start && region_end >= end)
             break;
@@ -227,10 +230,44 @@ bool space_unmap(struct space *space, u32 start, u32 end)
 void space_destroy(struct space *space)
 {
     for (u32 i = 0; i < space->region_count; i++)
-        zap_range(space, space->regions[i].start, space->regions[i].end);
+        zap_range(space, space->regions[i].start, space->regions[i].end, false);
     space->region_count = 0;
     forget_space(space);
     upt_destroy(&space->upt);
+}
+
+void space_reap(struct space *space)
+{
+    space->doomed = true;
+    for (u32 i = 0; i < space->region_count; i++)
+        zap_range(space, space->regions[i].start, space->regions[i].end, true);
+}
+
+static u32 count_pages(struct space *space, u32 start, u32 end)
+{
+    struct leaf leaf;
+    u32 pages = 0;
+    if (!upt_open(&space->upt, start, false, &leaf))
+        return 0;
+    for (u32 va = start; va < end; va += PAGE_SIZE, upt_next(&leaf)) {
+        pte_t entry = upt_get(&leaf);
+        pages += entry && pte_frame(entry) != zero_frame;
+    }
+    upt_close(&leaf);
+    return pages;
+}
+
+u32 space_pages(struct space *space)
+{
+    u32 pages = 0;
+    for (u32 i = 0; i < space->region_count; i++) {
+        const struct region *region = &space->regions[i];
+        if (region->flags & REGION_FILE)
+            continue;
+        for (u32 va = region->start; va < region->end; va = table_end(va, region->end))
+            pages += count_pages(space, va, table_end(va, region->end));
+    }
+    return pages;
 }
 
 /* Job 3: the heap, from brk_start on. */

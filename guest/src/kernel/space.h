@@ -21,6 +21,7 @@ struct region {
 struct space {
     struct space *next, *previous; /* all there are: spaces */
     bool live;                     /* one of them: spaces stand in the task table, so an old pointer can be asked */
+    bool doomed;                   /* its memory was taken: no fault is mended any more */
     struct upt upt;
     u32 brk_start, brk;
     u32 region_count;
@@ -41,6 +42,11 @@ void space_destroy(struct space *space);
 /* Makes `child`, already created, a copy that shares every page; both sides copy a page when they write to it. On failure
  * (out of memory) the child is to be destroyed. */
 bool space_fork(struct space *parent, struct space *child);
+
+/* Pages of its own that it has, in memory and in swap. */
+u32 space_pages(struct space *space);
+/* Takes them all, wherever its task is, which must not come back to user mode with them. */
+void space_reap(struct space *space);
 
 /* False if the range is not user memory, overlaps a region, or there are too many regions. */
 bool space_map(struct space *space, struct region region);

@@ -97,9 +97,11 @@ static void find_cluster(void)
     }
 }
 
+bool swap_is_full(void) { return used == slot_count; }
+
 static u32 alloc_slot(void)
 {
-    if (used == slot_count)
+    if (swap_is_full())
         return SLOT_NONE;
     if (cluster_left == 0)
         find_cluster();
@@ -173,6 +175,14 @@ bool swap_is_sole_holder(u32 frame)
 {
     const struct frame *entry = frame_of(frame);
     return entry->slot ? entry->refs == 2 && slots[entry->slot - 1].entries == 0 : entry->refs == 1;
+}
+
+void swap_came_in(u32 frame)
+{
+    if (used <= slot_count / 2 || !swap_is_sole_holder(frame))
+        return;
+    swap_forget(frame);
+    frame_of(frame)->flags |= FRAME_DIRTY;
 }
 
 /* Job 3: in. */

@@ -37,10 +37,15 @@ void swap_entry_dropped(u32 slot);
 /* The slot of a page: the one it has, or a new one, near those given out last; SLOT_NONE when swap is full. A new one makes
  * the page dirty. */
 u32 swap_slot_for(u32 frame);
+/* There is none for a page that has none. */
+bool swap_is_full(void);
 static inline bool in_swap_cache(u32 frame) { return frame_of(frame)->slot != 0; }
 static inline u32 swap_slot_of(u32 frame) { return frame_of(frame)->slot - 1; }
 /* One reference and the cache's are all, and no entry names the slot: nobody else can come to see a store to the page. */
 bool swap_is_sole_holder(u32 frame);
+/* A page has come in for its only entry. While more than half of the slots are in use it lets go of its own, which others may need
+ * more: what is in memory and what is in swap then are as much together as both have room for. */
+void swap_came_in(u32 frame);
 /* Takes a page out of the cache; its slot is free if no entry names it. */
 void swap_forget(u32 frame);
 /* Drops a mapping's reference to a page; one that only the cache still has, and no entry names, is forgotten. */

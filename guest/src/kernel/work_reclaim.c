@@ -27,9 +27,10 @@ static void print_disk(const char *name, const struct blk *disk)
 
 static void print_counts(const struct blk *swap, const struct blk *file)
 {
-    printk("reclaim: scanned=%u referenced=%u stolen=%u stolen_clean=%u direct=%u kswapd=%u skipped=%u oom=%u\n",
+    printk("reclaim: scanned=%u referenced=%u stolen=%u stolen_clean=%u direct=%u kswapd=%u busy=%u denied=%u no_slot=%u oom=%u\n",
            reclaim_counts.scanned, reclaim_counts.referenced, reclaim_counts.stolen, reclaim_counts.stolen_clean,
-           reclaim_counts.direct, reclaim_counts.background, reclaim_counts.scope_skipped, reclaim_counts.out_of_memory);
+           reclaim_counts.direct, reclaim_counts.background, reclaim_counts.busy, reclaim_counts.denied,
+           reclaim_counts.no_slot, reclaim_counts.out_of_memory);
     printk("reclaim: refaults=%u hits=%u read_ahead=%u checked=%u lost=%u slots_used=%u\n", swap_counts.ins,
            swap_counts.hits, swap_counts.read_ahead, swap_counts.checked, swap_counts.lost, swap_slots_used());
     printk("reclaim: swap reads=%u pages=%u writes=%u pages=%u\n", swap_counts.reads, swap_counts.pages_read,
