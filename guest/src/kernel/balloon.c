@@ -4,10 +4,17 @@
  *
  * Story: the host writes how many pages it wants and interrupts. The thread allocates them like anybody, making room by reclaim
  * first, and tells the host their numbers; it is told of pages that go back before they are used. What cannot be had without
- * killing somebody is not given: the next second it is tried again. Once a second the thread also names pages on the free list,
- * those that it has not named since they came there.
- * Holds: a frame of the balloon has one reference and is linked by frame.link.
- * Locks: a queue belongs to the thread, but the deflate queue, which has a mutex: whoever is short of memory uses it too.
+ * killing somebody is not given, and what was given is taken back before somebody is killed: it is tried again a second later.
+ * Once a second the thread also names pages on the free list, those that it has not named since they came there.
+ *
+ *   free --make_room--> collected --tell the host--> linked --tell the host--> free
+ *     ^                     |          (the mutex is held from collected to linked, and from linked to free)
+ *     +---somebody's want---+
+ *
+ * Holds: INV-G-BALLOON-1: a frame that the host has been told of is linked by frame.link, or in the hands of who has the mutex;
+ * nobody else uses it. A frame of the balloon has one reference.
+ * Locks: a queue belongs to the thread, but the deflate queue, which belongs to who has the mutex: whoever is short of memory uses
+ * it too.
  * See: virtio 1.2, 5.5. */
 #include "balloon.h"
 
@@ -54,7 +61,9 @@ static struct {
     u32 features;
     struct virtq queues[QUEUES];
     struct virtq reporting;
-    u32 head, held;
+    u32 head, held; /* those that the host has, or is being told of */
+    u32 collected;  /* numbers in pfns[INFLATE] of frames that the host has not been told of */
+    u32 hold_until; /* ticks: before that nothing is given, since somebody was in want */
     u32 in_report; /* frames off the free list for as long as a report takes */
     const struct task *thread;
     bool awake, second;
@@ -62,12 +71,12 @@ static struct {
     volatile bool answered[QUEUES + 1];
     u32 pfns[QUEUES][BATCH];
     struct stat stats[STATS_COUNT];
-    struct mutex deflating;
+    struct mutex telling;
 } balloon;
 
 struct balloon_counts balloon_counts;
 
-u32 balloon_held(void) { return balloon.held + balloon.in_report; }
+u32 balloon_held(void) { return balloon.held + balloon.collected + balloon.in_report; }
 
 static void wake(void)
 {
@@ -150,49 +159,86 @@ static void tell(u32 which, u32 count)
 
 static void publish(void) { virtio_set_config32(balloon.device, CONFIG_ACTUAL, balloon.held); }
 
-/* Up to a batch, fewer where the host has come to want something else. False when there is no room for even one more page. */
-static bool inflate(u32 want)
+/* Something else is to be done than to collect more. */
+static bool interrupted(void) { return balloon.changed || balloon.answered[STATS]; }
+
+static bool holds_off(void) { return (int)(ticks - balloon.hold_until) < 0; }
+
+/* High frames alone, and so that as much again stays free as reclaim keeps for itself: low ones are the kernel's. */
+static void collect(u32 most)
 {
-    u32 count = 0, most = min_u32(want, BATCH);
-    while (count < most && !balloon.changed && make_room(1)) {
-        u32 frame = frame_alloc(ZONE_HIGH);
+    while (balloon.collected < most && !interrupted() && !holds_off() && try_room(1 + reclaim_min())) {
+        u32 frame = frame_alloc_high();
         if (frame == FRAME_NONE)
             break;
-        frame_of(frame)->link = balloon.head;
-        balloon.head = frame;
-        balloon.pfns[INFLATE][count++] = frame;
-        balloon.held++;
+        balloon.pfns[INFLATE][balloon.collected++] = frame;
     }
-    if (count == 0)
-        return balloon.changed;
-    balloon_counts.inflated += count;
-    tell(INFLATE, count);
-    publish();
-    return true;
 }
 
-/* Whoever else wants frames back waits meanwhile, and finds fewer. */
-static u32 deflate(u32 want)
+/* Whoever is in want waits for the mutex, and finds them linked. */
+static u32 give(void)
 {
-    mutex_lock(&balloon.deflating);
+    mutex_lock(&balloon.telling);
+    u32 count = balloon.collected;
+    balloon.collected = 0;
+    balloon.held += count;
+    if (count)
+        tell(INFLATE, count);
+    for (u32 i = 0; i < count; i++) {
+        u32 frame = balloon.pfns[INFLATE][i];
+        frame_of(frame)->link = balloon.head;
+        balloon.head = frame;
+    }
+    balloon_counts.inflated += count;
+    if (count)
+        publish();
+    mutex_unlock(&balloon.telling);
+    return count;
+}
+
+/* Up to a batch, fewer where there is something else to do. False when there is no room for even one more page. */
+static bool inflate(u32 want)
+{
+    collect(min_u32(want, BATCH));
+    return give() || interrupted();
+}
+
+/* Frames that the host has not been told of need no telling. The mutex is held. */
+static u32 uncollect(u32 want)
+{
+    u32 count = min_u32(want, balloon.collected);
+    for (u32 i = 0; i < count; i++)
+        frame_put(balloon.pfns[INFLATE][--balloon.collected]);
+    return count;
+}
+
+/* The mutex is held. */
+static u32 take_back(u32 want)
+{
     u32 count = 0, first = balloon.head;
     while (count < min_u32(want, BATCH) && balloon.head != FRAME_NONE) {
         balloon.pfns[DEFLATE][count++] = balloon.head;
         balloon.head = frame_of(balloon.head)->link;
     }
-    if (count) {
-        tell(DEFLATE, count);
-        balloon.held -= count;
-        balloon_counts.deflated += count;
-    }
+    if (count == 0)
+        return 0;
+    tell(DEFLATE, count);
+    balloon.held -= count;
+    balloon_counts.deflated += count;
     for (u32 i = 0, frame = first, next; i < count; i++, frame = next) {
         next = frame_of(frame)->link;
         frame_of(frame)->link = 0;
         frame_put(frame);
     }
-    if (count)
-        publish();
-    mutex_unlock(&balloon.deflating);
+    publish();
+    return count;
+}
+
+static u32 deflate(u32 want)
+{
+    mutex_lock(&balloon.telling);
+    u32 count = take_back(want);
+    mutex_unlock(&balloon.telling);
     return count;
 }
 
@@ -200,7 +246,12 @@ u32 balloon_give_back(u32 frames)
 {
     if (!(balloon.features & FEATURE_DEFLATE_ON_OOM) || current == balloon.thread)
         return 0;
-    u32 given = deflate(max_u32(frames, BATCH / 4));
+    u32 want = max_u32(frames, BATCH / 4);
+    mutex_lock(&balloon.telling);
+    u32 given = uncollect(want);
+    given += take_back(want - given);
+    mutex_unlock(&balloon.telling);
+    balloon.hold_until = ticks + boot.options.hz;
     balloon_counts.deflated_for_want += given;
     return given;
 }
@@ -235,7 +286,7 @@ static bool report(void)
 {
     u32 frames[REPORT_BATCH];
     struct virtq_part parts[REPORT_BATCH];
-    u32 count = balloon.in_report = frames_take_unreported(frames, REPORT_BATCH);
+    u32 count = balloon.in_report = frames_take_unreported(frames, min_u32(REPORT_BATCH, reclaim_to_spare()));
     for (u32 i = 0; i < count; i++)
         parts[i] = (struct virtq_part){(u64)frames[i] << PAGE_SHIFT, PAGE_SIZE};
     if (count)
@@ -257,14 +308,19 @@ static void wait_for_work(void)
     irq_on();
 }
 
+/* Statistics are not kept waiting by a long inflation. */
 static void adjust(void)
 {
-    while (1) {
+    bool more = true;
+    while (more) {
+        if (balloon.answered[STATS])
+            offer_stats();
         balloon.changed = false;
         u32 target = virtio_config32(balloon.device, CONFIG_NUM_PAGES);
-        if (balloon.held < target ? !inflate(target - balloon.held)
-                                  : balloon.held == target || !deflate(balloon.held - target))
-            return;
+        if (balloon.held < target)
+            more = inflate(target - balloon.held);
+        else
+            more = balloon.held > target && deflate(balloon.held - target);
     }
 }
 
@@ -275,8 +331,6 @@ static void run(u32 argument)
     offer_stats();
     while (1) {
         wait_for_work();
-        if (balloon.answered[STATS])
-            offer_stats();
         adjust();
         while (balloon.features & FEATURE_REPORTING && balloon.second && report())
             barrier();

@@ -97,9 +97,8 @@ void frames_init(void)
     kpt_cover(FRAME_TABLE_BASE, (u32)&table[end]);
 }
 
-u32 frame_alloc(enum zone which)
+static u32 alloc_from(struct frontier *zone)
 {
-    struct frontier *zone = &zones[which];
     u32 frame = zone->free;
     if (frame != FRAME_NONE) {
         zone->free = table[frame].link;
@@ -107,7 +106,7 @@ u32 frame_alloc(enum zone which)
     } else {
         frame = frontier_advance(zone);
         if (frame == FRAME_NONE)
-            return which == ZONE_HIGH ? frame_alloc(ZONE_LOW) : FRAME_NONE;
+            return FRAME_NONE;
         back_entry(frame);
     }
     table[frame] = (struct frame){.refs = 1};
@@ -115,6 +114,13 @@ u32 frame_alloc(enum zone which)
     return frame;
 }
 
+u32 frame_alloc_high(void) { return alloc_from(&zones[ZONE_HIGH]); }
+
+u32 frame_alloc(enum zone which)
+{
+    u32 frame = alloc_from(&zones[which]);
+    return frame == FRAME_NONE && which == ZONE_HIGH ? alloc_from(&zones[ZONE_LOW]) : frame;
+}
 
 void frame_get(u32 frame)
 {
@@ -143,7 +149,7 @@ u32 frames_take_unreported(u32 *frames, u32 most)
     u32 count = 0;
     const struct frontier *zone = &zones[ZONE_HIGH];
     while (count < most && zone->free != FRAME_NONE && !table[zone->free].reported)
-        frames[count++] = frame_alloc(ZONE_HIGH);
+        frames[count++] = frame_alloc_high();
     return count;
 }
 

@@ -30,6 +30,8 @@ void frames_init(void);
 /* One frame with one reference, its contents whatever they were. ZONE_HIGH falls back to ZONE_LOW. Never sleeps: whoever can
  * makes room before (reclaim.h). */
 u32 frame_alloc(enum zone zone);
+/* The same, and never a low one. */
+u32 frame_alloc_high(void);
 void frame_get(u32 frame);
 /* Drops a reference; with the last one the frame is free, and off its list. */
 void frame_put(u32 frame);
