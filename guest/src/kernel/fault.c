@@ -157,7 +157,6 @@ static void enter_swapped(const struct space *space, struct leaf *leaf, const st
     struct frame *entry = frame_of(frame);
     entry->index = page >> PAGE_SHIFT;
     entry->space = (u32)space;
-    entry->flags &= ~FRAME_READ_AHEAD;
     u32 slot = swap_entry_slot(upt_get(leaf));
     upt_change(leaf, pte_make(frame, region_bits(region)));
     swap_entry_dropped(slot);

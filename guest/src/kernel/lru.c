@@ -1,4 +1,4 @@
-/* The two lists of pages that can be reclaimed.
+/* The lists of pages that can be reclaimed.
  *
  * Holds: a page is on a list only while somebody holds it (frame_put takes it off), and then FRAME_LISTED is set.
  * Locks: none; never sleeps, and no interrupt handler comes here. */
@@ -14,14 +14,21 @@ struct list {
 static struct list lists[LRU_LISTS];
 u32 lru_count[LRU_LISTS];
 
-static enum lru list_of(const struct frame *frame) { return frame->flags & FRAME_ACTIVE ? LRU_ACTIVE : LRU_INACTIVE; }
+#define LIST_FLAGS (FRAME_ACTIVE | FRAME_STUCK)
+
+static const u32 flags_of[LRU_LISTS] = {[LRU_ACTIVE] = FRAME_ACTIVE, [LRU_STUCK] = FRAME_STUCK};
+
+static enum lru list_of(const struct frame *frame)
+{
+    return frame->flags & FRAME_ACTIVE ? LRU_ACTIVE : frame->flags & FRAME_STUCK ? LRU_STUCK : LRU_INACTIVE;
+}
 
 void lru_add(u32 number, enum lru which)
 {
     struct frame *frame = frame_of(number);
     struct list *list = &lists[which];
     ASSERT(!(frame->flags & FRAME_LISTED));
-    frame->flags = (frame->flags & ~FRAME_ACTIVE) | FRAME_LISTED | (which == LRU_ACTIVE ? FRAME_ACTIVE : 0);
+    frame->flags = (frame->flags & ~LIST_FLAGS) | FRAME_LISTED | flags_of[which];
     frame->prev = FRAME_NONE;
     frame->link = list->young;
     if (list->young == FRAME_NONE)

@@ -1,4 +1,4 @@
-/* The two lists of pages that can be reclaimed: used lately, and not. */
+/* The lists of pages that can be reclaimed: used lately, not used, and those that have nowhere to go. */
 #ifndef LRU_H
 #define LRU_H
 
@@ -13,9 +13,9 @@
 #define FRAME_READING (1u << 5)    /* on its way in: its contents mean nothing yet */
 #define FRAME_WRITING (1u << 6)    /* on its way out */
 #define FRAME_FAILED (1u << 7)     /* it could not be read, or not what was written was */
-#define FRAME_READ_AHEAD (1u << 8) /* read because its neighbour was, and not used so far */
+#define FRAME_STUCK (1u << 8)      /* on the list of those that have no slot in swap, since there was none */
 
-enum lru { LRU_INACTIVE, LRU_ACTIVE, LRU_LISTS };
+enum lru { LRU_INACTIVE, LRU_ACTIVE, LRU_STUCK, LRU_LISTS };
 
 extern u32 lru_count[LRU_LISTS];
 

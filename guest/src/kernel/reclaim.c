@@ -36,6 +36,9 @@
 #define BATCH SWAP_OUT_MAX
 /* Looks at each page before reclaim gives up: it may be moved between the lists, and have to be found unused. */
 #define LOOKS 3
+/* So many pages are not taken: when all others are stuck, they are those that processes have just come to need, and would take from
+ * each other for ever. */
+#define KEPT 16
 
 struct reclaim_counts reclaim_counts;
 static u32 mark_min, mark_low, mark_high;
@@ -67,24 +70,40 @@ static void put_back(u32 frame, enum lru list)
     swap_put(frame);
 }
 
-/* It has to stay, whether it was used or not. */
-static bool is_stuck(u32 frame)
+/* Puts a page back that has to stay whether it was used or not, out of the way. When a slot comes free for one that is stuck, it is to
+ * be known whether it was used since: else the page that has just come in would be the only one that looks unused, and go again. */
+static bool put_aside(u32 frame)
 {
     const struct frame *page = frame_of(frame);
-    bool busy = page->flags & (FRAME_READING | FRAME_WRITING | FRAME_FAILED);
-    bool no_slot = page->flags & FRAME_ANON && !in_swap_cache(frame) && swap_is_full();
-    reclaim_counts.busy += busy;
-    reclaim_counts.no_slot += !busy && no_slot;
-    return busy || no_slot;
+    if (page->flags & (FRAME_READING | FRAME_WRITING | FRAME_FAILED)) {
+        reclaim_counts.busy++;
+        put_back(frame, LRU_ACTIVE);
+        return true;
+    }
+    if (!(page->flags & FRAME_ANON) || in_swap_cache(frame) || !swap_is_full())
+        return false;
+    reclaim_counts.no_slot++;
+    rmap_take_used(frame);
+    put_back(frame, LRU_STUCK);
+    return true;
+}
+
+/* Where slots have come free, pages that wait for one come back; most of them to no avail, but then few slots are free. */
+static void unstick(void)
+{
+    for (u32 steps = BATCH / 4; steps && lru_count[LRU_STUCK] && !swap_is_full(); steps--)
+        put_back(lru_isolate(LRU_STUCK), LRU_INACTIVE);
 }
 
 /* 1. Returns how many pages it looked at. */
 static u32 balance(void)
 {
     u32 steps = 0;
+    unstick();
     for (; steps < BATCH && lru_count[LRU_ACTIVE] > lru_count[LRU_INACTIVE]; steps++) {
         u32 frame = lru_isolate(LRU_ACTIVE);
-        put_back(frame, is_stuck(frame) || rmap_take_used(frame) & PTE_A ? LRU_ACTIVE : LRU_INACTIVE);
+        if (!put_aside(frame))
+            put_back(frame, rmap_take_used(frame) & PTE_A ? LRU_ACTIVE : LRU_INACTIVE);
     }
     return steps;
 }
@@ -133,10 +152,8 @@ static void pick(struct batch *batch)
             break;
         batch->looked++;
         reclaim_counts.scanned++;
-        if (is_stuck(frame)) {
-            put_back(frame, LRU_ACTIVE);
+        if (put_aside(frame))
             continue;
-        }
         pte_t used = rmap_take_used(frame);
         if (used & PTE_A) {
             reclaim_counts.referenced++;
@@ -203,22 +220,28 @@ static u32 shrink(u32 *looked)
     return freed + free_all(batch.file, batch.file_count);
 }
 
+static u32 candidates(void)
+{
+    return lru_count[LRU_ACTIVE] + lru_count[LRU_INACTIVE] + (swap_is_full() ? 0 : lru_count[LRU_STUCK]);
+}
+
 /* Batches until `goal` frames are free, or there is no way; with `enough` of them one look at each page finds that there is none.
  * Returns how many batches. */
 static u32 reclaim_to(u32 goal, u32 enough)
 {
-    u32 batches = 0, looked = 0;
+    u32 batches = 0, looked = 0, pages;
     bool others_ran = false;
-    while (frames_free() < goal) {
-        batches++;
-        u32 pages = lru_count[LRU_ACTIVE] + lru_count[LRU_INACTIVE];
-        if (shrink(&looked) || blk_wait_any()) {
+    for (; frames_free() < goal; batches++) {
+        pages = candidates();
+        bool few = pages <= KEPT, content = frames_free() >= enough;
+        if (few && content)
+            break;
+        if ((!few && shrink(&looked)) || blk_wait_any()) {
             looked = 0;
             others_ran = false;
-        } else if (frames_free() >= enough) {
-            if (looked >= pages)
-                break;
-        } else if (looked >= LOOKS * pages) {
+        } else if (content && looked >= pages) {
+            break;
+        } else if (few || looked >= LOOKS * pages) {
             if (others_ran)
                 break;
             looked = 0;

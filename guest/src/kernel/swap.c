@@ -256,8 +256,6 @@ static void read_group(u32 slot)
         u32 frame = begin_in(at);
         if (frame == FRAME_NONE)
             break;
-        if (at != slot)
-            frame_of(frame)->flags |= FRAME_READ_AHEAD;
         frames[count++] = frame;
     }
     if (count == 0)
