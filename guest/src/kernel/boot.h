@@ -53,6 +53,9 @@ enum quirk {
 #undef X
 };
 
+/* How much workload `reclaim` does and compares: by the CPU's speed, unless it is said (pace.h). */
+enum pace { PACE_AUTO, PACE_SLOW, PACE_FAST };
+
 struct options {
     enum workload workload;
     bool legacy; /* two-level paging */
@@ -64,6 +67,7 @@ struct options {
     u32 work;   /* times that a process of workload=reclaim reads a page that it touches */
     u32 cpus;   /* how many are used at most; 0: all that are found */
     u32 ram;    /* MiB that the kernel uses of what there is; 0: the workload decides */
+    enum pace pace;
     u32 allow;  /* set of enum quirk */
 };
 

@@ -96,6 +96,12 @@ static bool parse_paging(const char *value, bool *legacy)
     return *legacy || value_is(value, "pae");
 }
 
+static bool parse_pace(const char *value, enum pace *pace)
+{
+    *pace = value_is(value, "slow") ? PACE_SLOW : value_is(value, "fast") ? PACE_FAST : PACE_AUTO;
+    return *pace != PACE_AUTO || value_is(value, "auto");
+}
+
 static bool parse_word(const char *word, struct options *options)
 {
     const char *value;
@@ -120,6 +126,8 @@ static bool parse_word(const char *word, struct options *options)
         return parse_number(value, FRAMES_MAX / (MIB / PAGE_SIZE), &options->ram);
     if ((value = value_of(word, "hz=")))
         return parse_number(value, TIMER_HZ_MAX, &options->hz) && options->hz > 0;
+    if ((value = value_of(word, "pace=")))
+        return parse_pace(value, &options->pace);
     if ((value = value_of(word, "allow=")))
         return parse_quirks(value, &options->allow);
     return false;
@@ -146,6 +154,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->ram = 0;
     options->work = 0;
     options->cpus = 0;
+    options->pace = PACE_AUTO;
     options->allow = 0;
     bool first = true;
     while (*line) {

@@ -220,14 +220,6 @@ static bool fill(u32 index)
     return ok;
 }
 
-static void wait_while(u32 frame, u32 flags)
-{
-    irq_off();
-    while (frame_of(frame)->flags & flags)
-        task_wait_on(frame_of(frame));
-    irq_on();
-}
-
 /* The page, with a reference; FRAME_NONE with the reason in `why`. */
 static u32 get_page(u32 index, enum fault_result *why)
 {
@@ -243,7 +235,7 @@ static u32 get_page(u32 index, enum fault_result *why)
             continue;
         }
         frame_get(frame);
-        wait_while(frame, FRAME_READING);
+        frame_wait_while(frame, FRAME_READING);
         if (cached[index] == frame)
             return frame;
         frame_put(frame);
@@ -327,7 +319,7 @@ static void drop(u32 index)
         return;
     frame_get(frame);
     rmap_unmap(frame);
-    wait_while(frame, FRAME_READING | FRAME_WRITING);
+    frame_wait_while(frame, FRAME_READING | FRAME_WRITING);
     rmap_unmap(frame);
     frame_of(frame)->flags &= ~FRAME_DIRTY;
     if (file_has(frame))
@@ -355,14 +347,6 @@ bool file_truncate(u32 pages)
 
 /* Job 5: sync. */
 
-static u32 sum_of(u32 sum, const u32 *words)
-{
-#pragma GCC unroll 16
-    for (u32 at = 0; at < PAGE_SIZE / 4; at++)
-        sum = (sum << 1 | sum >> 31) + words[at];
-    return sum;
-}
-
 /* Writes the page if it is dirty, and adds it to the sum. */
 static bool sync_page(u32 index, u32 *sum)
 {
@@ -372,13 +356,13 @@ static bool sync_page(u32 index, u32 *sum)
         return false;
     if (rmap_unmap(frame))
         frame_of(frame)->flags |= FRAME_DIRTY;
-    wait_while(frame, FRAME_WRITING);
+    frame_wait_while(frame, FRAME_WRITING);
     if (frame_of(frame)->flags & FRAME_DIRTY)
         write_one(frame);
     bool ok = !(frame_of(frame)->flags & FRAME_DIRTY);
     if (block_map[index]) {
         const u32 *words = kmap_local(frame, "sync");
-        *sum = sum_of(*sum, words);
+        *sum = sum_words(*sum, words, 1);
         kunmap_local(words);
     }
     /* Nobody maps it: it need not wait for reclaim. */

@@ -15,6 +15,7 @@
 #include "check.h"
 #include "kpt.h"
 #include "lru.h"
+#include "pace.h"
 #include "string.h"
 
 struct frontier {
@@ -81,7 +82,7 @@ void frames_init(void)
     u32 end = 0, limit = paging.pae ? FRAMES_MAX : 1u << 20;
     u32 ram = boot.options.ram;
     if (!ram && boot.options.workload == WORKLOAD_RECLAIM)
-        ram = RAM_OF_RECLAIM;
+        ram = pace_is_fast() ? RAM_OF_RECLAIM_FAST : RAM_OF_RECLAIM_SLOW;
     if (ram)
         limit = min_u32(limit, ram * (MIB / PAGE_SIZE));
     for (u32 i = 0; i < boot.range_count; i++)

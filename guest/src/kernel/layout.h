@@ -3,7 +3,7 @@
  *   00000000 - bfffffff   user
  *   c0000000 - dfffffff   low memory, physical address + KERNEL_BASE, large pages
  *   e0000000 - f7ffffff   frame table: 32 bytes a frame, backed only as far as frames were handed out
- *   f8000000 - fbffffff   swap map: 16 bytes a slot, as many as the swap disk has
+ *   f8000000 - fbffffff   swap map: 12 bytes a slot, as many as the swap disk has
  *   ffc00000 - ffc7ffff   kernel stacks: two absent guard pages, then two pages each
  *   ffd00000 - ffd02fff   LAPIC, two IOAPICs
  *   ffd08000 - ffd0afff   virtio-mmio transports
@@ -44,8 +44,9 @@
 #define LOWMEM_MIN 4
 #define LOWMEM_MAX 512
 
-/* MiB that the kernel uses of what there is, with workload=reclaim: small, so that a slow CPU too can fill it twice. */
-#define RAM_OF_RECLAIM 9
+/* MiB that the kernel uses of what there is, with workload=reclaim: so that a slow CPU, or another one, fills it twice in seconds. */
+#define RAM_OF_RECLAIM_SLOW 9
+#define RAM_OF_RECLAIM_FAST 10
 
 /* Percent of the default work: so much that the count of what a timed workload does fits 32 bits. */
 #define SCALE_MAX 4000

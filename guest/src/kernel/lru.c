@@ -1,10 +1,12 @@
 /* The lists of pages that can be reclaimed.
  *
  * Holds: a page is on a list only while somebody holds it (frame_put takes it off), and then FRAME_LISTED is set.
- * Locks: none; never sleeps, and no interrupt handler comes here. */
+ * Locks: none; no interrupt handler comes here. */
 #include "lru.h"
 
 #include "check.h"
+#include "irq.h"
+#include "task.h"
 
 /* FRAME_NONE ends a list at both ends. */
 struct list {
@@ -63,4 +65,12 @@ u32 lru_isolate(enum lru which)
         lru_remove(frame);
     }
     return frame;
+}
+
+void frame_wait_while(u32 frame, u32 flags)
+{
+    irq_off();
+    while (frame_of(frame)->flags & flags)
+        task_wait_on(frame_of(frame));
+    irq_on();
 }

@@ -5,6 +5,7 @@
 #include "boot.h"
 #include "check.h"
 #include "frames.h"
+#include "pace.h"
 #include "reclaim.h"
 #include "syscalls.h"
 #include "task.h"
@@ -13,7 +14,8 @@
 static u32 flags(void)
 {
     return (paging.nx ? FLAG_NX : 0) | (boot.options.allow & QUIRK_NO_XM ? FLAG_NO_XM : 0) |
-           (boot.options.allow & QUIRK_MXCSR_ANY ? FLAG_MXCSR_ANY : 0) | boot.options.work << FLAGS_WORK_SHIFT;
+           (boot.options.allow & QUIRK_MXCSR_ANY ? FLAG_MXCSR_ANY : 0) | (pace_is_fast() ? FLAG_FAST : 0) |
+           boot.options.work << FLAGS_WORK_SHIFT;
 }
 
 /* Frames that are somebody's, but for those that are meant to stay. */

@@ -47,3 +47,11 @@ size_t strlen(const char *s)
 }
 
 void copy_page(void *to, const void *from) { memcpy(to, from, PAGE_SIZE); }
+
+u32 sum_words(u32 sum, const u32 *words, u32 step)
+{
+#pragma GCC unroll 16
+    for (u32 left = PAGE_SIZE / 4 / step; left; left--, words += step)
+        sum = (sum << 1 | sum >> 31) + *words;
+    return sum;
+}

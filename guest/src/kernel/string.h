@@ -18,4 +18,7 @@ static inline void clear_page(void *page)
 
 void copy_page(void *to, const void *from);
 
+/* A sum over each `step`-th word of a page from `words` on; it hangs on their order. */
+u32 sum_words(u32 sum, const u32 *words, u32 step);
+
 #endif

@@ -22,6 +22,7 @@
 #include "irq.h"
 #include "kpt.h"
 #include "lru.h"
+#include "pace.h"
 #include "reclaim.h"
 #include "string.h"
 #include "task.h"
@@ -33,19 +34,19 @@
 #define CLUSTER 32
 /* At most so many slots for a frame of memory: the map of a large disk would fill a small machine. */
 #define SLOTS_A_FRAME 8
-/* Of so many words one goes into the sum: not all, for the slowest CPUs' sake. Which, hangs on the slot. */
-#define SUM_STEP 32
+/* On a slow CPU one of so many words goes into the sum; which, hangs on the slot. The workload's pages have words of their own in each
+ * such sample (user/reclaim.c). */
+#define SLOW_SUM_STEP 32
 
 struct slot {
     u32 entries; /* of page tables that name it */
     u32 frame;   /* in the cache */
     u32 sum;     /* of what was written to it last */
-    u32 unused;
 };
 
 static struct blk *disk;
 static struct slot *const slots = (struct slot *)SWAP_MAP_BASE;
-static u32 slot_count, used, cursor, cluster_left;
+static u32 slot_count, used, cursor, cluster_left, sum_step;
 struct swap_counts swap_counts;
 
 /* Job 1: slots. */
@@ -67,11 +68,10 @@ bool swap_on(struct blk *on)
     }
     disk = on;
     slot_count = count;
+    sum_step = pace_is_fast() ? 1 : SLOW_SUM_STEP;
     return true;
 }
 
-bool swap_is_on(void) { return disk; }
-u32 swap_slots(void) { return slot_count; }
 u32 swap_slots_used(void) { return used; }
 
 static bool is_free(u32 slot) { return slots[slot].entries == 0 && slots[slot].frame == FRAME_NONE; }
@@ -194,13 +194,11 @@ void swap_lost(const char *what, u32 number)
     tally.errors++;
 }
 
-/* A sum over a part of the page, another one for each slot: what is compared when it comes back. */
-static u32 page_sum(struct cpu *self, u32 frame, u32 salt)
+/* What is compared when the page comes back. */
+static u32 page_sum(struct cpu *self, u32 frame, u32 slot)
 {
     const u32 *page = window_map(self, frame, "sum");
-    u32 sum = salt;
-    for (u32 at = salt % SUM_STEP; at < PAGE_SIZE / 4; at += SUM_STEP)
-        sum = (sum << 1 | sum >> 31) + page[at];
+    u32 sum = sum_words(slot, page + slot % sum_step, sum_step);
     window_unmap(self, page);
     return sum;
 }
@@ -269,14 +267,6 @@ static void read_group(u32 slot)
         end_in(frames[i], read, sums[i]);
 }
 
-static void wait_while_reading(u32 frame)
-{
-    irq_off();
-    while (frame_of(frame)->flags & FRAME_READING)
-        task_wait_on(frame_of(frame));
-    irq_on();
-}
-
 /* Sees to it that the cache has the slot's page. */
 static enum swap_result bring_in(u32 slot)
 {
@@ -291,7 +281,8 @@ static enum swap_result bring_in(u32 slot)
 enum swap_result swap_in(u32 slot, u32 *frame)
 {
     swap_counts.ins++;
-    swap_counts.hits += slots[slot].frame != FRAME_NONE;
+    u32 cached = slots[slot].frame;
+    swap_counts.hits += cached != FRAME_NONE && !(frame_of(cached)->flags & FRAME_READING);
     while (slots[slot].entries) {
         *frame = slots[slot].frame;
         if (*frame == FRAME_NONE) {
@@ -300,7 +291,7 @@ enum swap_result swap_in(u32 slot, u32 *frame)
             continue;
         }
         frame_get(*frame);
-        wait_while_reading(*frame);
+        frame_wait_while(*frame, FRAME_READING);
         bool failed = frame_of(*frame)->flags & FRAME_FAILED;
         if (slots[slot].frame == *frame && !failed)
             return SWAP_DONE;

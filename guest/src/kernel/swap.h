@@ -25,9 +25,7 @@ extern struct swap_counts swap_counts;
 
 /* Swaps to `disk` from now on; false if that cannot be. Before the first process. */
 bool swap_on(struct blk *disk);
-bool swap_is_on(void);
-/* Slots that there are, and that are in use. */
-u32 swap_slots(void);
+/* Slots in use. */
 u32 swap_slots_used(void);
 
 /* One more entry of a page table for the slot, and one less. */

@@ -37,6 +37,7 @@
 #define FLAG_NX 1
 #define FLAG_NO_XM 2     /* allow=no-xm */
 #define FLAG_MXCSR_ANY 4 /* allow=mxcsr-any */
+#define FLAG_FAST 8      /* the CPU can be given much to do */
 #define FLAGS_WORK_SHIFT 8 /* from there on: work= */
 
 #endif

@@ -1,7 +1,7 @@
 /* Program `reclaim`: more memory than there is.
  *
  *   workers    one process for each pattern of access, with twice the machine's memory between them; each page carries the
- *              number of its last version in eight words, which are compared at every touch; with work=N each touch also reads the
+ *              number of its last version in 32 words, which are compared at every touch; with work=N each touch also reads the
  *              whole page N times, as a process would that has use for what it keeps
  *   common     pages that all have from the parent, read by all and written by each: shared in swap, and copied
  *   file       two processes with a shared file, each the other's neighbour; a third that cuts it off and makes it longer again
@@ -19,8 +19,12 @@
 #define FILE_WRITERS 2
 #define WITNESSED 8
 
-#define WORDS 8
-#define WORD_STEP (PAGE_SIZE / 4 / WORDS)
+/* A page's words: four in each eighth of it, and so that their numbers have every remainder by 32. Whoever looks at each 32nd word
+ * of a page, from whichever on, meets one of them: swap's sum on a slow CPU does. */
+#define EIGHTHS 8
+#define RUN 4
+#define WORD_STEP (PAGE_SIZE / 4 / EIGHTHS + RUN)
+#define NEXT 0x27d4eb2fu /* from word to word */
 #define STATUS_WRONG 1
 
 static u32 wrong, work;
@@ -29,42 +33,46 @@ static u32 *page_at(u32 base, u32 page) { return (u32 *)(base + page * PAGE_SIZE
 
 static u32 first_word(u32 key, u32 page, u32 version) { return (page + 1) * 0x9e3779b9u ^ version * 0x85ebca6bu ^ key; }
 
-/* Where in the page its words are: in another place of each eighth for each page. */
-static u32 place(u32 page) { return page * 7 % WORD_STEP; }
+/* Where in the page its words are: in another quarter of each eighth for each of four pages. */
+static u32 *words_of(u32 base, u32 page) { return page_at(base, page) + page % 4 * 32; }
 
 static void stamp(u32 base, u32 page, u32 key, u32 version)
 {
-    u32 *words = page_at(base, page) + place(page), word = first_word(key, page, version);
-    for (u32 i = 0; i < WORDS; i++, word += 0x27d4eb2fu)
-        words[i * WORD_STEP] = word;
+    u32 *words = words_of(base, page), word = first_word(key, page, version);
+    for (u32 i = 0; i < EIGHTHS; i++, words += WORD_STEP)
+#pragma GCC unroll 4
+        for (u32 j = 0; j < RUN; j++, word += NEXT)
+            words[j] = word;
 }
 
 static void verify(u32 base, u32 page, u32 key, u32 version)
 {
-    const u32 *words = page_at(base, page) + place(page);
+    const u32 *words = words_of(base, page);
     u32 word = first_word(key, page, version), differ = 0;
-    for (u32 i = 0; i < WORDS; i++, word += 0x27d4eb2fu)
-        differ |= words[i * WORD_STEP] ^ word;
+    for (u32 i = 0; i < EIGHTHS; i++, words += WORD_STEP)
+#pragma GCC unroll 4
+        for (u32 j = 0; j < RUN; j++, word += NEXT)
+            differ |= words[j] ^ word;
     wrong += differ != 0;
 }
 
-/* It reads as zeros where it will be stamped, and beside. */
+/* It reads as zeros where it will be stamped, and at its ends. */
 static void verify_zero(u32 base, u32 page)
 {
-    const u32 *words = page_at(base, page);
-    u32 any = words[0] | words[PAGE_SIZE / 4 - 1];
-    for (u32 i = 0; i < WORDS; i++)
-        any |= words[place(page) + i * WORD_STEP];
+    const u32 *words = words_of(base, page), *all = page_at(base, page);
+    u32 any = page % 4 ? all[0] : all[PAGE_SIZE / 4 - 1];
+    for (u32 i = 0; i < EIGHTHS; i++, words += WORD_STEP)
+        any |= words[0];
     wrong += any != 0;
 }
 
-/* The same of a page that has been stamped, but for the words next to the stamp's. */
+/* The same of a page that has been stamped: the words next to the stamp's, but in the last eighth, where there may be none. */
 static void verify_zero_beside(u32 base, u32 page)
 {
-    const u32 *words = page_at(base, page) + (place(page) ^ 1);
+    const u32 *words = words_of(base, page);
     u32 any = 0;
-    for (u32 i = 0; i < WORDS; i++)
-        any |= words[i * WORD_STEP];
+    for (u32 i = 0; i < EIGHTHS - 1; i++, words += WORD_STEP)
+        any |= words[RUN];
     wrong += any != 0;
 }
 
@@ -140,7 +148,7 @@ static void verify_common(u32 key, u32 seed)
 static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
 {
     u32 key = seed + 1 + pattern;
-    struct walk walk = walk_begin(pattern, pages, key);
+    struct walk walk = walk_begin(pattern, pages, touches, key);
     tally_forget();
     expect(map(BASE, pages * PAGE_SIZE) == 0, "a worker has its memory");
     u8 *versions = versions_of(pages);
@@ -155,6 +163,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
         touch(&walk, versions, key);
         take_turns(i);
     }
+    expect(pattern != SHIFT || touches < SHIFTS || walk_has_shifted(&walk), "the working set has shifted");
     verify_common(key, seed);
     for (u32 page = 0; page < pages; page++) {
         verify(BASE, page, key, versions[page]);
@@ -242,7 +251,8 @@ static u32 wait_for_all(void)
 u32 program_main(u32 seed, u32 scale, u32 flags)
 {
     work = flags >> FLAGS_WORK_SHIFT;
-    u32 pages = memory() * 2 / PATTERNS, touches = (u32)((u64)pages * scale / 200), rounds = 2 + scale / 200;
+    u32 pages = memory() * 2 / PATTERNS, rounds = 2 + scale / 200;
+    u32 touches = (u32)((u64)pages * scale * (flags & FLAG_FAST ? 2 : 1) / 200);
     expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
     for (u32 page = 0; page < COMMON_PAGES; page++)
         stamp(COMMON, page, seed, 0);

@@ -4,16 +4,19 @@
  *   random       each as likely as any other
  *   zipf         page n as often as 1 / n, nearly: what most programs do
  *   stride       every 17th: neighbours in swap are of no use
- *   shift        random in a window of an eighth, which moves on by half of itself from time to time: a working set that changes */
+ *   shift        random in a window of an eighth, which moves on by half of itself from time to time,
+ *                once over all pages: a working set that changes */
 #include "reclaim_pattern.h"
 
 #define STRIDE_PAGES 17
-#define SHIFT_AFTER 128
 
-struct walk walk_begin(enum pattern pattern, u32 pages, u32 seed)
+struct walk walk_begin(enum pattern pattern, u32 pages, u32 steps, u32 seed)
 {
-    return (struct walk){.pattern = pattern, .pages = pages, .state = seed * 0x9e3779b9u | 1};
+    u32 shift_after = steps / SHIFTS ? steps / SHIFTS : 1;
+    return (struct walk){.pattern = pattern, .pages = pages, .state = seed * 0x9e3779b9u | 1, .shift_after = shift_after};
 }
+
+bool walk_has_shifted(const struct walk *walk) { return walk->step / walk->shift_after >= 2; }
 
 /* xorshift32 (Marsaglia 2003). */
 u32 walk_draw(struct walk *walk)
@@ -36,7 +39,7 @@ static u32 zipf(struct walk *walk)
 
 static u32 shift(struct walk *walk)
 {
-    u32 window = walk->pages / 8 + 1, base = walk->step / SHIFT_AFTER * (window / 2);
+    u32 window = walk->pages / 8 + 1, base = walk->step / walk->shift_after * (window / 2);
     return (base + walk_draw(walk) % window) % walk->pages;
 }
 

@@ -9,9 +9,16 @@ enum pattern { SEQUENTIAL, RANDOM, ZIPF, STRIDE, SHIFT, PATTERNS };
 struct walk {
     enum pattern pattern;
     u32 pages, state, step;
+    u32 shift_after; /* so many steps the working set moves on */
 };
 
-struct walk walk_begin(enum pattern pattern, u32 pages, u32 seed);
+/* Times that the working set moves in all. */
+#define SHIFTS 16
+
+/* A walk of `steps` steps. */
+struct walk walk_begin(enum pattern pattern, u32 pages, u32 steps, u32 seed);
+/* The working set has moved to where it has nothing of what it began with. */
+bool walk_has_shifted(const struct walk *walk);
 /* The next page, below `pages`. */
 u32 walk_next(struct walk *walk);
 /* Something drawn from the same source. */
