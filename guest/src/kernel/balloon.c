@@ -21,6 +21,7 @@
 #include "apic.h"
 #include "boot.h"
 #include "check.h"
+#include "file.h"
 #include "frames.h"
 #include "irq.h"
 #include "mutex.h"
@@ -262,11 +263,12 @@ static void offer_stats(void)
 {
     if (!(balloon.features & FEATURE_STATS))
         return;
+    u32 waited = swap_counts.ins - swap_counts.hits + file_counts.waits;
     const struct stat stats[STATS_COUNT] = {
         {STAT_SWAP_IN, (u64)swap_counts.pages_read << PAGE_SHIFT},
         {STAT_SWAP_OUT, (u64)swap_counts.pages_written << PAGE_SHIFT},
-        {STAT_MAJOR_FAULTS, swap_counts.reads},
-        {STAT_MINOR_FAULTS, swap_counts.hits},
+        {STAT_MAJOR_FAULTS, waited},
+        {STAT_MINOR_FAULTS, space_faults - waited},
         {STAT_FREE, (u64)frames_free() << PAGE_SHIFT},
         {STAT_TOTAL, (u64)(frames_total() - balloon.held) << PAGE_SHIFT},
     };

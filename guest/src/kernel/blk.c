@@ -8,6 +8,7 @@
 #include "blk.h"
 
 #include "check.h"
+#include "console.h"
 #include "frames.h"
 #include "irq.h"
 #include "string.h"
@@ -234,6 +235,10 @@ bool blk_attach(struct virtio_device *device)
     u32 wanted = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD;
     if (!virtio_negotiate(device, wanted, &disk->features) || !virtq_init(device, 0, &disk->queue))
         return false;
+    if (disk->queue.size < PARTS_MAX) {
+        printk("pager: a disk whose queue has %u descriptors, fewer than the %u of a request; not used\n", disk->queue.size, PARTS_MAX);
+        return false;
+    }
     disk->pages = (u32)(virtio_config64(device, 0) / SECTORS_PER_PAGE);
     device->interrupt = interrupt;
     virtio_ready(device);

@@ -163,7 +163,7 @@ static void enter_swapped(const struct space *space, struct leaf *leaf, const st
     swap_came_in(frame);
 }
 
-/* A write faults once more, and has a copy or its right then. */
+/* The slot, or the entry, is another only if the space was reaped meanwhile. A write faults once more, and has a copy or its right then. */
 static SELDOM enum fault_result fix_swapped(struct space *space, const struct region *region, u32 page, pte_t entry)
 {
     u32 frame;
@@ -184,6 +184,8 @@ static SELDOM enum fault_result fix_swapped(struct space *space, const struct re
     return FAULT_FIXED;
 }
 
+u32 space_faults;
+
 enum fault_result space_fault(struct space *space, u32 va, u32 error)
 {
     if (va >= USER_END)
@@ -199,6 +201,7 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
         return FAULT_BAD_ACCESS;
     u32 page = va & PAGE_MASK;
     struct leaf leaf;
+    space_faults++;
     if (!make_room(ROOM))
         return FAULT_OUT_OF_MEMORY;
     if (region->flags & REGION_FILE)

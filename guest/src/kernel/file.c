@@ -41,6 +41,7 @@
 
 struct superblock {
     u32 magic, pages, sum, blocks_used;
+    u32 zeros[PAGE_SIZE / 4 - 4];
 };
 
 static struct blk *disk;
@@ -51,6 +52,7 @@ static u8 bitmap[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 static u32 block_count, blocks_used, next_block;
 static struct mutex sb_lock, truncate_lock;
 static u32 write_outs; /* by reclaim, under way */
+static u32 spare;      /* a frame for the bitmap's copy, where none can be had; of whoever has sb_lock */
 struct file_counts file_counts;
 
 static bool write_low(u32 page, const void *low)
@@ -79,11 +81,9 @@ static u32 find_block(void)
 /* What is on the disk is a copy, as a journal would have it: the bitmap may change while it is written. */
 static bool write_bitmap(void)
 {
-    if (!make_room(1))
-        return false;
-    u32 copy = frame_alloc(ZONE_HIGH);
+    u32 copy = try_room(1) ? frame_alloc(ZONE_HIGH) : FRAME_NONE;
     if (copy == FRAME_NONE)
-        return false;
+        frame_get(copy = spare);
     void *to = kmap_local(copy, "bitmap");
     copy_page(to, bitmap);
     kunmap_local(to);
@@ -139,6 +139,9 @@ bool file_mount(struct blk *on)
     u32 blocks = min_u32(blk_pages(on), BLOCKS_MAX);
     if (blk_read_only(on) || blocks <= FIRST_BLOCK)
         return false;
+    spare = frame_alloc(ZONE_HIGH);
+    if (spare == FRAME_NONE)
+        return false;
     disk = on;
     block_count = blocks;
     for (u32 block = 0; block < FIRST_BLOCK; block++)
@@ -148,10 +151,18 @@ bool file_mount(struct blk *on)
 
 /* Job 2: the page cache. */
 
+static bool is_mapped(const struct space *space)
+{
+    for (u32 i = 0; i < space->region_count; i++)
+        if (space->regions[i].flags & REGION_FILE)
+            return true;
+    return false;
+}
+
 bool file_map(struct space *space, u32 start)
 {
     struct region region = {.start = start, .end = start + FILE_PAGES_MAX * PAGE_SIZE, .flags = REGION_WRITE | REGION_FILE};
-    return disk && space_map(space, region);
+    return disk && !is_mapped(space) && space_map(space, region);
 }
 
 bool file_address(struct space *space, u32 index, u32 *va)
@@ -244,6 +255,13 @@ static u32 get_page(u32 index, enum fault_result *why)
     return FRAME_NONE;
 }
 
+/* A fault on the page waits for the disk. */
+static bool is_to_be_read(u32 index)
+{
+    u32 frame = cached[index];
+    return frame == FRAME_NONE ? file_has_block(index) : frame_of(frame)->flags & FRAME_READING;
+}
+
 /* Every mapping may be written through: D tells whether it was. */
 enum fault_result file_fault(struct space *space, const struct region *region, u32 page)
 {
@@ -251,6 +269,7 @@ enum fault_result file_fault(struct space *space, const struct region *region, u
     enum fault_result why = FAULT_FIXED;
     struct leaf leaf;
     file_counts.faults++;
+    file_counts.waits += is_to_be_read(index);
     u32 frame = get_page(index, &why);
     if (frame == FRAME_NONE)
         return why;
@@ -362,7 +381,7 @@ static bool sync_page(u32 index, u32 *sum)
     bool ok = !(frame_of(frame)->flags & FRAME_DIRTY);
     if (block_map[index]) {
         const u32 *words = kmap_local(frame, "sync");
-        *sum = sum_words(*sum, words, 1);
+        *sum = sum_page(*sum, words);
         kunmap_local(words);
     }
     /* Nobody maps it: it need not wait for reclaim. */
@@ -382,7 +401,10 @@ bool file_sync(void)
     for (u32 index = 0; index < length; index++)
         if (cached[index] || block_map[index])
             ok &= sync_page(index, &sum);
-    superblock = (struct superblock){MAGIC, length, sum, blocks_used};
+    superblock.magic = MAGIC;
+    superblock.pages = length;
+    superblock.sum = sum;
+    superblock.blocks_used = blocks_used;
     ok &= write_low(BITMAP, bitmap) && write_low(BLOCK_MAP, block_map) && write_low(SUPERBLOCK, &superblock);
     ok &= blk_flush(disk);
     mutex_unlock(&truncate_lock);

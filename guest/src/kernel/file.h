@@ -4,11 +4,10 @@
 
 #include "blk.h"
 #include "space.h"
-
-#define FILE_PAGES_MAX 1024
+#include "syscalls.h"
 
 struct file_counts {
-    u32 faults, reads, writes, pages_written;
+    u32 faults, waits, reads, writes, pages_written;
     u32 blocks_allocated, blocks_freed, truncations;
     u32 left_alone; /* pages that reclaim did not take because of that */
 };
@@ -16,7 +15,7 @@ extern struct file_counts file_counts;
 
 /* Makes an empty file system on the disk, with a file without pages; false if it cannot be. */
 bool file_mount(struct blk *disk);
-/* A region that maps the file from `start` on, shared. */
+/* A region that maps the file from `start` on, shared. False where there is one: a page of the file has one place in a space. */
 bool file_map(struct space *space, u32 start);
 
 /* A fault in a region of the file. May sleep. */

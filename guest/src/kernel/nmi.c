@@ -13,8 +13,10 @@
 #include "nmi.h"
 
 #include "apic.h"
+#include "boot.h"
 #include "cpu.h"
 #include "frames.h"
+#include "irq.h"
 #include "task.h"
 #include "window.h"
 
@@ -23,16 +25,27 @@
 #define PIT_RATE_GENERATOR 0x34 /* channel 0, both bytes, mode 2 */
 #define PIT_INPUT_HZ 1193182u
 
+#define PIT_DIVISOR_MAX 0xffffu
+
 #define FRAMES_WALKED_MAX 32
+/* Seconds, and walks, after which there should be something. */
+#define LONG_ENOUGH 4
+#define WALKS_ENOUGH 32
 
 static struct nmi_counts counts[CPUS_MAX];
 static bool armed;
+static u32 every; /* so many NMIs are one sample */
+static u32 started_at;
 
+/* The PIT cannot be slower than 18.2 Hz: below that it is some times as fast. */
 void nmi_start(u32 hz)
 {
     if (hz == 0)
         return;
-    u32 divisor = min_u32(PIT_INPUT_HZ / hz, 0xffff);
+    u32 divisor = PIT_INPUT_HZ / hz;
+    every = divisor / (PIT_DIVISOR_MAX + 1) + 1;
+    divisor /= every;
+    started_at = ticks;
     armed = true;
     apic_pit_as_nmi(true);
     out8(PIT_COMMAND, PIT_RATE_GENERATOR);
@@ -41,10 +54,15 @@ void nmi_start(u32 hz)
 }
 
 /* One may be under way still, so it stays armed. */
-void nmi_stop(void)
+bool nmi_stop(void)
 {
-    if (armed)
-        apic_pit_as_nmi(false);
+    if (!armed)
+        return true;
+    apic_pit_as_nmi(false);
+    const struct nmi_counts total = nmi_total();
+    bool long_enough = ticks - started_at >= LONG_ENOUGH * boot.options.hz;
+    bool walks_enough = total.user + total.kernel >= WALKS_ENOUGH;
+    return (!long_enough || total.samples) && (!walks_enough || total.whole);
 }
 
 /* An entry of a table that is reached through the window; 0 where there is no table. One that another CPU changes between two looks
@@ -77,16 +95,35 @@ static bool read_user_word(struct cpu *self, u32 va, u32 *word)
 /* A frame pointer leads to the caller's, and the stack only grows down: else it is none. */
 static bool may_follow(u32 ebp, u32 before) { return ebp > before && ebp % 4 == 0 && ebp < USER_END - 8; }
 
-static void walk_stack(struct cpu *self, struct nmi_counts *count, u32 ebp)
+/* The program's text stays where its region is from the start, whatever else of the regions is being changed. */
+static bool is_code(const struct space *space, u32 address)
+{
+    for (u32 i = 0; i < space->region_count; i++) {
+        const struct region *region = &space->regions[i];
+        if (region->flags & REGION_EXEC && address >= region->start && address < region->end)
+            return true;
+    }
+    return false;
+}
+
+static void walk_stack(struct cpu *self, struct nmi_counts *count, const struct space *space, u32 ebp)
 {
     u32 before = 0, next, return_address;
-    for (u32 depth = 0; ebp && depth < FRAMES_WALKED_MAX; depth++) {
+    for (u32 depth = 0; ebp; depth++) {
+        if (depth == FRAMES_WALKED_MAX) {
+            count->cut++;
+            return;
+        }
         if (!may_follow(ebp, before)) {
             count->broken++;
             return;
         }
         if (!read_user_word(self, ebp, &next) || !read_user_word(self, ebp + 4, &return_address)) {
             count->absent++;
+            return;
+        }
+        if (!is_code(space, return_address)) {
+            count->broken++;
             return;
         }
         count->frames++;
@@ -114,6 +151,8 @@ bool nmi_sample(const struct trap_frame *frame)
     struct cpu *self = cpu_self();
     const struct task *task = self->task;
     struct nmi_counts *count = &counts[self->index];
+    if (++count->arrived % every)
+        return true;
     u32 depth = window_nmi_enter(self);
     bool user = trap_from_user(frame);
     count->samples++;
@@ -122,7 +161,7 @@ bool nmi_sample(const struct trap_frame *frame)
     } else {
         count->user += user;
         count->kernel += !user;
-        walk_stack(self, count, user_frame_pointer(task, frame));
+        walk_stack(self, count, &task->space, user_frame_pointer(task, frame));
     }
     window_nmi_leave(self, depth);
     return true;
@@ -139,6 +178,7 @@ struct nmi_counts nmi_total(void)
         total.frames += count->frames;
         total.whole += count->whole;
         total.absent += count->absent;
+        total.cut += count->cut;
         total.broken += count->broken;
     }
     return total;

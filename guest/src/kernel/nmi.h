@@ -4,17 +4,20 @@
 
 #include "trap.h"
 
-/* Begins with `hz` samples a second, from the PIT; 0: none. nmi_stop ends it. */
+/* Begins with `hz` samples a second, from the PIT; 0: none. */
 void nmi_start(u32 hz);
-void nmi_stop(void);
+/* Ends it. False if it went on long enough for many samples, and there was none, or of many not one whole stack. */
+bool nmi_stop(void);
 
 /* True if the NMI was a sample's. */
 bool nmi_sample(const struct trap_frame *frame);
 
 struct nmi_counts {
+    u32 arrived; /* NMIs, one of a few of which is a sample */
     u32 samples, user, kernel, threads; /* of these: in user code, in the kernel on a process's behalf, in a thread */
     u32 frames;                         /* of user stacks, found in all */
-    u32 whole, absent, broken;          /* walks that came to the outermost frame, to a page that is away, to nonsense */
+    /* Walks that came to the outermost frame, to a page that is away, to the most frames that are walked, to nonsense. */
+    u32 whole, absent, cut, broken;
 };
 /* Of all CPUs. */
 struct nmi_counts nmi_total(void);

@@ -311,7 +311,7 @@ static void reclaim_for_current(u32 frames)
 
 bool try_room(u32 frames)
 {
-    if (current->makes_room)
+    if (frames_free() >= mark_low + frames || current->makes_room)
         return true;
     if (frames_free() < mark_low)
         wake_kswapd();

@@ -207,10 +207,21 @@ static void zap_range(struct space *space, u32 start, u32 end, bool keeps_tables
     zap_finish(&zap);
 }
 
+static bool cuts_file(const struct space *space, u32 start, u32 end)
+{
+    for (u32 i = 0; i < space->region_count; i++) {
+        const struct region *region = &space->regions[i];
+        bool meets = start < region->end && end > region->start, covers = start <= region->start && end >= region->end;
+        if (region->flags & REGION_FILE && meets && !covers)
+            return true;
+    }
+    return false;
+}
+
 /* Only a cut from the middle adds a region; the range then meets no other, so a refusal comes before any change. */
 bool space_unmap(struct space *space, u32 start, u32 end)
 {
-    if (start >= end || end > USER_END)
+    if (start >= end || end > USER_END || cuts_file(space, start, end))
         return false;
     for (u32 i = space->region_count; i-- > 0;) {
         struct region *region = &space->regions[i];

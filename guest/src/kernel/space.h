@@ -51,7 +51,7 @@ void space_reap(struct space *space);
 /* False if the range is not user memory, overlaps a region, or there are too many regions. */
 bool space_map(struct space *space, struct region region);
 /* Takes the range out of whatever regions it meets, and frees its pages. False if a region would have to be split and there
- * are too many. */
+ * are too many, or a part of the file's: a region of the file begins with its first page. */
 bool space_unmap(struct space *space, u32 start, u32 end);
 /* Moves the end of the heap; returns the new end, or the old one if that cannot be. */
 u32 space_brk(struct space *space, u32 end);
@@ -67,6 +67,8 @@ enum fault_result {
     FAULT_LOST,          /* the page cannot be read back */
 };
 
+/* Faults at user addresses that were somebody's to mend. */
+extern u32 space_faults;
 /* fault.c: a page fault at a user address, from user or kernel mode. May sleep, and holds nothing then. */
 enum fault_result space_fault(struct space *space, u32 va, u32 error);
 

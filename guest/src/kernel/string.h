@@ -18,7 +18,9 @@ static inline void clear_page(void *page)
 
 void copy_page(void *to, const void *from);
 
-/* A sum over each `step`-th word of a page from `words` on; it hangs on their order. */
-u32 sum_words(u32 sum, const u32 *words, u32 step);
+/* A sum over a page's words, that hangs on their order; and over each SAMPLE_STEP-th from `words` on. */
+#define SAMPLE_STEP 32
+u32 sum_page(u32 sum, const u32 *words);
+u32 sum_sample(u32 sum, const u32 *words);
 
 #endif

@@ -34,9 +34,6 @@
 #define CLUSTER 32
 /* At most so many slots for a frame of memory: the map of a large disk would fill a small machine. */
 #define SLOTS_A_FRAME 8
-/* On a slow CPU one of so many words goes into the sum; which, hangs on the slot. The workload's pages have words of their own in each
- * such sample (user/reclaim.c). */
-#define SLOW_SUM_STEP 32
 
 struct slot {
     u32 entries; /* of page tables that name it */
@@ -46,7 +43,8 @@ struct slot {
 
 static struct blk *disk;
 static struct slot *const slots = (struct slot *)SWAP_MAP_BASE;
-static u32 slot_count, used, cursor, cluster_left, sum_step;
+static u32 slot_count, used, cursor, cluster_left;
+static bool sums_all; /* words of a page */
 struct swap_counts swap_counts;
 
 /* Job 1: slots. */
@@ -55,6 +53,8 @@ bool swap_on(struct blk *on)
 {
     u32 count = min_u32(blk_pages(on), (SWAP_MAP_END - SWAP_MAP_BASE) / sizeof(struct slot));
     count = min_u32(count, SLOTS_A_FRAME * frames_total());
+    if (!paging.pae)
+        count = min_u32(count, SLOTS_LEGACY_MAX);
     if (blk_read_only(on) || count < CLUSTER)
         return false;
     u32 end = ALIGN_UP(SWAP_MAP_BASE + count * sizeof(struct slot), PAGE_SIZE);
@@ -68,7 +68,7 @@ bool swap_on(struct blk *on)
     }
     disk = on;
     slot_count = count;
-    sum_step = pace_is_fast() ? 1 : SLOW_SUM_STEP;
+    sums_all = pace_is_fast();
     return true;
 }
 
@@ -116,7 +116,11 @@ static u32 alloc_slot(void)
 
 static void free_if_unused(u32 slot) { used -= is_free(slot); }
 
-void swap_entry_copied(u32 slot) { slots[slot].entries++; }
+void swap_entry_copied(u32 slot)
+{
+    ASSERT(slot < slot_count);
+    slots[slot].entries++;
+}
 
 void swap_entry_dropped(u32 slot)
 {
@@ -194,11 +198,12 @@ void swap_lost(const char *what, u32 number)
     tally.errors++;
 }
 
-/* What is compared when the page comes back. */
+/* What is compared when the page comes back: on a slow CPU a sample, that hangs on the slot. The workload's pages have words of their
+ * own in each (user/reclaim.c). */
 static u32 page_sum(struct cpu *self, u32 frame, u32 slot)
 {
     const u32 *page = window_map(self, frame, "sum");
-    u32 sum = sum_words(slot, page + slot % sum_step, sum_step);
+    u32 sum = sums_all ? sum_page(slot, page) : sum_sample(slot, page + slot % SAMPLE_STEP);
     window_unmap(self, page);
     return sum;
 }

@@ -10,6 +10,8 @@
 
 /* An entry of a user page table for a page in swap: not present, and not 0. */
 static inline pte_t swap_entry(u32 slot) { return (pte_t)(slot + 1) << PAGE_SHIFT; }
+/* Slots that an entry can name, which has 20 bits for that in the legacy format. */
+#define SLOTS_LEGACY_MAX ((1u << 20) - 1)
 static inline bool is_swap_entry(pte_t entry) { return entry && !(entry & PTE_P); }
 static inline u32 swap_entry_slot(pte_t entry) { return pte_frame(entry) - 1; }
 
@@ -53,7 +55,7 @@ enum swap_result {
     SWAP_DONE,
     SWAP_NO_MEMORY,
     SWAP_LOST,  /* it cannot be read */
-    SWAP_STALE, /* no entry names the slot any more */
+    SWAP_STALE, /* no entry names the slot any more: the space was reaped meanwhile */
 };
 
 /* The page of a slot, with a reference, read if need be with its neighbours. May sleep, after which nothing need be as it

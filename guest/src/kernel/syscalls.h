@@ -31,6 +31,9 @@
 #define PROBE_MODIFY 3  /* increment */
 #define PROBE_EXECUTE 4 /* call */
 
+/* Pages of the shared file, at most. */
+#define FILE_PAGES_MAX 1024
+
 #define SYS_ERROR 0xffffffff
 
 /* In the flags that a program starts with. */

@@ -83,7 +83,7 @@ static u32 directory_of(struct upt *upt, u32 va, bool create)
     u32 frame = new_table();
     if (frame == FRAME_NONE)
         return FRAME_NONE;
-    *entry = pte_make(frame, PTE_P);
+    table_enter(true, upt->pdpt, va >> 30, pte_make(frame, PTE_P));
     if (tlb_is_loaded(upt->cr3))
         flush_not_global();
     return frame;

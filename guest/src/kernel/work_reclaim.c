@@ -41,8 +41,8 @@ static void print_counts(const struct blk *swap, const struct blk *file)
     printk("reclaim: balloon inflated=%u deflated=%u for_want=%u reported=%u\n", balloon_counts.inflated,
            balloon_counts.deflated, balloon_counts.deflated_for_want, balloon_counts.reported);
     const struct nmi_counts nmi = nmi_total();
-    printk("reclaim: nmi samples=%u user=%u kernel=%u threads=%u frames=%u whole=%u absent=%u broken=%u\n",
-           nmi.samples, nmi.user, nmi.kernel, nmi.threads, nmi.frames, nmi.whole, nmi.absent, nmi.broken);
+    printk("reclaim: nmi samples=%u user=%u kernel=%u threads=%u frames=%u whole=%u absent=%u cut=%u broken=%u\n",
+           nmi.samples, nmi.user, nmi.kernel, nmi.threads, nmi.frames, nmi.whole, nmi.absent, nmi.cut, nmi.broken);
     print_disk("swap", swap);
     print_disk("file", file);
 }
@@ -61,7 +61,7 @@ void work_reclaim(void)
     check(reclaim_start(), "kswapd starts");
     nmi_start(boot.options.nmi);
     u32 status = process_run(&program_reclaim);
-    nmi_stop();
+    check(nmi_stop(), "samples come, and some lead to a stack's end");
     check(status == 0, "reclaim ends with status 0");
     check(nmi_total().broken == 0, "every user stack leads to its end, or to a page that is away");
     check(swap_counts.lost == 0, "every page came back as it went");

@@ -14,6 +14,7 @@
 #define COMMON 0x30000000u
 #define COMMON_PAGES 16
 #define FILE_BASE 0x80000000u
+#define FILE_AGAIN 0x90000000u
 #define FILE_PAGES 96
 #define FILE_STEADY 64 /* pages that are never cut off */
 #define FILE_WRITERS 2
@@ -26,6 +27,10 @@
 #define WORD_STEP (PAGE_SIZE / 4 / EIGHTHS + RUN)
 #define NEXT 0x27d4eb2fu /* from word to word */
 #define STATUS_WRONG 1
+
+/* Percent of its pages that a worker touches between the first time and the last. */
+#define FAST_SHARE 100
+#define SLOW_SHARE 45
 
 static u32 wrong, work;
 
@@ -198,6 +203,8 @@ static void file_cutter(u32 rounds, u32 seed)
 {
     tally_forget();
     expect(file_map(FILE_BASE) == 0, "the cutter has the file");
+    expect(file_map(FILE_AGAIN) == SYS_ERROR, "a page of the file has one place in a process");
+    expect(unmap(FILE_BASE, PAGE_SIZE) == SYS_ERROR, "the file is unmapped as a whole, or not");
     for (u32 round = 0; round < rounds; round++) {
         for (u32 page = FILE_STEADY; page < FILE_PAGES; page++) {
             verify_zero(FILE_BASE, page);
@@ -208,6 +215,8 @@ static void file_cutter(u32 rounds, u32 seed)
         yield();
         expect(file_truncate(FILE_PAGES) == 0, "the file is made longer");
     }
+    expect(unmap(FILE_BASE, FILE_PAGES_MAX * PAGE_SIZE) == 0 && file_map(FILE_AGAIN) == 0, "the file can move");
+    verify_zero(FILE_AGAIN, FILE_STEADY);
     leave("what was cut off reads as zeros");
 }
 
@@ -252,7 +261,7 @@ u32 program_main(u32 seed, u32 scale, u32 flags)
 {
     work = flags >> FLAGS_WORK_SHIFT;
     u32 pages = memory() * 2 / PATTERNS, rounds = 2 + scale / 200;
-    u32 touches = (u32)((u64)pages * scale * (flags & FLAG_FAST ? 2 : 1) / 200);
+    u32 touches = pages * scale / 100 * (flags & FLAG_FAST ? FAST_SHARE : SLOW_SHARE) / 100;
     expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
     for (u32 page = 0; page < COMMON_PAGES; page++)
         stamp(COMMON, page, seed, 0);
