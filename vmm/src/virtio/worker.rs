@@ -83,6 +83,11 @@ impl<D: Device> Worker<D> {
         &self.device
     }
 
+    /// What the log calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Serves whenever the bell rings, until it is stopped.
     ///
     /// # Errors

@@ -311,6 +311,7 @@ impl Guest {
             watches: Arc::default(),
             threads: (0..args.vcpus).map(|_| AtomicI32::new(0)).collect(),
         };
+        let requests = Arc::clone(&around.requests);
         let mut subscribers = self.subscribers(args, &around, &news)?;
         let recorder = self.recorder(args);
         if let Some(recorder) = &recorder {
@@ -328,6 +329,7 @@ impl Guest {
         let mut backends = self.runner.into_backends(&self.mmu);
         let guest_started = micros();
         run_vcpus(&mut cores, &mut backends, &ending).map_err(RunError::Setup)?;
+        requests.close();
         if let Some(cause) = ending.shutdown_cause() {
             news.shutdown(cause);
         }

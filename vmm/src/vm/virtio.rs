@@ -5,12 +5,15 @@
 //!
 //! Holds: a panic of such a thread, or a page that cannot be had, ends the run. A vCPU that waits for a device looks again once
 //! the device has nothing more to do, so that a wait for ever is seen.
+//!
+//! Limits: [`FINISH_MAX`] for requests under way at the end of the run; a disk that hangs longer is left alone, and named.
 
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use umbra_mmu::{Mmu, PAGE_SIZE};
 
@@ -23,6 +26,9 @@ use crate::virtio::blk::{Blk, BlkHandle, DiskSummary};
 use crate::virtio::disk::Disk;
 use crate::virtio::worker::{Bell, Worker};
 use crate::virtio::{Device, Port};
+
+/// How long the end of the run waits for requests under way.
+pub const FINISH_MAX: Duration = Duration::from_secs(5);
 
 /// A slot of the board behind its lock.
 struct SlotPort {
@@ -84,6 +90,7 @@ impl<D: Device + 'static> Plugged<D> {
     fn start(self, thread: &'static str, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<Thread> {
         let Plugged { mut worker, port, bell } = self;
         let (mmu, ending, own) = (Arc::clone(mmu), ending.clone(), Arc::clone(&bell));
+        let name = worker.name().to_owned();
         let work = move || {
             ending.watch(thread, || {
                 if let Err(short) = worker.run(&mmu, &*port, &own) {
@@ -92,12 +99,13 @@ impl<D: Device + 'static> Plugged<D> {
             });
         };
         let thread = std::thread::Builder::new().name(thread.into()).spawn(work)?;
-        Ok(Thread { bell, thread: Some(thread) })
+        Ok(Thread { name, bell, thread: Some(thread) })
     }
 }
 
 /// A running thread; dropping it ends it.
 struct Thread {
+    name: String,
     bell: Arc<Bell>,
     thread: Option<JoinHandle<()>>,
 }
@@ -212,7 +220,26 @@ pub struct VirtioThreads {
 
 impl VirtioThreads {
     /// Ends the threads; what the devices have done.
-    pub fn finish(mut self) -> (Vec<DiskSummary>, BalloonState) {
+    pub fn finish(self) -> (Vec<DiskSummary>, BalloonState) {
+        self.finish_within(FINISH_MAX)
+    }
+
+    fn finish_within(mut self, limit: Duration) -> (Vec<DiskSummary>, BalloonState) {
+        self.threads.iter().for_each(|thread| thread.bell.stop());
+        let deadline = Instant::now() + limit;
+        for Thread { name, thread, .. } in &mut self.threads {
+            let is_busy = || thread.as_ref().is_some_and(|thread| !thread.is_finished());
+            while is_busy() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            if is_busy() {
+                log::warn!(
+                    "{name}: its request has not ended after {limit:?}, and is not waited for any longer"
+                );
+                // It ends with the process, or with its request.
+                *thread = None;
+            }
+        }
         self.threads.clear();
         (self.disks.iter().map(BlkHandle::summary).collect(), self.balloon.state())
     }
@@ -220,8 +247,6 @@ impl VirtioThreads {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use umbra_mmu::{Gpa, Mmu};
 
     use super::*;
@@ -381,6 +406,21 @@ mod tests {
         stops.want();
         wait_for(|| stops.stand(0) && stops.is_standing());
         assert_eq!(run.threads.finish().0[0].write.requests, 2, "the end waits for no guest that stands");
+    }
+
+    #[test]
+    fn a_disk_that_hangs_does_not_hold_up_the_end_of_the_run() {
+        let bell = Arc::new(Bell::default());
+        let run = run(vec![Disk::new(Box::new(Held(Arc::clone(&bell))), 8, false, "disk0".into())]);
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        write_a_sector(&run, &mut driver);
+        wait_for(|| !run.devices.is_quiet());
+        let begun = Instant::now();
+        let (disks, _) = run.threads.finish_within(Duration::from_millis(50));
+        assert_eq!((disks.len(), begun.elapsed() < PATIENCE / 2), (1, true));
+        bell.stop();
+        wait_for(|| run.devices.is_quiet());
     }
 
     /// A medium with a mistake in it.

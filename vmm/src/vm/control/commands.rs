@@ -4,7 +4,7 @@
 //! long; what may do either is done *apart*, on a thread of its own.
 
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -275,8 +275,11 @@ fn explain(controls: &Controls, arguments: &Arguments) -> Answer {
     let (reply, answer) = mpsc::channel();
     controls.requests.push(vcpu, Request::Explain(Gva(gva), reply));
     controls.devices.waker(vcpu).wake();
-    let explanation = answer.recv_timeout(controls.answer_wait).map_err(|_| {
-        Refusal::generic(format!("vCPU {vcpu} did not answer within {:?}", controls.answer_wait))
+    let explanation = answer.recv_timeout(controls.answer_wait).map_err(|error| match error {
+        RecvTimeoutError::Timeout => {
+            Refusal::generic(format!("vCPU {vcpu} did not answer within {:?}", controls.answer_wait))
+        }
+        RecvTimeoutError::Disconnected => Refusal::generic("the run has ended"),
     })?;
     Ok(json!({ "gva": gva, "vcpu": vcpu, "lines": explanation.lines }))
 }
