@@ -205,6 +205,8 @@ pub struct Usage {
     pub direct_reclaims: u64,
     /// Times so far that a vCPU slept at the gate of a page that was changing hands.
     pub gate_waits: u64,
+    /// Times so far that a vCPU waited for a page to be brought in.
+    pub page_waits: u64,
     /// Invalidations so far.
     pub invalidations: u64,
     /// Shadow pages in use.
@@ -332,6 +334,7 @@ impl Mmu {
             clean_drops: reclaim.clean_drops,
             direct_reclaims: reclaim.direct,
             gate_waits: reclaim.gate_waits,
+            page_waits: reclaim.page_waits,
             invalidations: self.records.count(),
             shadow_pages: self.pages.in_use(),
             evictions: self.evictions.load(Ordering::Relaxed),

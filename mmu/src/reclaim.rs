@@ -108,6 +108,8 @@ pub struct ReclaimStats {
     pub direct: u64,
     /// Times that a vCPU slept at the gate of a page that was changing hands.
     pub gate_waits: u64,
+    /// Times that a vCPU waited for a page to be brought in: for whoever had it, for swap, or to reclaim for itself.
+    pub page_waits: u64,
     /// Guest tables taken out of the shadow to be reclaimed.
     pub unshadowed: u64,
     /// Frames that the host has back.
@@ -126,6 +128,7 @@ pub(crate) struct Counters {
     read_ahead: AtomicU64,
     direct: AtomicU64,
     pub gate_waits: AtomicU64,
+    page_waits: AtomicU64,
     unshadowed: AtomicU64,
     given_back: AtomicU64,
     stall_nanos_max: AtomicU64,
@@ -362,22 +365,23 @@ impl Mmu {
 
 /// (3) Room.
 impl Mmu {
-    /// Returns when an ordinary taker can have a frame for `gfn`, having made some free if need be.
-    fn make_room(&self, own: Option<u32>, gfn: Gfn) -> Result<(), Shortage> {
+    /// Returns when an ordinary taker can have a frame for `gfn`, having made some free if need be: true if so.
+    fn make_room(&self, own: Option<u32>, gfn: Gfn) -> Result<bool, Shortage> {
         let mut fruitless = 0;
-        let mut counted = false;
+        let mut waited = false;
         let (inactive, active) = self.lru.lengths();
         let batches = FRUITLESS_MAX + LOOKS * (inactive + active).div_ceil(CLUSTER);
         loop {
             let counts = self.frames.counts();
             if counts.available > counts.marks.reserve || (MemAlloc::is_entered() && counts.available > 0) {
-                return Ok(());
+                return Ok(waited);
             }
             self.background.want();
-            if !counted {
+            // Devices wait as well: what is counted is vCPUs that could not run.
+            if !waited && own.is_some() {
                 self.background.counters.direct.fetch_add(1, Relaxed);
-                counted = true;
             }
+            waited = true;
             let freed = self.reclaim(CLUSTER, Cause::DirectReclaim, own)? + self.shrink_shadow(own);
             if counts.backed > counts.budget {
                 self.trim();
@@ -420,25 +424,34 @@ impl Mmu {
         pool::assert_none_held();
         let began = self.clock.now();
         let done = self.try_bring_in(own, gfn);
-        self.background.counters.stall_nanos_max.fetch_max(self.clock.now() - began, Relaxed);
-        done
+        let counters = &self.background.counters;
+        counters.stall_nanos_max.fetch_max(self.clock.now() - began, Relaxed);
+        let waited = done?;
+        counters.page_waits.fetch_add(u64::from(waited && own.is_some()), Relaxed);
+        Ok(())
     }
 
-    fn try_bring_in(&self, own: Option<u32>, gfn: Gfn) -> Result<(), Shortage> {
+    /// True if something was waited for.
+    fn try_bring_in(&self, own: Option<u32>, gfn: Gfn) -> Result<bool, Shortage> {
+        let mut waited = false;
         loop {
             match self.p2m.lookup(gfn) {
-                PageState::Moving => self.buckets.wait(gfn),
+                PageState::Moving => {
+                    waited = true;
+                    self.buckets.wait(gfn);
+                }
                 PageState::Swapped(slot) => {
+                    waited = true;
                     self.make_room(own, gfn)?;
                     if self.swap_in(gfn, slot)? {
-                        return Ok(());
+                        return Ok(true);
                     }
                 }
                 PageState::Ballooned => {
                     self.p2m.transition(gfn, PageState::Ballooned, PageState::Zero);
                 }
-                PageState::Zero | PageState::Resident(_) => return self.make_room(own, gfn),
-                PageState::Device => return Ok(()),
+                PageState::Zero | PageState::Resident(_) => return Ok(self.make_room(own, gfn)? || waited),
+                PageState::Device => return Ok(waited),
             }
         }
     }
@@ -599,6 +612,7 @@ impl Mmu {
             read_ahead: c.read_ahead.load(Relaxed),
             direct: c.direct.load(Relaxed),
             gate_waits: c.gate_waits.load(Relaxed),
+            page_waits: c.page_waits.load(Relaxed),
             unshadowed: c.unshadowed.load(Relaxed),
             given_back: c.given_back.load(Relaxed),
             stall_nanos_max: c.stall_nanos_max.load(Relaxed),

@@ -240,6 +240,26 @@ fn a_page_that_is_only_read_goes_again_without_a_write() {
     audit(&mmu);
 }
 
+/// What a vCPU waited for is counted, and what a device or an operator did is not.
+#[test]
+fn waits_for_a_page_are_those_of_vcpus_whatever_they_wait_for() {
+    let mmu = pressed(100);
+    let waits = || (mmu.reclaim_stats().direct, mmu.reclaim_stats().page_waits);
+    let stack = LocalStack::new(Context::Host);
+    let write =
+        |own, page: u32| mmu.write_bytes_sleeping(own, &stack, Gfn(page).at(0), &[1]).expect("a frame");
+    (300..700).for_each(|page| write(None, page));
+    assert_eq!(waits(), (0, 0), "nobody who would run guest code");
+    let before = mmu.reclaim_stats().refaults;
+    mmu.bring_in(Some(0), Gfn(300)).expect("it is in swap");
+    assert_eq!((mmu.reclaim_stats().refaults, waits().1), (before + 1, 1), "a read from swap is a wait");
+    mmu.bring_in(Some(0), Gfn(300)).expect("it is here");
+    assert_eq!(waits().1, 1, "nothing was waited for");
+    (700..900).for_each(|page| write(Some(0), page));
+    let (direct, all) = waits();
+    assert!(0 < direct && direct < all, "{direct} of {all}");
+}
+
 #[test]
 fn pages_of_zeros_cost_no_slot() {
     let mmu = mmu(Box::new(MemorySwap::new(PAGES)), Box::new(NoVcpus));

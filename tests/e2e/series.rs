@@ -13,7 +13,7 @@ use crate::support::{Verdict, case};
 /// More guest than frames.
 const PRESSED: [&str; 4] = ["--frames", "8M", "--low", "1M"];
 /// The columns that count from the start on.
-const COUNTS: [&str; 8] = [
+const COUNTS: [&str; 9] = [
     "refaults",
     "swap_outs",
     "swap_writes",
@@ -22,6 +22,7 @@ const COUNTS: [&str; 8] = [
     "invalidations",
     "direct_reclaims",
     "gate_waits",
+    "page_waits",
 ];
 /// Those of a moment.
 const LEVELS: [&str; 8] = [

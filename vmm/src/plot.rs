@@ -390,7 +390,7 @@ mod tests {
             guest_free: Some(512),
             guest_swap_ins: Some(100 * n),
             gate_waits: n,
-            direct_reclaims: n,
+            page_waits: n,
             ..at(1000 * n)
         };
         let text = svg_since(&[sample(0), sample(1), sample(2)], "talks", "the command");
@@ -425,7 +425,7 @@ mod tests {
             resident: u32::MAX,
             refaults: u64::MAX,
             gate_waits: u64::MAX,
-            direct_reclaims: u64::MAX,
+            page_waits: u64::MAX,
             guest_free: Some(u64::MAX),
             guest_swap_ins: Some(u64::MAX),
             ..Sample::default()

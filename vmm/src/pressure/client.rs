@@ -208,6 +208,7 @@ impl Guest<'_> {
             invalidations: invalidations(&counters),
             direct_reclaims: self.number(&memory, "/reclaim/direct")?,
             gate_waits: self.number(&memory, "/reclaim/gate-waits")?,
+            page_waits: self.number(&memory, "/reclaim/page-waits")?,
             balloon_actual: given,
             guest_free,
             guest_swap_ins,

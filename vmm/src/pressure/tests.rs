@@ -81,7 +81,7 @@ impl Played {
                     "frames-free": 1, "resident": 2000, "swapped": 7, "ballooned": 0, "shadow-pages": 64, "pinned": 0,
                     "dirty": 0, "guest-pages": self.memory, "swap": {"slots": 8192},
                     "balloon": {"target": self.target, "actual": self.actual, "memory": self.memory},
-                    "reclaim": {"refaults": 1, "direct": 2, "gate-waits": 3, "over-budget": over, "inactive": 500,
+                    "reclaim": {"refaults": 1, "direct": 2, "gate-waits": 3, "page-waits": 4, "over-budget": over, "inactive": 500,
                         "active": 500, "failed": false, "wanted": false}})
             }
             _ => json!({}),

@@ -64,6 +64,8 @@ pub struct Sample {
     pub direct_reclaims: u64,
     /// Times that a vCPU slept at the gate of a page that was changing hands.
     pub gate_waits: u64,
+    /// Times that a vCPU waited for a page to be brought in; to reclaim for itself is one reason.
+    pub page_waits: u64,
     /// Pages that the guest's balloon driver says it has given up, at that moment.
     pub balloon_actual: u32,
     /// Pages that the guest says nothing uses. `None` where it sends no statistics, as for the next one.
@@ -92,13 +94,14 @@ impl Sample {
             invalidations: usage.invalidations,
             direct_reclaims: usage.direct_reclaims,
             gate_waits: usage.gate_waits,
+            page_waits: usage.page_waits,
             ..Sample::default()
         }
     }
 
     /// Times that a vCPU had to wait for a page, so far.
     fn stalls(&self) -> u64 {
-        self.gate_waits.saturating_add(self.direct_reclaims)
+        self.gate_waits.saturating_add(self.page_waits)
     }
 
     /// With what the guest says of itself.
@@ -122,7 +125,7 @@ pub struct Rates {
     pub swap_outs: f64,
     /// Invalidations.
     pub invalidations: f64,
-    /// Waits of a vCPU: at the gate of a page, or to reclaim for itself.
+    /// Waits of a vCPU: at the gate of a page, or for one to be brought in.
     pub stalls: f64,
     /// Pages that the guest has read from a swap of its own; `None` where it does not say.
     pub guest_swap_ins: Option<f64>,
@@ -216,7 +219,7 @@ pub fn next_multiple(at: Duration, interval: Duration) -> Duration {
 /// A column's name in JSON, and its values; what nobody knows is null.
 type Column = (&'static str, fn(&Sample) -> Option<u64>);
 
-const COLUMNS: [Column; 19] = [
+const COLUMNS: [Column; 20] = [
     ("at_micros", |s| Some(u64::try_from(s.at.as_micros()).unwrap_or(u64::MAX))),
     ("budget", |s| Some(s.budget.into())),
     ("frames_used", |s| Some(s.frames_used.into())),
@@ -233,6 +236,7 @@ const COLUMNS: [Column; 19] = [
     ("invalidations", |s| Some(s.invalidations)),
     ("direct_reclaims", |s| Some(s.direct_reclaims)),
     ("gate_waits", |s| Some(s.gate_waits)),
+    ("page_waits", |s| Some(s.page_waits)),
     ("balloon_actual", |s| Some(s.balloon_actual.into())),
     ("guest_free", |s| s.guest_free),
     ("guest_swap_ins", |s| s.guest_swap_ins),
@@ -475,7 +479,8 @@ mod tests {
     #[test]
     fn waits_at_gates_and_for_frames_are_stalls() {
         let before = Sample { gate_waits: 1, ..at(0) };
-        let after = Sample { gate_waits: 3, direct_reclaims: 5, guest_swap_ins: Some(1), ..at(500) };
+        let after =
+            Sample { gate_waits: 3, page_waits: 5, direct_reclaims: 4, guest_swap_ins: Some(1), ..at(500) };
         let rates = Rates::between(&before, &after).expect("time has passed");
         assert_eq!((rates.stalls, rates.guest_swap_ins), (14.0, None));
     }

@@ -101,6 +101,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
             "refaults": reclaim.refaults,
             "direct": reclaim.direct,
             "gate-waits": reclaim.gate_waits,
+            "page-waits": reclaim.page_waits,
             "given-back": reclaim.given_back,
             "stall-nanos-max": reclaim.stall_nanos_max,
         },
