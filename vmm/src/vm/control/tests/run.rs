@@ -244,7 +244,7 @@ fn balloon_is_asked_where_there_is_one() {
     assert_eq!(refused(&peer.with("balloon", json!({"value": 1}))).1, "no whole pages");
     assert_eq!(peer.with("balloon", json!({"value": 8192})), json!({"return": {}}));
     assert_eq!(peer.ask("query-balloon"), json!({"actual": 8192}));
-    assert_eq!(peer.ask("x-memory")["balloon"], json!({"target": 7, "actual": 5}));
+    assert_eq!(peer.ask("x-memory")["balloon"], json!({"target": 7, "actual": 5, "memory": 8192}));
     assert_eq!(peer.ask("x-balloon-stats"), json!({"stat-free-memory": 3}));
 }
 
