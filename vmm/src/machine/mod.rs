@@ -15,7 +15,9 @@ mod advise;
 #[allow(unsafe_code)]
 mod mapped;
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -83,6 +85,8 @@ pub enum PoolError {
 /// The machine pool.
 #[derive(Debug)]
 pub struct Pool {
+    /// What it is a mapping of, in memory.
+    file: Arc<File>,
     region: Arc<MmapRegion>,
     /// What VMM code reaches firmware through: the same, where windows are pinned.
     own: Arc<MmapRegion>,
@@ -95,14 +99,8 @@ impl Pool {
     /// # Errors
     /// When the host does not map it; 0 frames are an error too.
     pub fn new(frames: u64) -> Result<Pool, PoolError> {
-        let bytes = frames.checked_mul(PAGE_SIZE).and_then(|bytes| usize::try_from(bytes).ok());
-        MmapRegionBuilder::new(bytes.unwrap_or(usize::MAX))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-            .build()
-            .map(Arc::new)
-            .map(|region| Pool { own: Arc::clone(&region), region, views: None })
-            .map_err(|source| PoolError::Map { frames, source })
+        let (file, region) = map(frames)?;
+        Ok(Pool { file, own: Arc::clone(&region), region, views: None })
     }
 
     /// The same, for mapped windows: VMM code can touch the first `firmware` frames, and no other but by a window or, up to
@@ -111,17 +109,18 @@ impl Pool {
     /// # Errors
     /// When the host does not map it, or has not as many mappings.
     pub fn mapped(frames: u64, firmware: u64, tables: u64) -> Result<Pool, PoolError> {
-        let bytes = frames.saturating_mul(PAGE_SIZE);
-        let file = memory_file(c"umbra-pool", bytes).map_err(|source| PoolError::File { frames, source })?;
-        let file = Arc::new(file);
-        let region = MmapRegionBuilder::new(usize::try_from(bytes).unwrap_or(usize::MAX))
-            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), 0))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|source| PoolError::Map { frames, source })?;
+        let (file, region) = map(frames)?;
         let views = Arc::new(MappedViews::new(&file, frames, firmware, tables)?);
-        Ok(Pool { region: Arc::new(region), own: views.own(), views: Some(views) })
+        Ok(Pool { file, region, own: views.own(), views: Some(views) })
+    }
+
+    /// Bytes of it that the host has memory for, or swap, as the host counts them.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn backed_bytes(&self) -> io::Result<u64> {
+        const BLOCK_BYTES: u64 = 512;
+        Ok(self.file.metadata()?.blocks() * BLOCK_BYTES)
     }
 
     /// The VMM's own views, where windows are mapped.
@@ -225,6 +224,20 @@ impl Pool {
     }
 }
 
+/// A file in memory of `frames` frames, and a mapping of it.
+fn map(frames: u64) -> Result<(Arc<File>, Arc<MmapRegion>), PoolError> {
+    let bytes = frames.saturating_mul(PAGE_SIZE);
+    let file = memory_file(c"umbra-pool", bytes).map_err(|source| PoolError::File { frames, source })?;
+    let file = Arc::new(file);
+    let region = MmapRegionBuilder::new(usize::try_from(bytes).unwrap_or(usize::MAX))
+        .with_file_offset(FileOffset::from_arc(Arc::clone(&file), 0))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|source| PoolError::Map { frames, source })?;
+    Ok((file, Arc::new(region)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -265,9 +278,9 @@ mod tests {
         };
         let pool = Pool::new(16).unwrap();
         (0..16).for_each(|n| pool.store(Mfn(n).at(8), u64::from(n) + 1).unwrap());
-        assert_eq!(resident(&pool), 64);
+        assert_eq!((resident(&pool), pool.backed_bytes().expect("a number")), (64, 64 << 10));
         pool.give_back(Mfn(2), 10).unwrap();
-        assert_eq!(resident(&pool), 24);
+        assert_eq!((resident(&pool), pool.backed_bytes().expect("a number")), (24, 24 << 10));
         for n in 0..16 {
             let kept = if (2..12).contains(&n) { 0 } else { u64::from(n) + 1 };
             assert_eq!(pool.load(Mfn(n).at(8)).unwrap(), kept, "frame {n}");

@@ -34,6 +34,10 @@ pub struct Seen {
     pub listed: u32,
     /// Slots of swap.
     pub swap_slots: u32,
+    /// Of swap that is memory of Umbra's own: pages there.
+    pub swap_in_memory: u32,
+    /// Bytes of the guest's machine memory that the host says it backs.
+    pub host_frames: u64,
     /// Swap has failed.
     pub swap_failed: bool,
     /// The reclaim thread has been woken and has not begun.
@@ -58,9 +62,9 @@ pub struct Kept {
 }
 
 impl Seen {
-    /// Bytes that the host backs.
+    /// Bytes that the host backs, as it says itself.
     pub fn backed(&self) -> u64 {
-        bytes(self.sample.frames_used)
+        self.host_frames
     }
 
     /// What is asked of the guest now, in bytes.
@@ -108,13 +112,13 @@ pub struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Connects. That, and each answer later on, may take `patience` at most.
+    /// Connects, in `limit` at most and no longer than any answer may take.
     ///
     /// # Errors
     ///
     /// A sentence, as for all that follow: why there is no answer.
-    pub fn open(path: &Path, patience: Duration) -> Result<Guest<'_>, String> {
-        let connection = Connection::open(path, patience.min(PATIENCE))?;
+    pub fn open(path: &Path, limit: Duration) -> Result<Guest<'_>, String> {
+        let connection = Connection::open(path, limit.min(PATIENCE), PATIENCE)?;
         let (begun, stats_due) = (Instant::now(), Duration::ZERO);
         Ok(Guest { connection, path, begun, stats_due, stats: None })
     }
@@ -222,6 +226,8 @@ impl Guest<'_> {
             dirty: pages("/dirty")?,
             listed: pages("/reclaim/inactive")?.saturating_add(pages("/reclaim/active")?),
             swap_slots: pages("/swap/slots")?,
+            swap_in_memory: if memory["swap"]["in-memory"] == true { pages("/swap/used")? } else { 0 },
+            host_frames: self.number(&memory, "/host/frames")?,
             swap_failed: memory["reclaim"]["failed"] == true,
             wanted: memory["reclaim"]["wanted"] == true,
             evicted: sample.swap_outs.saturating_add(dropped),

@@ -507,6 +507,10 @@ impl fmt::Display for Summary<'_> {
             let [low, high] = course.halves.map(|half| format!("{} of {} times", half.reached, half.times));
             write!(f, ", reached its low {low} and its high {high},")?;
         }
-        write!(f, " and has back {}", given_back(before.backed(), course.last.backed()))
+        write!(f, " and has back {}", given_back(before.backed(), course.last.backed()))?;
+        match bytes(course.last.swap_in_memory) {
+            0 => Ok(()),
+            held => write!(f, "; swap in Umbra's own memory holds {}", approximate_size(held)),
+        }
     }
 }

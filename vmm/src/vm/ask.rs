@@ -52,7 +52,7 @@ pub fn ask_explain(socket: &Path, vcpu: u32, gva: u32) -> Result<Vec<String>, St
 }
 
 fn ask(socket: &Path, vcpu: u32, gva: u32, patience: Duration) -> Result<Vec<String>, String> {
-    let mut connection = Connection::open(socket, patience)?;
+    let mut connection = Connection::open(socket, patience, patience)?;
     let answer = connection.call("x-explain", &json!({ "gva": gva, "vcpu": vcpu }))?;
     let lines = answer.pointer("/lines").and_then(Value::as_array);
     let lines = lines.ok_or_else(|| format!("{} sent no explanation; is it Umbra's?", socket.display()))?;
@@ -60,14 +60,14 @@ fn ask(socket: &Path, vcpu: u32, gva: u32, patience: Duration) -> Result<Vec<Str
 }
 
 impl Connection<'_> {
-    /// Connects, and takes the greeting, all of it within `patience`, which each question may take from then on.
+    /// Connects, and takes the greeting, all of it in `limit`. Each question may take `patience` from then on.
     ///
     /// # Errors
     ///
     /// A sentence that says what went wrong and what to do.
-    pub fn open(path: &Path, patience: Duration) -> Result<Connection<'_>, String> {
-        let deadline = Instant::now() + patience;
-        let stream = connect(path, patience).map_err(|error| {
+    pub fn open(path: &Path, limit: Duration, patience: Duration) -> Result<Connection<'_>, String> {
+        let deadline = Instant::now() + limit;
+        let stream = connect(path, limit).map_err(|error| {
             let path = path.display();
             format!(
                 "cannot connect to {path}: {error}; is a guest running that was started with --qmp {path}?"
@@ -174,10 +174,10 @@ impl Connection<'_> {
 }
 
 /// Connects, unless so many others wait for it already that it takes too long.
-fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+fn connect(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let socket: OwnedFd =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
     match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
         Err(rustix::io::Errno::AGAIN) => Err(io::Error::other("it takes no connection in time")),
         done => Ok(done.map(|()| UnixStream::from(socket))?),

@@ -72,7 +72,7 @@ pub use vcpu::VcpuStats;
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError, firmware_tables};
 use crate::boot::notes::Notes;
 use crate::boot::{BootRequest, GuestMemorySink, Image, ImageError, MemoryError, Module};
-use crate::cli::{RunArgs, Window};
+use crate::cli::{RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::kvm::{HostError, KvmError};
 use crate::machine::{Pool, PoolError};
@@ -214,6 +214,7 @@ struct Guest {
     start: CpuState,
     notes: Notes,
     runner: Runner,
+    pool: Arc<Pool>,
     /// How it is made to forget pages.
     shootdown: &'static str,
     /// Why this backend, in a line.
@@ -279,6 +280,7 @@ impl Guest {
             start: entry.cpu,
             notes,
             runner,
+            pool,
             shootdown,
             why,
             overcommit,
@@ -378,6 +380,8 @@ impl Guest {
             name: args.name.clone(),
             threads,
             swap: self.overcommit.schedule.is_some(),
+            swap_in_memory: !matches!(args.swap, Some(Swap::File(_))),
+            pool: Some(Arc::clone(&self.pool)),
             answer_wait: ANSWER_WAIT,
             attempts: Attempts::default(),
         }

@@ -4,18 +4,18 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicI32;
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
 use umbra_mmu::swap::MemorySwap;
-use umbra_mmu::{Config, Machine, Mmu, NoVcpus};
+use umbra_mmu::{Config, Machine, Mmu, NoVcpus, PAGE_SIZE};
 
 use super::commands::COMMANDS;
 use super::input::{Input, VALUE_MAX};
 use super::news::Item;
 use super::session::{Next, Session};
-use super::{Attempts, Controls, News};
+use super::{Attempts, BalloonControl, Controls, News};
 use crate::board::{Board, BoardConfig, MEMORY_BYTES_MIN, MemoryMap};
 use crate::vm::devices::Devices;
 use crate::vm::ending::Ending;
@@ -29,6 +29,38 @@ const PAGES: u32 = 64;
 pub struct Conversations {
     sessions: Vec<Session>,
     controls: Controls,
+}
+
+/// A balloon whose driver does at once what it is asked.
+struct Balloon {
+    pages: AtomicU32,
+    news: Arc<News>,
+}
+
+impl BalloonControl for Balloon {
+    fn set_target(&self, bytes: u64) -> Result<(), String> {
+        let pages = self.memory_bytes().saturating_sub(bytes) / PAGE_SIZE;
+        self.pages.store(pages as u32, Ordering::Relaxed);
+        self.news.balloon_changed(self.actual_bytes());
+        Ok(())
+    }
+
+    fn actual_bytes(&self) -> u64 {
+        self.memory_bytes() - u64::from(self.pages().1) * PAGE_SIZE
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        u64::from(PAGES) * PAGE_SIZE
+    }
+
+    fn pages(&self) -> (u32, u32) {
+        let pages = self.pages.load(Ordering::Relaxed);
+        (pages, pages)
+    }
+
+    fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
+        (self.pages().1 % 2 == 0).then(|| vec![("stat-free-memory", self.actual_bytes())])
+    }
 }
 
 /// Names of commands and of their arguments, for those who want to be understood.
@@ -51,6 +83,7 @@ impl Conversations {
         let mmu = Mmu::new(Machine::anonymous(4 * PAGES), Config::of_pages(PAGES), Box::new(NoVcpus));
         let news = Arc::new(News::default());
         news.open()?;
+        let heard = Arc::clone(&news);
         let controls = Controls {
             ending: Ending::new(Arc::clone(&devices)),
             requests: Arc::new(Requests::new(1)),
@@ -58,10 +91,12 @@ impl Conversations {
             mmu: Arc::new(mmu.with_swap(Box::new(MemorySwap::new(PAGES)))),
             stops: Arc::new(Stops::new(devices, Arc::clone(&news))),
             news,
-            balloon: None,
+            balloon: Some(Arc::new(Balloon { pages: AtomicU32::new(0), news: Arc::clone(&heard) })),
             name: None,
             threads: Arc::new([AtomicI32::new(1)]),
             swap: true,
+            swap_in_memory: true,
+            pool: None,
             // Nobody is there to answer.
             answer_wait: Duration::ZERO,
             attempts: Attempts::default(),
@@ -126,6 +161,10 @@ mod tests {
             conversations.send(client, b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"stop\"}x\xff");
             conversations
                 .send(client, b"{\"execute\":\"x-discard\",\"arguments\":{\"gpa\":0,\"bytes\":8192}}");
+            conversations.send(
+                client,
+                b"{\"execute\":\"balloon\",\"arguments\":{\"value\":65536}}{\"execute\":\"x-memory\"}",
+            );
         }
         assert!(words().any(|word| word == "gpa"));
         pieces_are_the_whole(b"{\"a\":[1]}[]{]\xff{}", 1);

@@ -70,6 +70,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
     let mmu = &controls.mmu;
     let (pressure, usage, reclaim, window) =
         (mmu.pressure(), mmu.usage(), mmu.reclaim_stats(), mmu.window_stats());
+    let backed = controls.pool.as_ref().map(|pool| pool.backed_bytes()).transpose();
     let balloon = controls.balloon.as_ref().map(|balloon| (balloon.pages(), balloon.memory_bytes()));
     Ok(json!({
         "page-size": PAGE_SIZE,
@@ -105,7 +106,12 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
             "given-back": reclaim.given_back,
             "stall-nanos-max": reclaim.stall_nanos_max,
         },
-        "swap": {"slots": pressure.swap_slots, "used": pressure.swap_used},
+        "swap": {
+            "slots": pressure.swap_slots,
+            "used": pressure.swap_used,
+            "in-memory": controls.swap_in_memory,
+        },
+        "host": {"frames": backed.map_err(Refusal::generic)?, "resident": resident_bytes()},
         "window": {
             "slots": window.slots,
             "taken": window.taken,
@@ -113,6 +119,13 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
             "waiters": window.waiters,
         },
     }))
+}
+
+/// Umbra's whole memory, as the host counts it; it does not say where there is no /proc.
+fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * PAGE_SIZE)
 }
 
 /// What has been done so far.

@@ -53,6 +53,8 @@ pub use memory::{Attempts, WORK_MAX};
 pub use news::News;
 pub use session::OUTPUT_MAX;
 
+use crate::machine::Pool;
+
 use super::devices::Devices;
 use super::ending::Ending;
 use super::events::add;
@@ -91,6 +93,10 @@ pub struct Controls {
     pub threads: Arc<[AtomicI32]>,
     /// The guest has swap, and so its budget may be cut.
     pub swap: bool,
+    /// That swap is memory of Umbra's own.
+    pub swap_in_memory: bool,
+    /// What the host is asked about, where the guest's frames are of it.
+    pub pool: Option<Arc<Pool>>,
     /// How long the vCPU may take to answer.
     pub answer_wait: Duration,
     /// Discards that might not sleep.

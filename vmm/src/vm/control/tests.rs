@@ -74,6 +74,8 @@ impl Parts {
             name: None,
             threads: Arc::new([AtomicI32::new(7)]),
             swap: true,
+            swap_in_memory: true,
+            pool: None,
             answer_wait: Duration::from_millis(300),
             attempts: Attempts::default(),
         }

@@ -79,7 +79,9 @@ fn pages_go_out_and_memory_says_where_they_are() {
     {
         assert_eq!(memory[name], pages, "{name}: {memory}");
     }
-    assert_eq!(memory["swap"], json!({"slots": 1024, "used": 64}));
+    assert_eq!(memory["swap"], json!({"slots": 1024, "used": 64, "in-memory": true}));
+    assert!(memory["host"]["frames"].is_null(), "this guest's frames are of no pool: {memory}");
+    assert!(memory["host"]["resident"].as_u64() > Some(1 << 20), "{memory}");
     let counters = peer.ask("x-counters");
     assert_eq!(counters["memory"]["swap_outs"], 64, "{counters}");
 }
