@@ -59,7 +59,7 @@ impl BalloonControl for Balloon {
     }
 
     fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
-        (self.pages().1 % 2 == 0).then(|| vec![("stat-free-memory", self.actual_bytes())])
+        self.pages().1.is_multiple_of(2).then(|| vec![("stat-free-memory", self.actual_bytes())])
     }
 }
 
