@@ -1,20 +1,22 @@
-//! virtio devices under random drivers: registers and rings of noise, of which much makes sense.
+//! virtio devices under random drivers: registers and rings of noise, of which much makes sense, and which change under the device.
 //!
 //! What must hold: no panic; a round ends (libFuzzer's own limits watch time and memory); after each program the audit finds
 //! nothing; nothing is written to the disk that no write asked for, which a disk that is only read shows.
 #![no_main]
 
 use std::io;
+use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use umbra::board::QUEUES_MAX;
-use umbra::virtio::Device;
+use umbra::board::{QUEUES_MAX, VirtioSnapshot, VirtioSpec};
 use umbra::virtio::balloon::BalloonDevice;
 use umbra::virtio::blk::Blk;
+use umbra::virtio::chain::Chain;
 use umbra::virtio::disk::{Disk, Medium, SECTOR_BYTES};
-use umbra::virtio::fuzz::{BUFFERS, Bench, Layout, Part, Registers};
-use umbra_mmu::Gfn;
+use umbra::virtio::fuzz::{BUFFERS, Bench, Layout, Part, Registers, poke};
+use umbra::virtio::{Device, Served};
+use umbra_mmu::{Gfn, Mmu, Shortage};
 
 const SECTORS: u64 = 64;
 /// Pages that buffers and rings lie in, and a few that they do not.
@@ -58,6 +60,45 @@ impl Medium for Checked {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         self.check_write(offset, bytes)?;
         if offset % 1024 == 0 { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+    }
+}
+
+/// A device whose driver stores to rings and buffers while a request is served: once it has been read, and before it is given back.
+struct Raced<D> {
+    device: D,
+    stores: Arc<Mutex<Vec<(u64, [u8; 8])>>>,
+}
+
+impl<D> Raced<D> {
+    fn race(&self, mmu: &Mmu) {
+        if let Some((at, bytes)) = self.stores.lock().expect("one thread").pop() {
+            poke(mmu, at, &bytes);
+        }
+    }
+}
+
+impl<D: Device> Device for Raced<D> {
+    fn spec(&self) -> VirtioSpec {
+        self.device.spec()
+    }
+
+    fn header_bytes(&self) -> usize {
+        self.device.header_bytes()
+    }
+
+    fn begin_round(&mut self, snapshot: &VirtioSnapshot) {
+        self.device.begin_round(snapshot);
+    }
+
+    fn serve(&mut self, mmu: &Mmu, queue: usize, chain: &Chain) -> Result<Served, Shortage> {
+        self.race(mmu);
+        let served = self.device.serve(mmu, queue, chain);
+        self.race(mmu);
+        served
+    }
+
+    fn give_back(&mut self) -> Option<(usize, u16)> {
+        self.device.give_back()
     }
 }
 
@@ -155,6 +196,11 @@ enum Operation {
         at: Place,
         bytes: [u8; 8],
     },
+    /// The same while a request is served.
+    Race {
+        at: Place,
+        bytes: [u8; 8],
+    },
     PageOut {
         page: u8,
         count: u8,
@@ -163,7 +209,7 @@ enum Operation {
     Target(u32),
 }
 
-fn apply<D: Device>(bench: &mut Bench<D>, operation: Operation) {
+fn apply<D: Device>(bench: &mut Bench<Raced<D>>, operation: Operation) {
     let queue_of = |queue: u8| usize::from(queue) % QUEUES_MAX;
     match operation {
         Operation::SetUp { features, without } => bench.set_up(features % (1 << 16), without),
@@ -202,7 +248,11 @@ fn apply<D: Device>(bench: &mut Bench<D>, operation: Operation) {
             bench.lay(Layout::of(queue_of(queue)).table, u16::from(index % 16), part, u16::from(next % 17));
         }
         Operation::Offer { queue, head } => bench.offer(queue_of(queue), head % 18),
-        Operation::Poke { at: Place::Any(_), .. } => {}
+        Operation::Poke { at: Place::Any(_), .. } | Operation::Race { at: Place::Any(_), .. } => {}
+        Operation::Race { at, bytes } => {
+            let mut stores = bench.worker.device().stores.lock().expect("one thread");
+            stores.push((at.address(), bytes));
+        }
         Operation::Poke { at, bytes } => bench.poke(at.address(), &bytes),
         Operation::PageOut { page, count } => {
             let first = ((if page & 1 == 0 { BUFFERS } else { Layout::of(0).table }) >> 12) as u32;
@@ -220,7 +270,7 @@ fn apply<D: Device>(bench: &mut Bench<D>, operation: Operation) {
 }
 
 fn run<D: Device>(device: D, program: Vec<Operation>) {
-    let mut bench = Bench::new(device);
+    let mut bench = Bench::new(Raced { device, stores: Arc::default() });
     bench.set_up(0xffff, 0);
     for operation in program {
         apply(&mut bench, operation);
