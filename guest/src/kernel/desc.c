@@ -1,7 +1,8 @@
 /* GDT, TSS and IDT.
  *
  * Holds: all gates are interrupt gates, so every trap starts with interrupts off (irq.h builds on it). A TSS for each CPU, used
- * only for SS0:ESP0, whose descriptors stand before any other CPU starts; no task gates, no LDT, and an I/O map past the TSS's limit, so user code has no ports.
+ * only for SS0:ESP0, whose descriptors stand before any other CPU starts; no task gates, no LDT, and an I/O map past the TSS's
+ * limit, so user code has no ports.
  * Limits: a double fault runs on the stack that it happened on. That serves all but an unusable stack, which ends in a
  * triple fault. */
 #include "desc.h"

@@ -9,8 +9,7 @@
  *
  * Holds: no entry gets W before its frame has this space as the only holder. Room is made before anything is held. A page is filled
  * before it is on a list or in a table, so that others may have the kernel meanwhile; the tables stay, since this task alone takes
- * them away, but reclaim may take a present entry.
- */
+ * them away, but reclaim may take a present entry. */
 #include "check.h"
 #include "cpu.h"
 #include "file.h"

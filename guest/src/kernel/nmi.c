@@ -7,9 +7,9 @@
  * Each CPU gets them all, whether it has the kernel or not; which CPU it is, its stack tells.
  * Holds: INV-G-NMI-1: a walk changes nothing (not even which table was found last) and uses one window slot at a time, beyond
  * those of the task and the interrupt under it. An entry is written so that no walk can meet half of it (paging.h), and leads to a
- * frame that is in use. INV-G-NMI-2: only the space that this CPU has loaded is walked, and not while it halts: an entry taken by another CPU meanwhile leads
- * to its frame for as long as this CPU has not answered (tlb.c), which it cannot before the walk is over; and tables go with their
- * own task alone. */
+ * frame that is in use. INV-G-NMI-2: only the space that this CPU has loaded is walked, and not while it halts: an entry taken by
+ * another CPU meanwhile leads to its frame for as long as this CPU has not answered (tlb.c), which it cannot before the walk is
+ * over; and tables go with their own task alone. */
 #include "nmi.h"
 
 #include "apic.h"

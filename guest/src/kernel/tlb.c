@@ -15,7 +15,8 @@
  * it forget everything first.
  *
  * Holds: loaded_root is what CR3 holds; CR3 itself is never read back, which would be one more exit. INV-G-TLB-1: a root other than
- * the kernel's is loaded on one CPU at most. INV-G-TLB-2: a request is changed only while it is not wanted. Window slots are each CPU's own and need none of this.
+ * the kernel's is loaded on one CPU at most. INV-G-TLB-2: a request is changed only while it is not wanted. Window slots are each
+ * CPU's own and need none of this.
  * Locks: the kernel, but for tlb_serve, which touches the CPU's own request alone. */
 #include "tlb.h"
 

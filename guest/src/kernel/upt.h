@@ -65,8 +65,8 @@ static inline void upt_enter(struct leaf *leaf, pte_t entry)
 
 static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->entry, 0, entry); }
 
-/* What is mapped by an entry of another task's space, which may be running: entered for good in the place of what upt_take has
- * taken, which still counts; or, with 0, no longer counted. */
+/* The same where the space's task may be running on another CPU, which sets A and D meanwhile: what a present entry was, which is 0
+ * now but still counts; then what is to stand in its place, or 0 for nothing, which does not count. */
 static inline pte_t upt_take(struct leaf *leaf) { return table_take(leaf->entry, 0); }
 
 static inline void upt_put(struct leaf *leaf, pte_t entry)
@@ -77,6 +77,7 @@ static inline void upt_put(struct leaf *leaf, pte_t entry)
         frame_of(leaf->frame)->link--;
 }
 
+/* Takes A from a present entry. */
 static inline void upt_age(struct leaf *leaf) { table_age(leaf->entry, 0); }
 
 static inline void upt_clear(struct leaf *leaf)
