@@ -53,7 +53,7 @@ extern bool smp;
 /* Which CPU this is, by its stack: for code that does not have the kernel. */
 struct cpu *cpu_self(void);
 
-/* Takes the kernel, with interrupts off; false if this CPU has it. While it waits it serves flush requests. */
+/* Takes the kernel; false if this CPU has it. While it waits it serves flush requests: interrupts may be off. */
 bool kernel_take(void);
 void kernel_give_back(void);
 
