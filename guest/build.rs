@@ -34,6 +34,9 @@ enum Variant {
 const IMAGES: &[Image] = &[
     Image { name: "pager", variant: Variant::None },
     Image { name: "pager-twin", variant: Variant::Define { file: "witness.c", define: "WITNESS_TWIN" } },
+    Image { name: "pager-zeros", variant: Variant::Define { file: "swap.c", define: "SWAP_TWIN=1" } },
+    Image { name: "pager-other", variant: Variant::Define { file: "swap.c", define: "SWAP_TWIN=2" } },
+    Image { name: "pager-no-scope", variant: Variant::Define { file: "file.c", define: "FILE_TWIN" } },
     Image { name: "pager-plain", variant: Variant::Without { file: "note.S" } },
 ];
 

@@ -61,3 +61,9 @@ pub const PAGER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager.elf"));
 pub const PAGER_TWIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager-twin.elf"));
 /// The same kernel without the ELF notes.
 pub const PAGER_PLAIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager-plain.elf"));
+/// The same kernel, but that a few pages come back from swap as zeros.
+pub const PAGER_ZEROS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager-zeros.elf"));
+/// The same kernel, but that a few pages come back from swap as others.
+pub const PAGER_OTHER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager-other.elf"));
+/// The same kernel, but that it allocates under the file system's lock without the scope that keeps reclaim from wanting it.
+pub const PAGER_NO_SCOPE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager-no-scope.elf"));

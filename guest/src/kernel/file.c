@@ -8,7 +8,8 @@
  * Jobs: 1. blocks, 2. the page cache, 3. write-out, 4. truncate, 5. sync.
  *
  * Story: a page gets its block when it is first written out, which is what file systems do to lay it well, and why reclaim
- * comes to want the file system's lock: the thread of 1999 begins here. Two locks, and who may wait for them:
+ * comes to want the file system's lock: the thread of 1999 begins here. Who reserves a block before that (file_reserve) allocates
+ * under the lock, and is why there are scopes. Two locks, and who may wait for them:
  *
  *   sb_lock        the bitmap and the block map; I/O and an allocation happen under it
  *   truncate_lock  the file's length; held over everything that a truncation waits for, and alone: write-outs by reclaim, which
@@ -61,7 +62,14 @@ static bool write_low(u32 page, const void *low)
     return blk_transfer_kernel(disk, BLK_WRITE, page, frame);
 }
 
-/* Job 1: blocks. sb_lock is held, in a scope without GFP_FS. */
+/* Job 1: blocks. sb_lock is held, in a scope without GFP_FS. The twin forgets the scope, and always reclaims. */
+#ifdef FILE_TWIN
+#define SCOPE_OF_SB_LOCK 0
+#define ROOM_OF_COPY (frames_free() + 1)
+#else
+#define SCOPE_OF_SB_LOCK GFP_FS
+#define ROOM_OF_COPY 1
+#endif
 
 static bool in_use(u32 block) { return bitmap[block / 8] & 1u << block % 8; }
 static void flip(u32 block) { bitmap[block / 8] ^= (u8)(1u << block % 8); }
@@ -81,7 +89,7 @@ static u32 find_block(void)
 /* What is on the disk is a copy, as a journal would have it: the bitmap may change while it is written. */
 static bool write_bitmap(void)
 {
-    u32 copy = try_room(1) ? frame_alloc(ZONE_HIGH) : FRAME_NONE;
+    u32 copy = try_room(ROOM_OF_COPY) ? frame_alloc(ZONE_HIGH) : FRAME_NONE;
     if (copy == FRAME_NONE)
         frame_get(copy = spare);
     void *to = kmap_local(copy, "bitmap");
@@ -92,14 +100,14 @@ static bool write_bitmap(void)
     return ok;
 }
 
-/* The block of a page, a new one if it has none; 0 when the disk is full or fails. */
+/* The block of a page, a new one if it has none; 0 when the disk is full or fails, or the page has been cut off. */
 static u32 block_for(u32 index)
 {
     if (block_map[index])
         return block_map[index];
-    u32 before = reclaim_scope(GFP_FS);
+    u32 before = reclaim_scope(SCOPE_OF_SB_LOCK);
     mutex_lock(&sb_lock);
-    u32 block = block_map[index] ? 0 : find_block();
+    u32 block = block_map[index] || index >= length ? 0 : find_block();
     if (block) {
         flip(block);
         blocks_used++;
@@ -116,7 +124,7 @@ static u32 block_for(u32 index)
 
 static void free_blocks(u32 first, u32 end)
 {
-    u32 before = reclaim_scope(GFP_FS);
+    u32 before = reclaim_scope(SCOPE_OF_SB_LOCK);
     mutex_lock(&sb_lock);
     for (u32 index = first; index < end; index++) {
         if (!block_map[index])
@@ -363,6 +371,8 @@ bool file_truncate(u32 pages)
     reclaim_restore(before);
     return true;
 }
+
+bool file_reserve(u32 index) { return index < length && block_for(index); }
 
 /* Job 5: sync. */
 

@@ -37,6 +37,8 @@ void file_write_out(const u32 *frames, u32 count);
 
 /* The file has `pages` pages; what lies beyond is gone, and reads as zeros when the file has become longer again. Sleeps. */
 bool file_truncate(u32 pages);
+/* Gives a page its block before it is written. False beyond the file's length, or when the disk is full or fails. Sleeps. */
+bool file_reserve(u32 index);
 /* Everything is on the disk: contents, block map, superblock. Sleeps. False after an I/O error. */
 bool file_sync(void);
 

@@ -243,6 +243,25 @@ static void end_in(u32 frame, bool read, u32 sum)
     swap_put(frame);
 }
 
+#ifdef SWAP_TWIN
+/* The twins of INV-G-SWAP-3: from the 50th request on a few have a page that comes back as zeros (1), or as its neighbour (2). */
+static void damage(const u32 *frames, u32 count)
+{
+    static u32 requests;
+    if (count < 2 || ++requests < 50 || requests > 60)
+        return;
+    void *to = kmap_local(frames[0], "twin, to"), *from = kmap_local(frames[1], "twin, from");
+    if (SWAP_TWIN == 1)
+        clear_page(to);
+    else
+        copy_page(to, from);
+    kunmap_local(from);
+    kunmap_local(to);
+}
+#else
+static void damage(const u32 *frames, u32 count) { (void)frames, (void)count; }
+#endif
+
 static bool wants_reading(u32 slot) { return slots[slot].entries && slots[slot].frame == FRAME_NONE; }
 
 /* Reads the slot and those beside it in its group that are wanted too, as far as there are frames to spare. */
@@ -267,6 +286,7 @@ static void read_group(u32 slot)
     swap_counts.pages_read += count;
     swap_counts.read_ahead += count - 1;
     bool read = blk_transfer(disk, BLK_READ, first, frames, count);
+    damage(frames, count);
     sum_pages(frames, count, sums);
     for (u32 i = 0; i < count; i++)
         end_in(frames[i], read, sums[i]);

@@ -154,6 +154,7 @@ static u32 call(struct trap_frame *frame)
     case SYS_MEMORY: return frames_total();
     case SYS_FILE_MAP: return frame->ebx % PAGE_SIZE == 0 && file_map(&current->space, frame->ebx) ? 0 : SYS_ERROR;
     case SYS_FILE_TRUNCATE: return file_truncate(frame->ebx) ? 0 : SYS_ERROR;
+    case SYS_FILE_RESERVE: return file_reserve(frame->ebx) ? 0 : SYS_ERROR;
     case SYS_FILE_SYNC: return file_sync() ? 0 : SYS_ERROR;
     case SYS_CPUS: return (u32)(cpus_end - cpus);
     default: return SYS_ERROR;

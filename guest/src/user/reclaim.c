@@ -18,6 +18,7 @@
 #define FILE_PAGES 96
 #define FILE_STEADY 64 /* pages that are never cut off */
 #define FILE_WRITERS 2
+#define RESERVED_STEP 4 /* one page of so many of a writer's gets its place on the disk before it is written out */
 #define WITNESSED 8
 
 /* A page's words: four in each eighth of it, and so that their numbers have every remainder by 32. Whoever looks at each 32nd word
@@ -180,10 +181,12 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
 
 /* file */
 
-/* Writes every second page of what is never cut off, again and again, and looks at what it wrote before. */
+/* Writes every second page of what is never cut off, again and again, and looks at what it wrote before. Some of these get their place
+ * on the disk at once, the others when they are written out. */
 static void file_writer(u32 which, u32 rounds, u32 seed)
 {
     u32 key = seed + 100 + which;
+    bool reserved = true;
     tally_forget();
     expect(file_map(FILE_BASE) == 0, "a writer has the file");
     for (u32 round = 0; round < rounds; round++)
@@ -193,8 +196,11 @@ static void file_writer(u32 which, u32 rounds, u32 seed)
             else
                 verify_zero(FILE_BASE, page);
             stamp(FILE_BASE, page, key, round);
+            if (round == 0 && page / FILE_WRITERS % RESERVED_STEP == 0)
+                reserved &= file_reserve(page) == 0;
             take_turns(page);
         }
+    expect(reserved, "pages have their place on the disk");
     leave("what a writer reads in the file is what it wrote");
 }
 
