@@ -22,6 +22,7 @@
  * beyond the file's length is in the cache once a truncation is over, and no block is its. */
 #include "file.h"
 
+#include "audit.h"
 #include "check.h"
 #include "console.h"
 #include "irq.h"
@@ -420,4 +421,19 @@ bool file_sync(void)
     mutex_unlock(&truncate_lock);
     reclaim_restore(before);
     return ok;
+}
+
+bool file_audit(void)
+{
+    u32 blocks = 0;
+    for (u32 index = 0; index < FILE_PAGES_MAX; index++) {
+        u32 frame = cached[index];
+        blocks += block_map[index] != 0;
+        if (frame != FRAME_NONE && (frame_of(frame)->index != index || !frame_of(frame)->refs || !file_has(frame)))
+            return false;
+        /* While it is being cut off pages are still to be dropped. */
+        if (frame != FRAME_NONE && index >= length && !truncate_lock.owner)
+            return false;
+    }
+    return blocks == blocks_used;
 }

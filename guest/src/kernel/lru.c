@@ -4,6 +4,7 @@
  * Locks: none; no interrupt handler comes here. */
 #include "lru.h"
 
+#include "audit.h"
 #include "check.h"
 #include "irq.h"
 #include "task.h"
@@ -73,4 +74,24 @@ void frame_wait_while(u32 frame, u32 flags)
     while (frame_of(frame)->flags & flags)
         task_wait_on(frame_of(frame));
     irq_on();
+}
+
+/* Each page that the list has says so, and they are as many as are counted. */
+static bool list_is_sound(enum lru which)
+{
+    u32 count = 0, before = FRAME_NONE;
+    for (u32 frame = lists[which].young; frame != FRAME_NONE; before = frame, frame = frame_of(frame)->link, count++) {
+        const struct frame *page = frame_of(frame);
+        if (count == lru_count[which] || page->prev != before || !(page->flags & FRAME_LISTED) || list_of(page) != which || !page->refs)
+            return false;
+    }
+    return count == lru_count[which] && lists[which].old == before;
+}
+
+bool lru_audit(void)
+{
+    bool sound = true;
+    for (u32 which = 0; which < LRU_LISTS; which++)
+        sound &= list_is_sound(which);
+    return sound;
 }

@@ -193,8 +193,6 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
         zap_add(zap, start, upt_unlink(&zap->space->upt, start));
 }
 
-static u32 table_end(u32 va, u32 end) { return min_u32(ALIGN_DOWN(va, table_reach()) + table_reach(), end); }
-
 static void zap_range(struct space *space, u32 start, u32 end, bool keeps_tables)
 {
     /* The arrays hold nothing until zap_add fills them. */

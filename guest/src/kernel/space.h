@@ -43,6 +43,9 @@ void space_destroy(struct space *space);
  * (out of memory) the child is to be destroyed. */
 bool space_fork(struct space *parent, struct space *child);
 
+/* Where the part of [va, end) that is in one page table ends. */
+static inline u32 table_end(u32 va, u32 end) { return min_u32(ALIGN_DOWN(va, table_reach()) + table_reach(), end); }
+
 /* Pages of its own that it has, in memory and in swap. */
 u32 space_pages(struct space *space);
 /* Takes them all, wherever its task is, which must not come back to user mode with them. */

@@ -17,6 +17,7 @@
  * others may have the kernel: FRAME_READING and FRAME_WRITING keep their contents from all, as while the disk has them. */
 #include "swap.h"
 
+#include "audit.h"
 #include "check.h"
 #include "console.h"
 #include "irq.h"
@@ -394,4 +395,32 @@ void swap_out(const u32 *frames, u32 count)
         for (u32 i = 0; i < begun; i++)
             end_run(&runs[i]);
     }
+}
+
+/* For the audit. */
+
+bool swap_audit_entry(u32 slot, bool take)
+{
+    if (slot >= slot_count || (take && slots[slot].entries == 0))
+        return false;
+    slots[slot].entries += take ? -1u : 1;
+    return true;
+}
+
+bool swap_audit_used(void)
+{
+    u32 count = 0;
+    for (u32 slot = 0; slot < slot_count; slot++)
+        count += !is_free(slot);
+    return count == used;
+}
+
+bool swap_audit_rest(void)
+{
+    for (u32 slot = 0; slot < slot_count; slot++) {
+        u32 frame = slots[slot].frame;
+        if (slots[slot].entries || (frame != FRAME_NONE && frame_of(frame)->slot != slot + 1))
+            return false;
+    }
+    return true;
 }

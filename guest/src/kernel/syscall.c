@@ -4,6 +4,7 @@
 #include "syscall.h"
 
 #include "access.h"
+#include "audit.h"
 #include "check.h"
 #include "console.h"
 #include "file.h"
@@ -155,6 +156,7 @@ static u32 call(struct trap_frame *frame)
     case SYS_FILE_MAP: return frame->ebx % PAGE_SIZE == 0 && file_map(&current->space, frame->ebx) ? 0 : SYS_ERROR;
     case SYS_FILE_TRUNCATE: return file_truncate(frame->ebx) ? 0 : SYS_ERROR;
     case SYS_FILE_RESERVE: return file_reserve(frame->ebx) ? 0 : SYS_ERROR;
+    case SYS_AUDIT: return audit();
     case SYS_FILE_SYNC: return file_sync() ? 0 : SYS_ERROR;
     case SYS_CPUS: return (u32)(cpus_end - cpus);
     default: return SYS_ERROR;

@@ -24,6 +24,7 @@
 #define SYS_FILE_SYNC 19  /* 0 when all of the file is on its disk */
 #define SYS_CPUS 20       /* how many there are */
 #define SYS_FILE_RESERVE 21 /* page of the file; 0 when it has its place on the disk */
+#define SYS_AUDIT 22      /* how much of what reclaim keeps does not hold (audit.c) */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0

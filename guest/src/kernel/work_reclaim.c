@@ -3,6 +3,7 @@
  * Story: swap goes to the disk that calls itself `swap`, the shared file to `file`. Afterwards the counts are printed, in lines
  * that begin with "reclaim:", since they hang on the timer and on the disks; what went over the disks can be compared with
  * what the disks say. */
+#include "audit.h"
 #include "balloon.h"
 #include "blk.h"
 #include "boot.h"
@@ -11,6 +12,7 @@
 #include "file.h"
 #include "frames.h"
 #include "nmi.h"
+#include "pace.h"
 #include "process.h"
 #include "reclaim.h"
 #include "swap.h"
@@ -65,6 +67,7 @@ void work_reclaim(void)
     check(status == 0, "reclaim ends with status 0");
     check(nmi_total().broken == 0, "every user stack leads to its end, or to a page that is away");
     check(swap_counts.lost == 0, "every page came back as it went");
+    check(!pace_is_fast() || audit() == 0, "lists, slots, mappings and the file's cache are what they say");
     check(swap_slots_used() <= witness_frames(), "every slot is free again, but of pages that were published");
     check(reclaim_counts.stolen > 0 && swap_counts.ins > 0, "memory was short");
     print_counts(swap, file);

@@ -40,6 +40,7 @@ static inline u32 memory(void) { return system_call(SYS_MEMORY, 0, 0, 0); }
 static inline u32 file_map(u32 start) { return system_call(SYS_FILE_MAP, start, 0, 0); }
 static inline u32 file_truncate(u32 pages) { return system_call(SYS_FILE_TRUNCATE, pages, 0, 0); }
 static inline u32 file_reserve(u32 page) { return system_call(SYS_FILE_RESERVE, page, 0, 0); }
+static inline u32 audit(void) { return system_call(SYS_AUDIT, 0, 0, 0); }
 static inline u32 file_sync(void) { return system_call(SYS_FILE_SYNC, 0, 0, 0); }
 static inline void sleep(u32 ticks) { system_call(SYS_SLEEP, ticks, 0, 0); }
 
