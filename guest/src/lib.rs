@@ -3,6 +3,7 @@
 //! Story: freestanding C and a little assembly, built by `build.rs` with the system C compiler (`cc`, or what
 //! `UMBRA_GUEST_CC` names). The kernel is in `src/kernel`, its user programs in `src/user`; start reading at
 //! `kernel/boot.S`, `kernel/main.c` and `kernel/layout.h`. Each image is a standard Multiboot1 kernel, loaded at 1 MiB.
+//! Twins are the same kernel with a mistake, which is to be found.
 //!
 //! # Command line
 //!
@@ -17,6 +18,7 @@
 //! | `scale=` | percent of the default work, 1..=4000 | 100 |
 //! | `lowmem=` | MiB of low memory, 4..=512 in steps of 4; all above is high memory | 8 |
 //! | `hz=` | timer interrupts a second, 1..=1000 | 100 |
+//! | `pace=` | how much `reclaim` does and compares: `slow`, `fast`, or `auto`, by the CPU's measured speed | `auto` |
 //! | `allow=` | quirks that `access` (`rsvd-no-p`, `rmw-read`) and `fpu` (`no-xm`, `mxcsr-any`) are to count but not to call errors, with commas | none |
 //!
 //! # What it prints

@@ -3,7 +3,7 @@
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use object::read::elf::{ElfFile32, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, ObjectSymbol};
-use umbra_guest::{PAGER, PAGER_PLAIN, PAGER_TWIN, abi};
+use umbra_guest::{PAGER, PAGER_NO_SCOPE, PAGER_OTHER, PAGER_PLAIN, PAGER_TWIN, PAGER_ZEROS, abi};
 
 type Elf = ElfFile32<'static>;
 
@@ -78,9 +78,12 @@ fn plain_image_has_no_note() {
 }
 
 #[test]
-fn twin_differs_from_the_kernel() {
-    assert_ne!(PAGER, PAGER_TWIN);
-    assert_eq!(notes(PAGER_TWIN).len(), 2);
+fn twins_differ_from_the_kernel_and_from_each_other() {
+    let images = [PAGER, PAGER_TWIN, PAGER_ZEROS, PAGER_OTHER, PAGER_NO_SCOPE];
+    for (i, image) in images.iter().enumerate() {
+        assert!(images[..i].iter().all(|other| other != image));
+        assert_eq!(notes(image).len(), 2);
+    }
 }
 
 /// What would show CPL 3, or the monitor's tables, to a kernel that runs there; and what this kernel has no state for.

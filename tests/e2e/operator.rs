@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::pressure::env;
-use super::umbra::{SOFT_STICKY, expect_sentence, program, status, umbra};
+use super::umbra::{SOFT, SOFT_STICKY, expect_sentence, program, status, umbra};
 use crate::ensure;
 use crate::support::noise::Noise;
 use crate::support::process::{End, Outcome};
@@ -26,6 +26,8 @@ pub fn cases() -> Vec<Trial> {
         case("pressure_that_makes_no_sense_is_refused_before_anything_is_sent", &[], refused),
         case("pressure_that_is_interrupted_sets_the_guest_back", &[], interrupted),
         case("soft_sticky_pressed_by_balloon_and_budget_keeps_every_byte", &[], both),
+        case("soft_guest_in_want_takes_back_what_a_balloon_beyond_its_means_has", &[], in_want),
+        case("soft_guest_without_swap_outlives_a_balloon_beyond_its_means", &[], without_swap),
     ]
 }
 
@@ -177,6 +179,44 @@ fn both() -> Verdict {
             format!("seed {seed}: {why}")
         })?;
     }
+    Ok(())
+}
+
+/// A guest with these options, and a balloon that it is told to fill in waves, for as long as it runs.
+fn waved(options: &[&str], wave: &str) -> Result<Outcome, Failed> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("qmp").to_string_lossy().into_owned();
+    thread::scope(|scope| {
+        let presser = scope.spawn(|| {
+            let end = Instant::now() + LISTENS;
+            while !Path::new(&socket).exists() && Instant::now() < end {
+                thread::sleep(Duration::from_millis(1));
+            }
+            // It ends when the guest does, which is then gone.
+            press(Path::new(&socket), wave)
+        });
+        let run = SOFT.run(&[options, &["--mem", "32M", "--qmp", &socket, "--timeout", "80s"]].concat());
+        drop(presser.join());
+        run
+    })
+}
+
+/// Swap and what the balloon leaves are less than the guest's processes want.
+fn in_want() -> Verdict {
+    let append = "workload=reclaim ram=32 scale=1 nmi=200";
+    let options = ["--disk", "30M,id=swap", "--disk", "16M,id=file", "--append", append];
+    let run = waved(&options, "balloon --wave 4M..16M --period 700ms --for 70s")?;
+    ensure!(run.end == End::Status(0), "the guest failed:\n{run}");
+    let lines = run.lines();
+    let line = lines.iter().find(|line| line.starts_with("reclaim: balloon ")).ok_or("no counts")?;
+    ensure!(!line.contains(" for_want=0 "), "it was never in want:\n{run}");
+    Ok(())
+}
+
+/// Nothing that it has can go anywhere, and the balloon is to have more than there is.
+fn without_swap() -> Verdict {
+    let run = waved(&["--append", "workload=storm scale=400"], "balloon 2M --timeout 3s")?;
+    ensure!(run.end == End::Status(0), "the guest failed:\n{run}");
     Ok(())
 }
 

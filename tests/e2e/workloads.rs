@@ -16,7 +16,7 @@ use std::fs;
 use std::path::Path;
 
 use libtest_mimic::{Failed, Trial};
-use umbra_guest::{PAGER, PAGER_PLAIN, PAGER_TWIN, abi};
+use umbra_guest::{PAGER, PAGER_NO_SCOPE, PAGER_OTHER, PAGER_PLAIN, PAGER_TWIN, PAGER_ZEROS, abi};
 
 use super::umbra::{KVM, SOFT, Way, file_of, status, umbra, ways};
 use crate::ensure;
@@ -77,6 +77,11 @@ pub fn cases() -> Vec<Trial> {
         case("unknown_words_end_with_the_status_of_a_bad_command_line", &[], unknown_words),
         case("timer_interrupts_as_often_as_asked", &[], timer_rate),
         case("reclaim_counts_and_contents_are_those_of_the_disks", &[], disks_agree),
+        case("reclaim_twin_whose_pages_come_back_as_zeros_or_as_others_is_caught", &[], lost_pages),
+        case("reclaim_twin_that_allocates_under_a_lock_without_its_scope_is_caught", &[], no_scope),
+        case("reclaim_with_too_little_swap_kills_the_largest_and_no_other", &[], too_little_swap),
+        case("reclaim_on_a_slow_cpu_does_the_same_with_less", &[], pace),
+        case("peer_reclaim_on_slow_disks_kills_nobody", &[Need::Qemu], slow_disks),
         case("peer_unknown_workload_ends_the_same_way", &[Need::Qemu], unknown_workload_on_qemu),
     ]);
     trials
@@ -229,8 +234,11 @@ fn plain() -> Verdict {
 /// What a write of [`abi::STATUS_COMMAND_LINE`] to the exit port ends with, here and on QEMU.
 const STATUS_COMMAND_LINE: End = End::Status((abi::STATUS_COMMAND_LINE << 1 | 1) as i32);
 
+const STATUS_FAIL: End = End::Status((abi::STATUS_FAIL << 1 | 1) as i32);
+const STATUS_PANIC: End = End::Status((abi::STATUS_PANIC << 1 | 1) as i32);
+
 fn unknown_words() -> Verdict {
-    for word in ["workload=nonsense", "hz=0", "hz=1001"] {
+    for word in ["workload=nonsense", "hz=0", "hz=1001", "pace=none"] {
         let run = SOFT.run(&["--append", word])?;
         ensure!(run.end == STATUS_COMMAND_LINE, "{word}: expected {STATUS_COMMAND_LINE:?}:\n{run}");
         ensure!(!run.lines().join("\n").contains("verdict=PASS"), "{word}: it claims to have passed:\n{run}");
@@ -257,6 +265,77 @@ fn unknown_workload_on_qemu() -> Verdict {
     let image = file_of(PAGER)?;
     let run = qemu::run(image.path(), "workload=nonsense", "64M")?;
     ensure!(run.end == STATUS_COMMAND_LINE, "expected {STATUS_COMMAND_LINE:?}:\n{run}");
+    Ok(())
+}
+
+/// Runs an image on soft with the disks that `workload=reclaim` wants.
+fn reclaim_of(image: &[u8], append: &str, swap: &str) -> Result<Outcome, Failed> {
+    let image = file_of(image)?;
+    let path = image.path().to_string_lossy().into_owned();
+    let swap = format!("{swap},id=swap");
+    SOFT.run(&[&path, "--disk", &swap, "--disk", "16M,id=file", "--append", append])
+}
+
+fn lost_pages() -> Verdict {
+    for (twin, name) in [(PAGER_ZEROS, "zeros"), (PAGER_OTHER, "others")] {
+        for pace in ["fast", "slow"] {
+            let run = reclaim_of(twin, &format!("workload=reclaim pace={pace}"), "64M")?;
+            let caught = run.result_lines().iter().any(|line| line.ends_with("is not what was written"));
+            ensure!(caught && run.end == STATUS_FAIL, "{name}, {pace}: not caught:\n{run}");
+        }
+    }
+    Ok(())
+}
+
+fn no_scope() -> Verdict {
+    let run = reclaim_of(PAGER_NO_SCOPE, "workload=reclaim", "64M")?;
+    let caught = run.result_lines().iter().any(|line| line.contains("mutex->owner != current"));
+    ensure!(caught && run.end == STATUS_PANIC, "whoever has the lock should come to wait for itself:\n{run}");
+    Ok(())
+}
+
+/// Swap and memory together hold less than the processes want.
+fn too_little_swap() -> Verdict {
+    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "1M")?;
+    let lines = run.result_lines();
+    let process =
+        |line: &String, before: &str| Some(line.strip_prefix(before)?.split(' ').next()?.to_owned());
+    let largest: Vec<_> =
+        lines.iter().filter_map(|line| process(line, "pager: out of memory: process ")).collect();
+    let mut killed: Vec<_> = lines
+        .iter()
+        .filter(|line| line.contains(" killed: out of memory"))
+        .filter_map(|line| process(line, "pager: process "))
+        .collect();
+    killed.sort();
+    let mut chosen = largest.clone();
+    chosen.sort();
+    ensure!(!chosen.is_empty() && chosen.len() < 4, "{} processes were to be killed:\n{run}", chosen.len());
+    ensure!(killed == chosen, "{chosen:?} were the largest, and {killed:?} were killed:\n{run}");
+    ensure!(lines.iter().any(|line| line.ends_with(" wrong=0")), "a page is wrong:\n{run}");
+    ensure!(run.end == STATUS_FAIL, "the verdict should say that a process did not end well:\n{run}");
+    Ok(())
+}
+
+fn pace() -> Verdict {
+    let touches = |pace: &str| -> Result<u64, Failed> {
+        let run = reclaim_of(PAGER, &format!("workload=reclaim pace={pace}"), "64M")?;
+        ensure!(run.end == End::Status(0), "{pace}: the guest did not pass:\n{run}");
+        let lines = run.lines();
+        let begin = lines.iter().find(|line| line.starts_with("time: begin reclaim"));
+        number(begin.ok_or("no phase")?, "touches")
+    };
+    let (slow, fast, auto) = (touches("slow")?, touches("fast")?, touches("auto")?);
+    ensure!(slow < fast && auto == fast, "touches: slow {slow}, fast {fast}, and as measured {auto}");
+    Ok(())
+}
+
+/// A request in ten milliseconds: what is under way for long is no reason to kill anybody.
+fn slow_disks() -> Verdict {
+    let image = file_of(PAGER)?;
+    let words = "workload=reclaim hz=1000 pace=slow";
+    let run = qemu::run_with_disks(image.path(), words, "64M", "throttling.iops-total=100")?;
+    ensure!(run.end == End::Status(1), "the guest did not pass:\n{run}");
     Ok(())
 }
 

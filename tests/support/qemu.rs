@@ -18,6 +18,11 @@ const DISKS: [(&str, u64); 2] = [("swap", 256 << 20), ("file", 16 << 20)];
 
 /// Boots `image` with `cmdline` on QEMU's software emulation, with two empty disks and a balloon; `mem` as QEMU writes sizes ("64M").
 pub fn run(image: &Path, cmdline: &str, mem: &str) -> Result<Outcome, String> {
+    run_with_disks(image, cmdline, mem, "cache=unsafe")
+}
+
+/// The same with a further option for the drives behind its disks.
+pub fn run_with_disks(image: &Path, cmdline: &str, mem: &str, option: &str) -> Result<Outcome, String> {
     let files = DISKS.map(|(_, bytes)| disk(bytes));
     let mut command = Command::new("qemu-system-i386");
     // The default CPU model has neither NX nor SMEP, which Umbra's CPU has.
@@ -28,7 +33,7 @@ pub fn run(image: &Path, cmdline: &str, mem: &str) -> Result<Outcome, String> {
     command.args(["-global", "virtio-mmio.force-legacy=false"]);
     for ((serial, _), file) in DISKS.iter().zip(&files) {
         let path = file.as_ref().map_err(String::clone)?.path().display();
-        command.arg("-drive").arg(format!("if=none,id={serial},format=raw,cache=unsafe,file={path}"));
+        command.arg("-drive").arg(format!("if=none,id={serial},format=raw,{option},file={path}"));
         command.arg("-device").arg(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
     command.args(["-device", "virtio-balloon-device,deflate-on-oom=on,free-page-reporting=on"]);

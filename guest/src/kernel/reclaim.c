@@ -11,6 +11,8 @@
  * list; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is
  * dirty, in order of slots. 5. free what nobody has come to want meanwhile.
  *
+ * Anonymous pages that have no slot in swap, while there is none, are on a list of their own until one comes free.
+ *
  * When to give up: not while a disk has a request, since what it has may come free; else after looking at each page of both
  * lists a few times, and once more after all others have run. Then the balloon gives back; then the largest process is killed.
  *
