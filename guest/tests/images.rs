@@ -129,6 +129,8 @@ fn unclean(instruction: &Instruction) -> bool {
                     | CpuidFeature::MSR
                     | CpuidFeature::CMOV
                     | CpuidFeature::MULTIBYTENOP
+                    // A no-operation where it is not known.
+                    | CpuidFeature::PAUSE
             )
         });
     shows_the_host || reads_cs || needs_fpu

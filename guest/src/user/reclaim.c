@@ -31,7 +31,7 @@
 
 /* Percent of its pages that a worker touches between the first time and the last. */
 #define FAST_SHARE 100
-#define SLOW_SHARE 42
+#define SLOW_SHARE 30
 
 static u32 wrong, work;
 
