@@ -7,20 +7,27 @@
 //!
 //! ```text
 //! cargo build --release && cargo bench --bench peer -- [--backends soft,kvm] [--workloads spin,sweep] [--rounds 5] [--scale 100]
+//!     [--append 'pace=fast nmi=0']
 //! ```
 //!
-//! `--scale` holds for all contestants. A backend that this build or this machine does not have is skipped, with the reason.
+//! All have the two disks that the workloads `reclaim` and `disk` want, in memory. `--scale` holds for all contestants, and so do the
+//! words of `--append`. A backend that this build or this machine does not have is skipped, with the reason.
 //! `UMBRA_BIN` names another `umbra` than the one beside this program. Status 1: a contestant did not pass.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use tempfile::NamedTempFile;
 use umbra_benches::peer::{self, Phase, quantile};
 
 const PEER: &str = "tcg";
 const BACKENDS: &str = "soft,kvm";
 const WORKLOADS: &str = "spin,sweep,storm,mix";
+/// The guest's disks: serial number, and bytes.
+const DISKS: [(&str, u64); 2] = [("swap", 256 << 20), ("file", 16 << 20)];
+/// Where a file is memory.
+const MEMORY: &str = "/dev/shm";
 const SCALE_MAX: u64 = 1000;
 /// What a run of the first contestant should take, and what one of any other may.
 const TARGET: Duration = Duration::from_secs(1);
@@ -34,6 +41,8 @@ struct Options {
     workloads: Vec<String>,
     rounds: usize,
     scale: Option<u64>,
+    /// Further words for the guest.
+    append: String,
     smoke: bool,
 }
 
@@ -58,7 +67,8 @@ fn bench() -> Result<(), String> {
     let image = tempfile::NamedTempFile::new().map_err(|error| format!("no temporary file: {error}"))?;
     std::fs::write(image.path(), umbra_guest::PAGER)
         .map_err(|error| format!("cannot write the image: {error}"))?;
-    let contestants = contestants(&options, image.path())?;
+    let disks = DISKS.iter().map(|disk| make_disk(disk.1)).collect::<Result<Vec<_>, _>>()?;
+    let contestants = contestants(&options, image.path(), &disks)?;
     options.workloads.iter().try_for_each(|workload| compare(&options, &contestants, workload))
 }
 
@@ -74,6 +84,7 @@ impl Options {
             workloads: list(option("--workloads"), WORKLOADS),
             rounds: number("--rounds")?.unwrap_or(if smoke { 1 } else { 5 }) as usize,
             scale: number("--scale")?,
+            append: option("--append").unwrap_or_default(),
             smoke,
         })
     }
@@ -89,10 +100,15 @@ fn number(name: &str) -> Result<Option<u64>, String> {
     option(name).map(parse).transpose()
 }
 
+fn make_disk(bytes: u64) -> Result<NamedTempFile, String> {
+    let file = NamedTempFile::new_in(MEMORY).and_then(|file| file.as_file().set_len(bytes).map(|()| file));
+    file.map_err(|error| format!("no disk of {bytes} bytes in {MEMORY}: {error}"))
+}
+
 /// The peer first, then the backends that are there.
-fn contestants(options: &Options, image: &Path) -> Result<Vec<Contestant>, String> {
+fn contestants(options: &Options, image: &Path, disks: &[NamedTempFile]) -> Result<Vec<Contestant>, String> {
     let umbra = umbra()?;
-    let mut all = vec![qemu(image)];
+    let mut all = vec![qemu(image, disks)];
     all.extend(options.backends.iter().map(|backend| on_umbra(&umbra, backend, image)));
     all.retain(|contestant| match present(contestant) {
         Ok(()) => true,
@@ -109,8 +125,13 @@ fn present(contestant: &Contestant) -> Result<(), String> {
     peer::run(&mut (contestant.command)("workload=spin scale=1"), LIMIT).map(drop)
 }
 
-fn qemu(image: &Path) -> Contestant {
+fn qemu(image: &Path, disks: &[NamedTempFile]) -> Contestant {
     let image = image.to_owned();
+    let drive = |(file, (name, _)): (&NamedTempFile, &(&str, u64))| {
+        let drive = format!("if=none,id={name},format=raw,file={}", file.path().display());
+        ["-drive".into(), drive, "-device".into(), format!("virtio-blk-device,drive={name},serial={name}")]
+    };
+    let drives: Vec<String> = disks.iter().zip(&DISKS).flat_map(drive).collect();
     let command = move |words: &str| {
         let mut command = Command::new("qemu-system-i386");
         command.args([
@@ -128,6 +149,8 @@ fn qemu(image: &Path) -> Contestant {
         ]);
         command.args(["-display", "none", "-monitor", "none", "-nic", "none"]);
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"]);
+        command.args(["-global", "virtio-mmio.force-legacy=false"]).args(&drives);
+        command.args(["-device", "virtio-balloon-device,deflate-on-oom=on,free-page-reporting=on"]);
         command.arg("-kernel").arg(&image).args(["-append", words]);
         command
     };
@@ -140,6 +163,9 @@ fn on_umbra(umbra: &Path, backend: &str, image: &Path) -> Contestant {
     let command = move |words: &str| {
         let mut command = Command::new(&umbra);
         command.arg("run").arg(&image).args(["--backend", &backend, "--append", words]);
+        for (name, bytes) in DISKS {
+            command.args(["--disk", &format!("{bytes},id={name}")]);
+        }
         command
     };
     Contestant { name, command: Box::new(command) }
@@ -160,7 +186,8 @@ fn compare(options: &Options, contestants: &[Contestant], workload: &str) -> Res
     let scales = scales(options, contestants, workload)?;
     let mut rounds = Vec::new();
     for _ in 0..options.rounds {
-        let round = contestants.iter().zip(&scales).map(|(one, scale)| one.run(workload, *scale));
+        let round =
+            contestants.iter().zip(&scales).map(|(one, scale)| one.run(workload, &options.append, *scale));
         rounds.push(round.collect::<Result<Vec<_>, _>>()?);
     }
     for (at, (contestant, scale)) in contestants.iter().zip(&scales).enumerate() {
@@ -172,8 +199,8 @@ fn compare(options: &Options, contestants: &[Contestant], workload: &str) -> Res
 }
 
 impl Contestant {
-    fn run(&self, workload: &str, scale: u64) -> Result<Vec<Phase>, String> {
-        peer::run(&mut (self.command)(&format!("workload={workload} scale={scale}")), LIMIT)
+    fn run(&self, workload: &str, append: &str, scale: u64) -> Result<Vec<Phase>, String> {
+        peer::run(&mut (self.command)(&format!("workload={workload} scale={scale} {append}")), LIMIT)
     }
 }
 
@@ -184,8 +211,8 @@ fn scales(options: &Options, contestants: &[Contestant], workload: &str) -> Resu
         let fixed = options.scale.or(options.smoke.then_some(1));
         let scale = match (fixed, scales.first()) {
             (Some(scale), _) => scale,
-            (None, None) => contestant.scale_for(workload, TARGET)?,
-            (None, Some(first)) => contestant.scale_for(workload, TARGET_MAX)?.min(*first),
+            (None, None) => contestant.scale_for(workload, &options.append, TARGET)?,
+            (None, Some(first)) => contestant.scale_for(workload, &options.append, TARGET_MAX)?.min(*first),
         };
         scales.push(scale);
     }
@@ -194,9 +221,9 @@ fn scales(options: &Options, contestants: &[Contestant], workload: &str) -> Resu
 
 impl Contestant {
     /// The scale whose timed phases take about `target`.
-    fn scale_for(&self, workload: &str, target: Duration) -> Result<u64, String> {
+    fn scale_for(&self, workload: &str, append: &str, target: Duration) -> Result<u64, String> {
         let seconds = |scale| -> Result<f64, String> {
-            Ok(self.run(workload, scale)?.iter().map(|phase| phase.took.as_secs_f64()).sum())
+            Ok(self.run(workload, append, scale)?.iter().map(|phase| phase.took.as_secs_f64()).sum())
         };
         let of = |scale: u64, took: f64| {
             ((scale as f64 * target.as_secs_f64() / took.max(1e-6)) as u64).clamp(1, SCALE_MAX)

@@ -39,76 +39,46 @@ fn change(by: impl FnOnce(&mut Depths)) {
     });
 }
 
-/// While it lives, reclaim that this thread does starts no I/O.
-#[derive(Debug)]
-#[must_use]
-pub struct NoIo(PhantomData<*const ()>);
+/// A type that puts its thread into a scope for as long as a value of it lives.
+macro_rules! scope {
+    ($(#[$docs:meta])* $name:ident, $depth:ident) => {
+        $(#[$docs])*
+        #[derive(Debug)]
+        #[must_use]
+        pub struct $name(PhantomData<*const ()>);
 
-impl NoIo {
-    /// Enters the scope.
-    pub fn enter() -> NoIo {
-        change(|now| now.no_io += 1);
-        NoIo(PhantomData)
-    }
+        impl $name {
+            /// Enters the scope.
+            pub fn enter() -> $name {
+                change(|now| now.$depth += 1);
+                $name(PhantomData)
+            }
 
-    /// True within one.
-    pub fn is_entered() -> bool {
-        DEPTHS.with(Cell::get).no_io > 0
-    }
+            /// True within one.
+            pub fn is_entered() -> bool {
+                DEPTHS.with(Cell::get).$depth > 0
+            }
+        }
+
+        impl Drop for $name {
+            fn drop(&mut self) {
+                change(|now| now.$depth -= 1);
+            }
+        }
+    };
 }
 
-impl Drop for NoIo {
-    fn drop(&mut self) {
-        change(|now| now.no_io -= 1);
-    }
+scope! {
+    /// While it lives, reclaim that this thread does starts no I/O.
+    NoIo, no_io
 }
-
-/// While it lives, this thread may take from the reserve, and does not reclaim for a frame.
-#[derive(Debug)]
-#[must_use]
-pub struct MemAlloc(PhantomData<*const ()>);
-
-impl MemAlloc {
-    /// Enters the scope.
-    pub fn enter() -> MemAlloc {
-        change(|now| now.mem_alloc += 1);
-        MemAlloc(PhantomData)
-    }
-
-    /// True within one.
-    pub fn is_entered() -> bool {
-        DEPTHS.with(Cell::get).mem_alloc > 0
-    }
+scope! {
+    /// While it lives, this thread may take from the reserve, and does not reclaim for a frame.
+    MemAlloc, mem_alloc
 }
-
-impl Drop for MemAlloc {
-    fn drop(&mut self) {
-        change(|now| now.mem_alloc -= 1);
-    }
-}
-
-/// While it lives, this thread may not sleep (INV-WAIT-2).
-#[derive(Debug)]
-#[must_use]
-pub struct NoSleep(PhantomData<*const ()>);
-
-impl NoSleep {
-    /// Enters the scope.
-    pub fn enter() -> NoSleep {
-        change(|now| now.no_sleep += 1);
-        NoSleep(PhantomData)
-    }
-
-    /// True within one.
-    pub fn is_entered() -> bool {
-        DEPTHS.with(Cell::get).no_sleep > 0
-    }
-}
-
-impl Drop for NoSleep {
-    fn drop(&mut self) {
-        change(|now| now.no_sleep -= 1);
-    }
+scope! {
+    /// While it lives, this thread may not sleep (INV-WAIT-2).
+    NoSleep, no_sleep
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -350,16 +350,16 @@ mod tests {
         assert_eq!((disks[0].write.requests, disks[0].write.errors, balloon.target), (99, 0, 5));
     }
 
-    /// A medium that takes its time: until it is let go on.
-    struct Held(Arc<Bell>);
+    /// A medium that does this at each write, and has nothing.
+    struct AtWrite<F>(F);
 
-    impl Medium for Held {
+    impl<F: Fn(u64) + Send + 'static> Medium for AtWrite<F> {
         fn read(&self, _offset: u64, _buffer: &mut [u8]) -> io::Result<()> {
             Ok(())
         }
 
-        fn write(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
-            self.0.wait();
+        fn write(&self, offset: u64, _data: &[u8]) -> io::Result<()> {
+            (self.0)(offset);
             Ok(())
         }
 
@@ -376,11 +376,24 @@ mod tests {
         }
     }
 
+    /// A disk of a few sectors on it.
+    fn disk(at_write: impl Fn(u64) + Send + 'static) -> Vec<Disk> {
+        vec![Disk::new(Box::new(AtWrite(at_write)), 8, false, "disk0".into())]
+    }
+
+    /// One whose writes take their time, until somebody lets them go on.
+    fn held(bell: &Arc<Bell>) -> Vec<Disk> {
+        let bell = Arc::clone(bell);
+        disk(move |_| {
+            bell.wait();
+        })
+    }
+
     /// The request in hand is done, and no other begins until the guest goes on.
     #[test]
     fn a_guest_stands_when_its_devices_do_and_they_go_on_with_it() {
         let bell = Arc::new(Bell::default());
-        let run = run(vec![Disk::new(Box::new(Held(Arc::clone(&bell))), 8, false, "disk0".into())]);
+        let run = run(held(&bell));
         let news = Arc::new(News::default());
         let stops = Stops::new(Arc::clone(&run.devices), Arc::clone(&news));
         let mut driver = Driver::default();
@@ -411,7 +424,7 @@ mod tests {
     #[test]
     fn a_disk_that_hangs_does_not_hold_up_the_end_of_the_run() {
         let bell = Arc::new(Bell::default());
-        let run = run(vec![Disk::new(Box::new(Held(Arc::clone(&bell))), 8, false, "disk0".into())]);
+        let run = run(held(&bell));
         let mut driver = Driver::default();
         driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
         write_a_sector(&run, &mut driver);
@@ -423,34 +436,9 @@ mod tests {
         wait_for(|| run.devices.is_quiet());
     }
 
-    /// A medium with a mistake in it.
-    struct Mistaken;
-
-    impl Medium for Mistaken {
-        fn read(&self, _offset: u64, _buffer: &mut [u8]) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn write(&self, offset: u64, _data: &[u8]) -> io::Result<()> {
-            panic!("the first write is at {offset}")
-        }
-
-        fn sync(&self) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn punch(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn zero(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
     #[test]
     fn a_panic_of_a_disks_thread_ends_the_run_with_what_it_said() {
-        let run = run(vec![Disk::new(Box::new(Mistaken), 8, false, "disk0".into())]);
+        let run = run(disk(|offset| panic!("the first write is at {offset}")));
         let mut driver = Driver::default();
         driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
         write_a_sector(&run, &mut driver);
