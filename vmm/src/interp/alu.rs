@@ -1,6 +1,6 @@
 //! Values and flags of the arithmetic instructions, as pure functions.
 //!
-//! Holds: each function takes EFLAGS, returns it with what it defines replaced, and leaves all else alone. Operands
+//! Holds: each function takes the flags, returns them with what it defines replaced, and leaves the others alone. Operands
 //! come masked to the width, and results leave so.
 //!
 //! Flags that the architecture calls undefined are set as AMD's Zen sets them, where the native tests
@@ -9,109 +9,90 @@
 //! See: Intel SDM vol. 1, appendix A (EFLAGS cross-reference); vol. 2 for each instruction.
 
 use super::Width;
-use crate::cpu::eflags::{AF, CF, OF, PF, SF, ZF};
+use super::flags::Flags;
 
-/// The six flags that arithmetic sets.
-pub(super) const ARITHMETIC: u32 = CF | PF | AF | ZF | SF | OF;
-
-/// A result and EFLAGS after it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A result and the flags after it.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Outcome {
     pub(super) value: u32,
-    pub(super) flags: u32,
+    pub(super) flags: Flags,
 }
 
-/// A two-operand operation: destination, source, EFLAGS, width.
-pub(super) type Binary = fn(u32, u32, u32, Width) -> Outcome;
+/// A two-operand operation: destination, source, flags, width.
+pub(super) type Binary = fn(u32, u32, Flags, Width) -> Outcome;
 
-/// `bit` where `set`.
-fn flag(bit: u32, set: bool) -> u32 {
-    if set { bit } else { 0 }
+fn outcome(value: u32, carries: u32, width: Width) -> Outcome {
+    Outcome { value, flags: Flags::of_result(value, carries, width) }
 }
 
-/// ZF, SF and PF of a result.
-pub(super) fn result_flags(value: u32, width: Width) -> u32 {
-    flag(ZF, value == 0)
-        | flag(SF, value & width.sign() != 0)
-        | flag(PF, (value as u8).count_ones().is_multiple_of(2))
+/// A bit carries where both operands have it, or either has it and the sum does not.
+fn add_with(a: u32, b: u32, carry: bool, width: Width) -> Outcome {
+    let value = a.wrapping_add(b).wrapping_add(carry.into()) & width.mask();
+    outcome(value, a & b | (a | b) & !value, width)
 }
 
-fn outcome(value: u32, flags: u32, width: Width, rest: u32) -> Outcome {
-    Outcome { value, flags: flags & !ARITHMETIC | result_flags(value, width) | rest }
+/// A bit borrows where only what is taken has it, or where that and the difference have it, or neither.
+fn sub_with(a: u32, b: u32, borrow: bool, width: Width) -> Outcome {
+    let value = a.wrapping_sub(b).wrapping_sub(borrow.into()) & width.mask();
+    outcome(value, !a & b | (!a | b) & value, width)
 }
 
-fn add_with(a: u32, b: u32, carry: u32, flags: u32, width: Width) -> Outcome {
-    let wide = u64::from(a) + u64::from(b) + u64::from(carry);
-    let value = wide as u32 & width.mask();
-    let rest = flag(CF, wide >> width.bits() != 0)
-        | (a ^ b ^ value) & AF
-        | flag(OF, (a ^ value) & (b ^ value) & width.sign() != 0);
-    outcome(value, flags, width, rest)
+pub(super) fn add(a: u32, b: u32, _: Flags, width: Width) -> Outcome {
+    add_with(a, b, false, width)
 }
 
-fn sub_with(a: u32, b: u32, borrow: u32, flags: u32, width: Width) -> Outcome {
-    let value = a.wrapping_sub(b).wrapping_sub(borrow) & width.mask();
-    let rest = flag(CF, u64::from(a) < u64::from(b) + u64::from(borrow))
-        | (a ^ b ^ value) & AF
-        | flag(OF, (a ^ b) & (a ^ value) & width.sign() != 0);
-    outcome(value, flags, width, rest)
+pub(super) fn adc(a: u32, b: u32, flags: Flags, width: Width) -> Outcome {
+    add_with(a, b, flags.carry(), width)
 }
 
-pub(super) fn add(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    add_with(a, b, 0, flags, width)
+pub(super) fn sub(a: u32, b: u32, _: Flags, width: Width) -> Outcome {
+    sub_with(a, b, false, width)
 }
 
-pub(super) fn adc(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    add_with(a, b, flags & CF, flags, width)
+pub(super) fn sbb(a: u32, b: u32, flags: Flags, width: Width) -> Outcome {
+    sub_with(a, b, flags.carry(), width)
 }
 
-pub(super) fn sub(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    sub_with(a, b, 0, flags, width)
+pub(super) fn and(a: u32, b: u32, _: Flags, width: Width) -> Outcome {
+    outcome(a & b, 0, width)
 }
 
-pub(super) fn sbb(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    sub_with(a, b, flags & CF, flags, width)
+pub(super) fn or(a: u32, b: u32, _: Flags, width: Width) -> Outcome {
+    outcome(a | b, 0, width)
 }
 
-pub(super) fn and(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    outcome(a & b, flags, width, 0)
-}
-
-pub(super) fn or(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    outcome(a | b, flags, width, 0)
-}
-
-pub(super) fn xor(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
-    outcome(a ^ b, flags, width, 0)
+pub(super) fn xor(a: u32, b: u32, _: Flags, width: Width) -> Outcome {
+    outcome(a ^ b, 0, width)
 }
 
 /// INC: as ADD 1, but CF stays.
-pub(super) fn inc(a: u32, _: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn inc(a: u32, _: u32, flags: Flags, width: Width) -> Outcome {
     let sum = add(a, 1, flags, width);
-    Outcome { flags: sum.flags & !CF | flags & CF, ..sum }
+    Outcome { flags: sum.flags.with_carry(flags.carry()), ..sum }
 }
 
 /// DEC: as SUB 1, but CF stays.
-pub(super) fn dec(a: u32, _: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn dec(a: u32, _: u32, flags: Flags, width: Width) -> Outcome {
     let difference = sub(a, 1, flags, width);
-    Outcome { flags: difference.flags & !CF | flags & CF, ..difference }
+    Outcome { flags: difference.flags.with_carry(flags.carry()), ..difference }
 }
 
-pub(super) fn neg(a: u32, _: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn neg(a: u32, _: u32, flags: Flags, width: Width) -> Outcome {
     sub(0, a, flags, width)
 }
 
-pub(super) fn not(a: u32, _: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn not(a: u32, _: u32, flags: Flags, width: Width) -> Outcome {
     Outcome { value: !a & width.mask(), flags }
 }
 
 /// A shift's outcome: AF, which is undefined, is set.
-fn shifted(value: u32, carry: bool, overflow: bool, flags: u32, width: Width) -> Outcome {
-    outcome(value, flags, width, AF | flag(CF, carry) | flag(OF, overflow))
+fn shifted(value: u32, carry: bool, overflow: bool, width: Width) -> Outcome {
+    let flags = Flags::of_result(value, 0, width).with_auxiliary(true);
+    Outcome { value, flags: flags.with_carry_and_overflow(carry, overflow) }
 }
 
 /// SHL; the count comes whole and is taken modulo 32.
-pub(super) fn shl(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn shl(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     let count = count & 31;
     if count == 0 {
         return Outcome { value: a, flags };
@@ -120,11 +101,11 @@ pub(super) fn shl(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
     let value = wide as u32 & width.mask();
     let carry = wide >> width.bits() & 1 != 0;
     let overflow = carry != (value & width.sign() != 0);
-    shifted(value, carry, overflow, flags, width)
+    shifted(value, carry, overflow, width)
 }
 
 /// SHR.
-pub(super) fn shr(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn shr(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     let count = count & 31;
     if count == 0 {
         return Outcome { value: a, flags };
@@ -133,26 +114,26 @@ pub(super) fn shr(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
     let carry = u64::from(a) >> (count - 1) & 1 != 0;
     // The bit that became the one below the sign: for a count of 1 the old sign.
     let overflow = value << 1 & width.sign() != 0;
-    shifted(value, carry, overflow, flags, width)
+    shifted(value, carry, overflow, width)
 }
 
 /// SAR.
-pub(super) fn sar(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn sar(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     let count = count & 31;
     if count == 0 {
         return Outcome { value: a, flags };
     }
     let wide = i64::from(width.extend(a) as i32);
     let value = (wide >> count) as u32 & width.mask();
-    shifted(value, wide >> (count - 1) & 1 != 0, false, flags, width)
+    shifted(value, wide >> (count - 1) & 1 != 0, false, width)
 }
 
 /// Rotates change CF and OF alone; their OF is CF (or the old sign's neighbour) against the new sign.
-fn rotated(value: u32, carry: bool, overflow: bool, flags: u32) -> Outcome {
-    Outcome { value, flags: flags & !(CF | OF) | flag(CF, carry) | flag(OF, overflow) }
+fn rotated(value: u32, carry: bool, overflow: bool, flags: Flags) -> Outcome {
+    Outcome { value, flags: flags.with_carry_and_overflow(carry, overflow) }
 }
 
-pub(super) fn rol(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn rol(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     if count & 31 == 0 {
         return Outcome { value: a, flags };
     }
@@ -163,7 +144,7 @@ pub(super) fn rol(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
     rotated(value, carry, carry != (value & width.sign() != 0), flags)
 }
 
-pub(super) fn ror(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn ror(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     if count & 31 == 0 {
         return Outcome { value: a, flags };
     }
@@ -175,13 +156,13 @@ pub(super) fn ror(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
 }
 
 /// RCL: a rotation of CF and the operand together, one bit more than the width.
-pub(super) fn rcl(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn rcl(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     if count & 31 == 0 {
         return Outcome { value: a, flags };
     }
     let ring = width.bits() + 1;
     let count = (count & 31) % ring;
-    let whole = u64::from(flags & CF) << width.bits() | u64::from(a);
+    let whole = u64::from(flags.carry()) << width.bits() | u64::from(a);
     let turned = whole << count | whole >> (ring - count);
     let value = turned as u32 & width.mask();
     let carry = turned >> width.bits() & 1 != 0;
@@ -189,13 +170,13 @@ pub(super) fn rcl(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
 }
 
 /// RCR.
-pub(super) fn rcr(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn rcr(a: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     if count & 31 == 0 {
         return Outcome { value: a, flags };
     }
     let ring = width.bits() + 1;
     let count = (count & 31) % ring;
-    let whole = u64::from(flags & CF) << width.bits() | u64::from(a);
+    let whole = u64::from(flags.carry()) << width.bits() | u64::from(a);
     let turned = whole >> count | whole << (ring - count);
     let value = turned as u32 & width.mask();
     let carry = turned >> width.bits() & 1 != 0;
@@ -205,7 +186,7 @@ pub(super) fn rcr(a: u32, count: u32, flags: u32, width: Width) -> Outcome {
 
 /// SHLD: `a` shifted left, filled from the top of `b`. A 16-bit count above 16, which is undefined, goes on into
 /// `b` again; CF and OF are those of `a` shifted alone.
-pub(super) fn shld(a: u32, b: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn shld(a: u32, b: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     let count = count & 31;
     if count == 0 {
         return Outcome { value: a, flags };
@@ -216,11 +197,11 @@ pub(super) fn shld(a: u32, b: u32, count: u32, flags: u32, width: Width) -> Outc
     let alone = u64::from(a) << count;
     let carry = alone >> bits & 1 != 0;
     let overflow = carry != (alone & u64::from(width.sign()) != 0);
-    shifted(value, carry, overflow, flags, width)
+    shifted(value, carry, overflow, width)
 }
 
 /// SHRD: `a` shifted right, filled from the bottom of `b`, and again from `b`.
-pub(super) fn shrd(a: u32, b: u32, count: u32, flags: u32, width: Width) -> Outcome {
+pub(super) fn shrd(a: u32, b: u32, count: u32, flags: Flags, width: Width) -> Outcome {
     let count = count & 31;
     if count == 0 {
         return Outcome { value: a, flags };
@@ -230,22 +211,5 @@ pub(super) fn shrd(a: u32, b: u32, count: u32, flags: u32, width: Width) -> Outc
     let value = (line >> count) as u32 & width.mask();
     let carry = u64::from(a) >> (count - 1) & 1 != 0;
     let overflow = (value ^ value << 1) & width.sign() != 0;
-    shifted(value, carry, overflow, flags, width)
-}
-
-/// True where EFLAGS meet condition `code` (the low four bits of Jcc, SETcc and CMOVcc).
-pub(super) fn condition(code: u32, flags: u32) -> bool {
-    let any = |bits| flags & bits != 0;
-    let less = any(SF) != any(OF);
-    let met = match code >> 1 & 7 {
-        0 => any(OF),
-        1 => any(CF),
-        2 => any(ZF),
-        3 => any(CF | ZF),
-        4 => any(SF),
-        5 => any(PF),
-        6 => less,
-        _ => less || any(ZF),
-    };
-    met != (code & 1 != 0)
+    shifted(value, carry, overflow, width)
 }

@@ -3,11 +3,20 @@
 use iced_x86::Instruction;
 
 use super::alu::{self, Binary, Outcome};
+use super::flags::Flags;
 use super::operand::{EAX, EBX, ECX, EDX, in_memory, width_of};
 use super::{Bus, Core, Exception, Exec, Flow, Width, decimal, ensure};
-use crate::cpu::eflags::{AF, CF, OF, PF, SF, ZF};
+use crate::cpu::eflags::{AF, PF, SF, ZF};
 
 impl<B: Bus + ?Sized> Core<'_, B> {
+    pub(super) fn arithmetic_flags(&self) -> Flags {
+        Flags::of(self.cpu.eflags)
+    }
+
+    pub(super) fn set_arithmetic_flags(&mut self, flags: Flags) {
+        self.cpu.eflags = flags.within(self.cpu.eflags);
+    }
+
     /// ADD and its kin: operand 0 is changed by operand 1.
     pub(super) fn binary(&mut self, i: &Instruction, operation: Binary) -> Exec<Flow> {
         let width = width_of(i, 0);
@@ -27,14 +36,14 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     fn apply(&mut self, i: &Instruction, width: Width, source: u32, operation: Binary) -> Exec<Flow> {
-        let before = self.cpu.eflags;
+        let before = self.arithmetic_flags();
         let mut after = before;
         self.modify(i, 0, width, |old| {
             let outcome = operation(old, source, before, width);
             after = outcome.flags;
             outcome.value
         })?;
-        self.cpu.eflags = after;
+        self.set_arithmetic_flags(after);
         Ok(Flow::Next)
     }
 
@@ -43,7 +52,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let width = width_of(i, 0);
         let source = self.read(i, 1, width)?;
         let target = self.read(i, 0, width)?;
-        self.cpu.eflags = operation(target, source, self.cpu.eflags, width).flags;
+        self.set_arithmetic_flags(operation(target, source, self.arithmetic_flags(), width).flags);
         Ok(Flow::Next)
     }
 
@@ -51,19 +60,19 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     pub(super) fn double_shift(
         &mut self,
         i: &Instruction,
-        operation: fn(u32, u32, u32, u32, Width) -> Outcome,
+        operation: fn(u32, u32, u32, Flags, Width) -> Outcome,
     ) -> Exec<Flow> {
         let width = width_of(i, 0);
         let source = self.read(i, 1, width)?;
         let count = self.read(i, 2, Width::B1)?;
-        let before = self.cpu.eflags;
+        let before = self.arithmetic_flags();
         let mut after = before;
         self.modify(i, 0, width, |old| {
             let outcome = operation(old, source, count, before, width);
             after = outcome.flags;
             outcome.value
         })?;
-        self.cpu.eflags = after;
+        self.set_arithmetic_flags(after);
         Ok(Flow::Next)
     }
 
@@ -71,17 +80,17 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     pub(super) fn exchange_add(&mut self, i: &Instruction) -> Exec<Flow> {
         let width = width_of(i, 0);
         let source = self.read(i, 1, width)?;
-        let before = self.cpu.eflags;
+        let before = self.arithmetic_flags();
         if in_memory(i, 0) {
             let old = self.modify(i, 0, width, |old| alu::add(old, source, before, width).value)?;
             self.set_register(i.op1_register(), old);
-            self.cpu.eflags = alu::add(old, source, before, width).flags;
+            self.set_arithmetic_flags(alu::add(old, source, before, width).flags);
         } else {
             let old = self.register(i.op0_register());
             let sum = alu::add(old, source, before, width);
             self.set_register(i.op1_register(), old);
             self.set_register(i.op0_register(), sum.value);
-            self.cpu.eflags = sum.flags;
+            self.set_arithmetic_flags(sum.flags);
         }
         Ok(Flow::Next)
     }
@@ -92,7 +101,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let source = self.read(i, 1, width)?;
         let expected = self.accumulator(width);
         let old = self.modify(i, 0, width, |old| if old == expected { source } else { old })?;
-        self.cpu.eflags = alu::sub(expected, old, self.cpu.eflags, width).flags;
+        self.set_arithmetic_flags(alu::sub(expected, old, self.arithmetic_flags(), width).flags);
         if old != expected {
             self.set_accumulator(width, old);
         }
@@ -154,7 +163,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
 
     /// CF and OF say that the upper half counts; the others, undefined, stay.
     fn set_product_flags(&mut self, fits: bool) {
-        self.cpu.eflags = product_flags(self.cpu.eflags, fits);
+        self.set_arithmetic_flags(product_flags(self.arithmetic_flags(), fits));
     }
 
     /// AX, DX:AX or EDX:EAX.
@@ -212,33 +221,35 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     /// DAA, DAS, AAA and AAS.
-    pub(super) fn adjust(&mut self, operation: fn(u32, u32) -> Outcome) -> Exec<Flow> {
-        let outcome = operation(self.accumulator(Width::B2), self.cpu.eflags);
+    pub(super) fn adjust(&mut self, operation: fn(u32, Flags) -> Outcome) -> Exec<Flow> {
+        let outcome = operation(self.accumulator(Width::B2), self.arithmetic_flags());
         self.finish_adjust(outcome)
     }
 
     /// AAM.
     pub(super) fn adjust_multiply(&mut self, i: &Instruction) -> Exec<Flow> {
-        let outcome = decimal::aam(self.accumulator(Width::B2), u32::from(i.immediate8()), self.cpu.eflags)?;
+        let outcome =
+            decimal::aam(self.accumulator(Width::B2), u32::from(i.immediate8()), self.arithmetic_flags())?;
         self.finish_adjust(outcome)
     }
 
     /// AAD.
     pub(super) fn adjust_divide(&mut self, i: &Instruction) -> Exec<Flow> {
-        let outcome = decimal::aad(self.accumulator(Width::B2), u32::from(i.immediate8()), self.cpu.eflags);
+        let outcome =
+            decimal::aad(self.accumulator(Width::B2), u32::from(i.immediate8()), self.arithmetic_flags());
         self.finish_adjust(outcome)
     }
 
     fn finish_adjust(&mut self, outcome: Outcome) -> Exec<Flow> {
         self.set_accumulator(Width::B2, outcome.value);
-        self.cpu.eflags = outcome.flags;
+        self.set_arithmetic_flags(outcome.flags);
         Ok(Flow::Next)
     }
 }
 
-/// EFLAGS after a product whose upper half counts unless it `fits`.
-pub(super) fn product_flags(flags: u32, fits: bool) -> u32 {
-    flags & !(CF | OF) | if fits { 0 } else { CF | OF }
+/// The flags after a product whose upper half counts unless it `fits`.
+pub(super) fn product_flags(flags: Flags, fits: bool) -> Flags {
+    flags.with_carry_and_overflow(!fits, !fits)
 }
 
 /// The double-width product, and whether its upper half is only the lower one's extension.

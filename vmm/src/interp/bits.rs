@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, OpKind};
 
-use super::alu::{ARITHMETIC, result_flags};
+use super::flags::{ARITHMETIC, Flags};
 use super::operand::{address_mask, in_memory, width_of};
 use super::{Bus, Core, Exec, Flow, Width};
 use crate::cpu::eflags::{CF, PF, ZF};
@@ -73,7 +73,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         } else {
             let index = find(source);
             self.set_register(i.op0_register(), index);
-            result_flags(index, Width::B4) & !ZF
+            Flags::of_result(index, 0, Width::B4).within(0) & !ZF
         };
         self.cpu.eflags = self.cpu.eflags & !ARITHMETIC | flags;
         Ok(Flow::Next)

@@ -3,7 +3,7 @@
 use iced_x86::{Code, ConditionCode, Instruction, OpKind, Register};
 use umbra_mmu::AccessKind;
 
-use super::alu::{ARITHMETIC, condition};
+use super::flags::ARITHMETIC;
 use super::operand::{EAX, EBP, EBX, ECX, EDI, EDX, ESI, ESP, in_memory, merge, segment_of, width_of};
 use super::stack::Stack;
 use super::{Bus, Core, Exception, Exec, Flow, Leave, Width, ensure};
@@ -38,7 +38,7 @@ pub(super) fn condition_bits(code: ConditionCode) -> u32 {
 impl<B: Bus + ?Sized> Core<'_, B> {
     /// True where the condition of a Jcc, SETcc, CMOVcc, LOOPE or LOOPNE holds.
     pub(super) fn condition(&self, i: &Instruction) -> bool {
-        condition(condition_bits(i.condition_code()), self.cpu.eflags)
+        self.arithmetic_flags().meet(condition_bits(i.condition_code()))
     }
 
     /// MOV between general registers, memory and immediates.

@@ -44,6 +44,7 @@ pub mod exception;
 mod execute;
 mod far;
 mod fetch;
+mod flags;
 pub mod flat;
 mod fpu;
 mod gate;

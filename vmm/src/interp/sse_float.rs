@@ -11,8 +11,9 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::flags::ARITHMETIC;
 use super::sse_unmasked::beyond_range;
-use super::{Bus, Core, Exception, Exec, Leave, alu, ensure};
+use super::{Bus, Core, Exception, Exec, Leave, ensure};
 use crate::cpu::cr4;
 use crate::host_fpu::{self, Float, Mixed, Operands, Prefix};
 
@@ -41,7 +42,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         self.judge(beyond_range(i.mnemonic(), [a, b], &operands, mxcsr))?;
         match i.mnemonic() {
             Mnemonic::Comiss | Mnemonic::Comisd | Mnemonic::Ucomiss | Mnemonic::Ucomisd => {
-                self.cpu.eflags = self.cpu.eflags & !alu::ARITHMETIC | operands.flags;
+                self.cpu.eflags = self.cpu.eflags & !ARITHMETIC | operands.flags;
                 Ok(())
             }
             _ if i.op0_register().is_xmm() => self.set_vector(i, 0, operands.a),

@@ -162,7 +162,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             StringKind::Cmps => {
                 let left = self.load(s.source, from, s.width)?;
                 let right = self.load(Seg::Es, to, s.width)?;
-                self.cpu.eflags = alu::sub(left, right, self.cpu.eflags, s.width).flags;
+                self.set_arithmetic_flags(alu::sub(left, right, self.arithmetic_flags(), s.width).flags);
             }
             StringKind::Stos => self.store(Seg::Es, to, s.width, self.cpu.gpr[EAX])?,
             StringKind::Lods => {
@@ -171,7 +171,9 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             }
             StringKind::Scas => {
                 let right = self.load(Seg::Es, to, s.width)?;
-                self.cpu.eflags = alu::sub(self.accumulator(s.width), right, self.cpu.eflags, s.width).flags;
+                self.set_arithmetic_flags(
+                    alu::sub(self.accumulator(s.width), right, self.arithmetic_flags(), s.width).flags,
+                );
             }
             StringKind::Ins => {
                 self.probe_target(s, to)?;

@@ -11,9 +11,10 @@
 
 use iced_x86::Instruction;
 
+use super::flags::ARITHMETIC;
 use super::wide::Alignment;
 use super::x87_forms::{Form, Place, form_of};
-use super::{Bus, Core, Exception, Exec, Flow, Leave, alu, ensure};
+use super::{Bus, Core, Exception, Exec, Flow, Leave, ensure};
 use crate::cpu::fpu::{Pointers, status};
 use crate::cpu::{Seg, cr0};
 use crate::host_fpu;
@@ -44,7 +45,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
                 _ => self.probe_bytes(i, size, alignment)?,
             }
         }
-        self.cpu.eflags = self.cpu.eflags & !alu::ARITHMETIC | flags;
+        self.cpu.eflags = self.cpu.eflags & !ARITHMETIC | flags;
         self.cpu.fpu.adopt(&after);
         self.point_at(i, &form);
         Ok(Flow::Next)

@@ -176,6 +176,12 @@ impl Engine {
         steps: &mut u64,
     ) -> Step {
         let mut run = Run::new(Core::new(cpu, bus));
+        let step = self.run_blocks(&mut run, budget, steps);
+        run.put_flags();
+        step
+    }
+
+    fn run_blocks<B: CodeBus>(&mut self, run: &mut Run<'_, B>, budget: u64, steps: &mut u64) -> Step {
         let mode = mode_of(run.user, run.wide);
         while *steps < budget && !run.core.bus.is_wanted() {
             let gva = run.core.code_address(run.core.cpu.eip);
@@ -183,13 +189,13 @@ impl Engine {
             let found;
             let block = match self.cache.jump(gva, mode, run.version) {
                 Some(block) if is_current(block, run.core.bus) => block,
-                _ => match self.find(&mut run, gva) {
+                _ => match self.find(run, gva) {
                     Ok(Some(block)) => {
                         found = block;
                         &found
                     }
-                    Ok(None) => return single(run.core.cpu, run.core.bus, steps),
-                    Err(leave) => return left(&mut run, leave, steps),
+                    Ok(None) => return run.with_flags(|run| single(run.core.cpu, run.core.bus, steps)),
+                    Err(leave) => return left(run, leave, steps),
                 },
             };
             let part;
@@ -200,16 +206,16 @@ impl Engine {
                 block
             };
             run.enter(block, *steps);
-            let end = if run.flags() & eflags::RF == 0 {
-                let next = go_on(&mut run, self.cache.ops(block));
+            let end = if run.core.cpu.eflags & eflags::RF == 0 {
+                let next = go_on(run, self.cache.ops(block));
                 // As most blocks end.
                 if next == Next::Jumped {
                     *steps += u64::from(run.last) + 1;
                     continue;
                 }
-                self.end_block(&mut run, block, next, steps)
+                self.end_block(run, block, next, steps)
             } else {
-                self.resume(&mut run, block, steps)
+                self.resume(run, block, steps)
             };
             match end {
                 End::Over => {}
@@ -294,7 +300,7 @@ impl Engine {
     fn run_generic<B: CodeBus>(&self, run: &mut Run<'_, B>, op: &Op) -> Option<End> {
         run.tell(op);
         run.core.cpu.eip = run.at(op.begin());
-        let step = run.core.run(self.cache.instruction(op));
+        let step = run.with_flags(|run| run.core.run(self.cache.instruction(op)));
         let through = run.core.cpu.eip == run.at(op.end);
         match step {
             Step::Done if op.after == After::Next && through && run.is_current() => None,

@@ -14,6 +14,7 @@ use crate::cpu::eflags::DF;
 use crate::interp::Width;
 use crate::interp::alu::{self, Outcome};
 use crate::interp::arith::{product, product_flags};
+use crate::interp::flags::Flags;
 use crate::interp::operand::{EAX, EBP, EDX, ESP};
 use crate::interp::segment::ALL_SEGMENTS;
 
@@ -38,7 +39,7 @@ pub fn nop<B: CodeBus>(_: &mut Run<'_, B>, _: &Op) -> Next {
 }
 
 #[inline(always)]
-fn compute<const K: u8>(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
+fn compute<const K: u8>(a: u32, b: u32, flags: Flags, width: Width) -> Outcome {
     match K {
         0 => alu::add(a, b, flags, width),
         1 => alu::or(a, b, flags, width),
@@ -53,20 +54,20 @@ fn compute<const K: u8>(a: u32, b: u32, flags: u32, width: Width) -> Outcome {
 /// ADD, OR, ADC, SBB, AND, SUB, XOR; CMP and TEST, which write no result.
 #[inline(always)]
 fn to_register<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, source: u32) -> Next {
-    let outcome = compute::<K>(run.get::<W>(op.dst), source, run.flags(), width::<W>());
+    let outcome = compute::<K>(run.get::<W>(op.dst), source, run.flags, width::<W>());
     if K < 7 {
         run.set::<W>(op.dst, outcome.value);
     }
-    run.core.cpu.eflags = outcome.flags;
+    run.flags = outcome.flags;
     Next::On
 }
 
 /// CMP (`K` is 7) and TEST (8) of a register with another or an immediate, for a branch that comes next.
 #[inline(always)]
-pub fn compared<const K: u8, const I: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> u32 {
+pub fn compared<const K: u8, const I: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Flags {
     let source = if I { op.imm } else { run.get::<4>(op.src) };
-    let flags = compute::<K>(run.get::<4>(op.dst), source, run.flags(), Width::B4).flags;
-    run.core.cpu.eflags = flags;
+    let flags = compute::<K>(run.get::<4>(op.dst), source, run.flags, Width::B4).flags;
+    run.flags = flags;
     flags
 }
 
@@ -76,10 +77,10 @@ fn to_memory<const K: u8, const W: u8, const M: u8, B: CodeBus>(
     op: &Op,
     source: u32,
 ) -> Next {
-    let before = run.flags();
+    let before = run.flags;
     if K >= 7 {
         let target = get!(run, run.load::<W, M>(op));
-        run.core.cpu.eflags = compute::<K>(target, source, before, width::<W>()).flags;
+        run.flags = compute::<K>(target, source, before, width::<W>()).flags;
         return Next::On;
     }
     let mut after = before;
@@ -91,7 +92,7 @@ fn to_memory<const K: u8, const W: u8, const M: u8, B: CodeBus>(
             outcome.value
         })
     );
-    run.core.cpu.eflags = after;
+    run.flags = after;
     run.stored::<M>()
 }
 
@@ -125,7 +126,7 @@ pub fn alu_mi<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'
 
 /// INC, DEC, NEG, NOT.
 #[inline(always)]
-fn single<const K: u8>(a: u32, flags: u32, width: Width) -> Outcome {
+fn single<const K: u8>(a: u32, flags: Flags, width: Width) -> Outcome {
     match K {
         0 => alu::inc(a, 0, flags, width),
         1 => alu::dec(a, 0, flags, width),
@@ -136,15 +137,15 @@ fn single<const K: u8>(a: u32, flags: u32, width: Width) -> Outcome {
 
 #[inline(always)]
 pub fn unary_r<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let outcome = single::<K>(run.get::<W>(op.dst), run.flags(), width::<W>());
+    let outcome = single::<K>(run.get::<W>(op.dst), run.flags, width::<W>());
     run.set::<W>(op.dst, outcome.value);
-    run.core.cpu.eflags = outcome.flags;
+    run.flags = outcome.flags;
     Next::On
 }
 
 #[inline(always)]
 pub fn unary_m<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let before = run.flags();
+    let before = run.flags;
     let mut after = before;
     get!(
         run,
@@ -154,14 +155,14 @@ pub fn unary_m<const K: u8, const W: u8, const M: u8, B: CodeBus>(run: &mut Run<
             outcome.value
         })
     );
-    run.core.cpu.eflags = after;
+    run.flags = after;
     run.stored::<M>()
 }
 
 /// SHL, SHR, SAR, ROL, ROR of a register.
 #[inline(always)]
 fn shifted<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, count: u32) -> Next {
-    let (a, flags) = (run.get::<W>(op.dst), run.flags());
+    let (a, flags) = (run.get::<W>(op.dst), run.flags);
     let outcome = match K {
         0 => alu::shl(a, count, flags, width::<W>()),
         1 => alu::shr(a, count, flags, width::<W>()),
@@ -170,7 +171,7 @@ fn shifted<const K: u8, const W: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op, 
         _ => alu::ror(a, count, flags, width::<W>()),
     };
     run.set::<W>(op.dst, outcome.value);
-    run.core.cpu.eflags = outcome.flags;
+    run.flags = outcome.flags;
     Next::On
 }
 
@@ -310,7 +311,7 @@ pub fn jmp_mem<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
 
 #[inline(always)]
 pub fn jump_if<const C: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    if alu::condition(C.into(), run.flags()) { run.jump_by(op) } else { Next::On }
+    if run.flags.meet(C.into()) { run.jump_by(op) } else { Next::On }
 }
 
 #[inline(always)]
@@ -356,7 +357,7 @@ pub fn ret<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> Next {
 
 #[inline(always)]
 pub fn set_if<const C: u8, const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let value = u32::from(alu::condition(C.into(), run.flags()));
+    let value = u32::from(run.flags.meet(C.into()));
     if R {
         run.set::<1>(op.dst, value);
         return Next::On;
@@ -368,7 +369,7 @@ pub fn set_if<const C: u8, const R: bool, const M: u8, B: CodeBus>(run: &mut Run
 #[inline(always)]
 pub fn move_if<const C: u8, const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
-    if alu::condition(C.into(), run.flags()) {
+    if run.flags.meet(C.into()) {
         run.set::<4>(op.dst, value);
     }
     Next::On
@@ -379,7 +380,7 @@ pub fn multiply<const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op
     let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
     let (product, fits) = product(run.get::<4>(op.dst), source, Width::B4, true);
     run.set::<4>(op.dst, product as u32);
-    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    run.flags = product_flags(run.flags, fits);
     Next::On
 }
 
@@ -482,11 +483,11 @@ pub fn set_direction<const D: u32, B: CodeBus>(run: &mut Run<'_, B>, _: &Op) -> 
 /// SHLD and SHRD of registers, by an immediate.
 #[inline(always)]
 pub fn shift_double<const L: bool, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
-    let (a, b, flags) = (run.get::<4>(op.dst), run.get::<4>(op.src), run.flags());
+    let (a, b, flags) = (run.get::<4>(op.dst), run.get::<4>(op.src), run.flags);
     let shift = if L { alu::shld } else { alu::shrd };
     let outcome = shift(a, b, op.imm & 0xff, flags, Width::B4);
     run.set::<4>(op.dst, outcome.value);
-    run.core.cpu.eflags = outcome.flags;
+    run.flags = outcome.flags;
     Next::On
 }
 
@@ -500,7 +501,7 @@ pub fn multiply_wide<const S: bool, const R: bool, const M: u8, B: CodeBus>(
     let (product, fits) = product(run.core.cpu.gpr[EAX], source, Width::B4, S);
     run.core.cpu.gpr[EAX] = product as u32;
     run.core.cpu.gpr[EDX] = (product >> 32) as u32;
-    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    run.flags = product_flags(run.flags, fits);
     Next::On
 }
 
@@ -510,7 +511,7 @@ pub fn multiply_by<const R: bool, const M: u8, B: CodeBus>(run: &mut Run<'_, B>,
     let source = if R { run.get::<4>(op.src) } else { get!(run, run.load::<4, M>(op)) };
     let (product, fits) = product(source, op.imm, Width::B4, true);
     run.set::<4>(op.dst, product as u32);
-    run.core.cpu.eflags = product_flags(run.flags(), fits);
+    run.flags = product_flags(run.flags, fits);
     Next::On
 }
 

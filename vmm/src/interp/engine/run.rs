@@ -13,6 +13,7 @@ use super::cache::Block;
 use super::translate::{NO_REGISTER, Op, SCALE_SHIFT};
 use super::{CodeBus, NO_TAG};
 use crate::cpu::{Seg, Segment};
+use crate::interp::flags::Flags;
 use crate::interp::operand::ESP;
 use crate::interp::segment::ALL_SEGMENTS;
 use crate::interp::{Core, Leave, Step, Width};
@@ -41,6 +42,8 @@ pub struct Run<'a, B: CodeBus> {
     pub core: Core<'a, B>,
     /// EIP at the start of the block.
     pub start: u32,
+    /// The arithmetic flags. Those of EFLAGS are old, but where [`Run::put_flags`] has just been called.
+    pub flags: Flags,
     /// Accesses are a user's.
     pub user: bool,
     /// CS has 32-bit operands.
@@ -88,6 +91,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
         let cpu = &*core.cpu;
         let mut run = Run {
             start: cpu.eip,
+            flags: Flags::of(cpu.eflags),
             user: cpu.cpl == 3,
             wide: cpu.segment(Seg::Cs).big(),
             version: 0,
@@ -307,9 +311,19 @@ impl<'a, B: CodeBus> Run<'a, B> {
         Next::Jumped
     }
 
-    #[inline(always)]
-    pub fn flags(&self) -> u32 {
-        self.core.cpu.eflags
+    /// Has EFLAGS tell what `flags` do.
+    #[inline]
+    pub fn put_flags(&mut self) {
+        self.core.cpu.eflags = self.flags.within(self.core.cpu.eflags);
+    }
+
+    /// Does what looks at EFLAGS, or changes them.
+    #[inline]
+    pub fn with_flags<T>(&mut self, what: impl FnOnce(&mut Self) -> T) -> T {
+        self.put_flags();
+        let result = what(self);
+        self.flags = Flags::of(self.core.cpu.eflags);
+        result
     }
 
     /// Out of a handler: the access did not do.

@@ -8,7 +8,6 @@ use super::ops::*;
 use super::run::{FULL, NEAR, Next, QUICK, Run};
 use super::translate::Op;
 use crate::cpu::eflags::DF;
-use crate::interp::alu;
 
 /// Which operands an instruction has, destination first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +103,7 @@ fn branching<const C: u8, const K: u8, const I: bool, B: CodeBus>(run: &mut Run<
     let flags = compared::<K, I, B>(run, op);
     // The block may have been cut between the two.
     let [branch, rest @ ..] = rest else { return Next::Through };
-    if alu::condition(C.into(), flags) {
+    if flags.meet(C.into()) {
         run.last = branch.number;
         return run.jump_by(branch);
     }
