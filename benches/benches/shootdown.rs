@@ -1,8 +1,9 @@
-//! Taking one page from a guest whose vCPU runs, by each way to make it forget, against that way alone.
+//! Taking one page from a guest whose vCPUs run, by each way to make them forget, against that way alone.
 //!
-//! The guest reads the page, counts, and computes a while, round and round; each figure begins when it has just counted. *Bare* is the way
-//! without a page: the request, the kick and the wait; or the madvise. All take turns, round by round, and a ratio is the
-//! median of the rounds' ratios. `peers/kick.c` is a kick by the kernel's own means.
+//! Each vCPU reads the page, counts, and computes a while, round and round; each figure begins when all have just counted. *Bare* is the
+//! way without a page: the request, the kicks and the wait; or the madvise. All take turns, round by round, and a ratio is the
+//! median of the rounds' ratios. `peers/kick.c` is a kick by the kernel's own means. Figures of one vCPU, and with `_2` behind the
+//! name of two, which on two CPUs share them with whoever takes the page.
 //!
 //! | figure | what is timed | bar |
 //! |---|---|---|
@@ -36,7 +37,12 @@ const GUEST_PAGES: u32 = 4096;
 const CODE: u32 = 0x10_0000;
 const DIRECTORY: u32 = 0x20_0000;
 const DATA: u32 = 0x40_0000;
+/// Of the first vCPU; each has a line of its own.
 const COUNTER: u32 = 0x50_0000;
+const LINE: u32 = 64;
+/// From one vCPU's code to the next one's.
+const CODE_STEP: u32 = 0x100;
+const VCPUS_MAX: u32 = 2;
 /// Operations of each kind in a round.
 const ROUND: u32 = 15;
 /// Loads that a soft vCPU makes between two looks at its flag.
@@ -49,22 +55,24 @@ const CONFIG: Config = Config { shadow_pages_max: 256, roots_max: 16, ..Config::
 
 fn main() {
     let effort = Effort { batches: Effort::from_args().batches.clamp(3, 60) };
-    match Host::open() {
-        Ok(host) => kvm(&host, effort),
-        Err(error) => println!("bench shootdown on kvm skipped: {error}"),
+    for vcpus in 1..=VCPUS_MAX {
+        match Host::open() {
+            Ok(host) => kvm(&host, effort, vcpus),
+            Err(error) => println!("bench shootdown on kvm skipped: {error}"),
+        }
+        soft(effort, vcpus);
     }
-    soft(effort);
 }
 
 /// Medians of a kind, round by round.
 struct Kind {
-    name: &'static str,
+    name: String,
     rounds: Vec<f64>,
 }
 
 impl Kind {
-    fn new(name: &'static str) -> Kind {
-        Kind { name, rounds: Vec::new() }
+    fn new(name: &str, vcpus: u32) -> Kind {
+        Kind { name: of_vcpus(name, vcpus), rounds: Vec::new() }
     }
 
     /// A round of `once`.
@@ -76,7 +84,7 @@ impl Kind {
     fn print(&self) {
         let mut samples = Samples::new();
         self.rounds.iter().for_each(|nanos| samples.add_nanos(*nanos));
-        samples.print(self.name, ROUND);
+        samples.print(&self.name, ROUND);
     }
 
     fn print_over(&self, other: &Kind, name: &str) {
@@ -88,6 +96,11 @@ impl Kind {
             ratios.len()
         );
     }
+}
+
+/// The name of a figure with so many vCPUs.
+fn of_vcpus(name: &str, vcpus: u32) -> String {
+    if vcpus == 1 { name.into() } else { format!("{name}_{vcpus}") }
 }
 
 /// Prints how long the parts of the invalidations since the last call took.
@@ -127,18 +140,24 @@ fn timed(call: impl FnOnce()) -> Duration {
 struct Taker<'a> {
     mmu: &'a Mmu,
     window: LocalStack,
+    vcpus: u32,
 }
 
 impl Taker<'_> {
-    fn counter(&self) -> u64 {
-        self.mmu.load(&self.window, Gpa(COUNTER.into()), Width::B4).expect("guest memory")
+    fn new(mmu: &Mmu, vcpus: u32) -> Taker<'_> {
+        Taker { mmu, window: LocalStack::new(Context::Host), vcpus }
     }
 
-    /// Returns when the guest has just been round twice: it runs, and has the page.
+    fn counter(&self, vcpu: u32) -> u64 {
+        let counter = Gpa((COUNTER + LINE * vcpu).into());
+        self.mmu.load(&self.window, counter, Width::B4).expect("guest memory")
+    }
+
+    /// Returns when every vCPU has been round twice: all run, and have the page.
     fn wait_until_inside(&self) {
-        for _ in 0..2 {
-            let before = self.counter();
-            while self.counter() == before {
+        let before: Vec<u64> = (0..self.vcpus).map(|vcpu| self.counter(vcpu)).collect();
+        for (vcpu, before) in (0..).zip(before) {
+            while self.counter(vcpu).wrapping_sub(before) as u32 <= 1 {
                 thread::yield_now();
             }
         }
@@ -167,12 +186,12 @@ impl Taker<'_> {
     }
 }
 
-/// Both ways to the one vCPU of KVM.
-struct Ways(Kicker, Notifier);
+/// Both ways to the vCPUs of KVM.
+struct Ways(Vec<Kicker>, Notifier);
 
 impl Shootdown for Ways {
-    fn kick(&self, _vcpu: u32) {
-        self.0.kick();
+    fn kick(&self, vcpu: u32) {
+        self.0[vcpu as usize].kick();
     }
 
     fn notify(&self, frames: &mut dyn Iterator<Item = Mfn>) -> bool {
@@ -185,25 +204,34 @@ impl Shootdown for Ways {
     }
 }
 
-fn kvm(host: &Host, effort: Effort) {
-    let firmware = KvmVm::firmware_frames(1).expect("one vCPU");
+fn kvm(host: &Host, effort: Effort, vcpus: u32) {
+    let firmware = KvmVm::firmware_frames(vcpus).expect("few vCPUs");
     let frames = firmware + u64::from(GUEST_PAGES + CONFIG.table_frames_max());
     let pool = Arc::new(Pool::new(frames).expect("a pool"));
-    let vm = Arc::new(KvmVm::new(host, Arc::clone(&pool), Options::default()).expect("a VM"));
-    let config =
-        Config { reserved_frames: vm.first_free_frame().0, firmware_entry: vm.root_entry().1, ..CONFIG };
-    let kvm = vm.create_vcpu(0).expect("a vCPU");
-    let (kicker, notifier) = (kvm.kicker(), Notifier::new(Arc::clone(&vm)));
-    let ways = Ways(kicker.clone(), notifier.clone());
+    let options = Options { vcpus, ..Options::default() };
+    let vm = Arc::new(KvmVm::new(host, Arc::clone(&pool), options).expect("a VM"));
+    let config = Config {
+        reserved_frames: vm.first_free_frame().0,
+        firmware_entry: vm.root_entry().1,
+        vcpus,
+        ..CONFIG
+    };
+    let kvm: Vec<KvmVcpu> = (0..vcpus).map(|vcpu| vm.create_vcpu(vcpu).expect("a vCPU")).collect();
+    let kickers: Vec<Kicker> = kvm.iter().map(KvmVcpu::kicker).collect();
+    let notifier = Notifier::new(Arc::clone(&vm));
+    let ways = Ways(kickers.clone(), notifier.clone());
     let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(ways))
         .with_clock(Box::new(HostClock(Instant::now())));
     write_guest(&mmu);
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| run_on_kvm(&mmu, kvm, &stop));
-        measure_kvm(&Taker { mmu: &mmu, window: LocalStack::new(Context::Host) }, &notifier, effort);
+        let (mmu, stop) = (&mmu, &stop);
+        for (id, vcpu) in (0..).zip(kvm) {
+            scope.spawn(move || run_on_kvm(mmu, id, vcpu, stop));
+        }
+        measure_kvm(&Taker::new(mmu, vcpus), &notifier, effort);
         stop.store(true, Ordering::SeqCst);
-        kicker.kick();
+        kickers.iter().for_each(Kicker::kick);
     });
     assert!(mmu.audit().is_empty());
 }
@@ -211,17 +239,20 @@ fn kvm(host: &Host, effort: Effort) {
 fn measure_kvm(taker: &Taker<'_>, notifier: &Notifier, effort: Effort) {
     let mut kinds =
         ["shootdown_kick", "shootdown_kick_bare", "shootdown_notifier", "shootdown_notifier_bare"]
-            .map(Kind::new);
-    let (mut peer, mut theirs) = (CPeer::start("kick", &[]), Kind::new("shootdown_kick_c"));
+            .map(|name| Kind::new(name, taker.vcpus));
+    // Its kick is of one thread.
+    let mut peer = if taker.vcpus == 1 { Some(CPeer::start("kick", &[])) } else { None };
+    let mut theirs = Kind::new("shootdown_kick_c", 1);
     let ledger = taker.mmu.coherence();
     for round in 0..effort.batches {
         if round == effort.batches / 2 {
-            print_stages(taker.mmu, "shootdown_both");
+            print_stages(taker.mmu, &of_vcpus("shootdown_both", taker.vcpus));
         }
         ledger.prefer_notifier(false);
         kinds[0].round(|| taker.page());
         kinds[1].round(|| taker.kick());
-        if let Ok(nanos) = peer.as_mut().map_err(|why| why.clone()).and_then(|peer| peer.ask(ROUND)) {
+        if let Some(Ok(nanos)) = peer.as_mut().and_then(|peer| peer.as_mut().ok()).map(|peer| peer.ask(ROUND))
+        {
             theirs.rounds.push(nanos);
         }
         ledger.prefer_notifier(true);
@@ -232,23 +263,24 @@ fn measure_kvm(taker: &Taker<'_>, notifier: &Notifier, effort: Effort) {
         });
     }
     kinds.iter().for_each(Kind::print);
-    kinds[0].print_over(&kinds[1], "shootdown_kick_over_bare");
-    kinds[2].print_over(&kinds[3], "shootdown_notifier_over_bare");
+    kinds[0].print_over(&kinds[1], &of_vcpus("shootdown_kick_over_bare", taker.vcpus));
+    kinds[2].print_over(&kinds[3], &of_vcpus("shootdown_notifier_over_bare", taker.vcpus));
     match peer {
-        Ok(_) => {
+        Some(Ok(_)) => {
             theirs.print();
             kinds[1].print_over(&theirs, "shootdown_kick_bare_over_c");
         }
-        Err(why) => println!("bench shootdown_kick_bare_over_c skipped: {why}"),
+        Some(Err(why)) => println!("bench shootdown_kick_bare_over_c skipped: {why}"),
+        None => {}
     }
 }
 
 /// The vCPU's thread, as the kvm backend has it.
-fn run_on_kvm(mmu: &Mmu, mut kvm: KvmVcpu, stop: &AtomicBool) {
-    let vcpu = paged(mmu, mmu.vcpu(0));
+fn run_on_kvm(mmu: &Mmu, id: u32, mut kvm: KvmVcpu, stop: &AtomicBool) {
+    let vcpu = paged(mmu, mmu.vcpu(id));
     let gdt: Vec<u8> = GDT.iter().flat_map(|entry| entry.to_le_bytes()).collect();
     kvm.set_descriptors(&gdt, None).expect("descriptor tables");
-    let mut cpu = CpuState::flat_protected_mode(CODE);
+    let mut cpu = CpuState::flat_protected_mode(CODE + CODE_STEP * id);
     cpu.cr0 |= cr0::PG | cr0::WP;
     cpu.cr3 = DIRECTORY;
     let ledger = mmu.coherence();
@@ -261,7 +293,7 @@ fn run_on_kvm(mmu: &Mmu, mut kvm: KvmVcpu, stop: &AtomicBool) {
         if mmu.enter(&vcpu) {
             let epoch = ledger.begin_flush();
             let kicked = kvm.flush(&cpu, root).expect("a flush");
-            ledger.end_flush(0, epoch);
+            ledger.end_flush(id, epoch);
             if kicked {
                 mmu.leave_unrun(&vcpu);
                 continue;
@@ -310,51 +342,58 @@ fn write_guest(mmu: &Mmu) {
     }
     // mov eax, [DATA]; inc ecx; mov [COUNTER], ecx; mov edx, 100; dec edx; jnz; jmp back: it has the page, and does not
     // fault on it at once, which would be timed too.
-    let mut code = vec![0xa1];
-    code.extend(DATA.to_le_bytes());
-    code.extend([0x41, 0x89, 0x0d]);
-    code.extend(COUNTER.to_le_bytes());
-    code.extend([0xba, 100, 0, 0, 0, 0x4a, 0x75, 0xfd, 0xeb, 0xea]);
-    mmu.write_bytes(&window, Gpa(CODE.into()), &code).expect("guest memory");
-}
-
-/// The flag of a soft vCPU.
-struct Flag(Arc<AtomicU32>);
-
-impl Shootdown for Flag {
-    fn kick(&self, _vcpu: u32) {
-        self.0.store(1, Ordering::SeqCst);
+    for vcpu in 0..VCPUS_MAX {
+        let mut code = vec![0xa1];
+        code.extend(DATA.to_le_bytes());
+        code.extend([0x41, 0x89, 0x0d]);
+        code.extend((COUNTER + LINE * vcpu).to_le_bytes());
+        code.extend([0xba, 100, 0, 0, 0, 0x4a, 0x75, 0xfd, 0xeb, 0xea]);
+        let at = Gpa((CODE + CODE_STEP * vcpu).into());
+        mmu.write_bytes(&window, at, &code).expect("guest memory");
     }
 }
 
-fn soft(effort: Effort) {
-    let flag = Arc::new(AtomicU32::new(0));
-    let machine = Machine::anonymous(GUEST_PAGES + CONFIG.table_frames_max());
-    let mmu = Mmu::new(machine, CONFIG, Box::new(Flag(Arc::clone(&flag))))
+/// The flags of soft vCPUs.
+struct Flags(Arc<[AtomicU32]>);
+
+impl Shootdown for Flags {
+    fn kick(&self, vcpu: u32) {
+        self.0[vcpu as usize].store(1, Ordering::SeqCst);
+    }
+}
+
+fn soft(effort: Effort, vcpus: u32) {
+    let flags: Arc<[AtomicU32]> = (0..vcpus).map(|_| AtomicU32::new(0)).collect();
+    let config = Config { vcpus, ..CONFIG };
+    let machine = Machine::anonymous(GUEST_PAGES + config.table_frames_max());
+    let mmu = Mmu::new(machine, config, Box::new(Flags(Arc::clone(&flags))))
         .with_clock(Box::new(HostClock(Instant::now())));
     write_guest(&mmu);
     let stop = AtomicBool::new(false);
-    let mut kinds = ["shootdown_soft", "shootdown_soft_bare"].map(Kind::new);
+    let mut kinds = ["shootdown_soft", "shootdown_soft_bare"].map(|name| Kind::new(name, vcpus));
     thread::scope(|scope| {
-        scope.spawn(|| run_soft(&mmu, &flag, &stop));
-        let taker = Taker { mmu: &mmu, window: LocalStack::new(Context::Host) };
+        let (mmu, stop) = (&mmu, &stop);
+        for (id, flag) in (0..).zip(flags.iter()) {
+            scope.spawn(move || run_soft(mmu, id, flag, stop));
+        }
+        let taker = Taker::new(mmu, vcpus);
         for _ in 0..effort.batches {
             kinds[0].round(|| taker.page());
             kinds[1].round(|| taker.kick());
         }
         stop.store(true, Ordering::SeqCst);
-        flag.store(1, Ordering::SeqCst);
+        flags.iter().for_each(|flag| flag.store(1, Ordering::SeqCst));
     });
-    print_stages(&mmu, "shootdown_soft");
+    print_stages(&mmu, &of_vcpus("shootdown_soft", vcpus));
     kinds.iter().for_each(Kind::print);
-    kinds[0].print_over(&kinds[1], "shootdown_soft_over_bare");
+    kinds[0].print_over(&kinds[1], &of_vcpus("shootdown_soft_over_bare", vcpus));
     assert!(mmu.audit().is_empty());
 }
 
 /// The thread of a vCPU that has its translations from a software TLB, without an interpreter around it.
-fn run_soft(mmu: &Mmu, flag: &AtomicU32, stop: &AtomicBool) {
-    let vcpu = paged(mmu, mmu.soft_vcpu(0, TlbKind::Sized));
-    let mut count = 0;
+fn run_soft(mmu: &Mmu, id: u32, flag: &AtomicU32, stop: &AtomicBool) {
+    let vcpu = paged(mmu, mmu.soft_vcpu(id, TlbKind::Sized));
+    let (counter, mut count) = (COUNTER + LINE * id, 0);
     while !stop.load(Ordering::SeqCst) {
         flag.store(0, Ordering::SeqCst);
         mmu.tlb_enter(&vcpu);
@@ -365,8 +404,8 @@ fn run_soft(mmu: &Mmu, flag: &AtomicU32, stop: &AtomicBool) {
                 }
             }
             count += 1;
-            if mmu.tlb_store(&vcpu, Gva(COUNTER), Width::B4, count, false).is_err() {
-                break 'inside Some((COUNTER, Access::write(false)));
+            if mmu.tlb_store(&vcpu, Gva(counter), Width::B4, count, false).is_err() {
+                break 'inside Some((counter, Access::write(false)));
             }
             if flag.load(Ordering::Relaxed) != 0 {
                 break 'inside None;
