@@ -137,7 +137,8 @@ impl Config {
 
     /// Frames that shadow tables may take at most, roots included.
     pub fn table_frames_max(&self) -> u32 {
-        self.shadow_pages_max + 2 * self.roots_max
+        let raised = self.raised();
+        raised.shadow_pages_max + 2 * raised.roots_max
     }
 
     fn raised(mut self) -> Config {

@@ -182,11 +182,12 @@ fn both() -> Verdict {
     Ok(())
 }
 
-/// A guest with these options, and a balloon that it is told to fill in waves, for as long as it runs.
+/// A guest with these options, and a balloon that it is told to fill in waves, for as long as it runs; the balloon has moved.
 fn waved(options: &[&str], wave: &str) -> Result<Outcome, Failed> {
     let folder = tempfile::tempdir()?;
-    let socket = folder.path().join("qmp").to_string_lossy().into_owned();
-    thread::scope(|scope| {
+    let path = |name| folder.path().join(name).to_string_lossy().into_owned();
+    let (socket, json) = (path("qmp"), path("summary.json"));
+    let run = thread::scope(|scope| {
         let presser = scope.spawn(|| {
             let end = Instant::now() + LISTENS;
             while !Path::new(&socket).exists() && Instant::now() < end {
@@ -195,10 +196,15 @@ fn waved(options: &[&str], wave: &str) -> Result<Outcome, Failed> {
             // It ends when the guest does, which is then gone.
             press(Path::new(&socket), wave)
         });
-        let run = SOFT.run(&[options, &["--mem", "32M", "--qmp", &socket, "--timeout", "80s"]].concat());
+        let rest = ["--mem", "32M", "--qmp", &socket, "--json", &json, "--timeout", "80s"];
+        let run = SOFT.run(&[options, &rest].concat());
         drop(presser.join());
         run
-    })
+    })?;
+    let summary: Value = serde_json::from_str(&std::fs::read_to_string(&json)?)?;
+    let inflated = summary["balloon"]["inflated"].as_u64();
+    ensure!(inflated.is_some_and(|pages| pages > 0), "the balloon has not moved:\n{run}");
+    Ok(run)
 }
 
 /// Swap and what the balloon leaves are less than the guest's processes want.

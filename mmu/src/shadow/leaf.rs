@@ -54,8 +54,6 @@ pub(crate) struct Place {
 pub(crate) struct Protected {
     gfn: Gfn,
     mfn: Mfn,
-    /// The frame's debt then.
-    debt: u64,
 }
 
 impl Protected {
@@ -303,9 +301,8 @@ impl Mmu {
         } else {
             drop(removal);
         }
-        let debt = self.frames.debt(mfn);
-        if !self.coherence.covered(debt) {
-            return Some(Protected { gfn, mfn, debt });
+        if !self.coherence.covered(self.frames.debt(mfn)) {
+            return Some(Protected { gfn, mfn });
         }
         if narrowed {
             self.p2m.advance_write_generation(gfn);
@@ -314,12 +311,12 @@ impl Mmu {
     }
 
     /// No TLB lets the page be written any more: an entry that still does is a missed flush. Nothing is said of a
-    /// page that has been writable since: it is not tracked now, or was protected again and its debt is another.
+    /// page that is not tracked now, or that was protected again and is not covered yet: whoever did that comes here too.
     pub(crate) fn finish_protected(&self, protected: &Protected) {
-        let Protected { gfn, mfn, debt } = *protected;
+        let Protected { gfn, mfn } = *protected;
         let _bucket = self.buckets.lock(gfn);
         let stays = self.p2m.lookup(gfn) == PageState::Resident(mfn) && self.is_tracked(mfn);
-        if stays && self.frames.debt(mfn) == debt {
+        if stays && self.coherence.covered(self.frames.debt(mfn)) {
             self.p2m.advance_write_generation(gfn);
         }
     }

@@ -77,7 +77,7 @@ impl ApicBus {
             let target = self
                 .lapics
                 .iter_mut()
-                .filter(|lapic| lapic.matches(destination, logical))
+                .filter(|lapic| lapic.enabled() && lapic.matches(destination, logical))
                 .min_by_key(|lapic| lapic.arbitration_priority());
             return target.is_some_and(|lapic| lapic.deliver(mode, vector, level_triggered));
         }

@@ -196,7 +196,7 @@ impl Lapic {
     }
 
     /// Enabled by software in the spurious-interrupt register as well.
-    fn enabled(&self) -> bool {
+    pub(super) fn enabled(&self) -> bool {
         self.present() && self.svr & SVR_ENABLE != 0
     }
 

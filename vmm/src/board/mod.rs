@@ -155,6 +155,8 @@ pub struct Board {
     counters: BoardCounters,
     /// vCPUs that `take_wakes` has named and that have not acknowledged since.
     woken: u64,
+    /// The same of signals, until they are taken.
+    called: u64,
 }
 
 impl Board {
@@ -175,6 +177,7 @@ impl Board {
             virtio: VirtioSlots::new(),
             counters: BoardCounters::default(),
             woken: 0,
+            called: 0,
         })
     }
 
@@ -191,7 +194,7 @@ impl Board {
         self.uart.reset();
         self.exits = Exits::new();
         self.virtio.reset();
-        self.woken = 0;
+        (self.woken, self.called) = (0, 0);
         self.settle();
     }
 
@@ -493,7 +496,7 @@ impl Board {
     /// What other CPUs or the operator have asked of `vcpu` beyond interrupts: INIT, start-up, NMI.
     pub fn take_signals(&mut self, vcpu: usize) -> Signals {
         if vcpu < VCPUS_MAX {
-            self.woken &= !(1 << vcpu);
+            self.called &= !(1 << vcpu);
         }
         self.bus.take_signals(vcpu)
     }
@@ -513,14 +516,16 @@ impl Board {
         }
     }
 
-    /// vCPUs (bit n: number n) that have an interrupt or a signal since they last took one, each named once: those
-    /// that may have to be kicked or woken.
+    /// vCPUs (bit n: number n) that have an interrupt since they last took one, or a signal, each named once for either: those
+    /// that may have to be kicked or woken. One that cannot take its interrupt can take a signal.
     pub fn take_wakes(&mut self) -> u64 {
-        let waiting = (0..self.vcpus())
-            .filter(|&vcpu| self.has_signals(vcpu) || self.interrupt_pending(vcpu))
-            .fold(0, |mask, vcpu| mask | 1 << vcpu);
-        let fresh = waiting & !self.woken;
-        self.woken = waiting;
+        let mask = |has: &dyn Fn(usize) -> bool| {
+            (0..self.vcpus()).filter(|&vcpu| has(vcpu)).fold(0, |mask, vcpu| mask | 1 << vcpu)
+        };
+        let (pending, signalled) =
+            (mask(&|vcpu| self.interrupt_pending(vcpu)), mask(&|vcpu| self.has_signals(vcpu)));
+        let fresh = pending & !self.woken | signalled & !self.called;
+        (self.woken, self.called) = (pending, signalled);
         fresh
     }
 

@@ -468,6 +468,19 @@ fn wakes_name_a_vcpu_once_until_it_takes_its_interrupt() {
 }
 
 #[test]
+fn a_vcpu_that_has_an_interrupt_waiting_is_named_for_a_signal() {
+    let mut board = enabled(2);
+    board.ipi(0, 1, 0x50);
+    assert_eq!(board.take_wakes(), 2);
+    for _ in 0..2 {
+        board.raise_nmi(1);
+        assert_eq!((board.take_wakes(), board.take_wakes()), (2, 0));
+        assert!(board.take_signals(1).nmi);
+        assert_eq!(board.take_wakes(), 0, "its interrupt is known");
+    }
+}
+
+#[test]
 fn debug_exit_takes_every_width() {
     for (width, value) in [(Width::B1, 0xefu32), (Width::B2, 0xbeef), (Width::B4, 0xdead_beef)] {
         let mut board = board(1);

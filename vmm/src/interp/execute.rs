@@ -2,6 +2,8 @@
 //!
 //! Holds: the decoder has refused LOCK where it is not allowed (#UD), so no handler checks it.
 
+use std::sync::atomic::{Ordering, fence};
+
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::bits::BitChange;
@@ -9,6 +11,13 @@ use super::string::StringKind;
 use super::{Bus, Core, Exception, Exec, Flow, Width, alu, decimal, vector, verify};
 use crate::cpu::Seg;
 use crate::cpu::eflags::{CF, DF, OF};
+
+/// Does what stands behind every store before it, as other CPUs see them: guest stores are stores of the host, which may
+/// otherwise come behind loads.
+fn drained<T>(what: impl FnOnce() -> T) -> T {
+    fence(Ordering::SeqCst);
+    what()
+}
 
 impl<B: Bus + ?Sized> Core<'_, B> {
     /// Runs one instruction; `next` is the EIP behind it. One table, grouped as the handlers' files are; the user's
@@ -139,8 +148,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             M::Into if self.cpu.eflags & OF != 0 => self.software_interrupt(vector::OF, next),
             M::Into => Ok(Flow::Next),
             M::Int1 => self.debug_interrupt(next),
-            M::Iret => self.interrupt_return(Width::B2),
-            M::Iretd => self.interrupt_return(Width::B4),
+            M::Iret => drained(|| self.interrupt_return(Width::B2)),
+            M::Iretd => drained(|| self.interrupt_return(Width::B4)),
             M::Ud0 | M::Ud1 | M::Ud2 | M::Rsm => Err(Exception::UD.into()),
             // load and verify
             M::Lds => self.load_far_pointer(i, Seg::Ds),
@@ -165,12 +174,12 @@ impl<B: Bus + ?Sized> Core<'_, B> {
             M::Hlt => self.halt(),
             M::Cli => self.close_interrupts(),
             M::Sti => self.open_interrupts(),
-            M::Invd | M::Wbinvd => self.flush_caches(),
+            M::Invd | M::Wbinvd => drained(|| self.flush_caches()),
             M::Invlpg => self.invalidate_page(i),
             M::Clflush => self.flush_line(i),
             M::Clac => self.set_alignment_flag(false),
             M::Stac => self.set_alignment_flag(true),
-            M::Cpuid => self.cpuid(),
+            M::Cpuid => drained(|| self.cpuid()),
             M::Rdtsc => self.read_time_stamp(),
             // No counter is offered, so every index is a wrong one.
             M::Rdpmc => Err(Exception::gp(0).into()),
@@ -188,7 +197,9 @@ impl<B: Bus + ?Sized> Core<'_, B> {
                 Ok(Flow::Next)
             }
             M::Nop | M::Reservednop | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Cldemote => Ok(Flow::Next),
-            M::Lfence | M::Mfence | M::Sfence => Ok(Flow::Next),
+            M::Mfence => drained(|| Ok(Flow::Next)),
+            // Loads are in order among themselves, and so are stores.
+            M::Lfence | M::Sfence => Ok(Flow::Next),
             M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 => Ok(Flow::Next),
             M::Prefetch | M::Prefetchw | M::Prefetchwt1 => Ok(Flow::Next),
             _ => self.execute_fpu(i),

@@ -245,9 +245,13 @@ impl Devices {
         result
     }
 
-    /// Has vCPUs that sleep look once more whether anything could still wake them.
+    /// Has a vCPU look once more whether anything could still wake one, where all sleep. Each that comes to sleep later looks
+    /// itself.
     pub fn nudge_sleepers(&self) {
-        self.wakers.iter().for_each(Waker::nudge);
+        let all_sleep = lock(&self.state).asleep.iter().all(Option::is_some);
+        if all_sleep && let Some(waker) = self.wakers.first() {
+            waker.nudge();
+        }
     }
 
     fn ring_bells(&self, slots: u32) {
@@ -408,7 +412,10 @@ mod tests {
         let events = EventLoop::start(Arc::clone(&devices), ending, None, Vec::new()).expect("a loop");
         start_timer(&devices, 1 << 17, 1_000_000);
         for round in 0..3 {
-            assert_eq!(sleeper(&devices).recv_timeout(LONG), Ok(()), "round {round}");
+            // It may have run out while the one before was being handled: who comes to sleep looks first.
+            if !devices.with_as(0, |board, _| board.interrupt_pending(0)) {
+                assert_eq!(sleeper(&devices).recv_timeout(LONG), Ok(()), "round {round}");
+            }
             let vector = devices.with_as(0, |board, now| board.acknowledge(now, 0));
             assert_eq!(vector.map(u64::from), Some(VECTOR), "round {round}");
             apic(&devices, 0xb0, 0);

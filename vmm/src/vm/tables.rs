@@ -117,10 +117,12 @@ impl DescriptorTables {
     }
 
     /// The vCPU `own`, which is outside, has stored to a page of somebody's tables: no vCPU uses a copy from before when this
-    /// returns. Sleeps for vCPUs in the guest.
+    /// returns. Sleeps for vCPUs in the guest, if there is another.
     pub fn stored_to(&mut self, mmu: &Mmu, own: u32) {
         self.watches.stores.fetch_add(1, Ordering::SeqCst);
-        mmu.coherence().shoot_down(Some(own));
+        if mmu.config().vcpus > 1 {
+            mmu.coherence().shoot_down(Some(own));
+        }
     }
 
     /// True when INVLPG of `gva` may have changed where the tables are: it lies in the same 4 MiB, since that is what

@@ -202,19 +202,9 @@ impl Core {
 
     /// Ends the run where the board says so; delivers an NMI or an interrupt that the guest can take now.
     fn heed_board(&mut self) -> Option<End> {
-        let (id, up) = (self.mmu_vcpu.id() as usize, !self.waits_for_startup);
-        let ready = up && self.cpu.interruptible();
-        let nmi_ready = up && !self.cpu.nmi_blocked && !self.cpu.interrupt_shadow;
-        let earlier = self.waiting.nmi;
-        let (exit, signals, vector, pending) = self.devices.with_as(id as u32, |board, now| {
-            let signals = board.take_signals(id);
-            let nmi_first = nmi_ready && (signals.nmi || earlier);
-            let vector = if ready && !nmi_first { board.acknowledge(now, id) } else { None };
-            (board.take_exit(), signals, vector, board.interrupt_pending(id))
-        });
-        self.waiting.nmi |= signals.nmi;
-        // Asked for and not given: nothing to wait for, whatever the board says.
-        self.waiting.interrupt = pending && (!ready || vector.is_some());
+        let id = self.mmu_vcpu.id() as usize;
+        let (exit, signals) =
+            self.devices.with_as(id as u32, |board, _| (board.take_exit(), board.take_signals(id)));
         if let Some(exit) = exit {
             return Some(End::Board(exit));
         }
@@ -222,7 +212,19 @@ impl Core {
             // The boot processor begins anew at the firmware's reset vector, and there is no such firmware.
             return Some(End::Init(Box::new(self.cpu.clone())));
         }
+        // Before the state is looked at: what an interrupt found before an INIT is gone after it.
         self.heed_startup(signals);
+        let up = !self.waits_for_startup;
+        let ready = up && self.cpu.interruptible();
+        let nmi_ready = up && !self.cpu.nmi_blocked && !self.cpu.interrupt_shadow;
+        self.waiting.nmi |= signals.nmi;
+        let nmi_first = nmi_ready && self.waiting.nmi;
+        let (vector, pending) = self.devices.with_as(id as u32, |board, now| {
+            let vector = if ready && !nmi_first { board.acknowledge(now, id) } else { None };
+            (vector, board.interrupt_pending(id))
+        });
+        // Asked for and not given: nothing to wait for, whatever the board says.
+        self.waiting.interrupt = pending && (!ready || vector.is_some());
         let event = match vector {
             _ if nmi_ready && self.waiting.nmi => Event::Nmi,
             Some(vector) => Event::External(vector),
@@ -377,3 +379,7 @@ pub fn lacking(after: Aftermath) -> Option<End> {
         None => after.shortage.map(End::Shortage),
     }
 }
+
+#[cfg(test)]
+#[path = "vcpu_tests.rs"]
+mod tests;
