@@ -32,7 +32,8 @@
 use crate::addr::Mfn;
 use crate::invalidation::Held;
 use crate::lock_order;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, spin_until, thread};
+use crate::rules::{Rule, Rules};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, point, spin_until, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -115,6 +116,7 @@ impl Clock {
 
 /// The flush clock, and each vCPU's place on it.
 pub struct Coherence {
+    rules: Rules,
     clock: Clock,
     /// One past the stamp of the last removal.
     last_removal: AtomicU64,
@@ -143,6 +145,7 @@ impl Coherence {
     /// A ledger for `vcpus` vCPUs, all outside and nothing owed.
     pub fn new(vcpus: u32, shootdown: Box<dyn Shootdown>) -> Coherence {
         Coherence {
+            rules: Rules::default(),
             clock: Clock(AtomicU64::new(1 << REMOVING_BITS)),
             last_removal: AtomicU64::new(0),
             vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
@@ -152,6 +155,10 @@ impl Coherence {
             removals: Lock::new(lock_order::REMOVALS, Removals::default()),
             shootdown,
         }
+    }
+
+    pub(crate) fn set_rules(&mut self, rules: Rules) {
+        self.rules = rules;
     }
 
     /// Keeps the list of frames whose sptes were removed, for a backend that shoots down frame by frame
@@ -187,7 +194,8 @@ impl Coherence {
 
     /// True when something was removed, or is being, that a flush of `epoch` does not cover.
     pub(crate) fn removed_since(&self, epoch: u64) -> bool {
-        self.clock.is_removing() || self.last_removal.load(Ordering::SeqCst) > epoch
+        let under_way = self.rules.keep(Rule::RemovalUnderWay) && self.clock.is_removing();
+        under_way || self.last_removal.load(Ordering::SeqCst) > epoch
     }
 
     /// Epoch of the last completed flush of everything on `vcpu`.
@@ -206,16 +214,22 @@ impl Coherence {
     /// kicked. Sleeps (spins, kicking once) for vCPUs in the guest. `own` is the caller's vCPU, which is outside.
     pub fn shoot_down(&self, own: Option<u32>) -> u32 {
         lock_order::assert_may_sleep();
-        let stamp = self.request_flush_of_all();
+        point();
+        let stamp = match self.rules.keep(Rule::RequestAtShootdown) {
+            true => self.request_flush_of_all(),
+            false => self.clock.now(),
+        };
         let mut kicked = 0;
         for (number, vcpu) in self.vcpus.iter().enumerate() {
             let number = number as u32;
             if own != Some(number) && !vcpu.covers(stamp) {
-                self.shootdown.kick(number);
+                if self.rules.keep(Rule::KickAtShootdown) {
+                    self.shootdown.kick(number);
+                }
                 kicked += 1;
             }
         }
-        if !spin_until(|| self.covered(stamp)) {
+        if self.rules.keep(Rule::AwaitAnswers) && !spin_until(|| self.covered(stamp)) {
             while !self.covered(stamp) {
                 thread::yield_now();
             }
@@ -246,8 +260,9 @@ impl Coherence {
     /// Makes every vCPU unable to use what was removed of the frames of `pages`: how many vCPUs were kicked, or that the
     /// host has seen to these frames, and these alone. Sleeps as [`Coherence::shoot_down`] does.
     pub(crate) fn shoot_down_frames(&self, own: Option<u32>, pages: &[Held]) -> (u32, bool) {
-        if self.may_notify(own, pages.len()) && self.shootdown.notify(&mut pages.iter().map(|page| page.mfn))
-        {
+        let keep = self.rules.keep(Rule::NotifyAtShootdown);
+        let notify = || !keep || self.shootdown.notify(&mut pages.iter().map(|page| page.mfn));
+        if self.may_notify(own, pages.len()) && notify() {
             self.unlog(pages);
             return (0, true);
         }
@@ -302,7 +317,9 @@ impl Coherence {
     /// seen here.
     pub fn enter_guest(&self, vcpu: u32) -> bool {
         let state = &self.vcpus[vcpu as usize];
-        state.mode.store(VcpuMode::InGuest as u32, Ordering::SeqCst);
+        if self.rules.keep(Rule::ModeAtEntry) {
+            state.mode.store(VcpuMode::InGuest as u32, Ordering::SeqCst);
+        }
         state.requested.load(Ordering::SeqCst) > state.flushed.load(Ordering::SeqCst)
     }
 
@@ -312,7 +329,7 @@ impl Coherence {
         let state = &self.vcpus[vcpu as usize];
         state.mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
         let requested = state.requested.load(Ordering::SeqCst);
-        if requested > state.flushed.load(Ordering::SeqCst) {
+        if requested > state.flushed.load(Ordering::SeqCst) && self.rules.keep(Rule::AnswerAtLeave) {
             state.seen.fetch_max(requested - 1, Ordering::SeqCst);
         }
     }
@@ -354,6 +371,12 @@ impl Removal<'_> {
             frames.for_each(|mfn| self.ledger.log(Some(mfn)));
         }
         self.stamp()
+    }
+
+    /// Nothing is written down where `rule` is left out: as if nothing had been removed.
+    #[inline(always)]
+    pub fn by(self, rule: Rule) -> Option<Self> {
+        self.ledger.rules.keep(rule).then_some(self)
     }
 
     /// Stamps the unlinking of a table, already stored.

@@ -32,6 +32,7 @@ use std::io;
 use crate::addr::{Gfn, Mfn};
 use crate::lock_order;
 use crate::machine::Machine;
+use crate::rules::{Rule, Rules};
 use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, zeroed};
 
 /// What a frame is used for.
@@ -176,6 +177,7 @@ pub struct FrameCounts {
 /// All frames of a machine.
 #[derive(Debug)]
 pub struct Frames {
+    rules: Rules,
     frames: Box<[Frame]>,
     /// Flush clock of the last removal of an spte to each frame (see coherence).
     debts: Box<[AtomicU64]>,
@@ -208,6 +210,7 @@ impl Frames {
             promised: low.min(budget),
         };
         Frames {
+            rules: Rules::default(),
             frames,
             debts: zeroed(total as usize),
             first,
@@ -216,6 +219,10 @@ impl Frames {
             code_clock: AtomicU32::new(0),
             free: Lock::new(lock_order::FRAMES, free),
         }
+    }
+
+    pub(crate) fn set_rules(&mut self, rules: Rules) {
+        self.rules = rules;
     }
 
     /// How many frames the machine has.
@@ -433,7 +440,7 @@ impl Frames {
     #[inline]
     pub(crate) fn code_written(&self, mfn: Mfn) {
         let code = &self.frames[mfn.0 as usize][CODE];
-        if code.load(Ordering::Relaxed) != 0 {
+        if code.load(Ordering::Relaxed) != 0 && self.rules.keep(Rule::CodeAtStore) {
             code.store(0, Ordering::SeqCst);
         }
     }

@@ -41,6 +41,7 @@ use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::records::{Cause, Record};
+use crate::rules::Rule;
 use crate::shadow::leaf::Protected;
 use crate::spte::Spte;
 use crate::swap::SwapSlot;
@@ -191,7 +192,8 @@ impl Mmu {
     /// under the bucket in which its sptes were protected: no fill makes a writable one after. May sleep.
     pub(crate) fn shoot_down_protected(&self, cause: Cause, protected: &Protected, own: u32) {
         let began = self.clock.now();
-        let kicked = self.coherence.shoot_down(Some(own));
+        let rule = if cause == Cause::Watch { Rule::ShootdownAtWatch } else { Rule::ShootdownAtTracking };
+        let kicked = if self.rules.keep(rule) { self.coherence.shoot_down(Some(own)) } else { 0 };
         self.finish_protected(protected);
         let nanos = self.clock.now() - began;
         let record = Record {
@@ -214,7 +216,7 @@ impl Mmu {
         while caller.naps > 0 && !spin_until(|| !is_starving()) {
             // A vCPU that runs with the page is fed when it leaves the guest.
             match caller.naps % NAPS_A_KICK {
-                0 => self.coherence.kick_out(),
+                0 if self.rules.keep(Rule::KickOfStarving) => self.coherence.kick_out(),
                 _ => thread::nap(),
             }
             caller.naps -= 1;
@@ -241,7 +243,8 @@ impl<'m> Closed<'m> {
         for index in 0..hold.gates.len() {
             zapped |= hold.take(hold.gates[index]);
         }
-        let stamp = if zapped { removal.stamp_leaves(hold.held.iter().map(|page| page.mfn)) } else { 0 };
+        let removal = removal.by(Rule::DebtOfUnmap).filter(|_| zapped);
+        let stamp = removal.map_or(0, |it| it.stamp_leaves(hold.held.iter().map(|page| page.mfn)));
         hold.stamp = hold.stamp.max(stamp);
         hold.record.pages = hold.held.len() as u32;
         hold.record.unmap = hold.lap();
@@ -259,11 +262,13 @@ impl<'m> Unmapped<'m> {
         let mut hold = self.0;
         let ledger = &hold.mmu.coherence;
         let mut notified = false;
-        if !ledger.covered(hold.stamp) {
+        if hold.mmu.rules.keep(Rule::ShootdownAtInvalidation) && !ledger.covered(hold.stamp) {
             match hold.may {
                 May::Sleep => (hold.record.kicked, notified) = ledger.shoot_down_frames(hold.own, &hold.held),
                 May::NotSleep => {
-                    ledger.request_flush_of_all();
+                    if hold.mmu.rules.keep(Rule::RequestWithoutSleep) {
+                        ledger.request_flush_of_all();
+                    }
                     if !ledger.covered(hold.stamp) {
                         return Err(WouldBlock);
                     }
@@ -347,13 +352,14 @@ impl Hold<'_> {
         let mut bucket = mmu.buckets.lock(gfn);
         let PageState::Resident(mfn) = mmu.p2m.lookup(gfn) else { return false };
         // Marks and watches change under the bucket alone, and only where the gate is open.
-        if mmu.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC | WATCHED) != 0 {
+        let is_table = mmu.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC | WATCHED) != 0;
+        if is_table && mmu.rules.keep(Rule::TablesAtUnmap) {
             self.record.skipped += 1;
             return false;
         }
         let Some(copy) = mmu.p2m.claim(gfn, PageState::Resident(mfn)) else { return false };
         // Claimed, then looked for pins; who pins looks at the page's state after: one sees the other.
-        if mmu.pins_of(gfn, mfn) != 0 {
+        if mmu.pins_of(gfn, mfn) != 0 && mmu.rules.keep(Rule::PinsAtUnmap) {
             mmu.p2m.transition_with(gfn, PageState::Moving, PageState::Resident(mfn), copy);
             self.record.skipped += 1;
             return false;
@@ -363,7 +369,9 @@ impl Hold<'_> {
             mmu.machine.word64(link.spte()).store(Spte::ABSENT.0, Ordering::Release);
             zapped = true;
         });
-        self.stamp = self.stamp.max(mmu.frames.debt(mfn));
+        if mmu.rules.keep(Rule::DebtAtUnmap) {
+            self.stamp = self.stamp.max(mmu.frames.debt(mfn));
+        }
         self.held.push(Held { gfn, mfn, copy });
         zapped
     }
@@ -371,7 +379,9 @@ impl Hold<'_> {
     /// Gives back what was not settled: the page stays where it was, with the debt of its zapped sptes.
     fn put_back(&mut self) {
         for page in self.held.drain(..) {
-            self.mmu.frames.owe(page.mfn, self.stamp);
+            if self.mmu.rules.keep(Rule::DebtOfPutBack) {
+                self.mmu.frames.owe(page.mfn, self.stamp);
+            }
             let resident = PageState::Resident(page.mfn);
             let back = self.mmu.p2m.transition_with(page.gfn, PageState::Moving, resident, page.copy);
             debug_assert!(back, "INV-P2M-3: {} was moved by another", page.gfn);

@@ -21,6 +21,7 @@
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb | flush epochs and the ack ledger; a TLB in software |
+//! | rules | the rules of coherence by name, and going without one, for tests |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
 //! | lock_order, sync | the order of locks, and the one door to them |
@@ -51,6 +52,7 @@ pub mod pool;
 pub mod pressure;
 pub mod reclaim;
 pub mod records;
+pub mod rules;
 pub mod scope;
 pub mod shadow;
 pub mod spte;
@@ -74,6 +76,7 @@ pub use physical::{Beyond, NotReached, Width};
 pub use pool::{NotTaken, PersistentMap, WindowStats};
 pub use pressure::Pressure;
 pub use reclaim::{Shortage, SwapFailed};
+pub use rules::{Rule, Rules};
 pub use shadow::refill::Refill;
 pub use shadow::roots::FIRMWARE_SLOT;
 pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
@@ -152,6 +155,7 @@ impl Config {
 #[derive(Debug)]
 pub struct Mmu {
     config: Config,
+    rules: Rules,
     /// As the hardware sees it, and the software TLB.
     hardware: Machine,
     /// As VMM code sees it that reads and writes shadow tables.
@@ -249,8 +253,22 @@ impl Mmu {
             pool: Pool::new(pool::SLOTS),
             evictions: AtomicU64::new(0),
             tracked_stores: AtomicU64::new(0),
+            rules: Rules::default(),
             config,
         }
+    }
+
+    /// The same, by these rules. Before anything uses it.
+    pub fn with_rules(mut self, rules: Rules) -> Mmu {
+        self.rules = rules;
+        self.coherence.set_rules(rules);
+        self.frames.set_rules(rules);
+        self
+    }
+
+    /// The rules in force.
+    pub fn rules(&self) -> Rules {
+        self.rules
     }
 
     /// The same, with a swap device.
@@ -281,13 +299,13 @@ impl Mmu {
     /// The MMU's side of vCPU `id` (below [`Config::vcpus`]), run by hardware: paging off, as after reset.
     pub fn vcpu(&self, id: u32) -> Vcpu {
         debug_assert!(id < self.config.vcpus, "vCPU {id} of {}", self.config.vcpus);
-        Vcpu::new(id, None)
+        Vcpu::new(id, None, self.rules)
     }
 
     /// The same for a vCPU that is interpreted, with a TLB of that kind.
     pub fn soft_vcpu(&self, id: u32, kind: TlbKind) -> Vcpu {
         debug_assert!(id < self.config.vcpus, "vCPU {id} of {}", self.config.vcpus);
-        Vcpu::new(id, Some(SoftTlb::new(kind)))
+        Vcpu::new(id, Some(SoftTlb::new(kind, self.rules)), self.rules)
     }
 
     /// The flush clock and ledger.

@@ -9,6 +9,7 @@ use crate::p2m::PageState;
 use crate::physical::Beyond;
 use crate::reclaim::Shortage;
 use crate::records::Cause;
+use crate::rules::Rule;
 use crate::shadow::leaf::Mapped;
 use crate::vcpu::Vcpu;
 use crate::walk::Touch;
@@ -64,8 +65,10 @@ impl Mmu {
         }
         // Other tables than before, though nothing was flushed: what INVLPG did under the old mode must hold there.
         if flush == Flush::Yes || !same_roots {
-            self.sync_loaded(vcpu);
-            self.flush_if_owed(vcpu);
+            if self.rules.keep(Rule::SyncAtCr3) {
+                self.sync_loaded(vcpu);
+            }
+            self.flush_if_owed(vcpu, Rule::HardwareFlushAtCr3);
             self.tlb_flush_if_owed(vcpu, all);
         }
         Ok(())
@@ -153,16 +156,20 @@ impl Mmu {
 
     /// Makes the vCPU unable to use anything for `gva` that the guest's tables do not say now.
     pub(crate) fn forget_address(&self, vcpu: &Vcpu, gva: Gva) {
-        self.drop_address(vcpu, gva);
-        self.flush_if_owed(vcpu);
-        if let Some(tlb) = &vcpu.tlb {
+        if self.rules.keep(Rule::DropAtInvlpg) {
+            self.drop_address(vcpu, gva);
+        }
+        self.flush_if_owed(vcpu, Rule::HardwareFlushAtInvlpg);
+        if let Some(tlb) = &vcpu.tlb
+            && self.rules.keep(Rule::FlushAtInvlpg)
+        {
             tlb.flush_page(gva);
         }
     }
 
     /// Hardware flushes everything or nothing, and when it enters.
-    fn flush_if_owed(&self, vcpu: &Vcpu) {
-        if vcpu.hardware && self.coherence.owes_flush(vcpu.id) {
+    fn flush_if_owed(&self, vcpu: &Vcpu, rule: Rule) {
+        if self.rules.keep(rule) && vcpu.hardware && self.coherence.owes_flush(vcpu.id) {
             self.coherence.request_flush(vcpu.id);
         }
     }

@@ -33,6 +33,7 @@ use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::pool;
 use crate::records::Cause;
+use crate::rules::Rule;
 use crate::scope::{MemAlloc, NoIo};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
 use crate::sync::{AtomicBool, AtomicU64, Lock, Monitor, Ordering, thread};
@@ -216,8 +217,7 @@ impl Mmu {
         self.lru.put_back(List::Active, used);
         self.lru.put_back(List::Inactive, busy);
         if cleared {
-            // An accessed bit comes back only when the TLB has forgotten; nobody waits for that.
-            self.coherence.request_flush_of_all();
+            self.ask_to_flush_young();
         }
         victims.sort_unstable();
         let gfns: Vec<Gfn> = victims.iter().map(|(gfn, _)| *gfn).collect();
@@ -242,12 +242,19 @@ impl Mmu {
             self.frames.gfn(*mfn).is_some_and(|gfn| self.clear_young(gfn, *mfn, &mut cleared))
         });
         if cleared {
-            self.coherence.request_flush_of_all();
+            self.ask_to_flush_young();
         }
         let only_used = idle.is_empty();
         self.lru.put_back(List::Inactive, idle);
         // Where all are in use, some must go all the same.
         self.lru.put_back(if only_used && inactive < want { List::Inactive } else { List::Active }, used);
+    }
+
+    /// An accessed bit comes back only when the TLB has forgotten; nobody waits for that.
+    fn ask_to_flush_young(&self) {
+        if self.rules.keep(Rule::RequestAfterAging) {
+            self.coherence.request_flush_of_all();
+        }
     }
 
     fn judge_frame(&self, gfn: Gfn, mfn: Mfn, cleared: &mut bool) -> Verdict {

@@ -75,9 +75,11 @@ pub fn spin_until(mut done: impl FnMut() -> bool) -> bool {
 }
 
 /// Where another thread may come in: called before words of machine memory that threads race for, which shuttle does
-/// not see. Compiles to nothing elsewhere.
+/// not see. Compiles to nothing elsewhere, but for tests that come in by themselves ([`crate::rules::at_point`]).
 #[inline(always)]
 pub fn point() {
+    #[cfg(all(feature = "omissions", debug_assertions))]
+    crate::rules::pass_point();
     // It has no time: to sleep is to let the scheduler choose, and no hint that this thread waits for something.
     #[cfg(shuttle)]
     shuttle::thread::sleep(std::time::Duration::ZERO);

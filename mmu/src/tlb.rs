@@ -32,6 +32,7 @@ use crate::Mmu;
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
 use crate::p2m::Generations;
+use crate::rules::{Rule, Rules};
 use crate::shadow::RootRef;
 use crate::shadow::leaf::Leaf;
 use crate::shadow::role::Shape;
@@ -188,6 +189,7 @@ fn set_of(gva: Gva) -> usize {
 /// The TLB of one vCPU. It belongs to the vCPU's thread.
 #[derive(Debug)]
 pub struct SoftTlb {
+    rules: Rules,
     kind: TlbKind,
     sets: Box<[[Cell<Entry>; WAYS]; SETS]>,
     /// What `sticky` remembers beside `sets`, by page.
@@ -218,9 +220,10 @@ pub struct TlbStats {
 }
 
 impl SoftTlb {
-    pub(crate) fn new(kind: TlbKind) -> SoftTlb {
+    pub(crate) fn new(kind: TlbKind, rules: Rules) -> SoftTlb {
         let seed = if let TlbKind::Lossy(seed) = kind { seed } else { 0 };
         SoftTlb {
+            rules,
             kind,
             sets: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(NOTHING)))),
             store: RefCell::default(),
@@ -254,7 +257,7 @@ impl SoftTlb {
         }
         let region = region_of(page);
         let (word, bit) = (&self.large[region / 64], 1 << (region % 64));
-        if word.get() & bit != 0 {
+        if word.get() & bit != 0 && self.rules.keep(Rule::FlushOfLargePage) {
             word.set(word.get() & !bit);
             self.retain(|entry| !(entry.large && region_of(page_of(entry.tag)) == region));
             self.change_version();
@@ -298,6 +301,9 @@ impl SoftTlb {
     }
 
     fn change_version(&self) {
+        if !self.rules.keep(Rule::CodeAtFlush) {
+            return;
+        }
         self.version.set(self.version.get() + 1);
         self.code.iter().for_each(|word| word.set(0));
     }
@@ -529,7 +535,9 @@ impl Mmu {
         let owed = self.enter(vcpu);
         if owed {
             let epoch = self.coherence.begin_flush();
-            if let Some(tlb) = &vcpu.tlb {
+            if let Some(tlb) = &vcpu.tlb
+                && self.rules.keep(Rule::FlushAtEntry)
+            {
                 tlb.flush_all();
             }
             self.coherence.end_flush(vcpu.id, epoch);
@@ -543,6 +551,9 @@ impl Mmu {
         let Some(tlb) = &vcpu.tlb else { return };
         let since = tlb.local_flush.get().max(self.coherence.flushed(vcpu.id));
         if !all && !self.coherence.removed_since(since) {
+            return;
+        }
+        if !self.rules.keep(if all { Rule::FlushAtModeChange } else { Rule::FlushAtCr3 }) {
             return;
         }
         tlb.local_flush.set(self.coherence.begin_flush());
@@ -572,7 +583,7 @@ impl Mmu {
         let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
         vcpu.tlb.iter().for_each(|tlb| tlb.note_code(gva));
         let (generation, fresh) = self.frames.mark_code(mfn);
-        if fresh {
+        if fresh && self.rules.keep(Rule::BarrierAtMark) {
             self.coherence.settle_stores();
         }
         Ok(CodeFrame { mfn, generation })

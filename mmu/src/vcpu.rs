@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use crate::addr::{Gfn, Gpa, Gva};
 use crate::events::EventRing;
 use crate::format::{Mode, Pdpte};
+use crate::rules::Rules;
 use crate::shadow::RootRef;
 use crate::tlb::{SoftTlb, TlbKind};
 use crate::window::{Context, LocalStack};
@@ -98,6 +99,7 @@ pub(crate) enum Ask {
 #[derive(Debug)]
 pub struct Vcpu {
     pub(crate) id: u32,
+    rules: Rules,
     pub(crate) mode: Mode,
     pub(crate) cr3: u32,
     pub(crate) pdptes: [Pdpte; 4],
@@ -118,9 +120,10 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub(crate) fn new(id: u32, tlb: Option<SoftTlb>) -> Vcpu {
+    pub(crate) fn new(id: u32, tlb: Option<SoftTlb>, rules: Rules) -> Vcpu {
         Vcpu {
             id,
+            rules,
             mode: Mode::default(),
             cr3: 0,
             pdptes: [Pdpte::default(); 4],
@@ -158,7 +161,7 @@ impl Vcpu {
 
     /// Gives a vCPU that hardware runs a software TLB too, for stretches of its code that are interpreted.
     pub fn add_tlb(&mut self, kind: TlbKind) {
-        self.tlb = Some(SoftTlb::new(kind));
+        self.tlb = Some(SoftTlb::new(kind, self.rules));
     }
 
     /// Hardware runs it, always or at times.

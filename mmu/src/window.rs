@@ -24,6 +24,8 @@ use crate::lock_order;
 use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::physical::Width;
+use crate::rules::Rule;
+use crate::sync::point;
 use crate::views::Windows;
 
 /// The most mappings that a context of any class may have open.
@@ -173,8 +175,9 @@ impl Mmu {
         loop {
             let state = self.resident(gfn);
             let PageState::Resident(mfn) = state else { return Err(state) };
+            point();
             self.frames.pin(mfn);
-            if self.p2m.lookup(gfn) == state {
+            if !self.rules.keep(Rule::PageAfterPin) || self.p2m.lookup(gfn) == state {
                 return Ok(mfn);
             }
             self.frames.unpin(mfn);

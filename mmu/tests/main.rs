@@ -8,6 +8,7 @@
 //! | dma | sessions of devices: rule by rule, by threads, against a flat memory | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model dma` |
 //! | ring | a virtio ring through sessions | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model ring` |
 //! | pressure | more guest memory than frames: by threads, by failing swap, rule by rule | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model pressure` |
+//! | omissions | each rule of coherence left out, and noticed | |
 //! | threads | two vCPUs on two threads | `UMBRA_SECONDS=600 cargo test -p umbra-mmu --test model threads` |
 //! | interleave | the same on shuttle's threads | its header |
 #![forbid(unsafe_code)]
@@ -17,6 +18,8 @@ mod dma;
 mod interleave;
 mod matrix;
 mod model;
+#[cfg(not(any(loom, shuttle)))]
+mod omissions;
 mod pressure;
 mod program;
 mod property;

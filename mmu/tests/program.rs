@@ -1,5 +1,6 @@
 //! Guest programs: what a random (or a remembered) guest does, one [`Op`] after the other.
 
+use umbra_mmu::Rules;
 use umbra_mmu::discard::Discard;
 
 use crate::model::layout::{self, CR3S, GUEST_PAGES, LOW, LOW_PAGES};
@@ -153,7 +154,12 @@ const AUDIT_EVERY: usize = 64;
 impl Program {
     /// Runs the program in a new world, with every check there is.
     pub fn run(&self) -> Result<(), Wrong> {
-        let mut runner = Runner::new(self)?;
+        self.run_by(Rules::default())
+    }
+
+    /// The same on an MMU that goes by these rules.
+    pub fn run_by(&self, rules: Rules) -> Result<(), Wrong> {
+        let mut runner = Runner::new(self, rules)?;
         for (number, (cpu, op)) in self.ops.iter().enumerate() {
             let cpu = usize::from(*cpu) % runner.world.cpus.len();
             runner.step(cpu, *op).map_err(|Wrong(text)| Wrong(format!("op {number}, {op:?}: {text}")))?;
@@ -184,14 +190,15 @@ fn wear(world: &mut World) -> Result<(), Wrong> {
 }
 
 impl Runner {
-    fn new(program: &Program) -> Result<Runner, Wrong> {
-        let mut world = World::new(Sizes {
+    fn new(program: &Program, rules: Rules) -> Result<Runner, Wrong> {
+        let sizes = Sizes {
             guest_pages: GUEST_PAGES,
             machine_frames: 256,
             shadow_pages_max: SHADOW_PAGES,
             vcpus: 2,
             tlb: program.tlb,
-        });
+        };
+        let mut world = World::by_rules(sizes, rules);
         layout::build(&mut world);
         if program.worn {
             wear(&mut world)?;

@@ -9,7 +9,7 @@ use std::time::Instant;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use umbra_mmu::TlbKind;
+use umbra_mmu::{Rules, TlbKind};
 
 use crate::model::hardware::Memory;
 use crate::model::layout::{A, D, G, NX, P, PS, RSVD, U, W};
@@ -108,7 +108,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-fn program() -> impl Strategy<Value = Program> {
+pub fn program() -> impl Strategy<Value = Program> {
     let hardware = |memory| Just(Caches::Hardware(memory));
     let tlb = prop_oneof![
         4 => hardware(Memory::Sticky),
@@ -130,7 +130,12 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// What is wrong with a program, a panic included.
 fn failure(program: &Program) -> Option<String> {
-    match catch_unwind(AssertUnwindSafe(|| program.run())) {
+    failure_by(program, Rules::default())
+}
+
+/// The same on an MMU that goes by these rules.
+pub fn failure_by(program: &Program, rules: Rules) -> Option<String> {
+    match catch_unwind(AssertUnwindSafe(|| program.run_by(rules))) {
         Ok(result) => result.err().map(|wrong| wrong.0),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().cloned();
@@ -161,13 +166,17 @@ fn minimise(mut program: Program) -> Program {
     program
 }
 
+/// Where programs come from, by a seed.
+pub fn runner(seed: u64) -> TestRunner {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
+}
+
 #[test]
 fn random_guest_programs_behave_as_on_the_naive_cpu() {
     let (wanted, seed) = (number("UMBRA_OPS", OPS_DEFAULT), number("UMBRA_SEED", 1));
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+    let mut runner = runner(seed);
     let strategy = program();
     let (start, mut done, mut programs) = (Instant::now(), 0, 0);
     while done < wanted {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use umbra_mmu::TlbKind;
+use umbra_mmu::{Rule, Rules, TlbKind};
 
 use crate::board;
 use crate::boot::notes::Notes;
@@ -218,6 +218,14 @@ pub struct RunArgs {
     /// The guest's name, for those who ask by QMP.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
+    /// Go without a rule of coherence (docs/RULES.md): in builds for tests alone.
+    #[arg(long, hide = true, value_name = "RULE", value_parser = parse_omission)]
+    pub omit: Option<Rules>,
+}
+
+fn parse_omission(name: &str) -> Result<Rules, String> {
+    let rule = Rule::named(name).ok_or("there is no such rule; docs/RULES.md has them")?;
+    Rules::all_but(rule).ok_or("this build keeps every rule; only builds for tests can leave one out".into())
 }
 
 /// Where swapped pages are kept.

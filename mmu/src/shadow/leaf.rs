@@ -12,9 +12,11 @@ use crate::Mmu;
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, Mpa};
 use crate::bucket::{BucketGuard, Link, Sequence};
+use crate::coherence::Removal;
 use crate::format::STATUS_BITS;
 use crate::frames::{DIRTY, FrameKind, SHADOWED, UNSYNC, WATCHED};
 use crate::p2m::{Generations, PageState};
+use crate::rules::Rule;
 use crate::shadow::RootRef;
 use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, table_key};
 use crate::spte::{Spte, l1_index, l2_index, l3_index};
@@ -54,6 +56,8 @@ pub(crate) struct Place {
 pub(crate) struct Protected {
     gfn: Gfn,
     mfn: Mfn,
+    /// The frame's debt then.
+    debt: u64,
 }
 
 impl Protected {
@@ -80,6 +84,7 @@ impl Mmu {
     pub(crate) fn map(&self, vcpu: &Vcpu, t: &Translation, seen: Sequence, access: Access) -> Mapped {
         let (user, store) = (access.user && vcpu.mode.paging, access.kind == AccessKind::Write);
         let mode = effective_mode(vcpu.mode, user);
+        point();
         let (Some(key), Some(rights)) =
             (table_key(vcpu.mode, user, t), leaf_rights(mode, user, t.rights, t.dirty))
         else {
@@ -103,7 +108,8 @@ impl Mmu {
                 continue;
             }
             // The lock on the page keeps tracked stores to its table away from here on.
-            if t.table.is_some_and(|step| !self.is_unchanged(vcpu, step)) {
+            let changed = t.table.is_some_and(|step| !self.is_unchanged(vcpu, step));
+            if changed && self.rules.keep(Rule::EntryAtFill) {
                 return Mapped::Retry;
             }
             let global = t.table.is_some_and(|step| step.gpte.is_global());
@@ -219,12 +225,13 @@ impl Mmu {
             _ => return Err(Mapped::Need(gfn)),
         }
         let mut bucket = self.buckets.lock(gfn);
-        if !bucket.admits(seen) {
+        if !bucket.admits(seen) && self.rules.keep(Rule::GateAtFill) {
             return Err(Mapped::Gate(gfn));
         }
         let Some((mfn, generations)) = self.p2m.resident(gfn) else { return Err(Mapped::Retry) };
         let flags = self.frames.flags(mfn);
-        let mut writable = rights.writable && !are_tracked(flags);
+        let tracked = self.rules.keep(Rule::MarkAtFill) && are_tracked(flags);
+        let mut writable = rights.writable && !tracked;
         if writable && flags & DIRTY == 0 {
             writable = store || self.p2m.copy(gfn).is_none();
             if writable {
@@ -244,7 +251,7 @@ impl Mmu {
             bucket.link(Link::new(gfn, at));
         }
         if let Some(removal) = narrowing {
-            self.frames.owe(mfn, removal.stamp_leaf(mfn));
+            self.note_removal(removal, mfn, Rule::DebtOfFill);
         }
         Ok(leaf)
     }
@@ -256,7 +263,15 @@ impl Mmu {
         let removal = self.coherence.removal();
         self.store_spte(at, Spte::ABSENT);
         bucket.unlink(Link::new(gfn, at));
-        self.frames.owe(old.mfn(), removal.stamp_leaf(old.mfn()));
+        self.note_removal(removal, old.mfn(), Rule::DebtOfZap);
+    }
+
+    /// Stamps what was removed or narrowed of the leaves to `mfn`: its debt.
+    #[inline]
+    fn note_removal(&self, removal: Removal<'_>, mfn: Mfn, rule: Rule) {
+        if let Some(removal) = removal.by(rule) {
+            self.frames.owe(mfn, removal.stamp_leaf(mfn));
+        }
     }
 
     /// Replaces the leaf at `at`, which maps the same frame, by one of fewer rights. Caller holds its page.
@@ -269,7 +284,7 @@ impl Mmu {
         if new != old {
             let removal = self.coherence.removal();
             self.store_spte(at, new);
-            self.frames.owe(old.mfn(), removal.stamp_leaf(old.mfn()));
+            self.note_removal(removal, old.mfn(), Rule::DebtOfNarrowing);
         }
     }
 
@@ -297,12 +312,13 @@ impl Mmu {
             }
         }
         if narrowed {
-            self.frames.owe(mfn, removal.stamp_leaf(mfn));
+            self.note_removal(removal, mfn, Rule::DebtOfProtection);
         } else {
             drop(removal);
         }
-        if !self.coherence.covered(self.frames.debt(mfn)) {
-            return Some(Protected { gfn, mfn });
+        let debt = self.frames.debt(mfn);
+        if !self.coherence.covered(debt) && self.rules.keep(Rule::DebtAtProtection) {
+            return Some(Protected { gfn, mfn, debt });
         }
         if narrowed {
             self.p2m.advance_write_generation(gfn);
@@ -310,13 +326,14 @@ impl Mmu {
         None
     }
 
-    /// No TLB lets the page be written any more: an entry that still does is a missed flush. Nothing is said of a
-    /// page that is not tracked now, or that was protected again and is not covered yet: whoever did that comes here too.
+    /// No TLB lets the page be written any more: an entry that still does is a missed flush. Nothing is said of a page that is
+    /// not tracked now, or of which more was removed meanwhile that is not covered yet.
     pub(crate) fn finish_protected(&self, protected: &Protected) {
-        let Protected { gfn, mfn } = *protected;
+        let Protected { gfn, mfn, debt } = *protected;
         let _bucket = self.buckets.lock(gfn);
         let stays = self.p2m.lookup(gfn) == PageState::Resident(mfn) && self.is_tracked(mfn);
-        if stays && self.coherence.covered(self.frames.debt(mfn)) {
+        let now = self.frames.debt(mfn);
+        if stays && (now == debt || self.coherence.covered(now)) {
             self.p2m.advance_write_generation(gfn);
         }
     }
@@ -334,7 +351,7 @@ impl Mmu {
         });
         // Within the bucket: whoever write-protects next must see the debt.
         if zapped {
-            self.frames.owe(mfn, removal.stamp_leaf(mfn));
+            self.note_removal(removal, mfn, Rule::DebtOfZap);
         }
     }
 

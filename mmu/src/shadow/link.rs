@@ -13,9 +13,11 @@
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mpa};
+use crate::coherence::Removal;
 use crate::frames::{Draw, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
 use crate::p2m::PageState;
 use crate::records::Cause;
+use crate::rules::Rule;
 use crate::shadow::RootRef;
 use crate::shadow::leaf::{Mapped, Protected};
 use crate::shadow::pages::{Shard, find};
@@ -96,7 +98,8 @@ impl Mmu {
         }
         if !self.spte(entry).is_present() {
             // Listed, not flagged: a table that is being tracked again loses its flag before its last look.
-            if key.role.shape == Shape::Table && self.is_listed(key.gfn) {
+            let unsync = key.role.shape == Shape::Table && self.is_listed(key.gfn);
+            if unsync && self.rules.keep(Rule::SyncAtLink) {
                 self.sync_page(vcpu, &child, slot);
             }
             child.parents.push(entry);
@@ -116,7 +119,7 @@ impl Mmu {
         let removal = self.coherence.removal();
         self.store_spte(entry, Spte::ABSENT);
         child.parents.retain(|parent| *parent != entry);
-        removal.stamp_table();
+        removal.by(Rule::DebtOfUnlink).map(Removal::stamp_table);
     }
 
     /// The page of `key`, made if there is none. May sleep.
@@ -145,7 +148,7 @@ impl Mmu {
         if let Some(owed) = owed {
             self.shoot_down_protected(Cause::Track, &owed, vcpu.id);
         }
-        if key.role.shape == Shape::Directory {
+        if key.role.shape == Shape::Directory && self.rules.keep(Rule::SyncAtPromotion) {
             self.sync_table(vcpu, key.gfn);
         }
         self.pages.advance_tick();
@@ -236,7 +239,7 @@ impl Mmu {
     fn take_dead_slot(&self, vcpu: &Vcpu) -> Option<u32> {
         loop {
             if let Some((slot, stamp)) = self.pages.take_dead() {
-                if !self.coherence.covered(stamp) {
+                if !self.coherence.covered(stamp) && self.rules.keep(Rule::ShootdownBeforeReuse) {
                     self.coherence.shoot_down(Some(vcpu.id));
                 }
                 return Some(slot);
@@ -296,7 +299,7 @@ impl Mmu {
             "INV-SHADOW-3: {key:?}"
         );
         drop(page);
-        let stamp = removal.stamp_table();
+        let stamp = removal.by(Rule::DebtOfEviction).map_or(0, Removal::stamp_table);
         self.take_out(shard, key, slot);
         if key.role.shadows_table() {
             self.demote(shard, key.gfn);
@@ -339,7 +342,7 @@ impl Mmu {
     /// Gives back the frame of the page that has been dead for longest; false where none is. May sleep.
     pub(crate) fn give_back_dead(&self, own: Option<u32>) -> bool {
         let Some((slot, stamp)) = self.pages.take_dead() else { return false };
-        if !self.coherence.covered(stamp) {
+        if !self.coherence.covered(stamp) && self.rules.keep(Rule::ShootdownBeforeGivingBack) {
             self.coherence.shoot_down(own);
         }
         self.release_table(self.pages.take_mfn(slot));

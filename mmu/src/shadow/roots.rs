@@ -13,8 +13,10 @@ use rustc_hash::FxHashMap;
 
 use crate::Mmu;
 use crate::addr::{Gfn, Gpa, Mfn};
+use crate::coherence::Removal;
 use crate::format::{Mode, Pdpte};
 use crate::frames::{Draw, FrameKind};
+use crate::rules::Rule;
 use crate::shadow::role::effective_mode;
 use crate::spte::Spte;
 use crate::sync::Ordering;
@@ -104,6 +106,7 @@ impl Mmu {
         loop {
             match self.search_root(key) {
                 Search::Found(root) => return Some(root),
+                Search::Flush if !self.rules.keep(Rule::ShootdownBeforeRoot) => {}
                 Search::Flush => {
                     self.coherence.shoot_down(Some(own));
                 }
@@ -134,7 +137,9 @@ impl Mmu {
 
     /// A root without a key: a covered dead one, a new one, or (after a flush) the least recently used.
     fn vacant_root(&self, roots: &mut Roots) -> Result<u32, Search> {
-        let dead = roots.roots.iter().position(|r| r.key.is_none() && self.coherence.covered(r.dead_at));
+        let waits = self.rules.keep(Rule::ShootdownBeforeRoot);
+        let is_free = |r: &Root| r.key.is_none() && (!waits || self.coherence.covered(r.dead_at));
+        let dead = roots.roots.iter().position(is_free);
         if let Some(index) = dead {
             return Ok(index as u32);
         }
@@ -168,7 +173,7 @@ impl Mmu {
         for index in 0..4 {
             self.unlink(root.tables.pdpt.at(index * 8), true);
         }
-        root.dead_at = self.coherence.removal().stamp_table();
+        root.dead_at = self.coherence.removal().by(Rule::DebtOfRoot).map_or(0, Removal::stamp_table);
         let key = root.key.take();
         if let Some(key) = key {
             roots.by_key.remove(&key);

@@ -21,6 +21,7 @@ use crate::format::Gpte;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
 use crate::records::Cause;
+use crate::rules::Rule;
 use crate::shadow::pages::{Page, Shard, find};
 use crate::shadow::role::{Key, Role, Shape, directory_key};
 use crate::spte::{l1_index, l3_index};
@@ -55,7 +56,7 @@ impl Mmu {
         // Store, then look at the mark; promotion sets the mark, then looks at the table. One of us sees the other.
         fence(Ordering::SeqCst);
         self.frames.code_written(mfn);
-        if self.frames.flags(mfn) & SHADOWED == 0 {
+        if self.frames.flags(mfn) & SHADOWED == 0 || !self.rules.keep(Rule::ApplyStores) {
             return;
         }
         self.tracked_stores.fetch_add(1, Ordering::Relaxed);
@@ -292,7 +293,11 @@ impl Mmu {
         if let Some(owed) = owed {
             self.shoot_down_protected(Cause::Track, &owed, vcpu.id);
         }
-        self.sync_table(vcpu, gfn);
+        if self.rules.keep(Rule::SyncAtTracking) {
+            self.sync_table(vcpu, gfn);
+        } else {
+            self.drop_if_synced(gfn);
+        }
     }
 
     /// Unshadows an unsync table that nothing links to any more.

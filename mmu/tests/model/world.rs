@@ -22,7 +22,7 @@ use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::{
     Access, AccessKind, Beyond, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Miss, Mmu, Mode,
-    NotLoaded, Outcome, PageFault, Refill, Refusal, Shootdown, TlbKind, Vcpu, Width,
+    NotLoaded, Outcome, PageFault, Refill, Refusal, Rules, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -147,6 +147,11 @@ fn width_of(size: u32) -> Option<Width> {
 
 impl World {
     pub fn new(sizes: Sizes) -> World {
+        World::by_rules(sizes, Rules::default())
+    }
+
+    /// One whose MMU goes by these rules.
+    pub fn by_rules(sizes: Sizes, rules: Rules) -> World {
         let machine =
             Arc::new(MmapRegion::new(sizes.machine_frames as usize * 4096).expect("memory for a test"));
         let config = Config {
@@ -160,7 +165,8 @@ impl World {
         let kick = Kick { mmu: Arc::default(), inside: inside.clone() };
         let back = kick.mmu.clone();
         let swap = Box::new(MemorySwap::new(sizes.guest_pages));
-        let mmu = Arc::new(Mmu::new(Machine::new(machine.clone()), config, Box::new(kick)).with_swap(swap));
+        let mmu = Mmu::new(Machine::new(machine.clone()), config, Box::new(kick));
+        let mmu = Arc::new(mmu.with_swap(swap).with_rules(rules));
         back.set(Arc::downgrade(&mmu)).expect("set once");
         let cpu = |id| Cpu {
             vcpu: match sizes.tlb {

@@ -257,7 +257,8 @@ impl Guest {
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
-        let mmu = Arc::new(overcommit.apply(build_mmu(config, &runner, &pool)?, args)?);
+        let mmu = build_mmu(config, &runner, &pool)?.with_rules(args.omit.unwrap_or_default());
+        let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
         memory::extent(&memory).1.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);

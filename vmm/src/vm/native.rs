@@ -19,7 +19,7 @@
 
 use std::sync::Arc;
 
-use umbra_mmu::{Access, AccessKind, Gva, Mpa, Outcome};
+use umbra_mmu::{Access, AccessKind, Gva, Mpa, Outcome, Rule};
 
 use super::bus::{Aftermath, FpuUse};
 use super::ending::End;
@@ -140,9 +140,15 @@ impl Native {
     fn flush(&mut self, core: &mut Core, root: Mpa) -> Result<bool, KvmError> {
         let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
         let epoch = coherence.begin_flush();
-        self.flusher.before_entry(&core.mmu)?;
-        let kicked = self.flusher.flushes_at_entry() && self.kvm.flush(&core.cpu, root)?;
-        core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
+        let rules = core.mmu.rules();
+        if rules.keep(Rule::NotifierFlush) {
+            self.flusher.before_entry(&core.mmu)?;
+        }
+        let flushes = self.flusher.flushes_at_entry() && rules.keep(Rule::FirmwareFlush);
+        let kicked = flushes && self.kvm.flush(&core.cpu, root)?;
+        if rules.keep(Rule::FlushBesideHardware) {
+            core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
+        }
         coherence.end_flush(id, epoch);
         core.hardware_owes_flush = false;
         core.stats.flushes += 1;

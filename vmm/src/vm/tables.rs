@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use umbra_mmu::{Access, Gfn, Gva, Mmu, NotReached, Refusal, Shortage, Touch, Vcpu};
+use umbra_mmu::{Access, Gfn, Gva, Mmu, NotReached, Refusal, Rule, Shortage, Touch, Vcpu};
 
 use crate::cpu::{CpuState, Segment, TableRegister};
 use crate::kvm::{KvmError, KvmVcpu};
@@ -120,7 +120,7 @@ impl DescriptorTables {
     /// returns. Sleeps for vCPUs in the guest, if there is another.
     pub fn stored_to(&mut self, mmu: &Mmu, own: u32) {
         self.watches.stores.fetch_add(1, Ordering::SeqCst);
-        if mmu.config().vcpus > 1 {
+        if mmu.config().vcpus > 1 && mmu.rules().keep(Rule::ShootdownAtDescriptors) {
             mmu.coherence().shoot_down(Some(own));
         }
     }

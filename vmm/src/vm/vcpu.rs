@@ -17,7 +17,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use umbra_mmu::{FaultStats, Gpa, Mmu, Vcpu};
+use umbra_mmu::{FaultStats, Gpa, Mmu, Rule, Vcpu};
 
 use super::bus::{Aftermath, FpuUse, GuestBus};
 use super::devices::{Devices, Nap};
@@ -322,7 +322,7 @@ impl Core {
         }
         self.stats.flushes += after.flushes;
         self.fpu_wanted |= after.fpu == Some(FpuUse::Missing);
-        self.hardware_owes_flush |= after.flushes > 0;
+        self.hardware_owes_flush |= after.flushes > 0 && self.mmu.rules().keep(Rule::HardwareOwesFlush);
     }
 
     /// Interprets the instruction at CS:EIP.
