@@ -15,6 +15,8 @@ mod cli;
 mod images;
 #[path = "e2e/memory.rs"]
 mod memory;
+#[path = "e2e/omissions.rs"]
+mod omissions;
 #[path = "e2e/operator.rs"]
 mod operator;
 #[path = "e2e/peer.rs"]
@@ -57,6 +59,7 @@ fn test() -> ExitCode {
         cli::cases(),
         images::cases(),
         memory::cases(),
+        omissions::cases(),
         operator::cases(),
         peer::cases(),
         pressure::cases(),

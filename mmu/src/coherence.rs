@@ -203,6 +203,11 @@ impl Coherence {
         self.vcpus[vcpu as usize].flushed.load(Ordering::SeqCst)
     }
 
+    /// The epoch that a flush of `vcpu` was last asked to have.
+    pub fn requested(&self, vcpu: u32) -> u64 {
+        self.vcpus[vcpu as usize].requested.load(Ordering::SeqCst)
+    }
+
     /// Asks `vcpu` to flush before it next runs guest code. For a vCPU's own thread; others use
     /// [`Coherence::shoot_down`].
     pub fn request_flush(&self, vcpu: u32) {

@@ -1,4 +1,5 @@
-//! A short memory of what happened to which page: what `explain` shows as the last event.
+//! A short memory of what happened to which page: what `explain` shows as the last event, and the report of a missed flush as
+//! the trail.
 
 use crate::addr::Gva;
 
@@ -39,7 +40,12 @@ impl EventRing {
 
     /// The latest event on the page of `gva`, and how many events ago it was.
     pub fn last(&self, gva: Gva) -> Option<(Event, usize)> {
-        (1..=RING).find_map(|ago| {
+        self.trail(gva).next()
+    }
+
+    /// All events on the page of `gva`, the latest first, and how many events ago each was.
+    pub fn trail(&self, gva: Gva) -> impl Iterator<Item = (Event, usize)> {
+        (1..=RING).filter_map(move |ago| {
             let (at, event) = self.ring[self.next.wrapping_sub(ago) % RING];
             event.filter(|_| at.page() == gva.page()).map(|e| (e, ago))
         })
@@ -57,6 +63,9 @@ mod tests {
         ring.record(Gva(0x1004), Event::Filled);
         ring.record(Gva(0x2000), Event::Emulated);
         assert_eq!(ring.last(Gva(0x1ff0)), Some((Event::Filled, 2)));
+        ring.record(Gva(0x1000), Event::Invalidated);
+        let trail: Vec<_> = ring.trail(Gva(0x1000)).collect();
+        assert_eq!(trail, [(Event::Invalidated, 1), (Event::Filled, 3)]);
         (0..RING).for_each(|_| ring.record(Gva(0x2000), Event::Filled));
         assert_eq!(ring.last(Gva(0x1000)), None);
     }

@@ -178,7 +178,7 @@ impl Mmu {
             own: caller.own,
             may: caller.may,
             held: Vec::with_capacity(gates.len()),
-            record: Record::new(cause, gfns),
+            record: Record { own: caller.own, ..Record::new(cause, gfns) },
             gates,
             stamp: 0,
             began,
@@ -199,6 +199,8 @@ impl Mmu {
         let record = Record {
             at: began,
             pages: 1,
+            own: Some(own),
+            stamp: protected.debt(),
             kicked,
             shootdown: nanos,
             total: nanos,
@@ -262,6 +264,7 @@ impl<'m> Unmapped<'m> {
         let mut hold = self.0;
         let ledger = &hold.mmu.coherence;
         let mut notified = false;
+        hold.record.stamp = hold.stamp;
         if hold.mmu.rules.keep(Rule::ShootdownAtInvalidation) && !ledger.covered(hold.stamp) {
             match hold.may {
                 May::Sleep => (hold.record.kicked, notified) = ledger.shoot_down_frames(hold.own, &hold.held),

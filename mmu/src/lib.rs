@@ -20,7 +20,7 @@
 //! | discard | pages that are not wanted any more |
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
-//! | coherence, tlb | flush epochs and the ack ledger; a TLB in software |
+//! | coherence, tlb, violation | flush epochs and the ack ledger; a TLB in software; the report of a flush that was missed |
 //! | rules | the rules of coherence by name, and going without one, for tests |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
@@ -61,6 +61,7 @@ pub mod sync;
 pub mod tlb;
 pub mod vcpu;
 pub mod views;
+pub mod violation;
 pub mod walk;
 pub mod window;
 
@@ -79,9 +80,10 @@ pub use reclaim::{Shortage, SwapFailed};
 pub use rules::{Rule, Rules};
 pub use shadow::refill::Refill;
 pub use shadow::roots::FIRMWARE_SLOT;
-pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind, Violation};
+pub use tlb::{CodeFrame, Miss, SoftTlb, TlbKind};
 pub use vcpu::{FaultStats, Vcpu};
 pub use views::Views;
+pub use violation::Violation;
 pub use walk::{Refusal, Touch, Translation};
 pub use window::{Context, LocalStack};
 

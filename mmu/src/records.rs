@@ -1,7 +1,8 @@
 //! What invalidations leave behind: a record each, and totals by cause.
 //!
 //! Story: every invalidation pushes its [`Record`] as it ends. Whoever measures takes the records away from time to time
-//! ([`Records::take`]); the totals stay.
+//! ([`Records::take`]); the totals stay, and so do the last records, for whoever asks what has become of a page
+//! ([`Records::about`]).
 //!
 //! Locks: [`lock_order::RECORDS`], a leaf.
 //!
@@ -110,6 +111,10 @@ pub struct Record {
     pub first: Gfn,
     /// The highest.
     pub last: Gfn,
+    /// The vCPU that it was for, which was outside; `None` for another thread.
+    pub own: Option<u32>,
+    /// Flush clock of the last removal of an spte to one of its pages: what vCPUs had to flush after. 0 where there was none.
+    pub stamp: u64,
     /// Pages asked for.
     pub asked: u32,
     /// Pages taken.
@@ -139,6 +144,8 @@ impl Record {
             at: 0,
             first: gfns.iter().min().copied().unwrap_or_default(),
             last: gfns.iter().max().copied().unwrap_or_default(),
+            own: None,
+            stamp: 0,
             asked: gfns.len() as u32,
             pages: 0,
             skipped: 0,
@@ -172,7 +179,9 @@ pub struct Totals {
 
 #[derive(Debug, Default)]
 struct Kept {
-    waiting: VecDeque<Record>,
+    last: VecDeque<Record>,
+    /// How many of them, at the end, nobody has taken yet.
+    waiting: usize,
     lost: u64,
     totals: [Totals; Cause::ALL.len()],
 }
@@ -197,18 +206,29 @@ impl Records {
         totals.kicked += u64::from(record.kicked);
         totals.nanos += record.total;
         totals.nanos_max = totals.nanos_max.max(record.total);
-        if kept.waiting.len() == RECORDS_MAX {
-            kept.waiting.pop_front();
-            kept.lost += 1;
+        if kept.last.len() == RECORDS_MAX {
+            kept.last.pop_front();
         }
-        kept.waiting.push_back(record);
+        kept.last.push_back(record);
+        match kept.waiting {
+            RECORDS_MAX => kept.lost += 1,
+            _ => kept.waiting += 1,
+        }
     }
 
     /// Takes the records since the last call, oldest first, and how many were lost between.
     pub fn take(&self) -> (Vec<Record>, u64) {
         let mut kept = self.kept.lock();
-        let lost = std::mem::take(&mut kept.lost);
-        (kept.waiting.drain(..).collect(), lost)
+        let (lost, waiting) = (std::mem::take(&mut kept.lost), std::mem::take(&mut kept.waiting));
+        let taken = kept.last.len() - waiting;
+        (kept.last.range(taken..).copied().collect(), lost)
+    }
+
+    /// Invalidations that took pages, `gfn` perhaps among them, taken or not: the last first, and no more than `count`.
+    pub fn about(&self, gfn: Gfn, count: usize) -> Vec<Record> {
+        let kept = self.kept.lock();
+        let has = |record: &&Record| record.pages > 0 && (record.first..=record.last).contains(&gfn);
+        kept.last.iter().rev().filter(has).take(count).copied().collect()
     }
 
     /// The totals of one cause.
@@ -238,6 +258,9 @@ mod tests {
         assert_eq!((taken.len(), lost, taken[0].total), (RECORDS_MAX, 3, 3));
         assert_eq!((taken[0].first, taken[0].last), (Gfn(5), Gfn(7)));
         assert_eq!(records.take(), (Vec::new(), 0));
+        let about = |gfn| records.about(Gfn(gfn), 2).iter().map(|record| record.total).collect::<Vec<_>>();
+        let last = RECORDS_MAX as u64 + 2;
+        assert_eq!((about(6), about(8)), (vec![last, last - 1], Vec::new()));
         let totals = records.totals(Cause::Discard);
         assert_eq!((totals.count, totals.nanos_max), (RECORDS_MAX as u64 + 3, RECORDS_MAX as u64 + 2));
         assert_eq!(records.count(), totals.count);

@@ -26,7 +26,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::fmt;
 
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
@@ -38,6 +37,7 @@ use crate::shadow::leaf::Leaf;
 use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
 use crate::vcpu::Vcpu;
+use crate::violation::{Filled, Violation};
 
 /// Sets of the cache, a power of two.
 const SETS: usize = 1024;
@@ -47,6 +47,8 @@ const WAYS: usize = 2;
 const REGIONS: usize = 1024;
 /// Bits of the memory of which pages have code.
 const CODE_BITS: usize = 4096;
+/// Invalidations, and events, that the report of a missed flush has at most.
+const TRAIL_MAX: usize = 8;
 /// A `lossy` TLB forgets one entry in so many hits.
 const LOSS: u64 = 8;
 
@@ -70,52 +72,6 @@ pub enum Miss {
     Incoherent(Box<Violation>),
 }
 
-/// INV-TLB-2 broken: the TLB still held what had been handed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Violation {
-    /// The vCPU whose TLB it is.
-    pub vcpu: u32,
-    /// The access that hit.
-    pub gva: Gva,
-    /// What it was to do.
-    pub kind: AccessKind,
-    /// The guest page that the entry is for.
-    pub gfn: Gfn,
-    /// The frame that it led to.
-    pub mfn: Mfn,
-    /// Generations at the fill.
-    pub filled: Generations,
-    /// Generations now.
-    pub now: Generations,
-    /// The flush clock of the last removal of an spte to that frame.
-    pub removed_at: u64,
-    /// The flush clock of this vCPU's last full flush.
-    pub flushed_at: u64,
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let lost = if self.filled.mapping == self.now.mapping { "write permission" } else { "frame" };
-        write!(
-            f,
-            "INV-TLB-2: vCPU {} used a stale translation, {:?} at {} to guest page {} in frame {}: the page's {lost} \
-             changed hands (mapping {} to {}, write {} to {}). The last translation to the frame was removed at flush \
-             clock {}, the vCPU's last full flush was at {}",
-            self.vcpu,
-            self.kind,
-            self.gva,
-            self.gfn,
-            self.mfn,
-            self.filled.mapping,
-            self.now.mapping,
-            self.filled.write,
-            self.now.write,
-            self.removed_at,
-            self.flushed_at,
-        )
-    }
-}
-
 /// Where decoded code stands: a frame, and the generation of what is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CodeFrame {
@@ -137,6 +93,8 @@ struct Entry {
     /// [`crate::p2m::P2m::advances`] when the generations were last compared.
     checked: u64,
     gfn: Gfn,
+    /// Which of the TLB's fills it was, the lower half of its number.
+    filled: u32,
     /// It is a part of a guest page that may be larger: INVLPG of any of its addresses forgets it.
     large: bool,
 }
@@ -156,6 +114,7 @@ const NOTHING: Entry = Entry {
     generations: Generations { mapping: 0, write: 0 },
     checked: 0,
     gfn: Gfn(0),
+    filled: 0,
     large: false,
 };
 
@@ -205,6 +164,8 @@ pub struct SoftTlb {
     code: Box<[Cell<u64>; CODE_BITS / 64]>,
     /// Epoch of the last flush of all that is not global.
     local_flush: Cell<u64>,
+    /// Fills before the last flush of everything.
+    flushed_fills: Cell<u64>,
     stats: Cell<TlbStats>,
 }
 
@@ -233,6 +194,7 @@ impl SoftTlb {
             version: Cell::new(1),
             code: Box::new(std::array::from_fn(|_| Cell::new(0))),
             local_flush: Cell::new(0),
+            flushed_fills: Cell::new(0),
             stats: Cell::default(),
         }
     }
@@ -269,6 +231,7 @@ impl SoftTlb {
     /// Forgets everything.
     pub fn flush_all(&self) {
         self.count(|s| s.flushes += 1);
+        self.flushed_fills.set(self.stats.get().fills);
         self.retain(|_| false);
         self.large.iter().for_each(|word| word.set(0));
         self.change_version();
@@ -355,6 +318,7 @@ impl SoftTlb {
     #[inline]
     fn insert(&self, entry: Entry, gva: Gva) {
         self.count(|s| s.fills += 1);
+        let entry = Entry { filled: self.stats.get().fills as u32, ..entry };
         if entry.large {
             let region = region_of(gva.0 >> 12);
             let word = &self.large[region / 64];
@@ -373,7 +337,8 @@ impl SoftTlb {
     #[inline]
     pub(crate) fn learn(&self, root: RootRef, gva: Gva, leaf: &Leaf, large: bool) {
         let Leaf { spte, gfn, generations, checked, .. } = *leaf;
-        self.insert(Entry { tag: tag_of(root.index, gva), spte, generations, checked, gfn, large }, gva);
+        let tag = tag_of(root.index, gva);
+        self.insert(Entry { tag, spte, generations, checked, gfn, filled: 0, large }, gva);
     }
 
     /// Puts it in front, in the place of the one that is the same, or of none; else the last of the set goes.
@@ -496,17 +461,29 @@ impl Mmu {
         if !stale {
             return Ok(filled == now);
         }
-        Err(Miss::Incoherent(Box::new(Violation {
+        Err(Miss::Incoherent(Box::new(self.report(vcpu, entry, gva, kind, now))))
+    }
+
+    /// All that is known of the flush that was missed.
+    #[cold]
+    fn report(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind, now: Generations) -> Violation {
+        let (stats, flushed) =
+            vcpu.tlb.as_ref().map_or_else(Default::default, |tlb| (tlb.stats(), tlb.flushed_fills.get()));
+        let invalidations = self.records.about(entry.gfn, TRAIL_MAX);
+        Violation {
             vcpu: vcpu.id,
             gva,
             kind,
             gfn: entry.gfn,
-            mfn: entry.spte.mfn(),
-            filled,
+            spte: entry.spte,
+            filled: Filled { generations: entry.generations, number: entry.filled, of: stats.fills, flushed },
             now,
             removed_at: self.frames.debt(entry.spte.mfn()),
             flushed_at: self.coherence.flushed(vcpu.id),
-        })))
+            requested: self.coherence.requested(vcpu.id),
+            invalidations,
+            events: vcpu.events.borrow().trail(gva).take(TRAIL_MAX).collect(),
+        }
     }
 
     /// Walks the shadow as hardware would; `None` where it has no leaf.
@@ -527,7 +504,8 @@ impl Mmu {
             self.machine.word64(at).fetch_or(Spte::ACCESSED, crate::sync::Ordering::AcqRel);
         }
         let tag = tag_of(root.index, gva);
-        still.then(|| Entry { tag, spte, generations: self.p2m.generations(gfn), checked, gfn, large })
+        let generations = self.p2m.generations(gfn);
+        still.then_some(Entry { tag, spte, generations, checked, gfn, filled: 0, large })
     }
 
     /// Into the guest: marks the vCPU as inside and makes the flush that is owed, if one is. Says whether there was one.

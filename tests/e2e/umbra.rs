@@ -32,6 +32,8 @@ pub mod status {
     pub const RESET: End = End::Status(12);
     /// Ended by an operator.
     pub const QUIT: End = End::Status(14);
+    /// Umbra missed a TLB flush.
+    pub const INCOHERENT: End = End::Status(16);
 }
 
 /// Longer than any run here takes, also on a busy machine; the rig runs ten times slower, and slower still where both of its

@@ -24,6 +24,8 @@ pub enum Status {
     Reset,
     /// Ended by an operator.
     Quit,
+    /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
+    Incoherent,
 }
 
 impl Status {
@@ -39,6 +41,7 @@ impl Status {
             Status::Timeout => 10,
             Status::Reset => 12,
             Status::Quit => 14,
+            Status::Incoherent => 16,
         }
     }
 
@@ -50,7 +53,7 @@ impl Status {
             Status::Timeout => "TIMEOUT",
             Status::Reset => "RESET",
             Status::Quit => "QUIT",
-            Status::Usage | Status::Operator | Status::Failure => "ERROR",
+            Status::Usage | Status::Operator | Status::Failure | Status::Incoherent => "ERROR",
         }
     }
 }
@@ -73,6 +76,7 @@ mod tests {
             Status::Timeout,
             Status::Reset,
             Status::Quit,
+            Status::Incoherent,
         ];
         for (at, status) in ours.iter().enumerate() {
             assert!(status.code() != 0 && status.code() % 2 == 0);

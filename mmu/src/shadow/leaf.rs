@@ -65,6 +65,11 @@ impl Protected {
     pub fn gfn(&self) -> Gfn {
         self.gfn
     }
+
+    /// What is owed.
+    pub fn debt(&self) -> u64 {
+        self.debt
+    }
 }
 
 /// A leaf as it was set, with its generations of that moment.

@@ -121,7 +121,10 @@ impl fmt::Display for End {
             End::Backend { error, cpu } => write!(f, "KVM cannot go on: {error}\nlast known state:\n{cpu}"),
             End::Shortage(shortage) => write!(f, "{shortage}"),
             End::Incoherent(violation) => {
-                write!(f, "{violation}. A TLB flush was missed; this is a mistake in Umbra, please report it")
+                write!(
+                    f,
+                    "{violation}\n  a TLB flush was missed; this is a mistake in Umbra, please report it"
+                )
             }
             End::Panic { thread, why } => write!(
                 f,

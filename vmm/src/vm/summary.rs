@@ -291,13 +291,10 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
         End::Quit | End::HostReset => Status::Quit,
-        End::Unknown { .. }
-        | End::Backend { .. }
-        | End::Shortage(_)
-        | End::Incoherent(_)
-        | End::Panic { .. } => Status::Failure,
+        End::Unknown { .. } | End::Backend { .. } | End::Shortage(_) | End::Panic { .. } => Status::Failure,
+        End::Incoherent(_) => Status::Incoherent,
     };
-    if !audit.is_empty() {
+    if !audit.is_empty() && status != Status::Incoherent {
         return Status::Failure;
     }
     let contradicted = witness_error.is_some() || regions.iter().any(|r| !r.agrees());

@@ -1,0 +1,147 @@
+//! The report of a flush that was missed: what the oracle in the software TLB says when it ends a run.
+//!
+//! Story: a hit's generation is not that of now, so that the page has changed hands, or lost its right to be written, and this TLB was
+//! not flushed in between (INV-TLB-2, tlb). The access is not made. What is known of it is put together here: the access, the entry and
+//! when it was made, the invalidation, the flush that it called for against the last one that there was, and what has happened to the
+//! page.
+//!
+//! Limits: an invalidation is found by its range of pages, and a batch need not have every page of its range. One that is not over yet has no record.
+
+use std::fmt;
+
+use crate::access::AccessKind;
+use crate::addr::{Gfn, Gva};
+use crate::events::Event;
+use crate::p2m::Generations;
+use crate::records::{Kind, Record};
+use crate::spte::Spte;
+
+/// INV-TLB-2 broken: the TLB still held what had been handed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// The vCPU whose TLB it is.
+    pub vcpu: u32,
+    /// The access that hit.
+    pub gva: Gva,
+    /// What it was to do.
+    pub kind: AccessKind,
+    /// The guest page that the entry is for.
+    pub gfn: Gfn,
+    /// The entry: the frame that it led to, and what it allowed.
+    pub spte: Spte,
+    /// When it was made.
+    pub filled: Filled,
+    /// Generations now.
+    pub now: Generations,
+    /// The flush clock of the last removal of an spte to that frame that the frame's debt knows of.
+    pub removed_at: u64,
+    /// The flush clock of this vCPU's last full flush.
+    pub flushed_at: u64,
+    /// The flush clock that one was last asked of it for.
+    pub requested: u64,
+    /// Invalidations around the page, the last first.
+    pub invalidations: Vec<Record>,
+    /// What this vCPU did at the page, the last first, and how many events ago.
+    pub events: Vec<(Event, usize)>,
+}
+
+/// The making of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filled {
+    /// Generations then.
+    pub generations: Generations,
+    /// Which fill of its TLB it was, modulo 2^32.
+    pub number: u32,
+    /// Fills so far.
+    pub of: u64,
+    /// Fills before the TLB's last full flush.
+    pub flushed: u64,
+}
+
+impl Violation {
+    /// What the page has lost.
+    fn lost(&self) -> Kind {
+        match self.filled.generations.mapping == self.now.mapping {
+            true => Kind::WriteProtect,
+            false => Kind::Unmap,
+        }
+    }
+
+    /// The last invalidation that took from the page what it has lost.
+    pub fn invalidation(&self) -> Option<&Record> {
+        self.invalidations.iter().find(|record| record.cause.kind() == self.lost())
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lost = match self.lost() {
+            Kind::Unmap => "frame",
+            Kind::WriteProtect => "write permission",
+        };
+        writeln!(
+            f,
+            "INV-TLB-2: vCPU {} used a stale translation, {:?} at {} to guest page {} in frame {}: the page's {lost} changed \
+             hands",
+            self.vcpu,
+            self.kind,
+            self.gva,
+            self.gfn,
+            self.spte.mfn(),
+        )?;
+        let Filled { generations, number, of, flushed } = self.filled;
+        writeln!(
+            f,
+            "  entry: {:?}, made by fill {number} of {of}, its TLB's last full flush was after fill {flushed}; generations \
+             then and now: mapping {} and {}, write {} and {}",
+            self.spte, generations.mapping, self.now.mapping, generations.write, self.now.write,
+        )?;
+        let needed = match self.invalidation() {
+            Some(record) => {
+                writeln!(f, "  invalidation: {}", Told(record))?;
+                record.stamp
+            }
+            None => {
+                writeln!(f, "  invalidation: no record of it yet, or no more")?;
+                self.removed_at
+            }
+        };
+        write!(
+            f,
+            "  missed flush: one of an epoch above {needed}; the vCPU's last full one was at {}, and the last that was asked \
+             of it at {}",
+            self.flushed_at, self.requested,
+        )?;
+        for record in &self.invalidations {
+            write!(f, "\n  page {}: {}", self.gfn, Told(record))?;
+        }
+        for (event, ago) in &self.events {
+            write!(f, "\n  vCPU {} at {}: {event:?}, {ago} events ago", self.vcpu, self.gva.page())?;
+        }
+        Ok(())
+    }
+}
+
+/// A record in words.
+struct Told<'a>(&'a Record);
+
+impl fmt::Display for Told<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Record { cause, at, first, last, asked, pages, kicked, stamp, own, .. } = self.0;
+        let kind = match cause.kind() {
+            Kind::Unmap => "unmap",
+            Kind::WriteProtect => "write-protect",
+        };
+        let micros = at / 1000;
+        write!(
+            f,
+            "{} ({kind}) of {pages} of {asked} pages in {first}..={last}, at {micros} us, ",
+            cause.name()
+        )?;
+        match own {
+            Some(vcpu) => write!(f, "by vCPU {vcpu}")?,
+            None => write!(f, "by a thread that is no vCPU's")?,
+        }
+        write!(f, ", removal at flush clock {stamp}, {kicked} vCPUs kicked")
+    }
+}
