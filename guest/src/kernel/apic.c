@@ -98,7 +98,7 @@ void apic_unmask_virtio(u32 slot)
     bool second = ioapic_is_there(IOAPIC2_BASE);
     u32 pin = second ? slot : slot + VIRTIO_FIRST_PIN_ALONE, base = second ? IOAPIC2_BASE : IOAPIC_BASE;
     if (boot.cpu_count > 1)
-        ioapic_write(base, IOAPIC_REDIRECTION + 2 * pin + 1, PIN_TO(cpu->apic_id));
+        ioapic_write(base, IOAPIC_REDIRECTION + 2 * pin + 1, PIN_TO(cpu_self()->apic_id));
     ioapic_write(base, IOAPIC_REDIRECTION + 2 * pin, PIN_LEVEL | VECTOR_VIRTIO);
 }
 
@@ -114,7 +114,7 @@ void apic_init(void)
         ioapic_mask_all(IOAPIC2_BASE);
     apic_init_local();
     if (boot.cpu_count > 1)
-        cpu->apic_id = apic_id();
+        cpu_self()->apic_id = apic_id();
 }
 
 void apic_init_local(void)

@@ -4,11 +4,14 @@
  * be what nobody maps: no entry at all of a slot, and of a frame at least what the cache holds. Then all is put back.
  * Checks: INV-G-SWAP (slots, their entries and pages, and how many are in use), INV-G-RMAP (a mapping holds its frame), INV-G-FILE
  * (the cache has pages of the file alone), INV-G-RECLAIM (lists have what their counts say).
- * Locks: none; kernel code is not preempted, and nobody sees a count in between: an NMI looks at tables alone. */
+ * Locks: all that have to do with pages: the kernel's, each address space's and LOCK_PAGES. So nobody is between two counts that belong
+ * together, and nobody sees one that is not what it should be: an NMI looks at tables alone. None waits for a space's lock with
+ * another's, since only fork would, which has the kernel. */
 #include "audit.h"
 
 #include "console.h"
 #include "frames.h"
+#include "locks.h"
 #include "space.h"
 #include "swap.h"
 
@@ -54,8 +57,27 @@ static void visit_all(bool take)
         }
 }
 
+static void stop_others(void)
+{
+    kernel_take();
+    spaces_take();
+    for (struct space *space = spaces; space; space = space->next)
+        lock_spin_unordered(&space->upt.lock);
+    pages_take();
+}
+
+static void let_others_go_on(void)
+{
+    pages_give();
+    for (struct space *space = spaces; space; space = space->next)
+        lock_release_unordered(&space->upt.lock);
+    spaces_give();
+    kernel_give_back();
+}
+
 u32 audit(void)
 {
+    stop_others();
     broken = 0;
     want(swap_audit_used(), "more or fewer slots are in use than it is said");
     visit_all(true);
@@ -63,5 +85,6 @@ u32 audit(void)
     visit_all(false);
     want(lru_audit(), "a list does not have what its count says");
     want(file_audit(), "the file's cache has what is not the file's");
+    let_others_go_on();
     return broken;
 }

@@ -13,7 +13,7 @@
  *
  * Holds: INV-G-BALLOON-1: a frame that the host has been told of is linked by frame.link, or in the hands of who has the mutex;
  * nobody else uses it. A frame of the balloon has one reference.
- * Locks: a queue belongs to the thread, but the deflate queue, which belongs to who has the mutex: whoever is short of memory uses
+ * Locks: the kernel's; rings and what their interrupts say, LOCK_DEVICES. A queue belongs to the thread, but the deflate queue, which belongs to who has the mutex: whoever is short of memory uses
  * it too.
  * See: virtio 1.2, 5.5. */
 #include "balloon.h"
@@ -23,7 +23,6 @@
 #include "check.h"
 #include "file.h"
 #include "frames.h"
-#include "irq.h"
 #include "mutex.h"
 #include "reclaim.h"
 #include "swap.h"
@@ -67,8 +66,8 @@ static struct {
     u32 hold_until; /* ticks: before that nothing is given, since somebody was in want */
     u32 in_report; /* frames off the free list for as long as a report takes */
     const struct task *thread;
-    bool awake, second;
-    bool changed; /* the host wants another number */
+    volatile bool awake, second;
+    volatile bool changed; /* the host wants another number */
     volatile bool answered[QUEUES + 1];
     u32 pfns[QUEUES][BATCH];
     struct stat stats[STATS_COUNT];
@@ -139,15 +138,14 @@ bool balloon_attach(struct virtio_device *device)
 /* Offers parts in a queue and sleeps until the device has answered. */
 static void exchange(struct virtq *queue, u32 which, const struct virtq_part *parts, u32 out, u32 in)
 {
-    irq_off();
+    devices_take();
     balloon.answered[which] = false;
     bool offered = virtq_add(queue, parts, out, in, queue);
     ASSERT(offered);
     task_expect();
     virtq_kick(balloon.device, queue);
-    while (!balloon.answered[which])
-        task_wait_on(queue);
-    irq_on();
+    devices_give();
+    task_wait_while(!balloon.answered[which], queue);
 }
 
 /* Job 1: inflate and deflate. */
@@ -248,12 +246,14 @@ u32 balloon_give_back(u32 frames)
     if (!(balloon.features & FEATURE_DEFLATE_ON_OOM) || current == balloon.thread)
         return 0;
     u32 want = max_u32(frames, BATCH / 4);
+    kernel_take();
     mutex_lock(&balloon.telling);
     u32 given = uncollect(want);
     given += take_back(want - given);
     mutex_unlock(&balloon.telling);
     balloon.hold_until = ticks + boot.options.hz;
     balloon_counts.deflated_for_want += given;
+    kernel_give_back();
     return given;
 }
 
@@ -275,11 +275,11 @@ static void offer_stats(void)
     for (u32 i = 0; i < STATS_COUNT; i++)
         balloon.stats[i] = stats[i];
     struct virtq_part part = {low_physical(balloon.stats), sizeof(balloon.stats)};
-    irq_off();
+    devices_take();
     balloon.answered[STATS] = false;
     if (virtq_add(&balloon.queues[STATS], &part, 1, 0, &balloon.queues[STATS]))
         virtq_kick(balloon.device, &balloon.queues[STATS]);
-    irq_on();
+    devices_give();
 }
 
 /* Job 3: report free pages. */
@@ -303,11 +303,8 @@ static bool report(void)
 
 static void wait_for_work(void)
 {
-    irq_off();
-    while (!balloon.awake)
-        task_wait_on(&balloon);
+    task_wait_while(!balloon.awake, &balloon);
     balloon.awake = false;
-    irq_on();
 }
 
 /* Statistics are not kept waiting by a long inflation. */

@@ -3,14 +3,13 @@
  * Story: a request has one of a few places of its disk, in low memory, which hold the header and the status that the device
  * reads and writes. Whoever waits for it sleeps on that place; the interrupt handler wakes it.
  * Holds: a place belongs to one caller from blk_start to blk_wait; its frames have a reference each for as long.
- * Locks: interrupts off around the ring. May sleep; needs no memory.
+ * Locks: LOCK_DEVICES for rings, places and counts. May sleep; needs no memory.
  * See: virtio 1.2, 5.2. */
 #include "blk.h"
 
 #include "check.h"
 #include "console.h"
 #include "frames.h"
-#include "irq.h"
 #include "string.h"
 #include "task.h"
 #include "virtio.h"
@@ -57,11 +56,12 @@ struct blk {
     char name[BLK_NAME_BYTES + 1];
     struct blk_counts counts;
     struct blk_request places[PLACES];
+    u32 claimed; /* places whose request is still to be offered: descriptors are kept for them */
 };
 
 static struct blk disks[DISKS_MAX];
 static u32 disk_count;
-static u32 under_way, waiters; /* requests that devices have; tasks in blk_wait_any */
+static volatile u32 under_way, waiters; /* requests that devices have; tasks in blk_wait_any */
 
 static void interrupt(struct virtio_device *device)
 {
@@ -81,20 +81,25 @@ static void interrupt(struct virtio_device *device)
 /* A place, and descriptors for the longest request; NULL when there is none. */
 static struct blk_request *try_claim(struct blk *disk)
 {
-    for (struct blk_request *request = disk->places; request < disk->places + PLACES; request++) {
-        if (request->disk || disk->queue.free_count < PARTS_MAX)
-            continue;
-        request->disk = disk;
-        return request;
+    struct blk_request *found = NULL;
+    devices_take();
+    if (disk->queue.free_count >= (disk->claimed + 1) * PARTS_MAX)
+        for (struct blk_request *request = disk->places; request < disk->places + PLACES && !found; request++)
+            if (!request->disk)
+                found = request;
+    if (found) {
+        found->disk = disk;
+        disk->claimed++;
     }
-    return NULL;
+    devices_give();
+    return found;
 }
 
 static struct blk_request *claim(struct blk *disk)
 {
-    struct blk_request *request;
-    while (!(request = try_claim(disk)))
-        task_wait_on(disk);
+    struct blk_request *request = try_claim(disk);
+    if (!request)
+        task_wait_while(!(request = try_claim(disk)), disk);
     return request;
 }
 
@@ -114,27 +119,36 @@ static struct blk_request *offer(struct blk_request *request, const struct virtq
     parts[1 + count] = part_of(&request->status, 1);
     request->done = false;
     request->status = STATUS_PENDING;
-    irq_off();
+    devices_take();
+    disk->claimed--;
     bool offered = virtq_add(&disk->queue, parts, device_writes ? 1 : 1 + count, device_writes ? count + 1 : 1, request);
     ASSERT(offered);
     under_way++;
     task_expect();
     virtq_kick(disk->device, &disk->queue);
-    irq_on();
+    devices_give();
     return request;
 }
 
-static struct blk_request *fill_in(struct blk_request *request, enum blk_operation operation, u32 page)
+static void count(struct blk *disk, enum blk_operation operation, u32 pages)
+{
+    devices_take();
+    disk->counts.requests[operation]++;
+    disk->counts.pages[operation] += pages;
+    devices_give();
+}
+
+static struct blk_request *fill_in(struct blk_request *request, enum blk_operation operation, u32 page, u32 pages)
 {
     request->count = 0;
     request->header = (struct header){.type = types[operation], .sector = (u64)page * SECTORS_PER_PAGE};
-    request->disk->counts.requests[operation]++;
+    count(request->disk, operation, pages);
     return request;
 }
 
-static struct blk_request *prepare(struct blk *disk, enum blk_operation operation, u32 page)
+static struct blk_request *prepare(struct blk *disk, enum blk_operation operation, u32 page, u32 pages)
 {
-    return fill_in(claim(disk), operation, page);
+    return fill_in(claim(disk), operation, page, pages);
 }
 
 struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u32 page, const u32 *frames, u32 count,
@@ -145,8 +159,7 @@ struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u3
     struct blk_request *request = may_wait ? claim(disk) : try_claim(disk);
     if (!request)
         return NULL;
-    fill_in(request, operation, page);
-    disk->counts.pages[operation] += count;
+    fill_in(request, operation, page, count);
     request->count = count;
     for (u32 i = 0; i < count; i++) {
         frame_get(frames[i]);
@@ -159,29 +172,35 @@ struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u3
 bool blk_wait(struct blk_request *request)
 {
     struct blk *disk = request->disk;
-    irq_off();
-    while (!request->done)
-        task_wait_on(request);
-    irq_on();
+    if (!request->done)
+        task_wait_while(!request->done, request);
     bool ok = request->status == STATUS_OK;
-    disk->counts.errors += !ok;
     for (u32 i = 0; i < request->count; i++)
         frame_put(request->frames[i]);
+    devices_take();
+    disk->counts.errors += !ok;
     request->disk = NULL;
+    devices_give();
     task_wake(disk);
     return ok;
 }
 
 bool blk_wait_any(void)
 {
-    irq_off();
+    task_will_wait(&under_way);
+    devices_take();
     bool any = under_way;
     waiters += any;
-    if (any)
-        task_wait_on(&under_way);
-    waiters -= any;
-    irq_on();
-    return any;
+    devices_give();
+    if (!any) {
+        task_will_not_wait();
+        return false;
+    }
+    schedule();
+    devices_take();
+    waiters--;
+    devices_give();
+    return true;
 }
 
 bool blk_transfer(struct blk *disk, enum blk_operation operation, u32 page, const u32 *frames, u32 count)
@@ -191,9 +210,8 @@ bool blk_transfer(struct blk *disk, enum blk_operation operation, u32 page, cons
 
 bool blk_transfer_kernel(struct blk *disk, enum blk_operation operation, u32 page, u32 frame)
 {
-    struct blk_request *request = prepare(disk, operation, page);
+    struct blk_request *request = prepare(disk, operation, page, 1);
     struct virtq_part part = {(u64)frame << PAGE_SHIFT, PAGE_SIZE};
-    disk->counts.pages[operation]++;
     return blk_wait(offer(request, &part, 1, operation == BLK_READ));
 }
 
@@ -201,15 +219,14 @@ bool blk_flush(struct blk *disk)
 {
     if (!(disk->features & FEATURE_FLUSH))
         return true;
-    return blk_wait(offer(prepare(disk, BLK_FLUSH, 0), NULL, 0, false));
+    return blk_wait(offer(prepare(disk, BLK_FLUSH, 0, 0), NULL, 0, false));
 }
 
 bool blk_discard(struct blk *disk, u32 page, u32 pages)
 {
     if (!(disk->features & FEATURE_DISCARD))
         return true;
-    struct blk_request *request = prepare(disk, BLK_DISCARD, 0);
-    disk->counts.pages[BLK_DISCARD] += pages;
+    struct blk_request *request = prepare(disk, BLK_DISCARD, 0, pages);
     request->header.range.sector = (u64)page * SECTORS_PER_PAGE;
     request->header.range.sectors = pages * SECTORS_PER_PAGE;
     struct virtq_part range = part_of(&request->header.range, sizeof(request->header.range));
@@ -218,7 +235,7 @@ bool blk_discard(struct blk *disk, u32 page, u32 pages)
 
 static bool identify(struct blk *disk)
 {
-    struct blk_request *request = prepare(disk, BLK_IDENTIFY, 0);
+    struct blk_request *request = prepare(disk, BLK_IDENTIFY, 0, 0);
     struct virtq_part name = part_of(request->name, BLK_NAME_BYTES);
     bool ok = blk_wait(offer(request, &name, 1, true));
     memcpy(disk->name, request->name, BLK_NAME_BYTES);

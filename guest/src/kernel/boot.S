@@ -40,6 +40,7 @@ multiboot_entry:
     .text
 high:
     movl $boot_stack_top, %esp
+    movl $cpus, boot_stack + 4 * STACK_WORD_CPU
     xorl %ebp, %ebp
     call kernel_main
 1:  cli
@@ -47,8 +48,10 @@ high:
     jmp 1b
 
     .bss
-    .align 4096
+    /* Placed as all stacks are: the last pages of its stride. */
+    .align STACK_STRIDE
+    .skip STACK_STRIDE - STACK_PAGES * 4096
     .globl boot_stack
 boot_stack:
-    .skip 8192
+    .skip STACK_PAGES * 4096
 boot_stack_top:

@@ -1,38 +1,37 @@
-/* The CPUs, and who has the kernel. See cpus.h.
+/* The CPUs, and the kernel's lock. See cpus.h.
  *
- * Holds: INV-G-CPU-1: kernel data is touched only by the CPU that `cpu` names, but for what NMIs read (nmi.c), what cpus.h says of
- * single fields, and the contents of pages that are marked as being worked on. INV-G-CPU-2: a CPU that has the kernel waits for no
- * other but in tlb_finish, and one that waits for the kernel serves what that one waits for.
- * Limits: whoever comes first gets it, in no order; a CPU that a host has put aside delays only itself then. */
+ * Holds: INV-G-CPU-1: a task has the kernel's lock, on whatever CPU it is, while its kernel_depth is not 0 and it neither sleeps nor
+ * has lent it. */
 #include "cpus.h"
 
-#include "cpu.h"
+#include "locks.h"
 #include "task.h"
-#include "tlb.h"
 
 struct cpu cpus[CPUS_MAX] = {{.irq_depth = 1}}; /* boot.S left interrupts off */
-struct cpu *cpu = &cpus[0];
 struct cpu *cpus_end = &cpus[1];
 bool smp;
 
-static bool try_to_take(struct cpu *self) { return __sync_bool_compare_and_swap(&cpu, NULL, self); }
+static struct lock kernel_lock;
 
-bool kernel_take(void)
+void kernel_spin(void) { lock_spin(&kernel_lock, LOCK_KERNEL); }
+void kernel_release(void) { lock_release(&kernel_lock); }
+
+void kernel_take_by_task(void)
 {
-    struct cpu *self = cpu_self();
-    if (*(struct cpu *volatile *)&cpu == self)
-        return false;
-    while (!try_to_take(self))
-        while (*(struct cpu *volatile *)&cpu) {
-            tlb_serve(self);
-            pause();
-        }
-    tlb_refresh();
-    return true;
+    if (current->kernel_depth++ == 0)
+        kernel_spin();
 }
 
-void kernel_give_back(void)
+void kernel_give_by_task(void)
 {
-    barrier();
-    *(struct cpu *volatile *)&cpu = NULL;
+    if (--current->kernel_depth == 0)
+        kernel_release();
+}
+
+bool kernel_lent(void) { return current->kernel_depth; }
+
+void kernel_become_smp(void)
+{
+    smp = true;
+    kernel_take();
 }

@@ -1,8 +1,7 @@
-/* The CPUs, and who has the kernel.
+/* The CPUs, and the kernel's lock.
  *
- * Kernel code runs on one CPU at a time. `cpu` is both the lock and the way to what belongs to the CPU that has it: NULL while
- * nobody has. A trap takes the kernel unless it interrupts kernel code that has it, and gives it back on the way out; a CPU that
- * has nothing to do gives it back while it halts. */
+ * Which CPU code runs on, its stack tells: the second word of each stack names the CPU that is on it. Kernel code is not preempted, so
+ * this changes only where it sleeps. What a CPU and a task have of their own needs no lock; locks.h has those for the rest. */
 #ifndef CPUS_H
 #define CPUS_H
 
@@ -13,7 +12,13 @@ struct task;
 struct fpu;
 struct window_stack;
 
-/* Translations that a CPU is to forget; tlb.c has the protocol. */
+/* locks.h */
+struct lock {
+    struct cpu *owner;
+    u32 level, again; /* as what it has it, and how many times more than once */
+};
+
+/* Translations that one CPU wants another to forget; tlb.c has the protocol. */
 #define FLUSH_PAGES_MAX 8
 struct flush_request {
     volatile bool wanted;
@@ -21,7 +26,7 @@ struct flush_request {
     u32 pages[FLUSH_PAGES_MAX];
 };
 
-/* Changed by the CPU itself while it has the kernel, if nothing else is said. */
+/* Changed by the CPU itself, if nothing else is said. */
 struct cpu {
     u32 index, apic_id;
     struct task *task;            /* on whose stack it is: `current` */
@@ -30,46 +35,77 @@ struct cpu {
     struct window_stack *windows; /* of its task */
     u32 window_base;              /* of its slots */
     u32 window_depth_max;         /* how deep who runs now may go; an NMI changes it and puts it back */
-    u32 loaded_root;              /* what CR3 holds */
-    bool halted;                  /* it does nothing, and takes the kernel before it does anything */
-    bool stale;                   /* forgets what is not global when it next takes the kernel; by whoever has the kernel */
-    struct flush_request flush;   /* by whoever has the kernel, but `wanted`, which this CPU clears without */
-    u32 flushes;                  /* requests served; without the kernel */
+    u32 locks;                    /* that it has, a bit for each level (locks.h) */
+    volatile u32 loaded_root;     /* what CR3 holds */
+    volatile bool halted;         /* it uses no translation of user memory before it has looked at `stale` */
+    volatile bool stale;          /* it forgets what is not global at its next trap, or when it goes on; set by others */
+    volatile bool called;         /* somebody's request for it is wanted; set by others */
+    struct flush_request flush[CPUS_MAX]; /* of each other one; `wanted` is cleared by that one */
+    u32 flushes;                  /* requests served */
     bool fpu_on, fpu_closed;      /* its FPU is set up; its CR0.TS is set */
     struct fpu *fpu_owner;        /* whose registers it has */
-    volatile bool idle;           /* halted, and nobody has called it; cleared by who calls */
-    volatile bool up, admitted;   /* it runs kernel code; it may go on (smp.c) */
+    volatile bool idle;           /* halted, and nobody has called it; LOCK_TASKS */
+    volatile bool up, admitted;   /* it runs kernel code; it may go on, which another says (smp.c) */
 };
 
 extern struct cpu cpus[CPUS_MAX];
-extern struct cpu *cpu;
 /* Beyond the last that runs. */
 extern struct cpu *cpus_end;
 /* There is more than one: nothing that this is about is done where there is not. */
 extern bool smp;
 
-#define current (cpu->task)
+/* The stack that this runs on: the lowest of its pages. */
+static inline u32 *own_stack(void)
+{
+    u32 esp;
+    __asm__("mov %%esp, %0" : "=r"(esp));
+    return (u32 *)(ALIGN_DOWN(esp, STACK_STRIDE) + STACK_STRIDE - STACK_PAGES * PAGE_SIZE);
+}
 
-/* Which CPU this is, by its stack: for code that does not have the kernel. */
-struct cpu *cpu_self(void);
+/* The CPU that this runs on. */
+static inline struct cpu *cpu_self(void) { return (struct cpu *)own_stack()[STACK_WORD_CPU]; }
 
-/* Takes the kernel; false if this CPU has it. While it waits it serves flush requests: interrupts may be off. */
-bool kernel_take(void);
-void kernel_give_back(void);
+#define current (cpu_self()->task)
 
-/* Around long work on the contents of a page that nobody else may come to now; others may have the kernel meanwhile. Whoever does it
- * reaches the page by a window of this CPU, looks at nothing else that others change, and does not sleep. */
-static inline void kernel_lend(void)
+/* The kernel's lock, which belongs to a task: it may be taken once more by who has it, and schedule() lets go of it for as long as the
+ * task sleeps. */
+void kernel_spin(void);
+void kernel_release(void);
+void kernel_take_by_task(void);
+void kernel_give_by_task(void);
+bool kernel_lent(void);
+
+static inline void kernel_take(void)
 {
     if (smp)
-        kernel_give_back();
+        kernel_take_by_task();
+}
+
+static inline void kernel_give_back(void)
+{
+    if (smp)
+        kernel_give_by_task();
+}
+
+/* Around long work on the contents of a page that nobody else may come to now: whoever has the kernel lets others have it. Who does
+ * not have it does nothing here. */
+static inline void kernel_lend(void)
+{
+    if (smp && kernel_lent())
+        kernel_release();
 }
 
 static inline void kernel_regain(void)
 {
-    if (smp)
-        kernel_take();
+    if (smp && kernel_lent())
+        kernel_spin();
 }
+
+/* From here on there is more than one CPU, and this one has the kernel. */
+void kernel_become_smp(void);
+
+/* What was written before is seen by others before what is read after is read. */
+static inline void fence(void) { __asm__ volatile("lock addl $0, (%%esp)" : : : "memory", "cc"); }
 
 static inline void pause(void) { __asm__ volatile("pause" : : : "memory"); }
 

@@ -98,7 +98,7 @@ void descriptors_init(void)
         set_gate(vector, trap_stubs[vector], GATE_INTERRUPT);
     set_gate(VECTOR_SYSCALL, trap_syscall_stub, GATE_INTERRUPT | GATE_USER);
     set_gate(VECTOR_SPURIOUS, trap_spurious_stub, GATE_INTERRUPT);
-    descriptors_load(cpu);
+    descriptors_load(cpu_self());
 }
 
-void tss_set_stack(u32 top) { tss[cpu->index].esp0 = top; }
+void tss_set_stack(u32 top) { tss[cpu_self()->index].esp0 = top; }

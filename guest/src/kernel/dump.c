@@ -22,8 +22,6 @@ static bool dumping;
 static void enter_dump(void)
 {
     __asm__ volatile("cli");
-    if (smp)
-        cpu = cpu_self(); /* whoever has the kernel */
     if (dumping) {
         printk("\npager: another fault during the dump\n");
         tally.errors++;

@@ -7,9 +7,11 @@
  *   in swap -------------------------> brought in, with nothing held; then, if it is still the page: mapped
  *   present, write, read-only -------> sole holder: made writable; else a private copy
  *
- * Holds: no entry gets W before its frame has this space as the only holder. Room is made before anything is held. A page is filled
- * before it is on a list or in a table, so that others may have the kernel meanwhile; the tables stay, since this task alone takes
- * them away, but reclaim may take a present entry. */
+ * Holds: no entry gets W before its frame has this space as the only holder. Room is made before anything is held; where others were
+ * faster and there is no frame then, it is made once more. A page is filled before it is on a list or in a table. A space that was
+ * reaped gets no page any more: it is doomed before its first table is emptied.
+ * Locks: an open leaf's (upt.h), also while the page is filled: others want that one only for pages of the same process. The file's
+ * pages take the kernel. */
 #include "check.h"
 #include "cpu.h"
 #include "file.h"
@@ -50,10 +52,8 @@ static SELDOM void fill_from_image(u32 frame, const struct region *region, u32 o
 {
     u8 *to = kmap_local(frame, "image");
     u32 bytes = min_u32(region->image_bytes - offset, PAGE_SIZE);
-    kernel_lend();
     memcpy(to, region->image + offset, bytes);
     memset(to + bytes, 0, PAGE_SIZE - bytes);
-    kernel_regain();
     kunmap_local(to);
 }
 
@@ -69,9 +69,7 @@ static void list_page(const struct space *space, u32 page, u32 frame)
 static inline __attribute__((always_inline)) void clear_frame(u32 frame)
 {
     void *to = kmap_local(frame, "first touch");
-    kernel_lend();
     clear_page(to);
-    kernel_regain();
     kunmap_local(to);
 }
 
@@ -98,7 +96,7 @@ static enum fault_result fix_absent(const struct space *space, struct leaf *leaf
         return fix_by_zero_page(leaf, region);
     u32 frame = frame_alloc(ZONE_HIGH);
     if (frame == FRAME_NONE)
-        return FAULT_OUT_OF_MEMORY;
+        return FAULT_NO_FRAME;
     fill_page(frame, region, page);
     list_page(space, page, frame);
     pte_t entry = pte_make(frame, region_bits(region));
@@ -106,43 +104,32 @@ static enum fault_result fix_absent(const struct space *space, struct leaf *leaf
     return FAULT_FIXED;
 }
 
-/* A reference keeps what is shared as it is. */
+/* The mapping's reference keeps what is shared as it is. */
 static SELDOM void copy_shared(u32 own, u32 shared)
 {
     void *to = kmap_local(own, "copy on write, to"), *from = kmap_local(shared, "copy on write, from");
-    frame_get(shared);
-    kernel_lend();
     copy_page(to, from);
-    kernel_regain();
     kunmap_local(from);
     kunmap_local(to);
-    swap_put(shared);
 }
 
 /* Making an entry more permissive needs no flush: a stale read-only translation only brings the CPU back here, and the fault
- * itself has dropped it. A new frame behind a present entry does need one. An entry that has gone to swap meanwhile is for the next
- * fault. */
+ * itself has dropped it. A new frame behind a present entry does need one. */
 static SELDOM enum fault_result fix_write(const struct space *space, struct leaf *leaf, u32 page)
 {
     pte_t entry = upt_get(leaf);
     u32 shared = pte_frame(entry);
-    if ((entry & PTE_W) || (shared != zero_frame && swap_is_sole_holder(shared))) {
-        if (in_swap_cache(shared))
-            swap_forget(shared);
+    if ((entry & PTE_W) || (shared != zero_frame && swap_claim(shared))) {
         upt_change(leaf, writable(entry));
         return FAULT_FIXED;
     }
     u32 own = frame_alloc(ZONE_HIGH);
     if (own == FRAME_NONE)
-        return FAULT_OUT_OF_MEMORY;
+        return FAULT_NO_FRAME;
     if (shared == zero_frame)
         clear_frame(own);
     else
         copy_shared(own, shared);
-    if ((upt_get(leaf) ^ entry) & (PTE_FRAME | PTE_P)) {
-        frame_put(own);
-        return FAULT_FIXED;
-    }
     list_page(space, page, own);
     upt_change(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
     invlpg(page);
@@ -174,7 +161,7 @@ static SELDOM enum fault_result fix_swapped(struct space *space, const struct re
     }
     struct leaf leaf;
     bool there = upt_open(&space->upt, page, false, &leaf);
-    if (there && upt_get(&leaf) == entry)
+    if (there && upt_get(&leaf) == entry && !space->doomed)
         enter_swapped(space, &leaf, region, page, frame);
     else
         swap_put(frame);
@@ -184,6 +171,36 @@ static SELDOM enum fault_result fix_swapped(struct space *space, const struct re
 }
 
 u32 space_faults;
+
+static SELDOM enum fault_result fix_file(struct space *space, const struct region *region, u32 page)
+{
+    kernel_take();
+    enum fault_result result = file_fault(space, region, page);
+    kernel_give_back();
+    return result;
+}
+
+static inline __attribute__((always_inline)) enum fault_result fix_own(struct space *space, const struct region *region, u32 page,
+                                                                       bool write)
+{
+    struct leaf leaf;
+    if (!upt_open(&space->upt, page, true, &leaf))
+        return FAULT_NO_FRAME;
+    enum fault_result result = FAULT_FIXED;
+    pte_t entry = upt_get(&leaf);
+    if (is_swap_entry(entry)) {
+        upt_close(&leaf);
+        return fix_swapped(space, region, page, entry);
+    }
+    if (space->doomed)
+        result = FAULT_OUT_OF_MEMORY;
+    else if (!entry)
+        result = fix_absent(space, &leaf, region, page, write);
+    else if (write)
+        result = fix_write(space, &leaf, page);
+    upt_close(&leaf);
+    return result;
+}
 
 enum fault_result space_fault(struct space *space, u32 va, u32 error)
 {
@@ -199,25 +216,12 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
     if (!region || !region_allows(region, error))
         return FAULT_BAD_ACCESS;
     u32 page = va & PAGE_MASK;
-    struct leaf leaf;
-    space_faults++;
-    if (!make_room(ROOM))
-        return FAULT_OUT_OF_MEMORY;
-    if (region->flags & REGION_FILE)
-        return file_fault(space, region, page);
-    if (!upt_open(&space->upt, page, true, &leaf))
-        return FAULT_OUT_OF_MEMORY;
-    enum fault_result result = FAULT_FIXED;
-    bool write = error & FAULT_W;
-    pte_t entry = upt_get(&leaf);
-    if (is_swap_entry(entry)) {
-        upt_close(&leaf);
-        return fix_swapped(space, region, page, entry);
-    }
-    if (!entry)
-        result = fix_absent(space, &leaf, region, page, write);
-    else if (write)
-        result = fix_write(space, &leaf, page);
-    upt_close(&leaf);
+    enum fault_result result;
+    __sync_fetch_and_add(&space_faults, 1);
+    do {
+        if (!make_room(ROOM))
+            return FAULT_OUT_OF_MEMORY;
+        result = region->flags & REGION_FILE ? fix_file(space, region, page) : fix_own(space, region, page, error & FAULT_W);
+    } while (result == FAULT_NO_FRAME);
     return result;
 }

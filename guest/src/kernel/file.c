@@ -18,6 +18,8 @@
  * Reclaim waits for sb_lock, but only for a task that holds neither (GFP_FS); it never waits for truncate_lock, and leaves the
  * page alone. Whoever holds one is in a scope without GFP_FS: the allocation under it then does not come back here.
  *
+ * Locks: the kernel's, but where it is lent; flags of pages change under LOCK_PAGES besides.
+ *
  * Holds: INV-G-FILE-1: a page of the cache that is neither dirty nor mapped with D is what the disk has. INV-G-FILE-2: no page
  * beyond the file's length is in the cache once a truncation is over, and no block is its. */
 #include "file.h"
@@ -25,7 +27,6 @@
 #include "audit.h"
 #include "check.h"
 #include "console.h"
-#include "irq.h"
 #include "lru.h"
 #include "mutex.h"
 #include "reclaim.h"
@@ -201,7 +202,7 @@ void file_forget(u32 frame)
 void file_note_dirty(u32 frame)
 {
     if (frame_of(frame)->flags & FRAME_FILE)
-        frame_of(frame)->flags |= FRAME_DIRTY;
+        frame_mark(frame, FRAME_DIRTY, 0);
 }
 
 static void clear_frame(u32 frame)
@@ -230,7 +231,7 @@ static bool fill(u32 index)
     } else {
         clear_frame(frame);
     }
-    page->flags &= ~FRAME_READING;
+    frame_mark(frame, 0, FRAME_READING);
     if (block || smp)
         task_wake(page);
     if (ok)
@@ -284,9 +285,9 @@ enum fault_result file_fault(struct space *space, const struct region *region, u
         return why;
     if (!upt_open(&space->upt, page, true, &leaf)) {
         frame_put(frame);
-        return FAULT_OUT_OF_MEMORY;
+        return FAULT_NO_FRAME;
     }
-    if (upt_get(&leaf))
+    if (upt_get(&leaf) || space->doomed)
         frame_put(frame);
     else
         upt_enter(&leaf, pte_make(frame, PTE_P | PTE_U | PTE_W | PTE_A | paging.nx));
@@ -299,12 +300,12 @@ enum fault_result file_fault(struct space *space, const struct region *region, u
 static void write_one(u32 frame)
 {
     struct frame *page = frame_of(frame);
-    page->flags = (page->flags | FRAME_WRITING) & ~FRAME_DIRTY;
+    frame_mark(frame, FRAME_WRITING, FRAME_DIRTY);
     u32 block = block_for(page->index);
     bool written = block && blk_transfer(disk, BLK_WRITE, block, &frame, 1);
     file_counts.writes++;
     file_counts.pages_written += written;
-    page->flags = (page->flags & ~FRAME_WRITING) | (written ? 0 : FRAME_DIRTY);
+    frame_mark(frame, written ? 0 : FRAME_DIRTY, FRAME_WRITING);
     task_wake(page);
 }
 
@@ -349,7 +350,7 @@ static void drop(u32 index)
     rmap_unmap(frame);
     frame_wait_while(frame, FRAME_READING | FRAME_WRITING);
     rmap_unmap(frame);
-    frame_of(frame)->flags &= ~FRAME_DIRTY;
+    frame_mark(frame, 0, FRAME_DIRTY);
     if (file_has(frame))
         file_forget(frame);
     frame_put(frame);
@@ -385,7 +386,7 @@ static bool sync_page(u32 index, u32 *sum)
     if (frame == FRAME_NONE)
         return false;
     if (rmap_unmap(frame))
-        frame_of(frame)->flags |= FRAME_DIRTY;
+        frame_mark(frame, FRAME_DIRTY, 0);
     frame_wait_while(frame, FRAME_WRITING);
     if (frame_of(frame)->flags & FRAME_DIRTY)
         write_one(frame);

@@ -9,6 +9,7 @@
  * With more than one CPU a task may go on elsewhere: its registers go home to its image whenever it is switched away, and each CPU
  * sets its FPU up at its first switch after fpu_init.
  *
+ * Locks: an FPU is its CPU's; last_taker is only looked at to count, and hangs on no lock.
  * Holds: CR0.TS is clear if and only if the current task owns this CPU's registers. Kernel code has no use for them: FXSAVE, FXRSTOR
  * and FNINIT, all of which leave a pending x87 exception pending, are all there is; so it is raised in the process that caused
  * it, whoever ran in between. */
@@ -44,9 +45,9 @@ static void restore(const struct fpu *fpu) { __asm__ volatile("fxrstor %0" : : "
 
 static void set_task_switched(bool wanted)
 {
-    if (wanted == cpu->fpu_closed)
+    if (wanted == cpu_self()->fpu_closed)
         return;
-    cpu->fpu_closed = wanted;
+    cpu_self()->fpu_closed = wanted;
     if (wanted)
         write_cr0(cr0 | CR0_TS);
     else
@@ -66,8 +67,8 @@ static void open_here(void)
 {
     write_cr4(read_cr4() | CR4_OSFXSR | CR4_OSXMMEXCPT);
     write_cr0(cr0);
-    cpu->fpu_on = true;
-    cpu->fpu_closed = false;
+    cpu_self()->fpu_on = true;
+    cpu_self()->fpu_closed = false;
 }
 
 bool fpu_init(void)
@@ -86,27 +87,27 @@ bool fpu_take(void)
 {
     if (!on)
         return false;
-    ASSERT(cpu->fpu_owner != &current->fpu);
+    ASSERT(cpu_self()->fpu_owner != &current->fpu);
     set_task_switched(false);
-    if (cpu->fpu_owner)
-        save(cpu->fpu_owner);
+    if (cpu_self()->fpu_owner)
+        save(cpu_self()->fpu_owner);
     restore(current->fpu.used ? &current->fpu : &pristine);
     current->fpu.used = true;
-    cpu->fpu_owner = &current->fpu;
-    fpu_takes += last_taker != cpu->fpu_owner;
-    last_taker = cpu->fpu_owner;
+    cpu_self()->fpu_owner = &current->fpu;
+    fpu_takes += last_taker != cpu_self()->fpu_owner;
+    last_taker = cpu_self()->fpu_owner;
     return true;
 }
 
 static void send_home(void)
 {
-    if (!cpu->fpu_on)
+    if (!cpu_self()->fpu_on)
         open_here();
-    if (!cpu->fpu_owner)
+    if (!cpu_self()->fpu_owner)
         return;
-    save(cpu->fpu_owner);
-    last_taker = cpu->fpu_owner;
-    cpu->fpu_owner = NULL;
+    save(cpu_self()->fpu_owner);
+    last_taker = cpu_self()->fpu_owner;
+    cpu_self()->fpu_owner = NULL;
 }
 
 void fpu_switch(const struct fpu *to)
@@ -115,15 +116,15 @@ void fpu_switch(const struct fpu *to)
         return;
     if (smp)
         send_home();
-    set_task_switched(to != cpu->fpu_owner);
+    set_task_switched(to != cpu_self()->fpu_owner);
 }
 
 void fpu_reset(struct fpu *fpu) { fpu->used = false; }
 
 void fpu_fork(struct fpu *child)
 {
-    if (cpu->fpu_owner == &current->fpu)
-        save(cpu->fpu_owner);
+    if (cpu_self()->fpu_owner == &current->fpu)
+        save(cpu_self()->fpu_owner);
     *child = current->fpu;
 }
 
@@ -131,8 +132,8 @@ void fpu_drop(void)
 {
     if (last_taker == &current->fpu)
         last_taker = NULL;
-    if (cpu->fpu_owner != &current->fpu)
+    if (cpu_self()->fpu_owner != &current->fpu)
         return;
-    cpu->fpu_owner = NULL;
+    cpu_self()->fpu_owner = NULL;
     set_task_switched(true);
 }

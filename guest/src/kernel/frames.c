@@ -8,12 +8,13 @@
  *
  * Holds: an entry is readable if and only if its frame is, or ever was, in use. The frames behind the table itself, and the
  * kernel's page tables, have no entry and are never freed.
- * Locks: none. Kernel code is never preempted, and interrupt handlers allocate nothing. */
+ * Locks: LOCK_PAGES, but for looks at how many are free. Interrupt handlers allocate nothing. */
 #include "frames.h"
 
 #include "boot.h"
 #include "check.h"
 #include "kpt.h"
+#include "locks.h"
 #include "lru.h"
 #include "pace.h"
 #include "string.h"
@@ -53,7 +54,9 @@ static u32 frontier_advance(struct frontier *zone)
 
 u32 frame_alloc_untracked(void)
 {
+    pages_take();
     u32 frame = frontier_advance(&zones[ZONE_LOW]);
+    pages_give();
     if (frame == FRAME_NONE)
         panic("no low memory left for a kernel page table: raise lowmem=");
     clear_page(low_address(frame));
@@ -98,7 +101,8 @@ void frames_init(void)
     kpt_cover(FRAME_TABLE_BASE, (u32)&table[end]);
 }
 
-static u32 alloc_from(struct frontier *zone)
+/* The lock is held. */
+static u32 take_from(struct frontier *zone)
 {
     u32 frame = zone->free;
     if (frame != FRAME_NONE) {
@@ -115,6 +119,14 @@ static u32 alloc_from(struct frontier *zone)
     return frame;
 }
 
+static u32 alloc_from(struct frontier *zone)
+{
+    pages_take();
+    u32 frame = take_from(zone);
+    pages_give();
+    return frame;
+}
+
 u32 frame_alloc_high(void) { return alloc_from(&zones[ZONE_HIGH]); }
 
 u32 frame_alloc(enum zone which)
@@ -125,15 +137,15 @@ u32 frame_alloc(enum zone which)
 
 void frame_get(u32 frame)
 {
+    pages_take();
     ASSERT(table[frame].refs);
     table[frame].refs++;
+    pages_give();
 }
 
-void frame_put(u32 frame)
+/* Nobody holds it any more. */
+static void free_frame(u32 frame)
 {
-    ASSERT(table[frame].refs);
-    if (--table[frame].refs)
-        return;
     if (table[frame].flags & FRAME_LISTED)
         lru_remove(frame);
     struct frontier *zone = &zones[zone_of(frame)];
@@ -144,21 +156,34 @@ void frame_put(u32 frame)
     zone->available++;
 }
 
+void frame_put(u32 frame)
+{
+    pages_take();
+    ASSERT(table[frame].refs);
+    if (--table[frame].refs == 0)
+        free_frame(frame);
+    pages_give();
+}
+
 /* Those before it on the list are the newest: what lies behind a reported one has been reported, mostly. */
 u32 frames_take_unreported(u32 *frames, u32 most)
 {
     u32 count = 0;
     const struct frontier *zone = &zones[ZONE_HIGH];
+    pages_take();
     while (count < most && zone->free != FRAME_NONE && !table[zone->free].reported)
         frames[count++] = frame_alloc_high();
+    pages_give();
     return count;
 }
 
 void frames_put_reported(const u32 *frames, u32 count)
 {
     for (u32 i = 0; i < count; i++) {
+        pages_take();
         frame_put(frames[i]);
         table[frames[i]].reported = true;
+        pages_give();
     }
 }
 

@@ -6,7 +6,7 @@
  *
  * Holds: an idle or held slot is mapped; a free slot is unmapped, and no TLB remembers it. Page-table access never uses the
  * pool: reclaiming memory must not wait for a slot.
- * Locks: none (kernel code is not preempted, interrupt handlers do not come here). kmap may sleep. */
+ * Locks: the kernel's. kmap may sleep. */
 #include "kmap.h"
 
 #include "check.h"

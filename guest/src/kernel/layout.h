@@ -56,6 +56,9 @@
 #define STACK_PAGES 2
 /* From one stack to the next: a power of two, so that a CPU soon knows whose stack it is on. */
 #define STACK_STRIDE 0x4000
+/* Words of the lowest page of a stack. */
+#define STACK_WORD_MARK 0
+#define STACK_WORD_CPU 1
 
 /* CPUs that are used: as many as the window has slots for. */
 #define CPUS_MAX 8

@@ -1,12 +1,12 @@
 /* The lists of pages that can be reclaimed.
  *
  * Holds: a page is on a list only while somebody holds it (frame_put takes it off), and then FRAME_LISTED is set.
- * Locks: none; no interrupt handler comes here. */
+ * Locks: LOCK_PAGES. */
 #include "lru.h"
 
 #include "audit.h"
 #include "check.h"
-#include "irq.h"
+#include "locks.h"
 #include "task.h"
 
 /* FRAME_NONE ends a list at both ends. */
@@ -30,6 +30,7 @@ void lru_add(u32 number, enum lru which)
 {
     struct frame *frame = frame_of(number);
     struct list *list = &lists[which];
+    pages_take();
     ASSERT(!(frame->flags & FRAME_LISTED));
     frame->flags = (frame->flags & ~LIST_FLAGS) | FRAME_LISTED | flags_of[which];
     frame->prev = FRAME_NONE;
@@ -40,8 +41,10 @@ void lru_add(u32 number, enum lru which)
         frame_of(list->young)->prev = number;
     list->young = number;
     lru_count[which]++;
+    pages_give();
 }
 
+/* The lock is held. */
 void lru_remove(u32 number)
 {
     struct frame *frame = frame_of(number);
@@ -60,20 +63,29 @@ void lru_remove(u32 number)
 
 u32 lru_isolate(enum lru which)
 {
+    pages_take();
     u32 frame = lists[which].old;
     if (frame != FRAME_NONE) {
         frame_get(frame);
         lru_remove(frame);
     }
+    pages_give();
     return frame;
+}
+
+bool frame_is(u32 frame, u32 flags) { return *(volatile u32 *)&frame_of(frame)->flags & flags; }
+
+void frame_mark(u32 frame, u32 set, u32 clear)
+{
+    pages_take();
+    frame_of(frame)->flags = (frame_of(frame)->flags & ~clear) | set;
+    pages_give();
 }
 
 void frame_wait_while(u32 frame, u32 flags)
 {
-    irq_off();
-    while (frame_of(frame)->flags & flags)
-        task_wait_on(frame_of(frame));
-    irq_on();
+    if (frame_is(frame, flags))
+        task_wait_while(frame_is(frame, flags), frame_of(frame));
 }
 
 /* Each page that the list has says so, and they are as many as are counted. */

@@ -21,7 +21,11 @@ extern u32 lru_count[LRU_LISTS];
 
 /* Puts a page that is on no list at the young end of one. */
 void lru_add(u32 frame, enum lru list);
+/* With LOCK_PAGES, by whoever drops the last reference. */
 void lru_remove(u32 frame);
+/* It has one of these flags; sets and clears some. */
+bool frame_is(u32 frame, u32 flags);
+void frame_mark(u32 frame, u32 set, u32 clear);
 /* Sleeps while the page has one of these flags: of those that are on their way, whose end wakes the frame. */
 void frame_wait_while(u32 frame, u32 flags);
 /* The oldest page of a list, taken off it with a reference; FRAME_NONE when it is empty. */

@@ -1,4 +1,4 @@
-/* Locks that are waited for asleep. Kernel code is not preempted, so nothing comes between a look and a change. */
+/* Locks that are waited for asleep. Whoever looks at one has the kernel's lock, and so nothing comes between a look and a change. */
 #include "mutex.h"
 
 #include "check.h"

@@ -8,7 +8,7 @@ struct mutex {
     const struct task *owner;
 };
 
-/* Not by an interrupt handler, nor by who has it. */
+/* With the kernel's lock; not by who has it. */
 void mutex_lock(struct mutex *mutex);
 void mutex_unlock(struct mutex *mutex);
 

@@ -3,7 +3,8 @@
  * Story: the largest, since its end helps most, and whoever has come to want memory may have next to none. Its pages are taken at
  * once, wherever it is; it cannot go on without them, and the first fault that it has ends it. So nobody waits for a process that
  * itself waits for memory.
- * Locks: none; never sleeps. */
+ * Locks: the kernel's, so that no space comes, goes or changes its regions meanwhile; the process may run on another CPU. Never
+ * sleeps. */
 #include "oom.h"
 
 #include "console.h"

@@ -18,7 +18,8 @@
  *
  * Holds: INV-G-RECLAIM-1: a page is freed only unmapped, flushed, clean and in nobody's hands. INV-G-RECLAIM-2: no file-system
  * lock is taken against the scope of the task that reclaims.
- * Locks: none held; sleeps for I/O. */
+ * Locks: none held over a batch, which is only this task's: its pages are on no list. A page of the file is looked at, unmapped and
+ * freed with the kernel's lock. Sleeps for I/O. */
 #include "reclaim.h"
 
 #include "balloon.h"
@@ -26,7 +27,7 @@
 #include "check.h"
 #include "file.h"
 #include "frames.h"
-#include "irq.h"
+#include "locks.h"
 #include "lru.h"
 #include "oom.h"
 #include "paging.h"
@@ -44,7 +45,8 @@
 
 struct reclaim_counts reclaim_counts;
 static u32 mark_min, mark_low, mark_high;
-static bool started, kswapd_sleeps;
+static bool started;
+static volatile bool kswapd_sleeps;
 
 u32 reclaim_min(void) { return mark_min; }
 
@@ -68,8 +70,10 @@ struct batch {
 
 static void put_back(u32 frame, enum lru list)
 {
+    pages_take();
     lru_add(frame, list);
     swap_put(frame);
+    pages_give();
 }
 
 /* Puts a page back that has to stay whether it was used or not, out of the way. When a slot comes free for one that is stuck, it is to
@@ -77,7 +81,7 @@ static void put_back(u32 frame, enum lru list)
 static bool put_aside(u32 frame)
 {
     const struct frame *page = frame_of(frame);
-    if (page->flags & (FRAME_READING | FRAME_WRITING | FRAME_FAILED)) {
+    if (frame_is(frame, FRAME_READING | FRAME_WRITING | FRAME_FAILED)) {
         reclaim_counts.busy++;
         put_back(frame, LRU_ACTIVE);
         return true;
@@ -93,8 +97,11 @@ static bool put_aside(u32 frame)
 /* Where slots have come free, pages that wait for one come back; most of them to no avail, but then few slots are free. */
 static void unstick(void)
 {
-    for (u32 steps = BATCH / 4; steps && lru_count[LRU_STUCK] && !swap_is_full(); steps--)
-        put_back(lru_isolate(LRU_STUCK), LRU_INACTIVE);
+    for (u32 steps = BATCH / 4; steps && lru_count[LRU_STUCK] && !swap_is_full(); steps--) {
+        u32 frame = lru_isolate(LRU_STUCK);
+        if (frame != FRAME_NONE)
+            put_back(frame, LRU_INACTIVE);
+    }
 }
 
 /* 1. Returns how many pages it looked at. */
@@ -104,8 +111,15 @@ static u32 balance(void)
     unstick();
     for (; steps < BATCH && lru_count[LRU_ACTIVE] > lru_count[LRU_INACTIVE]; steps++) {
         u32 frame = lru_isolate(LRU_ACTIVE);
+        if (frame == FRAME_NONE)
+            break;
+        bool of_file = frame_of(frame)->flags & FRAME_FILE;
+        if (of_file)
+            kernel_take();
         if (!put_aside(frame))
             put_back(frame, rmap_take_used(frame) & PTE_A ? LRU_ACTIVE : LRU_INACTIVE);
+        if (of_file)
+            kernel_give_back();
     }
     return steps;
 }
@@ -134,14 +148,30 @@ static void begin_unmap(struct batch *batch, u32 frame)
 {
     struct frame *page = frame_of(frame);
     if (rmap_begin_unmap(frame))
-        page->flags |= FRAME_DIRTY;
-    if (!(page->flags & FRAME_DIRTY)) {
+        frame_mark(frame, FRAME_DIRTY, 0);
+    if (!frame_is(frame, FRAME_DIRTY)) {
         batch->clean[batch->clean_count++] = frame;
     } else if (page->flags & FRAME_FILE) {
         batch->file[batch->file_count++] = frame;
     } else {
-        page->flags |= FRAME_WRITING;
+        frame_mark(frame, FRAME_WRITING, 0);
         batch->anon[batch->anon_count++] = frame;
+    }
+}
+
+/* One page off the list: where it goes. */
+static void sort_page(struct batch *batch, u32 frame)
+{
+    if (put_aside(frame))
+        return;
+    pte_t used = rmap_take_used(frame);
+    if (used & PTE_A) {
+        reclaim_counts.referenced++;
+        put_back(frame, LRU_ACTIVE);
+    } else if (!can_go(frame, used & PTE_D)) {
+        put_back(frame, LRU_ACTIVE);
+    } else {
+        begin_unmap(batch, frame);
     }
 }
 
@@ -154,17 +184,12 @@ static void pick(struct batch *batch)
             break;
         batch->looked++;
         reclaim_counts.scanned++;
-        if (put_aside(frame))
-            continue;
-        pte_t used = rmap_take_used(frame);
-        if (used & PTE_A) {
-            reclaim_counts.referenced++;
-            put_back(frame, LRU_ACTIVE);
-        } else if (!can_go(frame, used & PTE_D)) {
-            put_back(frame, LRU_ACTIVE);
-        } else {
-            begin_unmap(batch, frame);
-        }
+        bool of_file = frame_of(frame)->flags & FRAME_FILE;
+        if (of_file)
+            kernel_take();
+        sort_page(batch, frame);
+        if (of_file)
+            kernel_give_back();
     }
     tlb_finish();
 }
@@ -183,17 +208,24 @@ static void sort_by_slot(u32 *frames, u32 count)
 static u32 free_or_put_back(u32 frame)
 {
     struct frame *page = frame_of(frame);
+    bool of_file = page->flags & FRAME_FILE;
+    if (of_file)
+        kernel_take();
+    pages_take();
     u32 cached = in_swap_cache(frame) || file_has(frame);
-    if (page->refs == 1 + cached && !(page->flags & FRAME_DIRTY)) {
-        if (file_has(frame))
-            file_forget(frame);
-        if (in_swap_cache(frame))
-            swap_forget(frame);
+    bool free = page->refs == 1 + cached && !(page->flags & FRAME_DIRTY);
+    if (free && file_has(frame))
+        file_forget(frame);
+    if (free && in_swap_cache(frame))
+        swap_forget(frame);
+    if (free)
         frame_put(frame);
-        return 1;
-    }
-    put_back(frame, LRU_INACTIVE);
-    return 0;
+    else
+        put_back(frame, LRU_INACTIVE);
+    pages_give();
+    if (of_file)
+        kernel_give_back();
+    return free;
 }
 
 static u32 free_all(const u32 *frames, u32 count)
@@ -203,6 +235,17 @@ static u32 free_all(const u32 *frames, u32 count)
         freed += free_or_put_back(frames[i]);
     reclaim_counts.stolen += freed;
     return freed;
+}
+
+/* A page that was clean when it was picked may have been written to before it was unmapped: what the scope forbids is not done then,
+ * and the page goes back dirty. */
+static void write_file_pages(const struct batch *batch)
+{
+    kernel_take();
+    for (u32 i = 0; i < batch->file_count; i++)
+        if (file_page_can_go(frame_of(batch->file[i]), true))
+            file_write_out(&batch->file[i], 1);
+    kernel_give_back();
 }
 
 /* One batch; returns how many frames came free. */
@@ -218,7 +261,8 @@ static u32 shrink(u32 *looked)
     sort_by_slot(batch.anon, batch.anon_count);
     swap_out(batch.anon, batch.anon_count);
     u32 freed = clean + free_all(batch.anon, batch.anon_count);
-    file_write_out(batch.file, batch.file_count);
+    if (batch.file_count)
+        write_file_pages(&batch);
     return freed + free_all(batch.file, batch.file_count);
 }
 
@@ -258,12 +302,11 @@ static void kswapd(u32 argument)
 {
     (void)argument;
     current->makes_room = true;
+    kernel_give_back();
     while (1) {
         reclaim_to(mark_high, 0);
-        irq_off();
         kswapd_sleeps = true;
-        task_wait_on(&kswapd_sleeps);
-        irq_on();
+        task_wait_while(kswapd_sleeps, &kswapd_sleeps);
     }
 }
 
@@ -327,8 +370,12 @@ bool try_room(u32 frames)
 
 bool make_room(u32 frames)
 {
-    while (!try_room(frames))
-        if (!oom_kill_other())
+    while (!try_room(frames)) {
+        kernel_take();
+        bool killed = oom_kill_other();
+        kernel_give_back();
+        if (!killed)
             return false;
+    }
     return true;
 }

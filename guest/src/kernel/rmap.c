@@ -6,10 +6,12 @@
  * Holds: INV-G-RMAP-1: an entry is taken away, and its A and D with it, before its translation is flushed, and nothing is done
  * with the page before that. The space may be that of a task that runs on another CPU, which sets A and D as it likes: an entry is
  * taken, or aged, by one locked instruction.
- * Locks: none; never sleeps. */
+ * Locks: that of each space in turn, and of the list of them where the first look did not find all; for a file's page the caller has
+ * the kernel, since regions are looked at. Never sleeps. */
 #include "rmap.h"
 
 #include "file.h"
+#include "locks.h"
 #include "lru.h"
 #include "space.h"
 #include "swap.h"
@@ -33,11 +35,21 @@ static bool place_of(struct space *space, const struct frame *page, u32 *va)
     return true;
 }
 
+/* The table where the space would have the page; false if there is none, or no such space any more. */
+static bool open_there(struct space *space, struct mapping *mapping)
+{
+    upt_take(&space->upt);
+    bool open = space_is_live(space) && place_of(space, frame_of(mapping->frame), &mapping->va) &&
+                upt_open(&space->upt, mapping->va, false, &mapping->leaf);
+    upt_give(&space->upt);
+    return open;
+}
+
 /* The entry in this space, as it was before; 0 if it does not map the frame. */
 static pte_t visit_one(struct space *space, u32 frame, change_t change)
 {
     struct mapping mapping = {.frame = frame, .root = space->upt.cr3};
-    if (!place_of(space, frame_of(frame), &mapping.va) || !upt_open(&space->upt, mapping.va, false, &mapping.leaf))
+    if (!open_there(space, &mapping))
         return 0;
     pte_t entry = upt_get(&mapping.leaf);
     bool maps = (entry & PTE_P) && pte_frame(entry) == frame;
@@ -48,7 +60,13 @@ static pte_t visit_one(struct space *space, u32 frame, change_t change)
 }
 
 /* Mappings, if nobody else holds the page but who asks and the cache: at least as many as there are. */
-static u32 mappings(u32 frame) { return frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame)); }
+static u32 mappings(u32 frame)
+{
+    pages_take();
+    u32 count = frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame));
+    pages_give();
+    return count;
+}
 
 /* All bits that the entries had, together. */
 static pte_t visit(u32 frame, change_t change)
@@ -58,11 +76,15 @@ static pte_t visit(u32 frame, change_t change)
     pte_t all = 0;
     if (left && space_is_live(likely) && (all = visit_one(likely, frame, change)))
         left--;
+    if (!left)
+        return all;
+    spaces_take();
     for (struct space *space = spaces; space && left; space = space->next) {
         pte_t entry = space == likely ? 0 : visit_one(space, frame, change);
         all |= entry;
         left -= entry != 0;
     }
+    spaces_give();
     return all;
 }
 
@@ -81,7 +103,7 @@ pte_t rmap_take_used(u32 frame) { return visit(frame, age) & (PTE_A | PTE_D); }
 /* The reference goes here too: whoever asks has one of its own. */
 static pte_t replace(struct mapping *mapping, pte_t by)
 {
-    pte_t entry = upt_take(&mapping->leaf);
+    pte_t entry = upt_steal(&mapping->leaf);
     upt_put(&mapping->leaf, by);
     tlb_drop(mapping->root, mapping->va);
     frame_put(mapping->frame);

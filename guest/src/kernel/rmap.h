@@ -1,4 +1,4 @@
-/* Who maps a page: all user page-table entries for a frame. */
+/* Who maps a page: all user page-table entries for a frame. Of a file's page only whoever has the kernel may ask. */
 #ifndef RMAP_H
 #define RMAP_H
 

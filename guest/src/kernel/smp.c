@@ -6,8 +6,8 @@
  *   INIT to all, 10 ms
  *   startup; 200 us later once more, if need be    real mode, protected mode, paging
  *                                                  ap_main: descriptors, LAPIC; up := true
- *   admitted := true; cpus_end goes past it        waits for that, then for the kernel
- *   the next one                                   has the kernel: its timer; its first task ends
+ *   admitted := true; cpus_end goes past it        waits for that
+ *   the next one                                   its timer; its first task ends
  *
  * Story: one starts at a time, since they share the trampoline's page. A CPU comes up as the task whose stack it was given, and
  * that task ends at once: from there on it is like any CPU whose task has ended, and takes what it finds.
@@ -51,7 +51,6 @@ static void ap_main(void)
     self->up = true;
     while (!self->admitted)
         pause();
-    kernel_take();
     apic_timer_start(boot.options.hz);
     task_exit(0);
 }
@@ -91,7 +90,7 @@ static struct cpu *name_others(void)
 {
     struct cpu *other = cpus + 1;
     for (u32 i = 0; i < boot.cpu_count && other < cpus + boot.cpu_count; i++) {
-        if (boot.apic_ids[i] == cpu->apic_id)
+        if (boot.apic_ids[i] == cpu_self()->apic_id)
             continue;
         other->index = (u32)(other - cpus);
         other->apic_id = boot.apic_ids[i];
@@ -120,7 +119,7 @@ void smp_start(void)
     if (boot.cpu_count == 1)
         return;
     prepare_trampoline();
-    smp = true;
+    kernel_become_smp();
     start_all(name_others());
     printk("smp: cpus=%u\n", (u32)(cpus_end - cpus));
 }

@@ -3,13 +3,15 @@
  * Jobs: 1. regions, 2. zapping pages, 3. the heap, 4. fork.
  * Holds: a present user entry is writable only if its region is and its frame has no other holder; every present entry holds
  * one reference to its frame, the zero page included; only the owner's task, or its parent before it first runs, changes a
- * space, but that reclaim takes pages out of present entries, and space_reap all pages: tables stay where a task has found them. */
+ * space, but that reclaim takes pages out of present entries, and space_reap all pages: tables stay where a task has found them.
+ * Locks: a change of regions has the kernel, tables their own lock (upt.h). The owner looks at its regions without either. */
 #include "space.h"
 
 #include "check.h"
 #include "cpu.h"
 #include "file.h"
 #include "frames.h"
+#include "locks.h"
 #include "string.h"
 #include "swap.h"
 #include "tlb.h"
@@ -17,6 +19,10 @@
 
 u32 zero_frame;
 struct space *spaces;
+
+static struct lock list_lock;
+void spaces_take(void) { lock_take(&list_lock, LOCK_SPACE_LIST); }
+void spaces_give(void) { lock_give(&list_lock); }
 
 void space_init(void)
 {
@@ -34,26 +40,33 @@ bool space_create(struct space *space)
     space->doomed = false;
     if (!upt_create(&space->upt))
         return false;
+    spaces_take();
     space->previous = NULL;
     space->next = spaces;
     if (spaces)
         spaces->previous = space;
     spaces = space;
     space->live = true;
+    spaces_give();
     return true;
 }
 
 bool space_is_live(const struct space *space) { return space && space->live; }
 
+/* Whoever looks at its tables has done so when this returns. */
 static void forget_space(struct space *space)
 {
+    spaces_take();
+    upt_take(&space->upt);
     space->live = false;
+    upt_give(&space->upt);
     if (space->previous)
         space->previous->next = space->next;
     else
         spaces = space->next;
     if (space->next)
         space->next->previous = space->previous;
+    spaces_give();
 }
 
 /* Job 1: regions. */
@@ -85,7 +98,7 @@ bool space_map(struct space *space, struct region region)
     return true;
 }
 
-struct region *space_grow_stack(struct space *space, u32 va)
+static struct region *grow_stack(struct space *space, u32 va)
 {
     u32 page = va & PAGE_MASK;
     for (u32 i = 0; i < space->region_count; i++) {
@@ -97,6 +110,14 @@ struct region *space_grow_stack(struct space *space, u32 va)
         return region;
     }
     return NULL;
+}
+
+struct region *space_grow_stack(struct space *space, u32 va)
+{
+    kernel_take();
+    struct region *region = grow_stack(space, va);
+    kernel_give_back();
+    return region;
 }
 
 /* What is left of a region from `start` on. */
@@ -152,6 +173,10 @@ static void zap_finish(struct zap *zap)
         else
             for (u32 i = 0; i < zap->count; i++)
                 invlpg(zap->va[i]);
+    } else if (smp) {
+        for (u32 i = 0; i < zap->count; i++)
+            tlb_drop(zap->space->upt.cr3, zap->va[i]);
+        tlb_finish();
     }
     for (u32 i = 0; i < zap->count; i++)
         swap_put(zap->frame[i]);
@@ -167,6 +192,18 @@ static void zap_add(struct zap *zap, u32 va, u32 frame)
     zap->count++;
 }
 
+/* The space may run on another CPU, when it is reaped: that sets A and D until the entry is gone. */
+static pte_t take_entry(struct leaf *leaf, pte_t entry)
+{
+    if (smp && entry & PTE_P) {
+        entry = upt_steal(leaf);
+        upt_put(leaf, 0);
+    } else {
+        upt_clear(leaf);
+    }
+    return entry;
+}
+
 /* [start, end) lies within one table. */
 static void zap_table(struct zap *zap, u32 start, u32 end)
 {
@@ -178,7 +215,7 @@ static void zap_table(struct zap *zap, u32 start, u32 end)
         pte_t entry = upt_get(&leaf);
         if (!entry)
             continue;
-        upt_clear(&leaf);
+        entry = take_entry(&leaf, entry);
         left--;
         if (is_swap_entry(entry)) {
             swap_entry_dropped(swap_entry_slot(entry));
@@ -347,12 +384,14 @@ static bool fork_region(struct space *parent, struct space *child, const struct 
 bool space_fork(struct space *parent, struct space *child)
 {
     bool ok = true;
+    child->upt.level = LOCK_CHILD;
     child->brk_start = parent->brk_start;
     child->brk = parent->brk;
     for (u32 i = 0; i < parent->region_count && ok; i++) {
         child->regions[child->region_count++] = parent->regions[i];
         ok = fork_region(parent, child, &parent->regions[i]);
     }
+    child->upt.level = LOCK_SPACE;
     if (tlb_is_loaded(parent->upt.cr3))
         flush_not_global();
     return ok;

@@ -21,16 +21,18 @@ struct region {
 struct space {
     struct space *next, *previous; /* all there are: spaces */
     bool live;                     /* one of them: spaces stand in the task table, so an old pointer can be asked */
-    bool doomed;                   /* its memory was taken: no fault is mended any more */
+    volatile bool doomed;          /* its memory was taken: no fault is mended any more */
     struct upt upt;
     u32 brk_start, brk;
     u32 region_count;
     struct region regions[REGIONS_MAX]; /* unsorted, disjoint */
 };
 
-/* All address spaces, for whoever looks for the mappings of a page. */
+/* All address spaces, for whoever looks for the mappings of a page; with the lock of the list. */
 extern struct space *spaces;
-/* True while it is one of them: of a pointer that may be old. */
+void spaces_take(void);
+void spaces_give(void);
+/* True while it is one of them: of a pointer that may be old. It stays so for whoever has its tables' lock. */
 bool space_is_live(const struct space *space);
 
 /* Makes the zero page. */
@@ -67,6 +69,7 @@ enum fault_result {
     FAULT_FIXED,
     FAULT_BAD_ACCESS,    /* no region, or one that does not allow it */
     FAULT_OUT_OF_MEMORY,
+    FAULT_NO_FRAME,      /* others have taken what room was made for: to be tried again */
     FAULT_LOST,          /* the page cannot be read back */
 };
 

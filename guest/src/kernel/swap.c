@@ -13,15 +13,16 @@
  * Holds: INV-G-SWAP-1: a slot's contents are those of its cached page unless the page is FRAME_DIRTY or an entry that maps
  * it has D. INV-G-SWAP-2: a page is changed through a mapping only by its sole holder, so a slot that an entry names keeps
  * what the entry's owner had. INV-G-SWAP-3: a page that comes in has the sum that went out.
- * Locks: none; kernel code is not preempted. swap_in and swap_out sleep, and hold references alone then. Pages are summed while
- * others may have the kernel: FRAME_READING and FRAME_WRITING keep their contents from all, as while the disk has them. */
+ * Locks: LOCK_PAGES; what names a slot in a table changes under that table's lock besides. swap_in and swap_out sleep, and hold
+ * references alone then. Pages are summed without a lock: FRAME_READING and FRAME_WRITING keep their contents from all, as while the
+ * disk has them. */
 #include "swap.h"
 
 #include "audit.h"
 #include "check.h"
 #include "console.h"
-#include "irq.h"
 #include "kpt.h"
+#include "locks.h"
 #include "lru.h"
 #include "pace.h"
 #include "reclaim.h"
@@ -120,11 +121,14 @@ static void free_if_unused(u32 slot) { used -= is_free(slot); }
 void swap_entry_copied(u32 slot)
 {
     ASSERT(slot < slot_count);
+    pages_take();
     slots[slot].entries++;
+    pages_give();
 }
 
 void swap_entry_dropped(u32 slot)
 {
+    pages_take();
     ASSERT(slots[slot].entries);
     slots[slot].entries--;
     u32 frame = slots[slot].frame;
@@ -132,10 +136,12 @@ void swap_entry_dropped(u32 slot)
         free_if_unused(slot);
     else
         frame_get(frame), swap_put(frame);
+    pages_give();
 }
 
 /* Job 2: the cache. */
 
+/* The lock is held. */
 static void cache(u32 frame, u32 slot)
 {
     frame_get(frame);
@@ -145,12 +151,14 @@ static void cache(u32 frame, u32 slot)
 
 void swap_forget(u32 frame)
 {
+    pages_take();
     u32 slot = swap_slot_of(frame);
     ASSERT(slots[slot].frame == frame);
     slots[slot].frame = FRAME_NONE;
     frame_of(frame)->slot = 0;
     free_if_unused(slot);
     frame_put(frame);
+    pages_give();
 }
 
 static bool is_moving(u32 frame) { return frame_of(frame)->flags & (FRAME_READING | FRAME_WRITING); }
@@ -158,45 +166,62 @@ static bool is_moving(u32 frame) { return frame_of(frame)->flags & (FRAME_READIN
 void swap_put(u32 frame)
 {
     struct frame *entry = frame_of(frame);
+    pages_take();
     bool alone = entry->slot && entry->refs == 2 && !is_moving(frame) && slots[entry->slot - 1].entries == 0;
     if (alone)
         swap_forget(frame);
     frame_put(frame);
+    pages_give();
 }
 
 u32 swap_slot_for(u32 frame)
 {
-    if (in_swap_cache(frame))
-        return swap_slot_of(frame);
-    u32 slot = alloc_slot();
-    if (slot != SLOT_NONE) {
+    pages_take();
+    u32 slot = in_swap_cache(frame) ? swap_slot_of(frame) : alloc_slot();
+    if (slot != SLOT_NONE && !in_swap_cache(frame)) {
         cache(frame, slot);
         frame_of(frame)->flags |= FRAME_DIRTY;
     }
+    pages_give();
     return slot;
 }
 
-bool swap_is_sole_holder(u32 frame)
+/* The lock is held. */
+static bool has_one_holder(u32 frame)
 {
     const struct frame *entry = frame_of(frame);
     return entry->slot ? entry->refs == 2 && slots[entry->slot - 1].entries == 0 : entry->refs == 1;
 }
 
+bool swap_claim(u32 frame)
+{
+    pages_take();
+    bool sole = has_one_holder(frame);
+    if (sole && in_swap_cache(frame))
+        swap_forget(frame);
+    pages_give();
+    return sole;
+}
+
 void swap_came_in(u32 frame)
 {
-    if (used <= slot_count / 2 || !swap_is_sole_holder(frame))
-        return;
-    swap_forget(frame);
-    frame_of(frame)->flags |= FRAME_DIRTY;
+    pages_take();
+    if (used > slot_count / 2 && has_one_holder(frame)) {
+        swap_forget(frame);
+        frame_of(frame)->flags |= FRAME_DIRTY;
+    }
+    pages_give();
 }
 
 /* Job 3: in. */
 
 void swap_lost(const char *what, u32 number)
 {
+    kernel_take();
     if (swap_counts.lost++ < 4)
         printk("pager: swap: slot %u %s\n", number, what);
     tally.errors++;
+    kernel_give_back();
 }
 
 /* What is compared when the page comes back: on a slow CPU a sample, that hangs on the slot. The workload's pages have words of their
@@ -212,14 +237,14 @@ static u32 page_sum(struct cpu *self, u32 frame, u32 slot)
 /* Of pages that are marked as on their way, and so keep their slots. */
 static void sum_pages(const u32 *frames, u32 count, u32 *sums)
 {
-    struct cpu *self = cpu;
+    struct cpu *self = cpu_self();
     kernel_lend();
     for (u32 i = 0; i < count; i++)
         sums[i] = page_sum(self, frames[i], swap_slot_of(frames[i]));
     kernel_regain();
 }
 
-/* A frame for a slot that has none, marked as on its way; FRAME_NONE if there is none to be had. */
+/* The lock is held. A frame for a slot that has none, marked as on its way; FRAME_NONE if there is none to be had. */
 static u32 begin_in(u32 slot)
 {
     u32 frame = frame_alloc(ZONE_HIGH);
@@ -234,14 +259,16 @@ static void end_in(u32 frame, bool read, u32 sum)
 {
     struct frame *entry = frame_of(frame);
     u32 slot = entry->slot - 1;
-    swap_counts.checked++;
     bool same = read && sum == slots[slot].sum;
     if (!same)
         swap_lost(read ? "is not what was written" : "could not be read", slot);
-    entry->flags = (entry->flags & ~FRAME_READING) | (same ? 0 : FRAME_FAILED);
+    pages_take();
+    swap_counts.checked++;
+    frame_mark(frame, same ? 0 : FRAME_FAILED, FRAME_READING);
     lru_add(frame, LRU_INACTIVE);
     task_wake(entry);
     swap_put(frame);
+    pages_give();
 }
 
 #ifdef SWAP_TWIN
@@ -265,27 +292,34 @@ static void damage(const u32 *frames, u32 count) { (void)frames, (void)count; }
 
 static bool wants_reading(u32 slot) { return slots[slot].entries && slots[slot].frame == FRAME_NONE; }
 
-/* Reads the slot and those beside it in its group that are wanted too, as far as there are frames to spare. */
-static void read_group(u32 slot)
+/* Frames for the slot and those beside it in its group that are wanted too, as far as there are frames to spare, marked as on their
+ * way: how many, and the first slot. None where somebody else was faster. */
+static u32 begin_group(u32 slot, u32 *first, u32 *frames)
 {
-    u32 first = slot, end = slot + 1, group = ALIGN_DOWN(slot, READ_AHEAD), count = 0;
-    u32 frames[READ_AHEAD], sums[READ_AHEAD];
-    bool spare = frames_free() > READ_AHEAD + reclaim_min();
-    while (spare && first > group && wants_reading(first - 1))
-        first--;
+    u32 end = slot + 1, group = ALIGN_DOWN(slot, READ_AHEAD), count = 0, frame;
+    *first = slot;
+    pages_take();
+    bool wanted = wants_reading(slot), spare = wanted && frames_free() > READ_AHEAD + reclaim_min();
+    while (spare && *first > group && wants_reading(*first - 1))
+        --*first;
     while (spare && end < min_u32(group + READ_AHEAD, slot_count) && wants_reading(end))
         end++;
-    for (u32 at = first; at < end; at++) {
-        u32 frame = begin_in(at);
-        if (frame == FRAME_NONE)
-            break;
+    for (u32 at = *first; wanted && at < end && (frame = begin_in(at)) != FRAME_NONE; at++)
         frames[count++] = frame;
+    if (count) {
+        swap_counts.reads++;
+        swap_counts.pages_read += count;
+        swap_counts.read_ahead += count - 1;
     }
+    pages_give();
+    return count;
+}
+
+static void read_group(u32 slot)
+{
+    u32 frames[READ_AHEAD], sums[READ_AHEAD], first, count = begin_group(slot, &first, frames);
     if (count == 0)
         return;
-    swap_counts.reads++;
-    swap_counts.pages_read += count;
-    swap_counts.read_ahead += count - 1;
     bool read = blk_transfer(disk, BLK_READ, first, frames, count);
     damage(frames, count);
     sum_pages(frames, count, sums);
@@ -293,33 +327,50 @@ static void read_group(u32 slot)
         end_in(frames[i], read, sums[i]);
 }
 
-/* Sees to it that the cache has the slot's page. */
-static enum swap_result bring_in(u32 slot)
+/* The slot's page, with a reference; FRAME_NONE where it has none in the cache. False where no entry names the slot. */
+static bool find_cached(u32 slot, u32 *frame)
 {
-    if (!make_room(1))
-        return SWAP_NO_MEMORY;
-    if (wants_reading(slot))
-        read_group(slot);
-    return slots[slot].entries && slots[slot].frame == FRAME_NONE ? SWAP_NO_MEMORY : SWAP_DONE;
+    pages_take();
+    bool named = slots[slot].entries;
+    *frame = named ? slots[slot].frame : FRAME_NONE;
+    if (*frame != FRAME_NONE)
+        frame_get(*frame);
+    pages_give();
+    return named;
 }
 
-/* Whoever else waits for it may take it, write to it and have it written out again before this one runs: hence the loop. */
+static bool is_of_slot(u32 frame, u32 slot)
+{
+    pages_take();
+    bool is = slots[slot].frame == frame;
+    pages_give();
+    return is;
+}
+
+static void count_fault(u32 slot)
+{
+    pages_take();
+    u32 cached = slots[slot].frame;
+    swap_counts.ins++;
+    swap_counts.hits += cached != FRAME_NONE && !(frame_of(cached)->flags & FRAME_READING);
+    pages_give();
+}
+
+/* Whoever else waits for the page may take it, write to it and have it written out again before this one runs, and others may take
+ * the frames that room was made for: hence the loop. */
 enum swap_result swap_in(u32 slot, u32 *frame)
 {
-    swap_counts.ins++;
-    u32 cached = slots[slot].frame;
-    swap_counts.hits += cached != FRAME_NONE && !(frame_of(cached)->flags & FRAME_READING);
-    while (slots[slot].entries) {
-        *frame = slots[slot].frame;
+    count_fault(slot);
+    while (find_cached(slot, frame)) {
         if (*frame == FRAME_NONE) {
-            if (bring_in(slot) == SWAP_NO_MEMORY)
+            if (!make_room(1))
                 return SWAP_NO_MEMORY;
+            read_group(slot);
             continue;
         }
-        frame_get(*frame);
         frame_wait_while(*frame, FRAME_READING);
-        bool failed = frame_of(*frame)->flags & FRAME_FAILED;
-        if (slots[slot].frame == *frame && !failed)
+        bool failed = frame_is(*frame, FRAME_FAILED);
+        if (is_of_slot(*frame, slot) && !failed)
             return SWAP_DONE;
         swap_put(*frame);
         if (failed)
@@ -352,8 +403,10 @@ static bool begin_run(struct run *run, bool may_wait)
     run->request = blk_start(disk, BLK_WRITE, first, run->frames, run->count, may_wait);
     if (!run->request)
         return false;
+    pages_take();
     swap_counts.writes++;
     swap_counts.pages_written += run->count;
+    pages_give();
     return true;
 }
 
@@ -362,7 +415,7 @@ static void end_run(const struct run *run)
     bool written = blk_wait(run->request);
     for (u32 i = 0; i < run->count; i++) {
         struct frame *entry = frame_of(run->frames[i]);
-        entry->flags = (entry->flags & ~FRAME_WRITING) | (written ? 0 : FRAME_DIRTY);
+        frame_mark(run->frames[i], written ? 0 : FRAME_DIRTY, FRAME_WRITING);
         task_wake(entry);
     }
 }
@@ -373,7 +426,7 @@ static void sum_all(const u32 *frames, u32 count)
     u32 sums[SWAP_OUT_MAX];
     ASSERT(count <= SWAP_OUT_MAX);
     for (u32 i = 0; i < count; i++)
-        frame_of(frames[i])->flags &= ~FRAME_DIRTY;
+        frame_mark(frames[i], 0, FRAME_DIRTY);
     sum_pages(frames, count, sums);
     for (u32 i = 0; i < count; i++)
         slots[swap_slot_of(frames[i])].sum = sums[i];

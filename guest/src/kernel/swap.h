@@ -41,8 +41,9 @@ u32 swap_slot_for(u32 frame);
 bool swap_is_full(void);
 static inline bool in_swap_cache(u32 frame) { return frame_of(frame)->slot != 0; }
 static inline u32 swap_slot_of(u32 frame) { return frame_of(frame)->slot - 1; }
-/* One reference and the cache's are all, and no entry names the slot: nobody else can come to see a store to the page. */
-bool swap_is_sole_holder(u32 frame);
+/* True if one reference and the cache's are all, and no entry names the slot: nobody else can come to see a store to the page, and
+ * the cache has let go of it. */
+bool swap_claim(u32 frame);
 /* A page has come in for its only entry. While more than half of the slots are in use it lets go of its own, which others may need
  * more: what is in memory and what is in swap then are as much together as both have room for. */
 void swap_came_in(u32 frame);

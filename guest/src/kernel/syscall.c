@@ -163,10 +163,21 @@ static u32 call(struct trap_frame *frame)
     }
 }
 
+/* Those that touch nothing but the task itself. */
+static bool needs_kernel(u32 number)
+{
+    return number != SYS_YIELD && number != SYS_SLEEP && number != SYS_GETPID && number != SYS_PREEMPTIONS;
+}
+
 void syscall_dispatch(struct trap_frame *frame)
 {
+    bool takes = needs_kernel(frame->eax);
+    if (takes)
+        kernel_take();
     if (frame->eax == SYS_PROBE)
         access_probe(frame);
     else
         frame->eax = call(frame);
+    if (takes)
+        kernel_give_back();
 }

@@ -19,6 +19,7 @@
 #include "image.h"
 #include "irq.h"
 #include "kpt.h"
+#include "locks.h"
 #include "tlb.h"
 
 #define STACK_MARK 0x5ac7f00d
@@ -26,9 +27,30 @@
 #define EFLAGS_IF (1u << 9)
 
 static struct task tasks[TASKS_MAX];
+static struct lock tasks_lock;
 /* Beyond the last that was ever in use. */
 static struct task *tasks_end = tasks + 1;
 static u32 last_pid;
+
+/* For who has interrupts off; and for all. */
+static inline void tasks_lock_take(void) { lock_take(&tasks_lock, LOCK_TASKS); }
+static inline void tasks_lock_give(void) { lock_give(&tasks_lock); }
+
+static inline void tasks_take(void)
+{
+    if (smp) {
+        irq_off();
+        tasks_lock_take();
+    }
+}
+
+static inline void tasks_give(void)
+{
+    if (smp) {
+        tasks_lock_give();
+        irq_on();
+    }
+}
 
 void switch_stacks(u32 *save_esp, u32 esp);
 void task_first_run(void);
@@ -45,12 +67,11 @@ static u32 *stack_bottom(const struct task *task)
 
 static u32 stack_top(const struct task *task) { return (u32)stack_bottom(task) + STACK_PAGES * PAGE_SIZE; }
 
-struct cpu *cpu_self(void)
+/* From now on its stack is that CPU's. */
+static void put_on(struct task *task, struct cpu *on)
 {
-    u32 esp;
-    __asm__ volatile("mov %%esp, %0" : "=r"(esp));
-    u32 index = (esp - STACKS_BASE) / STACK_STRIDE;
-    return tasks[index < TASKS_MAX ? index : 0].cpu;
+    task->cpu = on;
+    stack_bottom(task)[STACK_WORD_CPU] = (u32)on;
 }
 
 static void back_stack(const struct task *task)
@@ -67,39 +88,50 @@ static void back_stack(const struct task *task)
 
 void task_init(void)
 {
-    cpu->task = &tasks[0];
-    current->cpu = cpu;
+    cpu_self()->task = &tasks[0];
+    current->cpu = cpu_self();
     current->state = TASK_RUNNABLE;
     current->pid = ++last_pid;
     current->name = "main";
-    *stack_bottom(current) = STACK_MARK;
-    window_init(cpu, &current->windows);
+    own_stack()[STACK_WORD_MARK] = STACK_MARK;
+    window_init(cpu_self(), &current->windows);
 }
 
 static bool has_a_cpu(const struct task *task) { return task->cpu && task->cpu->task == task; }
 
+/* The kernel is held: others may free tasks meanwhile, but none claims one. */
+static struct task *find_unused(void)
+{
+    struct task *found = NULL;
+    tasks_take();
+    for (struct task *task = tasks; task < tasks + TASKS_MAX && !found; task++)
+        if (task->state == TASK_FREE && !has_a_cpu(task))
+            found = task;
+    if (found && found >= tasks_end)
+        tasks_end = found + 1;
+    tasks_give();
+    return found;
+}
+
 static struct task *claim(const char *name)
 {
-    for (struct task *task = tasks; task < tasks + TASKS_MAX; task++) {
-        if (task->state != TASK_FREE || has_a_cpu(task))
-            continue;
-        if (task >= tasks_end)
-            tasks_end = task + 1;
+    struct task *task = find_unused();
+    if (task) {
         back_stack(task);
-        *stack_bottom(task) = STACK_MARK;
+        stack_bottom(task)[STACK_WORD_MARK] = STACK_MARK;
         task->name = name;
-        task->cpu = cpu;
+        put_on(task, cpu_self());
         task->parent = current;
         task->is_process = false;
         task->stays = false;
+        task->kernel_depth = 0;
         task->preemptions = 0;
         task->makes_room = false;
         task->gfp_denied = 0;
         task->windows.depth = 0;
         fpu_reset(&task->fpu);
-        return task;
     }
-    return NULL;
+    return task;
 }
 
 static struct task *new_task(const char *name)
@@ -120,7 +152,7 @@ u32 task_for_cpu(struct cpu *starting)
     task->parent = NULL;
     task->state = TASK_WAITING;
     task->channel = NULL;
-    task->cpu = starting;
+    put_on(task, starting);
     starting->task = task;
     starting->irq_depth = 1;
     window_init(starting, &task->windows);
@@ -137,13 +169,14 @@ const struct trap_frame *task_user_frame(const struct task *task) { return first
 /* Who goes on on one CPU alone. */
 static bool must_stay(const struct task *task) { return has_a_cpu(task) || task->windows.depth || task->stays; }
 
-/* A CPU that halts and may run the task: this one if it is such (an interrupt has come), else the one that ran it last. */
+/* LOCK_TASKS is held, here and below. A CPU that halts and may run the task: this one if it is such (an interrupt has come), else the one that ran it last. */
 static struct cpu *find_idle_for(const struct task *task)
 {
-    if (must_stay(task) || (task->cpu->idle && !cpu->idle))
+    struct cpu *self = cpu_self();
+    if (must_stay(task) || (task->cpu->idle && !self->idle))
         return task->cpu->idle ? task->cpu : NULL;
-    if (cpu->idle)
-        return cpu;
+    if (self->idle)
+        return self;
     for (struct cpu *other = cpus; other < cpus_end; other++)
         if (other->idle)
             return other;
@@ -157,7 +190,7 @@ static void call_for(const struct task *task)
     if (!found)
         return;
     found->idle = false;
-    if (found != cpu)
+    if (found != cpu_self())
         apic_send(found->apic_id, VECTOR_LOOK);
 }
 
@@ -177,15 +210,18 @@ static void start(struct task *task)
         *--stack = 0;
     task->esp = (u32)stack;
     task->irq_depth = 1;
+    tasks_take();
     make_runnable(task);
+    tasks_give();
 }
 
 /* traps.S comes here on a task's first switch, before it leaves through its frame. */
 void task_first_run(void)
 {
-    cpu->irq_depth--;
-    if (smp && current->is_process)
-        kernel_give_back();
+    tasks_lock_give();
+    if (smp && current->kernel_depth)
+        kernel_spin();
+    cpu_self()->irq_depth--;
 }
 
 struct task *task_spawn(const struct program *program, const struct arguments *arguments)
@@ -231,6 +267,7 @@ struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
                                              .cs = KERNEL_CS,
                                              .eflags = EFLAGS_IF | EFLAGS_FIXED,
                                              .user_esp = (u32)thread_end};
+    task->kernel_depth = 1;
     start(task);
     return task;
 }
@@ -254,6 +291,13 @@ u32 task_fork(const struct trap_frame *frame)
 
 /* Death. */
 
+static void set_state(struct task *task, enum task_state state)
+{
+    tasks_take();
+    task->state = state;
+    tasks_give();
+}
+
 static void abandon_children(void)
 {
     for (struct task *task = tasks; task < tasks_end; task++) {
@@ -261,20 +305,21 @@ static void abandon_children(void)
             continue;
         task->parent = NULL;
         if (task->state == TASK_ZOMBIE)
-            task->state = TASK_FREE;
+            set_state(task, TASK_FREE);
     }
 }
 
 void task_exit(u32 status)
 {
     irq_off();
+    kernel_take();
     tlb_load(kpt_root());
     if (current->is_process)
         space_destroy(&current->space);
     fpu_drop();
     abandon_children();
     current->status = status;
-    current->state = current->parent ? TASK_ZOMBIE : TASK_FREE;
+    set_state(current, current->parent ? TASK_ZOMBIE : TASK_FREE);
     if (current->parent)
         task_wake(current->parent);
     schedule();
@@ -301,8 +346,9 @@ u32 task_wait_child(u32 *status)
     while ((child = find_child())) {
         if (child->state == TASK_ZOMBIE) {
             *status = child->status;
-            child->state = TASK_FREE;
-            return child->pid;
+            u32 pid = child->pid;
+            set_state(child, TASK_FREE);
+            return pid;
         }
         task_wait_on(current);
     }
@@ -311,39 +357,51 @@ u32 task_wait_child(u32 *status)
 
 /* Scheduling. */
 
-void task_wait_on(const void *channel)
+void task_will_wait(const volatile void *channel)
 {
+    tasks_take();
     current->channel = channel;
     current->state = TASK_WAITING;
+    tasks_give();
+}
+
+void task_will_not_wait(void) { set_state(current, TASK_RUNNABLE); }
+
+/* Who has what the channel stands for changed under the kernel's lock, or this CPU's interrupts, comes between no look and this. */
+void task_wait_on(const volatile void *channel)
+{
+    task_will_wait(channel);
     schedule();
 }
 
-void task_wake(const void *channel)
+void task_wake(const volatile void *channel)
 {
+    tasks_take();
     for (struct task *task = tasks; task < tasks_end; task++)
         if (task->state == TASK_WAITING && task->channel == channel)
             make_runnable(task);
+    tasks_give();
 }
 
 static volatile u32 expected;
 
-void task_expect(void) { expected++; }
+void task_expect(void) { __sync_fetch_and_add(&expected, 1); }
 
-void task_wake_expected(const void *channel)
+void task_wake_expected(const volatile void *channel)
 {
-    expected--;
     task_wake(channel);
-    cpu->need_resched = true;
+    __sync_fetch_and_sub(&expected, 1);
+    cpu_self()->need_resched = true;
 }
 
 void task_sleep(u32 for_ticks)
 {
     current->wake_tick = ticks + for_ticks;
-    current->state = TASK_SLEEPING;
+    set_state(current, TASK_SLEEPING);
     schedule();
 }
 
-static bool may_run_here(const struct task *task) { return task->cpu == cpu || !must_stay(task); }
+static bool may_run_here(const struct task *task) { return task->cpu == cpu_self() || !must_stay(task); }
 
 static bool can_run(struct task *task)
 {
@@ -371,20 +429,26 @@ static bool anyone_goes_on(void)
     for (struct task *task = tasks; task < tasks_end; task++)
         if (task->state == TASK_SLEEPING || task->state == TASK_RUNNABLE)
             return true;
+    for (const struct cpu *other = cpus; other < cpus_end; other++)
+        if (other != cpu_self() && !other->halted)
+            return true;
     return false;
 }
 
 static void halt(void) { __asm__ volatile("sti; hlt; cli" : : : "memory"); }
 
-/* The others have the kernel meanwhile. */
-static void halt_without_kernel(void)
+/* Who makes somebody runnable after this has let go of the lock finds it idle, and its interrupt ends the halt. */
+static void halt_without_lock(void)
 {
-    struct cpu *self = cpu;
+    struct cpu *self = cpu_self();
     self->halted = self->idle = true;
-    kernel_give_back();
+    tasks_lock_give();
     halt();
-    kernel_take();
-    self->halted = self->idle = false;
+    self->halted = false;
+    fence();
+    tlb_refresh();
+    tasks_lock_take();
+    self->idle = false;
 }
 
 static struct task *wait_for_next(void)
@@ -394,7 +458,7 @@ static struct task *wait_for_next(void)
         if (!anyone_goes_on() && !expected)
             panic("every task waits for another");
         if (smp)
-            halt_without_kernel();
+            halt_without_lock();
         else
             halt();
     }
@@ -406,25 +470,34 @@ static u32 root_of(const struct task *task) { return task->is_process ? task->sp
 /* What comes after switch_stacks may run on another CPU. */
 static void switch_to(struct task *next)
 {
-    struct task *previous = current;
-    ASSERT(*stack_bottom(previous) == STACK_MARK);
-    previous->irq_depth = cpu->irq_depth;
-    cpu->irq_depth = next->irq_depth;
+    struct cpu *self = cpu_self();
+    struct task *previous = self->task;
+    ASSERT(stack_bottom(previous)[STACK_WORD_MARK] == STACK_MARK);
+    previous->irq_depth = self->irq_depth;
+    self->irq_depth = next->irq_depth;
     window_switch(&previous->windows, &next->windows);
     tlb_load(root_of(next));
     fpu_switch(&next->fpu);
     tss_set_stack(stack_top(next));
-    next->cpu = cpu;
-    cpu->task = next;
+    put_on(next, self);
+    self->task = next;
     switch_stacks(&previous->esp, next->esp);
 }
 
+/* LOCK_TASKS goes with the CPU: who was switched to lets go of it. */
 void schedule(void)
 {
     irq_off();
-    cpu->need_resched = false;
+    if (smp && current->kernel_depth)
+        kernel_release();
+    ASSERT(!cpu_self()->locks);
+    tasks_lock_take();
+    cpu_self()->need_resched = false;
     struct task *next = wait_for_next();
     if (next != current)
         switch_to(next);
+    tasks_lock_give();
+    if (smp && current->kernel_depth)
+        kernel_spin();
     irq_on();
 }

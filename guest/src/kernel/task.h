@@ -30,10 +30,11 @@ struct task {
     u32 irq_depth; /* while switched away */
     struct cpu *cpu; /* where it runs, or ran last */
     bool stays;      /* there and nowhere else */
+    u32 kernel_depth; /* how often it has taken the kernel's lock */
     u32 preemptions;
     bool makes_room; /* it is reclaiming: may take the last frames, and does not reclaim for itself */
     u32 gfp_denied;  /* what reclaim may not do for it: GFP_* (reclaim.h) */
-    const void *channel;
+    const volatile void *channel;
     u32 wake_tick;
 };
 
@@ -68,12 +69,23 @@ void task_exit(u32 status) __attribute__((noreturn));
 /* Waits for any child to end; returns its pid, or 0 if there is none. */
 u32 task_wait_child(u32 *status);
 
-/* Sleep until task_wake with the same channel. The caller checks its condition again. */
-void task_wait_on(const void *channel);
-void task_wake(const void *channel);
+/* Sleeps until task_wake with the same channel. The caller checks its condition again, which changes under the kernel's lock. */
+void task_wait_on(const volatile void *channel);
+/* For conditions that change without it: between these two whoever wakes the channel finds the task. schedule() then sleeps, unless it
+ * has been woken already. */
+void task_will_wait(const volatile void *channel);
+void task_will_not_wait(void);
+/* Sleeps while `condition` holds; whoever ends it wakes the channel after. */
+#define task_wait_while(condition, on)      \
+    do {                                    \
+        while (task_will_wait(on), (condition)) \
+            schedule();                     \
+        task_will_not_wait();               \
+    } while (0)
+void task_wake(const volatile void *channel);
 /* Says that an interrupt will wake somebody: while one is to come, everybody may wait. task_wake_expected is that waking. */
 void task_expect(void);
-void task_wake_expected(const void *channel);
+void task_wake_expected(const volatile void *channel);
 void task_sleep(u32 for_ticks);
 
 /* What a process left user mode with. */

@@ -1,28 +1,34 @@
 /* Which page tables are loaded, and making CPUs forget translations.
  *
- * The shootdown, by whoever has the kernel, of what another CPU may have in its TLB:
+ * The shootdown, of what another CPU may have in its TLB:
  *
- *   has the kernel                              the other CPU: in user code, or waiting for the kernel
+ *   has the space's lock                        the other CPU: in user code, in the kernel, or waiting for a lock
  *   ----------------------------------------    ---------------------------------------------------------------
  *   takes the entry away, with its A and D      may use the old translation, and set no more A or D by it
- *   notes the page in the CPU's request         (may not load another root: for that it wants the kernel)
- *   ... more pages ...
- *   tlb_finish: wanted := true, interrupt       takes the interrupt, or sees `wanted` while it waits for the kernel
- *   waits until not wanted                      INVLPG each page, or MOV CR3; wanted := false
- *   reads, writes or frees the frames           faults if it touches one, and waits for the kernel
+ *   notes the page in its request to the CPU    or loads another root, and has forgotten it then
+ *   ... more pages, other spaces ...
+ *   tlb_finish: wanted := true, called := true,
+ *   interrupt
+ *   waits until not wanted; meanwhile does      takes the interrupt, or sees `called` while it waits itself
+ *   what others want of it                      INVLPG each page, or MOV CR3; wanted := false
+ *   reads, writes or frees the frames           faults if it touches one, and waits for the space's lock
  *
- * One that halts is not woken for this. It uses no translation of what is dropped before it has taken the kernel; `stale` then has
- * it forget everything first.
+ * One that halts is not woken for this. It uses no translation of what is dropped before it has looked at `stale`:
  *
- * Holds: loaded_root is what CR3 holds; CR3 itself is never read back, which would be one more exit. INV-G-TLB-1: a root other than
- * the kernel's is loaded on one CPU at most. INV-G-TLB-2: a request is changed only while it is not wanted. Window slots are each
- * CPU's own and need none of this.
- * Locks: the kernel, but for tlb_serve, which touches the CPU's own request alone. */
+ *   stale := true                               halted := true; ...; halted := false
+ *   does it halt still? nothing is to be done   fence; is it stale? forgets everything
+ *
+ * Holds: loaded_root is what CR3 holds, or is about to: it is written first, so that who finds another root there knows that what it
+ * has taken away is forgotten. CR3 itself is never read back, which would be one more exit. INV-G-TLB-1: a root other than
+ * the kernel's is loaded on one CPU at most. INV-G-TLB-2: a CPU has one request to each other, and changes it only while it is not
+ * wanted; between a tlb_drop and its tlb_finish the task does not sleep. Window slots are each CPU's own and need none of this.
+ * Locks: none. Who waits in tlb_finish may have locks: whoever waits for those answers. */
 #include "tlb.h"
 
 #include "apic.h"
 #include "check.h"
 #include "cpu.h"
+#include "irq.h"
 #include "kpt.h"
 
 u32 flushes_sent;
@@ -37,43 +43,53 @@ bool tlb_is_loaded_anywhere(u32 root)
 
 void tlb_load(u32 root)
 {
-    if (cpu->loaded_root == root)
+    struct cpu *self = cpu_self();
+    if (self->loaded_root == root)
         return;
     if (smp)
         ASSERT(root == kpt_root() || !tlb_is_loaded_anywhere(root));
-    cpu->loaded_root = root;
+    self->loaded_root = root;
     write_cr3(root);
 }
 
 void flush_not_global(void)
 {
-    cpu->stale = false;
-    write_cr3(cpu->loaded_root);
+    struct cpu *self = cpu_self();
+    self->stale = false;
+    write_cr3(self->loaded_root);
 }
 
-static void note(struct cpu *other, u32 page)
+/* True where it halts, and will look at `stale` before it does anything else. */
+static bool leave_to(struct cpu *other)
 {
-    struct flush_request *request = &other->flush;
-    if (other->halted) {
-        other->stale = true;
+    if (!other->halted)
+        return false;
+    other->stale = true;
+    fence();
+    return other->halted;
+}
+
+static void note(struct cpu *self, struct cpu *other, u32 page)
+{
+    struct flush_request *request = &self->flush[other->index];
+    if (leave_to(other))
         return;
-    }
     if (request->count < FLUSH_PAGES_MAX)
         request->pages[request->count] = page;
     if (request->count <= FLUSH_PAGES_MAX)
         request->count++;
 }
 
-static bool is_other_with(const struct cpu *other, u32 root) { return other != cpu && other->loaded_root == root; }
-
+/* The entry has been taken away by a locked instruction: whoever loads the root after this look does not find it. */
 void tlb_drop(u32 root, u32 page)
 {
-    if (tlb_is_loaded(root))
+    struct cpu *self = cpu_self();
+    if (self->loaded_root == root)
         invlpg(page);
     else if (smp)
         for (struct cpu *other = cpus; other < cpus_end; other++)
-            if (is_other_with(other, root))
-                note(other, page);
+            if (other->loaded_root == root)
+                note(self, other, page);
 }
 
 void tlb_age(u32 root, u32 page)
@@ -82,53 +98,53 @@ void tlb_age(u32 root, u32 page)
         invlpg(page);
     else if (smp)
         for (struct cpu *other = cpus; other < cpus_end; other++)
-            other->stale |= is_other_with(other, root);
+            if (other->loaded_root == root)
+                other->stale = true;
 }
 
-static void ask(struct cpu *other)
+static void ask(struct flush_request *request, struct cpu *other)
 {
-    flushes_sent++;
-    barrier();
-    other->flush.wanted = true;
+    __sync_fetch_and_add(&flushes_sent, 1);
+    request->wanted = true;
+    fence();
+    other->called = true;
     apic_send(other->apic_id, VECTOR_FLUSH);
 }
 
 /* All are asked first and awaited then. */
-static void shoot_down(void)
+static void shoot_down(struct cpu *self)
 {
     for (struct cpu *other = cpus; other < cpus_end; other++)
-        if (other->flush.count)
-            ask(other);
+        if (self->flush[other->index].count)
+            ask(&self->flush[other->index], other);
     for (struct cpu *other = cpus; other < cpus_end; other++) {
-        while (other->flush.wanted)
+        struct flush_request *request = &self->flush[other->index];
+        while (request->wanted) {
+            tlb_serve(self);
             pause();
-        other->flush.count = 0;
+        }
+        request->count = 0;
     }
 }
 
 void tlb_finish(void)
 {
     if (smp)
-        shoot_down();
+        shoot_down(cpu_self());
 }
 
 void flush_not_global_everywhere(void)
 {
+    struct cpu *self = cpu_self();
     flush_not_global();
-    for (struct cpu *other = cpus; other < cpus_end; other++) {
-        other->stale |= other->halted;
-        if (other != cpu && !other->halted)
-            other->flush.count = FLUSH_PAGES_MAX + 1;
-    }
+    for (struct cpu *other = cpus; other < cpus_end; other++)
+        if (other != self && !leave_to(other))
+            self->flush[other->index].count = FLUSH_PAGES_MAX + 1;
     tlb_finish();
 }
 
-void tlb_serve(struct cpu *self)
+static void serve(struct cpu *self, struct flush_request *request)
 {
-    struct flush_request *request = &self->flush;
-    if (!request->wanted)
-        return;
-    barrier();
     if (request->count > FLUSH_PAGES_MAX)
         write_cr3(self->loaded_root);
     else
@@ -137,4 +153,16 @@ void tlb_serve(struct cpu *self)
     self->flushes++;
     barrier();
     request->wanted = false;
+}
+
+/* Not to be interrupted by itself: it would say for the next request that it is served. */
+void tlb_serve_all(struct cpu *self)
+{
+    irq_off();
+    self->called = false;
+    fence();
+    for (struct cpu *other = cpus; other < cpus_end; other++)
+        if (other->flush[self->index].wanted)
+            serve(self, &other->flush[self->index]);
+    irq_on();
 }

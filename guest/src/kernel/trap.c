@@ -3,15 +3,15 @@
  *   timer          tick, end of interrupt
  *   NMI            a sample, if the sampler is on (nmi.c)
  *   virtio         the devices are asked, end of interrupt
- *   look, flush    from another CPU: without the kernel, end of interrupt
+ *   look, flush    from another CPU: end of interrupt
  *   int 0x80       system call
  *   page fault     one that the access workload provoked: noted there
  *                  at a user address, from user code or user_copy: the address space may repair it
  *   no FPU         from user code: the registers may be lent to it
  *   the rest       from user code: kills the process; from kernel code: stops the guest
  *
- * For all but NMIs and those two this CPU takes the kernel first (cpus.h). Then, on the way back to user code only: switch if the
- * timer asked for it. */
+ * Then, on the way back to user code only: switch if the timer asked for it. Whoever needs a lock takes it: system calls the kernel's,
+ * but for a few; a fault mostly only that of its address space. */
 #include "trap.h"
 
 #include "access.h"
@@ -40,12 +40,12 @@ const char *trap_name(u32 vector) { return vector < ARRAY_SIZE(names) ? names[ve
 
 static void timer_interrupt(void)
 {
-    if (cpu->index == 0) {
+    if (cpu_self()->index == 0) {
         u32 depth = window_irq_enter();
         tick();
         window_irq_leave(depth);
     }
-    cpu->need_resched = true;
+    cpu_self()->need_resched = true;
     apic_end_of_interrupt();
 }
 
@@ -57,7 +57,7 @@ static void device_interrupt(void)
     apic_end_of_interrupt();
 }
 
-/* What another CPU wants of this one; nobody has to let go of the kernel for it. A CPU that is called to look has halted, and looks
+/* What another CPU wants of this one, whatever it is doing. A CPU that is called to look has halted, and looks
  * when it goes on. */
 static bool answer(u32 vector)
 {
@@ -81,6 +81,7 @@ static const char *status_text(u32 status, u32 vector)
 /* The process cannot go on. The line says nothing that differs between machines. */
 static void kill(const struct trap_frame *frame, u32 cr2, u32 status)
 {
+    kernel_take();
     printk("pager: process %u (%s) killed: %s", current->pid, current->name, status_text(status, frame->vector));
     if (frame->vector == TRAP_PAGE_FAULT)
         printk(", %s of %08x, %s", fault_access_text(frame->error), cr2, fault_reason_text(frame->error));
@@ -134,10 +135,10 @@ static void preempt(void)
     schedule();
 }
 
-/* This CPU has the kernel. Inline, since a machine of one CPU does nothing else. */
+/* Inline, since a machine of one CPU does nothing else. */
 static inline __attribute__((always_inline)) void handle(struct trap_frame *frame)
 {
-    cpu->irq_depth++;
+    cpu_self()->irq_depth++;
     switch (frame->vector) {
     case VECTOR_TIMER: timer_interrupt(); break;
     case VECTOR_VIRTIO: device_interrupt(); break;
@@ -148,21 +149,18 @@ static inline __attribute__((always_inline)) void handle(struct trap_frame *fram
     }
     if (trap_from_user(frame)) {
         ASSERT(window_depth() == 0);
-        if (cpu->need_resched)
+        if (cpu_self()->need_resched)
             preempt();
     }
-    cpu->irq_depth--;
+    cpu_self()->irq_depth--;
 }
 
-/* What comes after `handle` may run on another CPU; the kernel, whoever took it, is its to give back there. */
 static __attribute__((noinline)) void handle_among_others(struct trap_frame *frame)
 {
     if (answer(frame->vector))
         return;
-    bool took = kernel_take();
+    tlb_refresh();
     handle(frame);
-    if (took)
-        kernel_give_back();
 }
 
 void trap_dispatch(struct trap_frame *frame)

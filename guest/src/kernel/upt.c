@@ -40,7 +40,10 @@ static void copy_kernel_directory(u32 frame)
 
 bool upt_create(struct upt *upt)
 {
-    *upt = (struct upt){.root = FRAME_NONE};
+    for (u32 i = 0; i < ARRAY_SIZE(upt->pdpt); i++)
+        upt->pdpt[i] = 0;
+    upt->root = upt->recent = FRAME_NONE;
+    upt->level = LOCK_SPACE;
     if (paging.pae) {
         upt->pdpt[3] = kernel_pdpt[3];
         upt->cr3 = low_physical(upt->pdpt);
@@ -116,9 +119,12 @@ void upt_find_recent(struct upt *upt, u32 va, bool create)
 
 u32 upt_unlink(struct upt *upt, u32 va)
 {
+    upt_take(upt);
     u32 directory_frame = directory_of(upt, va, false);
-    if (directory_frame == FRAME_NONE)
+    if (directory_frame == FRAME_NONE) {
+        upt_give(upt);
         return FRAME_NONE;
+    }
     upt->recent = FRAME_NONE;
     void *directory = kmap_local(directory_frame, "user directory");
     u32 frame = pte_frame(table_get(directory, directory_index(va)));
@@ -128,6 +134,7 @@ u32 upt_unlink(struct upt *upt, u32 va)
         frame_of(directory_frame)->link--;
     }
     kunmap_local(directory);
+    upt_give(upt);
     return frame;
 }
 

@@ -1,10 +1,12 @@
 /* User page tables: in high memory, reached through the window only.
  *
- * upt_open maps the page table that covers an address and takes one window slot until upt_close. */
+ * upt_open maps the page table that covers an address and takes one window slot, and the lock of the space's tables, until
+ * upt_close. */
 #ifndef UPT_H
 #define UPT_H
 
 #include "frames.h"
+#include "locks.h"
 #include "paging.h"
 #include "window.h"
 
@@ -13,6 +15,8 @@ struct upt {
     u64 pdpt[4] __attribute__((aligned(32)));
     u32 root;
     u32 cr3;
+    struct lock lock; /* LOCK_SPACE: the tables, and what follows here */
+    enum lock_level level; /* ... LOCK_CHILD while its parent's fork makes it */
     /* The table that was found last, and an address that it covers; FRAME_NONE for none. */
     u32 recent, recent_va;
 };
@@ -21,6 +25,7 @@ struct upt {
 struct leaf {
     void *table, *entry;
     u32 frame; /* of the table */
+    struct upt *upt;
 };
 
 /* False when out of memory. */
@@ -31,15 +36,22 @@ void upt_destroy(struct upt *upt);
 /* Makes the table for `va` the recent one; none, where there is none and `create` is not set, or memory has run out. */
 void upt_find_recent(struct upt *upt, u32 va, bool create);
 
+static inline void upt_take(struct upt *upt) { lock_take(&upt->lock, upt->level); }
+static inline void upt_give(struct upt *upt) { lock_give(&upt->lock); }
+
 /* False if there is no table for `va` and `create` is not set, or memory has run out. What is touched next is near: most of
  * the time the directory need not be looked at again. */
 static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
 {
+    upt_take(upt);
     if (upt->recent == FRAME_NONE || (upt->recent_va ^ va) >> paging.directory_shift)
         upt_find_recent(upt, va, create);
     leaf->frame = upt->recent;
-    if (leaf->frame == FRAME_NONE)
+    if (leaf->frame == FRAME_NONE) {
+        upt_give(upt);
         return false;
+    }
+    leaf->upt = upt;
     leaf->table = kmap_local(leaf->frame, "user page table");
     leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes;
     return true;
@@ -48,7 +60,11 @@ static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *l
 /* On to the entry of the next page. */
 static inline void upt_next(struct leaf *leaf) { leaf->entry = (u8 *)leaf->entry + paging.entry_bytes; }
 
-static inline void upt_close(struct leaf *leaf) { kunmap_local(leaf->table); }
+static inline void upt_close(struct leaf *leaf)
+{
+    kunmap_local(leaf->table);
+    upt_give(leaf->upt);
+}
 
 static inline pte_t upt_get(const struct leaf *leaf) { return table_get(leaf->entry, 0); }
 
@@ -67,7 +83,7 @@ static inline void upt_change(struct leaf *leaf, pte_t entry) { table_set(leaf->
 
 /* The same where the space's task may be running on another CPU, which sets A and D meanwhile: what a present entry was, which is 0
  * now but still counts; then what is to stand in its place, or 0 for nothing, which does not count. */
-static inline pte_t upt_take(struct leaf *leaf) { return table_take(leaf->entry, 0); }
+static inline pte_t upt_steal(struct leaf *leaf) { return table_take(leaf->entry, 0); }
 
 static inline void upt_put(struct leaf *leaf, pte_t entry)
 {

@@ -3,7 +3,7 @@
  * Story: the board has a row of transports, each empty or with a device behind it. Their interrupt lines go to the second
  * IOAPIC where there is one, as on QEMU's microvm with ACPI; all share one vector, and each is asked by its status register.
  * Limits: version 2 transports alone (QEMU: -global virtio-mmio.force-legacy=false); no indirect descriptors, no event index.
- * Locks: interrupts are off wherever a ring is touched outside its interrupt.
+ * Locks: a ring is touched with devices_take alone.
  * See: virtio 1.2, 2.7 (split virtqueues) and 4.2 (MMIO). */
 #include "virtio.h"
 
@@ -13,7 +13,9 @@
 #include "check.h"
 #include "console.h"
 #include "frames.h"
+#include "irq.h"
 #include "kpt.h"
+#include "locks.h"
 
 #define TRANSPORT_PHYSICAL 0xfeb00000
 #define TRANSPORT_BYTES 0x200
@@ -75,6 +77,19 @@ struct virtq_used {
 };
 
 static struct virtio_device devices[TRANSPORTS];
+static struct lock lock;
+
+void devices_take(void)
+{
+    irq_off();
+    lock_take(&lock, LOCK_DEVICES);
+}
+
+void devices_give(void)
+{
+    lock_give(&lock);
+    irq_on();
+}
 
 static u32 get(const struct virtio_device *device, u32 reg)
 {
@@ -126,7 +141,9 @@ void virtio_interrupt(void)
         set(device, REG_INTERRUPT_ACK, status);
         if (status & INTERRUPT_CONFIG)
             device->config_changes++;
+        devices_take();
         device->interrupt(device);
+        devices_give();
     }
 }
 

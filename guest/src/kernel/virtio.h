@@ -39,6 +39,9 @@ struct virtio_device {
 /* Looks for devices, and gives each to its driver. Needs apic_init. */
 void virtio_init(void);
 void virtio_interrupt(void);
+/* Around everything that touches rings, or what their interrupts change: LOCK_DEVICES, with interrupts off. Handlers have it. */
+void devices_take(void);
+void devices_give(void);
 
 /* Agrees on VERSION_1 and what of `wanted` the device offers, in `got`; false if the device will not have it. */
 bool virtio_negotiate(struct virtio_device *device, u32 wanted, u32 *got);

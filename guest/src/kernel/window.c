@@ -69,7 +69,7 @@ static inline enum window_error release(struct cpu *self, const void *address)
     return WINDOW_OK;
 }
 
-enum window_error window_release(const void *address) { return release(cpu, address); }
+enum window_error window_release(const void *address) { return release(cpu_self(), address); }
 
 void window_unmap(struct cpu *self, const void *address)
 {
@@ -93,8 +93,8 @@ static void leave(struct cpu *self, u32 share, u32 depth_at_entry, const char *w
     self->window_depth_max -= share;
 }
 
-u32 window_irq_enter(void) { return enter(cpu, WINDOW_IRQ_DEPTH_MAX); }
-void window_irq_leave(u32 depth_at_entry) { leave(cpu, WINDOW_IRQ_DEPTH_MAX, depth_at_entry, "interrupt"); }
+u32 window_irq_enter(void) { return enter(cpu_self(), WINDOW_IRQ_DEPTH_MAX); }
+void window_irq_leave(u32 depth_at_entry) { leave(cpu_self(), WINDOW_IRQ_DEPTH_MAX, depth_at_entry, "interrupt"); }
 u32 window_nmi_enter(struct cpu *self) { return enter(self, WINDOW_NMI_DEPTH_MAX); }
 void window_nmi_leave(struct cpu *self, u32 depth_at_entry) { leave(self, WINDOW_NMI_DEPTH_MAX, depth_at_entry, "NMI"); }
 
@@ -108,16 +108,16 @@ void window_init(struct cpu *self, struct window_stack *stack)
 void window_switch(const struct window_stack *from, struct window_stack *to)
 {
     for (u32 slot = 0; slot < from->depth; slot++)
-        slot_clear(slot_address(cpu, slot));
-    cpu->windows = to;
+        slot_clear(slot_address(cpu_self(), slot));
+    cpu_self()->windows = to;
     for (u32 slot = 0; slot < to->depth; slot++)
-        if ((u32)to->entries[slot].address == slot_address(cpu, slot))
-            slot_map(slot_address(cpu, slot), to->entries[slot].frame);
+        if ((u32)to->entries[slot].address == slot_address(cpu_self(), slot))
+            slot_map(slot_address(cpu_self(), slot), to->entries[slot].frame);
 }
 
 void *window_map_for_dump(u32 frame)
 {
-    u32 address = slot_address(cpu, WINDOW_DUMP_SLOT);
+    u32 address = slot_address(cpu_self(), WINDOW_DUMP_SLOT);
     slot_clear(address);
     slot_map(address, frame);
     return (void *)address;
@@ -125,7 +125,7 @@ void *window_map_for_dump(u32 frame)
 
 void window_dump_stack(void)
 {
-    const struct window_stack *stack = cpu->windows;
+    const struct window_stack *stack = cpu_self()->windows;
     if (!stack)
         return;
     u32 depth = min_u32(stack->depth, WINDOW_DEPTH_MAX);

@@ -30,7 +30,7 @@ static inline void kunmap_local(const void *address);
 enum window_error window_release(const void *address);
 
 /* Those of the context that runs now. */
-static inline u32 window_depth(void) { return cpu->windows->depth; }
+static inline u32 window_depth(void) { return cpu_self()->windows->depth; }
 /* The deepest any task has been since boot, or since the last call of window_reset_high_water. */
 u32 window_high_water(void);
 void window_reset_high_water(void);
@@ -56,7 +56,7 @@ void window_dump_stack(void);
 void *window_map(struct cpu *self, u32 frame, const char *why);
 void window_unmap(struct cpu *self, const void *address);
 
-static inline void *kmap_local(u32 frame, const char *why) { return window_map(cpu, frame, why); }
-static inline void kunmap_local(const void *address) { window_unmap(cpu, address); }
+static inline void *kmap_local(u32 frame, const char *why) { return window_map(cpu_self(), frame, why); }
+static inline void kunmap_local(const void *address) { window_unmap(cpu_self(), address); }
 
 #endif
