@@ -10,6 +10,7 @@
 #include "check.h"
 #include "console.h"
 #include "frames.h"
+#include "locks.h"
 #include "string.h"
 #include "task.h"
 #include "virtio.h"
@@ -43,7 +44,9 @@ struct blk_request {
     struct blk *disk; /* NULL: free */
     volatile bool done;
     volatile u8 status;
-    u32 count;
+    enum blk_operation operation;
+    u32 pages; /* that it is about */
+    u32 count; /* of frames that it holds */
     u32 frames[BLK_PAGES_MAX];
     struct header header;
     char name[BLK_NAME_BYTES];
@@ -97,9 +100,8 @@ static struct blk_request *try_claim(struct blk *disk)
 
 static struct blk_request *claim(struct blk *disk)
 {
-    struct blk_request *request = try_claim(disk);
-    if (!request)
-        task_wait_while(!(request = try_claim(disk)), disk);
+    struct blk_request *request;
+    task_wait_while(!(request = try_claim(disk)), disk);
     return request;
 }
 
@@ -121,6 +123,8 @@ static struct blk_request *offer(struct blk_request *request, const struct virtq
     request->status = STATUS_PENDING;
     devices_take();
     disk->claimed--;
+    disk->counts.requests[request->operation]++;
+    disk->counts.pages[request->operation] += request->pages;
     bool offered = virtq_add(&disk->queue, parts, device_writes ? 1 : 1 + count, device_writes ? count + 1 : 1, request);
     ASSERT(offered);
     under_way++;
@@ -130,19 +134,12 @@ static struct blk_request *offer(struct blk_request *request, const struct virtq
     return request;
 }
 
-static void count(struct blk *disk, enum blk_operation operation, u32 pages)
-{
-    devices_take();
-    disk->counts.requests[operation]++;
-    disk->counts.pages[operation] += pages;
-    devices_give();
-}
-
 static struct blk_request *fill_in(struct blk_request *request, enum blk_operation operation, u32 page, u32 pages)
 {
     request->count = 0;
     request->header = (struct header){.type = types[operation], .sector = (u64)page * SECTORS_PER_PAGE};
-    count(request->disk, operation, pages);
+    request->operation = operation;
+    request->pages = pages;
     return request;
 }
 
@@ -161,22 +158,25 @@ struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u3
         return NULL;
     fill_in(request, operation, page, count);
     request->count = count;
+    pages_take();
     for (u32 i = 0; i < count; i++) {
-        frame_get(frames[i]);
+        frame_get_held(frames[i]);
         request->frames[i] = frames[i];
         middle[i] = (struct virtq_part){(u64)frames[i] << PAGE_SHIFT, PAGE_SIZE};
     }
+    pages_give();
     return offer(request, middle, count, operation == BLK_READ);
 }
 
 bool blk_wait(struct blk_request *request)
 {
     struct blk *disk = request->disk;
-    if (!request->done)
-        task_wait_while(!request->done, request);
+    task_wait_while(!request->done, request);
     bool ok = request->status == STATUS_OK;
+    pages_take();
     for (u32 i = 0; i < request->count; i++)
-        frame_put(request->frames[i]);
+        frame_put_held(request->frames[i]);
+    pages_give();
     devices_take();
     disk->counts.errors += !ok;
     request->disk = NULL;

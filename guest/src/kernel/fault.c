@@ -145,8 +145,7 @@ static void enter_swapped(const struct space *space, struct leaf *leaf, const st
     entry->space = (u32)space;
     u32 slot = swap_entry_slot(upt_get(leaf));
     upt_change(leaf, pte_make(frame, region_bits(region)));
-    swap_entry_dropped(slot);
-    swap_came_in(frame);
+    swap_came_in(frame, slot);
 }
 
 /* The slot, or the entry, is another only if the space was reaped meanwhile. A write faults once more, and has a copy or its right then. */

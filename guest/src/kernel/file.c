@@ -27,6 +27,7 @@
 #include "audit.h"
 #include "check.h"
 #include "console.h"
+#include "locks.h"
 #include "lru.h"
 #include "mutex.h"
 #include "reclaim.h"
@@ -192,11 +193,18 @@ bool file_has(u32 frame)
     return page->flags & FRAME_FILE && cached[page->index] == frame;
 }
 
-void file_forget(u32 frame)
+void file_forget_held(u32 frame)
 {
     ASSERT(file_has(frame));
     cached[frame_of(frame)->index] = FRAME_NONE;
-    frame_put(frame);
+    frame_put_held(frame);
+}
+
+static void forget(u32 frame)
+{
+    pages_take();
+    file_forget_held(frame);
+    pages_give();
 }
 
 void file_note_dirty(u32 frame)
@@ -231,13 +239,11 @@ static bool fill(u32 index)
     } else {
         clear_frame(frame);
     }
-    frame_mark(frame, 0, FRAME_READING);
-    if (block || smp)
-        task_wake(page);
+    frame_arrived(frame, 0, FRAME_READING);
     if (ok)
         lru_add(frame, LRU_INACTIVE);
     else
-        file_forget(frame);
+        forget(frame);
     return ok;
 }
 
@@ -305,8 +311,7 @@ static void write_one(u32 frame)
     bool written = block && blk_transfer(disk, BLK_WRITE, block, &frame, 1);
     file_counts.writes++;
     file_counts.pages_written += written;
-    frame_mark(frame, written ? 0 : FRAME_DIRTY, FRAME_WRITING);
-    task_wake(page);
+    frame_arrived(frame, written ? 0 : FRAME_DIRTY, FRAME_WRITING);
 }
 
 bool file_has_block(u32 index) { return block_map[index]; }
@@ -352,7 +357,7 @@ static void drop(u32 index)
     rmap_unmap(frame);
     frame_mark(frame, 0, FRAME_DIRTY);
     if (file_has(frame))
-        file_forget(frame);
+        forget(frame);
     frame_put(frame);
 }
 
@@ -398,7 +403,7 @@ static bool sync_page(u32 index, u32 *sum)
     }
     /* Nobody maps it: it need not wait for reclaim. */
     if (ok && frame_of(frame)->refs == 2)
-        file_forget(frame);
+        forget(frame);
     frame_put(frame);
     return ok;
 }

@@ -25,9 +25,9 @@ bool file_address(struct space *space, u32 index, u32 *va);
 /* A frame that a mapping with D had is let go of. */
 void file_note_dirty(u32 frame);
 
-/* The file's cache has the frame; and takes it out, which must be unmapped and clean. */
+/* The file's cache has the frame; and takes it out, which must be unmapped and clean, for who has LOCK_PAGES as well. */
 bool file_has(u32 frame);
-void file_forget(u32 frame);
+void file_forget_held(u32 frame);
 /* The page has its place on the disk. */
 bool file_has_block(u32 index);
 /* False while the file is being cut off or synced: its pages are not to be taken then, and reclaim does not wait. */

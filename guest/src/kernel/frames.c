@@ -52,14 +52,20 @@ static u32 frontier_advance(struct frontier *zone)
     return FRAME_NONE;
 }
 
-u32 frame_alloc_untracked(void)
+static u32 alloc_untracked_held(void)
 {
-    pages_take();
     u32 frame = frontier_advance(&zones[ZONE_LOW]);
-    pages_give();
     if (frame == FRAME_NONE)
         panic("no low memory left for a kernel page table: raise lowmem=");
     clear_page(low_address(frame));
+    return frame;
+}
+
+u32 frame_alloc_untracked(void)
+{
+    pages_take();
+    u32 frame = alloc_untracked_held();
+    pages_give();
     return frame;
 }
 
@@ -67,7 +73,7 @@ static void back_entry(u32 frame)
 {
     u32 va = (u32)&table[frame] & PAGE_MASK;
     if (!(kpt_get(va) & PTE_P))
-        kpt_set(va, pte_make(frame_alloc_untracked(), kpt_data_bits()));
+        kpt_set(va, pte_make(alloc_untracked_held(), kpt_data_bits()));
 }
 
 static u32 count_ram(const struct frontier *zone)
@@ -101,8 +107,7 @@ void frames_init(void)
     kpt_cover(FRAME_TABLE_BASE, (u32)&table[end]);
 }
 
-/* The lock is held. */
-static u32 take_from(struct frontier *zone)
+static u32 alloc_from(struct frontier *zone)
 {
     u32 frame = zone->free;
     if (frame != FRAME_NONE) {
@@ -119,35 +124,39 @@ static u32 take_from(struct frontier *zone)
     return frame;
 }
 
-static u32 alloc_from(struct frontier *zone)
-{
-    pages_take();
-    u32 frame = take_from(zone);
-    pages_give();
-    return frame;
-}
-
-u32 frame_alloc_high(void) { return alloc_from(&zones[ZONE_HIGH]); }
-
-u32 frame_alloc(enum zone which)
+u32 frame_alloc_held(enum zone which)
 {
     u32 frame = alloc_from(&zones[which]);
     return frame == FRAME_NONE && which == ZONE_HIGH ? alloc_from(&zones[ZONE_LOW]) : frame;
 }
 
-void frame_get(u32 frame)
+u32 frame_alloc_high(void)
 {
     pages_take();
+    u32 frame = alloc_from(&zones[ZONE_HIGH]);
+    pages_give();
+    return frame;
+}
+
+u32 frame_alloc(enum zone which)
+{
+    pages_take();
+    u32 frame = frame_alloc_held(which);
+    pages_give();
+    return frame;
+}
+
+void frame_get_held(u32 frame)
+{
     ASSERT(table[frame].refs);
     table[frame].refs++;
-    pages_give();
 }
 
 /* Nobody holds it any more. */
 static void free_frame(u32 frame)
 {
     if (table[frame].flags & FRAME_LISTED)
-        lru_remove(frame);
+        lru_remove_held(frame);
     struct frontier *zone = &zones[zone_of(frame)];
     table[frame].link = zone->free;
     table[frame].reported = false;
@@ -156,12 +165,24 @@ static void free_frame(u32 frame)
     zone->available++;
 }
 
-void frame_put(u32 frame)
+void frame_put_held(u32 frame)
 {
-    pages_take();
     ASSERT(table[frame].refs);
     if (--table[frame].refs == 0)
         free_frame(frame);
+}
+
+void frame_get(u32 frame)
+{
+    pages_take();
+    frame_get_held(frame);
+    pages_give();
+}
+
+void frame_put(u32 frame)
+{
+    pages_take();
+    frame_put_held(frame);
     pages_give();
 }
 
@@ -172,7 +193,7 @@ u32 frames_take_unreported(u32 *frames, u32 most)
     const struct frontier *zone = &zones[ZONE_HIGH];
     pages_take();
     while (count < most && zone->free != FRAME_NONE && !table[zone->free].reported)
-        frames[count++] = frame_alloc_high();
+        frames[count++] = alloc_from(&zones[ZONE_HIGH]);
     pages_give();
     return count;
 }
@@ -181,7 +202,7 @@ void frames_put_reported(const u32 *frames, u32 count)
 {
     for (u32 i = 0; i < count; i++) {
         pages_take();
-        frame_put(frames[i]);
+        frame_put_held(frames[i]);
         table[frames[i]].reported = true;
         pages_give();
     }

@@ -26,11 +26,10 @@ static enum lru list_of(const struct frame *frame)
     return frame->flags & FRAME_ACTIVE ? LRU_ACTIVE : frame->flags & FRAME_STUCK ? LRU_STUCK : LRU_INACTIVE;
 }
 
-void lru_add(u32 number, enum lru which)
+void lru_add_held(u32 number, enum lru which)
 {
     struct frame *frame = frame_of(number);
     struct list *list = &lists[which];
-    pages_take();
     ASSERT(!(frame->flags & FRAME_LISTED));
     frame->flags = (frame->flags & ~LIST_FLAGS) | FRAME_LISTED | flags_of[which];
     frame->prev = FRAME_NONE;
@@ -41,11 +40,16 @@ void lru_add(u32 number, enum lru which)
         frame_of(list->young)->prev = number;
     list->young = number;
     lru_count[which]++;
+}
+
+void lru_add(u32 frame, enum lru list)
+{
+    pages_take();
+    lru_add_held(frame, list);
     pages_give();
 }
 
-/* The lock is held. */
-void lru_remove(u32 number)
+void lru_remove_held(u32 number)
 {
     struct frame *frame = frame_of(number);
     struct list *list = &lists[list_of(frame)];
@@ -66,26 +70,49 @@ u32 lru_isolate(enum lru which)
     pages_take();
     u32 frame = lists[which].old;
     if (frame != FRAME_NONE) {
-        frame_get(frame);
-        lru_remove(frame);
+        frame_get_held(frame);
+        lru_remove_held(frame);
     }
     pages_give();
     return frame;
 }
 
-bool frame_is(u32 frame, u32 flags) { return *(volatile u32 *)&frame_of(frame)->flags & flags; }
-
 void frame_mark(u32 frame, u32 set, u32 clear)
 {
     pages_take();
-    frame_of(frame)->flags = (frame_of(frame)->flags & ~clear) | set;
+    frame_mark_held(frame, set, clear);
     pages_give();
+}
+
+void frame_arrived_held(u32 frame, u32 set, u32 clear)
+{
+    bool awaited = frame_is(frame, FRAME_AWAITED);
+    frame_mark_held(frame, set, clear | FRAME_AWAITED);
+    if (awaited)
+        task_wake(frame_of(frame));
+}
+
+void frame_arrived(u32 frame, u32 set, u32 clear)
+{
+    pages_take();
+    frame_arrived_held(frame, set, clear);
+    pages_give();
+}
+
+/* Has the end of that wake the frame; false where it has come already. */
+static bool await(u32 frame, u32 flags)
+{
+    pages_take();
+    bool away = frame_is(frame, flags);
+    if (away)
+        frame_mark_held(frame, FRAME_AWAITED, 0);
+    pages_give();
+    return away;
 }
 
 void frame_wait_while(u32 frame, u32 flags)
 {
-    if (frame_is(frame, flags))
-        task_wait_while(frame_is(frame, flags), frame_of(frame));
+    task_wait_while(await(frame, flags), frame_of(frame));
 }
 
 /* Each page that the list has says so, and they are as many as are counted. */

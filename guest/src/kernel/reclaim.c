@@ -65,14 +65,20 @@ static bool may(u32 right) { return !(current->gfp_denied & right); }
 struct batch {
     u32 looked; /* at pages of either list */
     u32 clean_count, anon_count, file_count;
+    bool clean_of_file; /* one of the clean is the file's */
     u32 clean[BATCH], anon[BATCH], file[BATCH];
 };
+
+static void put_back_held(u32 frame, enum lru list)
+{
+    lru_add_held(frame, list);
+    swap_put_held(frame);
+}
 
 static void put_back(u32 frame, enum lru list)
 {
     pages_take();
-    lru_add(frame, list);
-    swap_put(frame);
+    put_back_held(frame, list);
     pages_give();
 }
 
@@ -147,16 +153,17 @@ static bool can_go(u32 frame, bool mapped_dirty)
 static void begin_unmap(struct batch *batch, u32 frame)
 {
     struct frame *page = frame_of(frame);
-    if (rmap_begin_unmap(frame))
-        frame_mark(frame, FRAME_DIRTY, 0);
-    if (!frame_is(frame, FRAME_DIRTY)) {
+    bool written_to = rmap_begin_unmap(frame), of_file = page->flags & FRAME_FILE;
+    if (!written_to && !frame_is(frame, FRAME_DIRTY)) {
         batch->clean[batch->clean_count++] = frame;
-    } else if (page->flags & FRAME_FILE) {
-        batch->file[batch->file_count++] = frame;
-    } else {
-        frame_mark(frame, FRAME_WRITING, 0);
-        batch->anon[batch->anon_count++] = frame;
+        batch->clean_of_file |= of_file;
+        return;
     }
+    frame_mark(frame, of_file ? FRAME_DIRTY : FRAME_DIRTY | FRAME_WRITING, 0);
+    if (of_file)
+        batch->file[batch->file_count++] = frame;
+    else
+        batch->anon[batch->anon_count++] = frame;
 }
 
 /* One page off the list: where it goes. */
@@ -205,47 +212,68 @@ static void sort_by_slot(u32 *frames, u32 count)
 }
 
 /* 5. Frees the page if only the cache has it beside this reference, and it is clean. */
-static u32 free_or_put_back(u32 frame)
+static bool free_or_put_back_held(u32 frame)
 {
     struct frame *page = frame_of(frame);
-    bool of_file = page->flags & FRAME_FILE;
-    if (of_file)
-        kernel_take();
-    pages_take();
     u32 cached = in_swap_cache(frame) || file_has(frame);
     bool free = page->refs == 1 + cached && !(page->flags & FRAME_DIRTY);
-    if (free && file_has(frame))
-        file_forget(frame);
-    if (free && in_swap_cache(frame))
-        swap_forget(frame);
-    if (free)
-        frame_put(frame);
-    else
-        put_back(frame, LRU_INACTIVE);
-    pages_give();
-    if (of_file)
-        kernel_give_back();
-    return free;
+    if (!free) {
+        put_back_held(frame, LRU_INACTIVE);
+        return false;
+    }
+    if (file_has(frame))
+        file_forget_held(frame);
+    if (in_swap_cache(frame))
+        swap_forget_held(frame);
+    frame_put_held(frame);
+    return true;
 }
 
+/* Where one is the file's the caller has the kernel. */
 static u32 free_all(const u32 *frames, u32 count)
 {
     u32 freed = 0;
+    if (count == 0)
+        return 0;
+    pages_take();
     for (u32 i = 0; i < count; i++)
-        freed += free_or_put_back(frames[i]);
+        freed += free_or_put_back_held(frames[i]);
     reclaim_counts.stolen += freed;
+    pages_give();
     return freed;
 }
 
-/* A page that was clean when it was picked may have been written to before it was unmapped: what the scope forbids is not done then,
- * and the page goes back dirty. */
-static void write_file_pages(const struct batch *batch)
+static u32 free_clean(const struct batch *batch)
 {
+    if (batch->clean_of_file)
+        kernel_take();
+    u32 freed = free_all(batch->clean, batch->clean_count);
+    if (batch->clean_of_file)
+        kernel_give_back();
+    reclaim_counts.stolen_clean += freed;
+    return freed;
+}
+
+static u32 write_and_free_anon(struct batch *batch)
+{
+    sort_by_slot(batch->anon, batch->anon_count);
+    swap_out(batch->anon, batch->anon_count);
+    return free_all(batch->anon, batch->anon_count);
+}
+
+/* A page that was clean when it was looked at may have been written to before it was unmapped: what the scope forbids is not done
+ * then, and the page goes back dirty. */
+static u32 write_and_free_file(const struct batch *batch)
+{
+    if (batch->file_count == 0)
+        return 0;
     kernel_take();
     for (u32 i = 0; i < batch->file_count; i++)
         if (file_page_can_go(frame_of(batch->file[i]), true))
             file_write_out(&batch->file[i], 1);
+    u32 freed = free_all(batch->file, batch->file_count);
     kernel_give_back();
+    return freed;
 }
 
 /* One batch; returns how many frames came free. */
@@ -253,17 +281,13 @@ static u32 shrink(u32 *looked)
 {
     struct batch batch;
     batch.clean_count = batch.anon_count = batch.file_count = 0;
+    batch.clean_of_file = false;
     batch.looked = balance();
     pick(&batch);
     *looked += batch.looked;
-    u32 clean = free_all(batch.clean, batch.clean_count);
-    reclaim_counts.stolen_clean += clean;
-    sort_by_slot(batch.anon, batch.anon_count);
-    swap_out(batch.anon, batch.anon_count);
-    u32 freed = clean + free_all(batch.anon, batch.anon_count);
-    if (batch.file_count)
-        write_file_pages(&batch);
-    return freed + free_all(batch.file, batch.file_count);
+    u32 freed = free_clean(&batch);
+    freed += write_and_free_anon(&batch);
+    return freed + write_and_free_file(&batch);
 }
 
 static u32 candidates(void)

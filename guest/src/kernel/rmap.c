@@ -59,14 +59,8 @@ static pte_t visit_one(struct space *space, u32 frame, change_t change)
     return maps ? entry : 0;
 }
 
-/* Mappings, if nobody else holds the page but who asks and the cache: at least as many as there are. */
-static u32 mappings(u32 frame)
-{
-    pages_take();
-    u32 count = frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame));
-    pages_give();
-    return count;
-}
+/* Without a lock: others may add one at any time after. Mappings, if nobody else holds the page but who asks and the cache: at least as many as there are. */
+static u32 mappings(u32 frame) { return frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame)); }
 
 /* All bits that the entries had, together. */
 static pte_t visit(u32 frame, change_t change)
@@ -106,18 +100,22 @@ static pte_t replace(struct mapping *mapping, pte_t by)
     pte_t entry = upt_steal(&mapping->leaf);
     upt_put(&mapping->leaf, by);
     tlb_drop(mapping->root, mapping->va);
-    frame_put(mapping->frame);
     return entry;
 }
 
 static pte_t to_swap(struct mapping *mapping)
 {
-    u32 slot = swap_slot_of(mapping->frame);
-    swap_entry_copied(slot);
-    return replace(mapping, swap_entry(slot));
+    pte_t entry = replace(mapping, swap_entry(swap_slot_of(mapping->frame)));
+    swap_unmapped(mapping->frame);
+    return entry;
 }
 
-static pte_t to_nothing(struct mapping *mapping) { return replace(mapping, 0); }
+static pte_t to_nothing(struct mapping *mapping)
+{
+    pte_t entry = replace(mapping, 0);
+    frame_put(mapping->frame);
+    return entry;
+}
 
 bool rmap_begin_unmap(u32 frame)
 {

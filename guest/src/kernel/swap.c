@@ -28,6 +28,7 @@
 #include "reclaim.h"
 #include "string.h"
 #include "task.h"
+#include "tlb.h"
 #include "window.h"
 
 /* Pages read at once: those of an aligned group. */
@@ -45,7 +46,11 @@ struct slot {
 
 static struct blk *disk;
 static struct slot *const slots = (struct slot *)SWAP_MAP_BASE;
-static u32 slot_count, used, cursor, cluster_left;
+static u32 slot_count, used;
+/* Where each CPU takes new slots from, so that what reclaimers on two find together does not mix. */
+static struct cluster {
+    u32 cursor, left;
+} clusters[CPUS_MAX];
 static bool sums_all; /* words of a page */
 struct swap_counts swap_counts;
 
@@ -86,15 +91,14 @@ static bool cluster_is_free(u32 first)
     return true;
 }
 
-static void find_cluster(void)
+static void find_cluster(struct cluster *cluster)
 {
-    u32 clusters = slot_count / CLUSTER, first = ALIGN_DOWN(cursor, CLUSTER) / CLUSTER;
-    for (u32 step = 1; step <= clusters; step++) {
-        u32 at = (first + step) % clusters * CLUSTER;
+    u32 count = slot_count / CLUSTER, first = cluster->cursor / CLUSTER;
+    for (u32 step = 1; step <= count; step++) {
+        u32 at = (first + step) % count * CLUSTER;
         if (!cluster_is_free(at))
             continue;
-        cursor = at;
-        cluster_left = CLUSTER;
+        *cluster = (struct cluster){.cursor = at, .left = CLUSTER};
         return;
     }
 }
@@ -103,20 +107,35 @@ bool swap_is_full(void) { return used == slot_count; }
 
 static u32 alloc_slot(void)
 {
+    struct cluster *cluster = &clusters[cpu_self()->index];
     if (swap_is_full())
         return SLOT_NONE;
-    if (cluster_left == 0)
-        find_cluster();
-    while (!is_free(cursor))
-        cursor = (cursor + 1) % slot_count;
-    u32 slot = cursor;
-    cursor = (cursor + 1) % slot_count;
-    cluster_left -= cluster_left > 0;
+    if (cluster->left == 0)
+        find_cluster(cluster);
+    while (!is_free(cluster->cursor))
+        cluster->cursor = (cluster->cursor + 1) % slot_count;
+    u32 slot = cluster->cursor;
+    cluster->cursor = (slot + 1) % slot_count;
+    cluster->left -= cluster->left > 0;
     used++;
     return slot;
 }
 
+static void forget_if_alone(u32 frame, u32 refs);
+
 static void free_if_unused(u32 slot) { used -= is_free(slot); }
+
+/* LOCK_PAGES is held. */
+static void drop_entry(u32 slot)
+{
+    ASSERT(slots[slot].entries);
+    slots[slot].entries--;
+    u32 frame = slots[slot].frame;
+    if (frame == FRAME_NONE)
+        free_if_unused(slot);
+    else
+        forget_if_alone(frame, 1);
+}
 
 void swap_entry_copied(u32 slot)
 {
@@ -129,13 +148,7 @@ void swap_entry_copied(u32 slot)
 void swap_entry_dropped(u32 slot)
 {
     pages_take();
-    ASSERT(slots[slot].entries);
-    slots[slot].entries--;
-    u32 frame = slots[slot].frame;
-    if (frame == FRAME_NONE)
-        free_if_unused(slot);
-    else
-        frame_get(frame), swap_put(frame);
+    drop_entry(slot);
     pages_give();
 }
 
@@ -144,33 +157,49 @@ void swap_entry_dropped(u32 slot)
 /* The lock is held. */
 static void cache(u32 frame, u32 slot)
 {
-    frame_get(frame);
+    frame_get_held(frame);
     frame_of(frame)->slot = slot + 1;
     slots[slot].frame = frame;
 }
 
-void swap_forget(u32 frame)
+void swap_forget_held(u32 frame)
 {
-    pages_take();
     u32 slot = swap_slot_of(frame);
     ASSERT(slots[slot].frame == frame);
     slots[slot].frame = FRAME_NONE;
     frame_of(frame)->slot = 0;
     free_if_unused(slot);
-    frame_put(frame);
-    pages_give();
+    frame_put_held(frame);
 }
 
 static bool is_moving(u32 frame) { return frame_of(frame)->flags & (FRAME_READING | FRAME_WRITING); }
 
+/* Forgets a page that has so many references, the cache's among them, and that no entry names. */
+static void forget_if_alone(u32 frame, u32 refs)
+{
+    const struct frame *entry = frame_of(frame);
+    if (entry->slot && entry->refs == refs && !is_moving(frame) && slots[entry->slot - 1].entries == 0)
+        swap_forget_held(frame);
+}
+
+void swap_put_held(u32 frame)
+{
+    forget_if_alone(frame, 2);
+    frame_put_held(frame);
+}
+
 void swap_put(u32 frame)
 {
-    struct frame *entry = frame_of(frame);
     pages_take();
-    bool alone = entry->slot && entry->refs == 2 && !is_moving(frame) && slots[entry->slot - 1].entries == 0;
-    if (alone)
-        swap_forget(frame);
-    frame_put(frame);
+    swap_put_held(frame);
+    pages_give();
+}
+
+void swap_unmapped(u32 frame)
+{
+    pages_take();
+    slots[swap_slot_of(frame)].entries++;
+    frame_put_held(frame);
     pages_give();
 }
 
@@ -198,16 +227,17 @@ bool swap_claim(u32 frame)
     pages_take();
     bool sole = has_one_holder(frame);
     if (sole && in_swap_cache(frame))
-        swap_forget(frame);
+        swap_forget_held(frame);
     pages_give();
     return sole;
 }
 
-void swap_came_in(u32 frame)
+void swap_came_in(u32 frame, u32 slot)
 {
     pages_take();
+    drop_entry(slot);
     if (used > slot_count / 2 && has_one_holder(frame)) {
-        swap_forget(frame);
+        swap_forget_held(frame);
         frame_of(frame)->flags |= FRAME_DIRTY;
     }
     pages_give();
@@ -234,20 +264,23 @@ static u32 page_sum(struct cpu *self, u32 frame, u32 slot)
     return sum;
 }
 
-/* Of pages that are marked as on their way, and so keep their slots. */
+/* Of pages that are marked as on their way, and so keep their slots. It takes long, mostly with interrupts off: others are not to wait
+ * for this CPU's TLB meanwhile. */
 static void sum_pages(const u32 *frames, u32 count, u32 *sums)
 {
     struct cpu *self = cpu_self();
     kernel_lend();
-    for (u32 i = 0; i < count; i++)
+    for (u32 i = 0; i < count; i++) {
         sums[i] = page_sum(self, frames[i], swap_slot_of(frames[i]));
+        tlb_serve(self);
+    }
     kernel_regain();
 }
 
 /* The lock is held. A frame for a slot that has none, marked as on its way; FRAME_NONE if there is none to be had. */
 static u32 begin_in(u32 slot)
 {
-    u32 frame = frame_alloc(ZONE_HIGH);
+    u32 frame = frame_alloc_held(ZONE_HIGH);
     if (frame == FRAME_NONE)
         return FRAME_NONE;
     frame_of(frame)->flags = FRAME_ANON | FRAME_READING;
@@ -264,10 +297,9 @@ static void end_in(u32 frame, bool read, u32 sum)
         swap_lost(read ? "is not what was written" : "could not be read", slot);
     pages_take();
     swap_counts.checked++;
-    frame_mark(frame, same ? 0 : FRAME_FAILED, FRAME_READING);
-    lru_add(frame, LRU_INACTIVE);
-    task_wake(entry);
-    swap_put(frame);
+    frame_arrived_held(frame, same ? 0 : FRAME_FAILED, FRAME_READING);
+    lru_add_held(frame, LRU_INACTIVE);
+    swap_put_held(frame);
     pages_give();
 }
 
@@ -328,53 +360,47 @@ static void read_group(u32 slot)
 }
 
 /* The slot's page, with a reference; FRAME_NONE where it has none in the cache. False where no entry names the slot. */
-static bool find_cached(u32 slot, u32 *frame)
+static bool find_cached(u32 slot, u32 *frame, bool first)
 {
     pages_take();
     bool named = slots[slot].entries;
     *frame = named ? slots[slot].frame : FRAME_NONE;
     if (*frame != FRAME_NONE)
-        frame_get(*frame);
+        frame_get_held(*frame);
+    swap_counts.ins += first;
+    swap_counts.hits += first && *frame != FRAME_NONE && !frame_is(*frame, FRAME_READING);
     pages_give();
     return named;
 }
 
-static bool is_of_slot(u32 frame, u32 slot)
+/* It is there, and was on its way when it was found. */
+static enum swap_result wait_for_arrival(u32 slot, u32 frame)
 {
+    frame_wait_while(frame, FRAME_READING);
     pages_take();
-    bool is = slots[slot].frame == frame;
+    bool failed = frame_is(frame, FRAME_FAILED), done = slots[slot].frame == frame && !failed;
+    if (!done)
+        swap_put_held(frame);
     pages_give();
-    return is;
-}
-
-static void count_fault(u32 slot)
-{
-    pages_take();
-    u32 cached = slots[slot].frame;
-    swap_counts.ins++;
-    swap_counts.hits += cached != FRAME_NONE && !(frame_of(cached)->flags & FRAME_READING);
-    pages_give();
+    return done ? SWAP_DONE : failed ? SWAP_LOST : SWAP_STALE;
 }
 
 /* Whoever else waits for the page may take it, write to it and have it written out again before this one runs, and others may take
  * the frames that room was made for: hence the loop. */
 enum swap_result swap_in(u32 slot, u32 *frame)
 {
-    count_fault(slot);
-    while (find_cached(slot, frame)) {
+    for (bool first = true; find_cached(slot, frame, first); first = false) {
         if (*frame == FRAME_NONE) {
             if (!make_room(1))
                 return SWAP_NO_MEMORY;
             read_group(slot);
-            continue;
-        }
-        frame_wait_while(*frame, FRAME_READING);
-        bool failed = frame_is(*frame, FRAME_FAILED);
-        if (is_of_slot(*frame, slot) && !failed)
+        } else if (!frame_is(*frame, FRAME_READING | FRAME_FAILED)) {
             return SWAP_DONE;
-        swap_put(*frame);
-        if (failed)
-            return SWAP_LOST;
+        } else {
+            enum swap_result result = wait_for_arrival(slot, *frame);
+            if (result != SWAP_STALE)
+                return result;
+        }
     }
     return SWAP_STALE;
 }
@@ -413,11 +439,10 @@ static bool begin_run(struct run *run, bool may_wait)
 static void end_run(const struct run *run)
 {
     bool written = blk_wait(run->request);
-    for (u32 i = 0; i < run->count; i++) {
-        struct frame *entry = frame_of(run->frames[i]);
-        frame_mark(run->frames[i], written ? 0 : FRAME_DIRTY, FRAME_WRITING);
-        task_wake(entry);
-    }
+    pages_take();
+    for (u32 i = 0; i < run->count; i++)
+        frame_arrived_held(run->frames[i], written ? 0 : FRAME_DIRTY, FRAME_WRITING);
+    pages_give();
 }
 
 /* They are unmapped, and nobody stores to a page that others hold: what is summed is what goes out. */
@@ -425,8 +450,10 @@ static void sum_all(const u32 *frames, u32 count)
 {
     u32 sums[SWAP_OUT_MAX];
     ASSERT(count <= SWAP_OUT_MAX);
+    pages_take();
     for (u32 i = 0; i < count; i++)
-        frame_mark(frames[i], 0, FRAME_DIRTY);
+        frame_mark_held(frames[i], 0, FRAME_DIRTY);
+    pages_give();
     sum_pages(frames, count, sums);
     for (u32 i = 0; i < count; i++)
         slots[swap_slot_of(frames[i])].sum = sums[i];

@@ -44,13 +44,17 @@ static inline u32 swap_slot_of(u32 frame) { return frame_of(frame)->slot - 1; }
 /* True if one reference and the cache's are all, and no entry names the slot: nobody else can come to see a store to the page, and
  * the cache has let go of it. */
 bool swap_claim(u32 frame);
-/* A page has come in for its only entry. While more than half of the slots are in use it lets go of its own, which others may need
- * more: what is in memory and what is in swap then are as much together as both have room for. */
-void swap_came_in(u32 frame);
-/* Takes a page out of the cache; its slot is free if no entry names it. */
-void swap_forget(u32 frame);
+/* A mapping of the page takes the place of one of its slot's entries. While more than half of the slots are in use it lets go of its own
+ * where that was its only entry, which others may need more: what is in memory and what is in swap then are as much together as both
+ * have room for. */
+void swap_came_in(u32 frame, u32 slot);
+/* An entry of the page's slot takes the place of a mapping, whose reference goes. */
+void swap_unmapped(u32 frame);
+/* Takes a page out of the cache; its slot is free if no entry names it. LOCK_PAGES is held, as where else a name ends so. */
+void swap_forget_held(u32 frame);
 /* Drops a mapping's reference to a page; one that only the cache still has, and no entry names, is forgotten. */
 void swap_put(u32 frame);
+void swap_put_held(u32 frame);
 
 enum swap_result {
     SWAP_DONE,

@@ -76,11 +76,16 @@ void task_wait_on(const volatile void *channel);
 void task_will_wait(const volatile void *channel);
 void task_will_not_wait(void);
 /* Sleeps while `condition` holds; whoever ends it wakes the channel after. */
-#define task_wait_while(condition, on)      \
-    do {                                    \
-        while (task_will_wait(on), (condition)) \
-            schedule();                     \
-        task_will_not_wait();               \
+#define task_wait_while(condition, on) \
+    do {                               \
+        while (condition) {            \
+            task_will_wait(on);        \
+            if (!(condition)) {        \
+                task_will_not_wait();  \
+                break;                 \
+            }                          \
+            schedule();                \
+        }                              \
     } while (0)
 void task_wake(const volatile void *channel);
 /* Says that an interrupt will wake somebody: while one is to come, everybody may wait. task_wake_expected is that waking. */
