@@ -37,14 +37,14 @@ static void visit_entry(pte_t entry, bool take)
 static void visit_table(struct space *space, u32 start, u32 end, bool take)
 {
     struct leaf leaf;
-    if (!upt_open(&space->upt, start, false, &leaf))
+    if (!upt_open_held(&space->upt, start, false, &leaf))
         return;
     for (u32 va = start; va < end; va += PAGE_SIZE, upt_next(&leaf)) {
         pte_t entry = upt_get(&leaf);
         if (entry)
             visit_entry(entry, take);
     }
-    upt_close(&leaf);
+    upt_close_held(&leaf);
 }
 
 static void visit_all(bool take)
@@ -62,7 +62,7 @@ static void stop_others(void)
     kernel_take();
     spaces_take();
     for (struct space *space = spaces; space; space = space->next)
-        lock_spin_unordered(&space->upt.lock);
+        lock_take_unordered(&space->upt.lock);
     pages_take();
 }
 
@@ -70,7 +70,7 @@ static void let_others_go_on(void)
 {
     pages_give();
     for (struct space *space = spaces; space; space = space->next)
-        lock_release_unordered(&space->upt.lock);
+        lock_give_unordered(&space->upt.lock);
     spaces_give();
     kernel_give_back();
 }

@@ -129,8 +129,8 @@ static struct blk_request *offer(struct blk_request *request, const struct virtq
     ASSERT(offered);
     under_way++;
     task_expect();
-    virtq_kick(disk->device, &disk->queue);
     devices_give();
+    virtq_kick(disk->device, &disk->queue);
     return request;
 }
 

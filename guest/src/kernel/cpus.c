@@ -14,7 +14,7 @@ bool smp;
 static struct lock kernel_lock;
 
 void kernel_spin(void) { lock_spin(&kernel_lock, LOCK_KERNEL); }
-void kernel_release(void) { lock_release(&kernel_lock); }
+void kernel_release(void) { lock_release(&kernel_lock, LOCK_KERNEL); }
 
 void kernel_take_by_task(void)
 {

@@ -14,8 +14,7 @@ struct window_stack;
 
 /* locks.h */
 struct lock {
-    struct cpu *owner;
-    u32 level, again; /* as what it has it, and how many times more than once */
+    struct cpu *volatile owner;
 };
 
 /* Translations that one CPU wants another to forget; tlb.c has the protocol. */
@@ -42,6 +41,7 @@ struct cpu {
     volatile bool called;         /* somebody's request for it is wanted; set by others */
     struct flush_request flush[CPUS_MAX]; /* of each other one; `wanted` is cleared by that one */
     u32 flushes;                  /* requests served */
+    u32 to_call;                  /* those that an interrupt is to have look for something to do, once LOCK_TASKS is let go of */
     bool fpu_on, fpu_closed;      /* its FPU is set up; its CR0.TS is set */
     struct fpu *fpu_owner;        /* whose registers it has */
     volatile bool idle;           /* halted, and nobody has called it; LOCK_TASKS */

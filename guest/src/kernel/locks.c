@@ -8,56 +8,31 @@
 
 struct lock pages_lock;
 
-static struct cpu *owner_of(const struct lock *lock) { return *(struct cpu *const volatile *)&lock->owner; }
-
-static void spin(struct lock *lock, struct cpu *self)
+void lock_wait(struct lock *lock, struct cpu *self)
 {
-    while (!__sync_bool_compare_and_swap(&lock->owner, NULL, self))
-        while (owner_of(lock)) {
+    do
+        while (lock->owner) {
             tlb_serve(self);
             pause();
         }
+    while (!__sync_bool_compare_and_swap(&lock->owner, NULL, self));
 }
 
-void lock_spin(struct lock *lock, enum lock_level level)
+void lock_out_of_order(const struct cpu *self, enum lock_level level)
 {
-    struct cpu *self = cpu_self();
-    if (owner_of(lock) == self) {
-        lock->again++;
-        return;
-    }
-    ASSERT(self->locks < 1u << level);
-    spin(lock, self);
-    lock->level = level;
-    self->locks |= 1u << level;
+    panic("CPU %u has locks of levels %x and wants one of level %u", self->index, self->locks, level);
 }
 
-static void release(struct lock *lock)
+void pages_spin(void) { lock_spin(&pages_lock, LOCK_PAGES); }
+
+void lock_take_unordered(struct lock *lock)
+{
+    if (smp && !__sync_bool_compare_and_swap(&lock->owner, NULL, cpu_self()))
+        lock_wait(lock, cpu_self());
+}
+
+void lock_give_unordered(struct lock *lock)
 {
     barrier();
-    *(struct cpu *volatile *)&lock->owner = NULL;
-}
-
-void lock_release(struct lock *lock)
-{
-    struct cpu *self = cpu_self();
-    ASSERT(owner_of(lock) == self);
-    if (lock->again) {
-        lock->again--;
-        return;
-    }
-    self->locks &= ~(1u << lock->level);
-    release(lock);
-}
-
-void lock_spin_unordered(struct lock *lock)
-{
-    if (smp)
-        spin(lock, cpu_self());
-}
-
-void lock_release_unordered(struct lock *lock)
-{
-    if (smp)
-        release(lock);
+    lock->owner = NULL;
 }

@@ -40,8 +40,9 @@ static bool open_there(struct space *space, struct mapping *mapping)
 {
     upt_take(&space->upt);
     bool open = space_is_live(space) && place_of(space, frame_of(mapping->frame), &mapping->va) &&
-                upt_open(&space->upt, mapping->va, false, &mapping->leaf);
-    upt_give(&space->upt);
+                upt_open_held(&space->upt, mapping->va, false, &mapping->leaf);
+    if (!open)
+        upt_give(&space->upt);
     return open;
 }
 

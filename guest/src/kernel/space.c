@@ -22,7 +22,7 @@ struct space *spaces;
 
 static struct lock list_lock;
 void spaces_take(void) { lock_take(&list_lock, LOCK_SPACE_LIST); }
-void spaces_give(void) { lock_give(&list_lock); }
+void spaces_give(void) { lock_give(&list_lock, LOCK_SPACE_LIST); }
 
 void space_init(void)
 {
@@ -351,7 +351,7 @@ static bool fork_table(struct space *parent, struct space *child, u32 start, u32
     struct leaf from, to;
     if (!upt_open(&parent->upt, start, false, &from))
         return true;
-    bool ok = upt_open(&child->upt, start, true, &to);
+    bool ok = upt_open_as(&child->upt, start, true, &to, LOCK_CHILD);
     if (ok) {
         for (u32 va = start, left = upt_count(&from); va < end && left; va += PAGE_SIZE, upt_next(&from), upt_next(&to)) {
             pte_t entry = upt_get(&from);
@@ -384,14 +384,12 @@ static bool fork_region(struct space *parent, struct space *child, const struct 
 bool space_fork(struct space *parent, struct space *child)
 {
     bool ok = true;
-    child->upt.level = LOCK_CHILD;
     child->brk_start = parent->brk_start;
     child->brk = parent->brk;
     for (u32 i = 0; i < parent->region_count && ok; i++) {
         child->regions[child->region_count++] = parent->regions[i];
         ok = fork_region(parent, child, &parent->regions[i]);
     }
-    child->upt.level = LOCK_SPACE;
     if (tlb_is_loaded(parent->upt.cr3))
         flush_not_global();
     return ok;

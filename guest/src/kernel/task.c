@@ -34,7 +34,13 @@ static u32 last_pid;
 
 /* For who has interrupts off; and for all. */
 static inline void tasks_lock_take(void) { lock_take(&tasks_lock, LOCK_TASKS); }
-static inline void tasks_lock_give(void) { lock_give(&tasks_lock); }
+static void send_calls(struct cpu *self);
+static inline void tasks_lock_give(void)
+{
+    lock_give(&tasks_lock, LOCK_TASKS);
+    if (cpu_self()->to_call)
+        send_calls(cpu_self());
+}
 
 static inline void tasks_take(void)
 {
@@ -191,7 +197,16 @@ static void call_for(const struct task *task)
         return;
     found->idle = false;
     if (found != cpu_self())
-        apic_send(found->apic_id, VECTOR_LOOK);
+        cpu_self()->to_call |= 1u << found->index;
+}
+
+static __attribute__((noinline)) void send_calls(struct cpu *self)
+{
+    u32 who = self->to_call;
+    self->to_call = 0;
+    for (const struct cpu *other = cpus; other < cpus_end; other++)
+        if (who & 1u << other->index)
+            apic_send(other->apic_id, VECTOR_LOOK);
 }
 
 static void make_runnable(struct task *task)

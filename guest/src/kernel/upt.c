@@ -43,7 +43,6 @@ bool upt_create(struct upt *upt)
     for (u32 i = 0; i < ARRAY_SIZE(upt->pdpt); i++)
         upt->pdpt[i] = 0;
     upt->root = upt->recent = FRAME_NONE;
-    upt->level = LOCK_SPACE;
     if (paging.pae) {
         upt->pdpt[3] = kernel_pdpt[3];
         upt->cr3 = low_physical(upt->pdpt);

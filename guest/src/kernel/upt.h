@@ -16,7 +16,7 @@ struct upt {
     u32 root;
     u32 cr3;
     struct lock lock; /* LOCK_SPACE: the tables, and what follows here */
-    enum lock_level level; /* ... LOCK_CHILD while its parent's fork makes it */
+    u32 taken_as; /* LOCK_CHILD by its parent's fork, which has the parent's too */
     /* The table that was found last, and an address that it covers; FRAME_NONE for none. */
     u32 recent, recent_va;
 };
@@ -36,33 +36,51 @@ void upt_destroy(struct upt *upt);
 /* Makes the table for `va` the recent one; none, where there is none and `create` is not set, or memory has run out. */
 void upt_find_recent(struct upt *upt, u32 va, bool create);
 
-static inline void upt_take(struct upt *upt) { lock_take(&upt->lock, upt->level); }
-static inline void upt_give(struct upt *upt) { lock_give(&upt->lock); }
+static inline void upt_take_as(struct upt *upt, enum lock_level level)
+{
+    lock_take(&upt->lock, level);
+    upt->taken_as = level;
+}
+static inline void upt_take(struct upt *upt) { upt_take_as(upt, LOCK_SPACE); }
+static inline void upt_give(struct upt *upt) { lock_give(&upt->lock, upt->taken_as); }
 
 /* False if there is no table for `va` and `create` is not set, or memory has run out. What is touched next is near: most of
  * the time the directory need not be looked at again. */
-static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+static inline bool upt_open_held(struct upt *upt, u32 va, bool create, struct leaf *leaf)
 {
-    upt_take(upt);
     if (upt->recent == FRAME_NONE || (upt->recent_va ^ va) >> paging.directory_shift)
         upt_find_recent(upt, va, create);
-    leaf->frame = upt->recent;
-    if (leaf->frame == FRAME_NONE) {
-        upt_give(upt);
-        return false;
-    }
     leaf->upt = upt;
+    leaf->frame = upt->recent;
+    if (leaf->frame == FRAME_NONE)
+        return false;
     leaf->table = kmap_local(leaf->frame, "user page table");
     leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes;
     return true;
 }
 
+static inline bool upt_open_as(struct upt *upt, u32 va, bool create, struct leaf *leaf, enum lock_level level)
+{
+    upt_take_as(upt, level);
+    bool open = upt_open_held(upt, va, create, leaf);
+    if (!open)
+        upt_give(upt);
+    return open;
+}
+
+static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *leaf)
+{
+    return upt_open_as(upt, va, create, leaf, LOCK_SPACE);
+}
+
 /* On to the entry of the next page. */
 static inline void upt_next(struct leaf *leaf) { leaf->entry = (u8 *)leaf->entry + paging.entry_bytes; }
 
+static inline void upt_close_held(struct leaf *leaf) { kunmap_local(leaf->table); }
+
 static inline void upt_close(struct leaf *leaf)
 {
-    kunmap_local(leaf->table);
+    upt_close_held(leaf);
     upt_give(leaf->upt);
 }
 

@@ -87,7 +87,7 @@ void devices_take(void)
 
 void devices_give(void)
 {
-    lock_give(&lock);
+    lock_give(&lock, LOCK_DEVICES);
     irq_on();
 }
 
