@@ -146,12 +146,6 @@ u32 frame_alloc(enum zone which)
     return frame;
 }
 
-void frame_get_held(u32 frame)
-{
-    ASSERT(table[frame].refs);
-    table[frame].refs++;
-}
-
 /* Nobody holds it any more. */
 static void free_frame(u32 frame)
 {

@@ -2,6 +2,7 @@
 #ifndef FRAMES_H
 #define FRAMES_H
 
+#include "check.h"
 #include "layout.h"
 #include "types.h"
 
@@ -37,9 +38,14 @@ void frame_get(u32 frame);
 void frame_put(u32 frame);
 /* The same for who has LOCK_PAGES, as all whose names end so. */
 u32 frame_alloc_held(enum zone zone);
-void frame_get_held(u32 frame);
+static inline void frame_get_held(u32 frame);
 void frame_put_held(u32 frame);
 static inline struct frame *frame_of(u32 frame) { return (struct frame *)FRAME_TABLE_BASE + frame; }
+static inline void frame_get_held(u32 frame)
+{
+    ASSERT(frame_of(frame)->refs);
+    frame_of(frame)->refs++;
+}
 /* Frames off the free list that the host has not been told of since they came there, with a reference each; and back. */
 u32 frames_take_unreported(u32 *frames, u32 most);
 void frames_put_reported(const u32 *frames, u32 count);

@@ -69,7 +69,7 @@ static pte_t visit(u32 frame, change_t change)
     struct space *likely = (struct space *)frame_of(frame)->space;
     u32 left = mappings(frame);
     pte_t all = 0;
-    if (left && space_is_live(likely) && (all = visit_one(likely, frame, change)))
+    if (left && likely && (all = visit_one(likely, frame, change)))
         left--;
     if (!left)
         return all;

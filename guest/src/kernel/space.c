@@ -51,8 +51,6 @@ bool space_create(struct space *space)
     return true;
 }
 
-bool space_is_live(const struct space *space) { return space && space->live; }
-
 /* Whoever looks at its tables has done so when this returns. */
 static void forget_space(struct space *space)
 {

@@ -20,7 +20,7 @@ struct region {
 
 struct space {
     struct space *next, *previous; /* all there are: spaces */
-    bool live;                     /* one of them: spaces stand in the task table, so an old pointer can be asked */
+    volatile bool live;                     /* one of them: spaces stand in the task table, so an old pointer can be asked */
     volatile bool doomed;          /* its memory was taken: no fault is mended any more */
     struct upt upt;
     u32 brk_start, brk;
@@ -33,7 +33,7 @@ extern struct space *spaces;
 void spaces_take(void);
 void spaces_give(void);
 /* True while it is one of them: of a pointer that may be old. It stays so for whoever has its tables' lock. */
-bool space_is_live(const struct space *space);
+static inline bool space_is_live(const struct space *space) { return space->live; }
 
 /* Makes the zero page. */
 void space_init(void);

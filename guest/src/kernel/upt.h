@@ -38,8 +38,10 @@ void upt_find_recent(struct upt *upt, u32 va, bool create);
 
 static inline void upt_take_as(struct upt *upt, enum lock_level level)
 {
-    lock_take(&upt->lock, level);
-    upt->taken_as = level;
+    if (smp) {
+        lock_spin(&upt->lock, level);
+        upt->taken_as = level;
+    }
 }
 static inline void upt_take(struct upt *upt) { upt_take_as(upt, LOCK_SPACE); }
 static inline void upt_give(struct upt *upt) { lock_give(&upt->lock, upt->taken_as); }
