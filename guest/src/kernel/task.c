@@ -131,6 +131,7 @@ static struct task *claim(const char *name)
         task->is_process = false;
         task->stays = false;
         task->kernel_depth = 0;
+        task->children = 0;
         task->preemptions = 0;
         task->makes_room = false;
         task->gfp_denied = 0;
@@ -297,6 +298,7 @@ u32 task_fork(const struct trap_frame *frame)
         return 0;
     }
     child->is_process = true;
+    current->children++;
     fpu_fork(&child->fpu);
     *first_frame(child) = *frame;
     first_frame(child)->eax = 0;

@@ -24,6 +24,7 @@ struct task {
     bool is_process;
     u32 pid;
     const char *name;
+    u32 children; /* that it has had */
     struct task *parent; /* NULL: nobody will ask for the status */
     u32 status;
     u32 esp;       /* while switched away */

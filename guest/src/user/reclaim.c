@@ -100,6 +100,13 @@ static void take_turns(u32 step)
         yield();
 }
 
+/* With a CPU for each the first would be done, and have given its memory back, before the last is forked. */
+static void wait_for_all_to_be_forked(void)
+{
+    while (siblings() < PATTERNS + FILE_WRITERS + 1)
+        yield();
+}
+
 /* The versions are in the heap: they go to swap like everything else. */
 static u8 *versions_of(u32 pages)
 {
@@ -156,6 +163,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
     u32 key = seed + 1 + pattern;
     struct walk walk = walk_begin(pattern, pages, touches, key);
     tally_forget();
+    wait_for_all_to_be_forked();
     expect(map(BASE, pages * PAGE_SIZE) == 0, "a worker has its memory");
     u8 *versions = versions_of(pages);
     for (u32 page = 0; page < pages; page++) {

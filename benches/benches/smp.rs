@@ -1,0 +1,63 @@
+//! How a guest gains by a second CPU: whole runs of `umbra` on the soft backend, alternately with one vCPU and with two.
+//!
+//! ```text
+//! cargo build --release && cargo bench --bench smp -- [work=N]
+//! ```
+//!
+//! | figure | what it is | bar |
+//! |---|---|---|
+//! | reclaim_1, reclaim_2 | the time of workload `reclaim` between its two lines, by the guest's clock; the median | |
+//! | reclaim_gain | the first over the second | 1.7 |
+//!
+//! The guest is built in, or the image in `UMBRA_GUEST`, so that two kernels can be compared. `work=N` is the workload's own.
+//!
+//! Limits: a host with fewer than three idle CPUs lends the disks' threads what vCPUs would have. `UMBRA_BIN` names another `umbra`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use umbra_benches::Effort;
+use umbra_benches::peer::quantile;
+
+const ROUNDS: u32 = 15;
+
+fn main() {
+    let smoke = Effort::from_args().batches < 100;
+    let options: Vec<String> = std::env::args().skip(1).filter(|arg| arg.contains('=')).collect();
+    let Some(umbra) = umbra() else {
+        println!("bench smp skipped: no umbra beside it: cargo build --release, or set UMBRA_BIN");
+        return;
+    };
+    let append = format!("workload=reclaim {}", options.join(" "));
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..if smoke { 1 } else { ROUNDS } {
+        for (vcpus, times) in ["1", "2"].into_iter().zip(&mut times) {
+            times.push(milliseconds(&umbra, vcpus, append.trim_end()));
+        }
+    }
+    let [one, two] = times.map(|times| quantile(&times, 0.5));
+    println!("reclaim_1    {one:.1} ms");
+    println!("reclaim_2    {two:.1} ms");
+    println!("reclaim_gain {:.2}", one / two);
+}
+
+fn umbra() -> Option<PathBuf> {
+    let beside = || Some(std::env::current_exe().ok()?.parent()?.parent()?.join("umbra"));
+    let path = std::env::var_os("UMBRA_BIN").map(PathBuf::from).or_else(beside)?;
+    path.is_file().then_some(path)
+}
+
+/// What one run's workload took.
+fn milliseconds(umbra: &Path, vcpus: &str, append: &str) -> f64 {
+    let mut command = Command::new(umbra);
+    command.args(["run", "--backend", "soft", "--vcpus", vcpus, "--append", append]);
+    if let Some(image) = std::env::var_os("UMBRA_GUEST") {
+        command.args(["--disk", "256M,id=swap", "--disk", "16M,id=file"]).arg(image);
+    }
+    let run = command.stdin(Stdio::null()).output().expect("umbra runs");
+    let text = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{append}, {vcpus} vCPUs: {text}{}", String::from_utf8_lossy(&run.stderr));
+    let kilocounts = text.lines().find_map(|line| line.strip_prefix("time: end reclaim tsc1024="));
+    // A count of the guest's clock is a nanosecond.
+    kilocounts.and_then(|count| count.parse::<f64>().ok()).expect("the workload says how long it took") * 1024.0 / 1e6
+}
