@@ -159,7 +159,7 @@ static u32 call(struct trap_frame *frame)
     case SYS_AUDIT: return audit();
     case SYS_FILE_SYNC: return file_sync() ? 0 : SYS_ERROR;
     case SYS_CPUS: return (u32)(cpus_end - cpus);
-    case SYS_SIBLINGS: return current->parent ? current->parent->children : 0;
+    case SYS_MEET: return task_meet(frame->ebx);
     default: return SYS_ERROR;
     }
 }

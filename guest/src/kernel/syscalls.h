@@ -25,7 +25,7 @@
 #define SYS_CPUS 20       /* how many there are */
 #define SYS_FILE_RESERVE 21 /* page of the file; 0 when it has its place on the disk */
 #define SYS_AUDIT 22      /* how much of what reclaim keeps does not hold (audit.c) */
-#define SYS_SIBLINGS 23   /* children that its parent has had, itself among them */
+#define SYS_MEET 23       /* 1, or 0 only to ask; how many of its parent's children have met so, or ended */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0

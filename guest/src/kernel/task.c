@@ -131,7 +131,8 @@ static struct task *claim(const char *name)
         task->is_process = false;
         task->stays = false;
         task->kernel_depth = 0;
-        task->children = 0;
+        task->children_met = 0;
+        task->has_met = false;
         task->preemptions = 0;
         task->makes_room = false;
         task->gfp_denied = 0;
@@ -298,7 +299,6 @@ u32 task_fork(const struct trap_frame *frame)
         return 0;
     }
     child->is_process = true;
-    current->children++;
     fpu_fork(&child->fpu);
     *first_frame(child) = *frame;
     first_frame(child)->eax = 0;
@@ -326,6 +326,16 @@ static void abandon_children(void)
     }
 }
 
+u32 task_meet(bool meets)
+{
+    struct task *task = current;
+    if (!task->parent)
+        return 0;
+    task->parent->children_met += meets && !task->has_met;
+    task->has_met |= meets;
+    return task->parent->children_met;
+}
+
 void task_exit(u32 status)
 {
     irq_off();
@@ -335,6 +345,7 @@ void task_exit(u32 status)
         space_destroy(&current->space);
     fpu_drop();
     abandon_children();
+    task_meet(true);
     current->status = status;
     set_state(current, current->parent ? TASK_ZOMBIE : TASK_FREE);
     if (current->parent)

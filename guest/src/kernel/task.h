@@ -24,7 +24,8 @@ struct task {
     bool is_process;
     u32 pid;
     const char *name;
-    u32 children; /* that it has had */
+    u32 children_met; /* of its children, or ended */
+    bool has_met;     /* and is counted */
     struct task *parent; /* NULL: nobody will ask for the status */
     u32 status;
     u32 esp;       /* while switched away */
@@ -67,6 +68,8 @@ u32 task_fork(const struct trap_frame *frame);
 
 void task_exit(u32 status) __attribute__((noreturn));
 
+/* Counts the current task among those of its parent's children that have met, if it `meets`; how many these are. */
+u32 task_meet(bool meets);
 /* Waits for any child to end; returns its pid, or 0 if there is none. */
 u32 task_wait_child(u32 *status);
 

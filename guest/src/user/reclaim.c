@@ -100,10 +100,11 @@ static void take_turns(u32 step)
         yield();
 }
 
-/* With a CPU for each the first would be done, and have given its memory back, before the last is forked. */
-static void wait_for_all_to_be_forked(void)
+/* Nobody gives his memory back before all have had theirs: with a CPU for each the first might be done before the last begins. Whoever
+ * is killed is not waited for. */
+static void wait_for_others(void)
 {
-    while (siblings() < PATTERNS + FILE_WRITERS + 1)
+    while (meet(0) < PATTERNS + FILE_WRITERS + 1)
         yield();
 }
 
@@ -163,7 +164,6 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
     u32 key = seed + 1 + pattern;
     struct walk walk = walk_begin(pattern, pages, touches, key);
     tally_forget();
-    wait_for_all_to_be_forked();
     expect(map(BASE, pages * PAGE_SIZE) == 0, "a worker has its memory");
     u8 *versions = versions_of(pages);
     for (u32 page = 0; page < pages; page++) {
@@ -172,6 +172,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
         use(page);
         take_turns(page);
     }
+    meet(1);
     use_common(key, seed);
     for (u32 i = 0; i < touches; i++) {
         touch(&walk, versions, key);
@@ -184,6 +185,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
         use(page);
         take_turns(page);
     }
+    wait_for_others();
     leave("what a worker reads is what it wrote");
 }
 
@@ -196,6 +198,7 @@ static void file_writer(u32 which, u32 rounds, u32 seed, bool fast)
     u32 key = seed + 100 + which;
     bool reserved = true;
     tally_forget();
+    meet(1);
     expect(file_map(FILE_BASE) == 0, "a writer has the file");
     for (u32 round = 0; round < rounds; round++)
         for (u32 page = which; page < FILE_STEADY; page += FILE_WRITERS) {
@@ -217,6 +220,7 @@ static void file_writer(u32 which, u32 rounds, u32 seed, bool fast)
 static void file_cutter(u32 rounds, u32 seed, bool fast)
 {
     tally_forget();
+    meet(1);
     expect(file_map(FILE_BASE) == 0, "the cutter has the file");
     expect(file_map(FILE_AGAIN) == SYS_ERROR, "a page of the file has one place in a process");
     expect(unmap(FILE_BASE, PAGE_SIZE) == SYS_ERROR, "the file is unmapped as a whole, or not");

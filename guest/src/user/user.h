@@ -35,7 +35,7 @@ static inline u32 witness(const char *name, u32 start, u32 pages)
 }
 static inline u32 preemptions(void) { return system_call(SYS_PREEMPTIONS, 0, 0, 0); }
 static inline u32 fpu_takes(void) { return system_call(SYS_FPU_TAKES, 0, 0, 0); }
-static inline u32 siblings(void) { return system_call(SYS_SIBLINGS, 0, 0, 0); }
+static inline u32 meet(u32 meets) { return system_call(SYS_MEET, meets, 0, 0); }
 static inline u32 cpus(void) { return system_call(SYS_CPUS, 0, 0, 0); }
 static inline u32 memory(void) { return system_call(SYS_MEMORY, 0, 0, 0); }
 static inline u32 file_map(u32 start) { return system_call(SYS_FILE_MAP, start, 0, 0); }
