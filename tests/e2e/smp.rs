@@ -46,7 +46,7 @@ fn holds(way: Way, litmus: Litmus, rounds: u32) -> Verdict {
 fn same_as_one(way: Way, paging: &str) -> Verdict {
     let slow = way.needs.contains(&Need::Kvm);
     let (counts, same, more): (&[&str], &[&str], &[&str]) =
-        if slow { (&["2"], &["workload=mm"], &[]) } else { (&["2", "4"], &SAME, &MORE) };
+        if slow { (&["2"], &["workload=mm"], &[]) } else { (&["2", "4", "8"], &SAME, &MORE) };
     for vcpus in counts {
         for workload in same {
             let append = format!("{workload} paging={paging}");
