@@ -17,6 +17,22 @@
 //! owes(vCPU)      <=>  removing > 0, or last removal > flushed
 //! ```
 //!
+//! Where a vCPU is, its mode word says. Each side stores before it loads, so that one of them sees the other:
+//!
+//! ```text
+//! vCPU                                      whoever shoots down
+//! outside      at VMM code                  spte := 0; stamp
+//! in guest     mode := in guest             request := clock + 1
+//!              request > flushed? flush     mode = outside? it flushes before it runs: answered
+//!              guest code                   mode = in guest? kick; wait for flushed > stamp, or for outside
+//! (exiting)    the kick, or any exit: no guest code runs from here on, and the word still says in guest
+//! outside      mode := outside
+//!              request > flushed? seen := request - 1: answered, though nobody looked
+//! ```
+//!
+//! The order of the two loads of whoever shoots down matters too, see `VcpuFlush::covers`. `interleave/coherence.rs` has loom try
+//! all of this, and twins of each order that is wrong.
+//!
 //! The clock and `removing` are one word (`Clock`), and each line with either of them is one atomic change of it: a removal
 //! stamped `s` was stamped, and its spte stored, before any flush took an epoch above `s`: the flush covers it. One stamped
 //! later is not covered, whatever the true order was. Should the clock move on between the last two lines of a remover, it

@@ -106,11 +106,15 @@ impl fmt::Display for Violation {
                 self.removed_at
             }
         };
+        let Violation { flushed_at, requested, .. } = self;
+        let why = match *flushed_at > needed {
+            true => "which it says that it has made, and the entry is there all the same",
+            false => "which it has not made",
+        };
         write!(
             f,
-            "  missed flush: one of an epoch above {needed}; the vCPU's last full one was at {}, and the last that was asked \
-             of it at {}",
-            self.flushed_at, self.requested,
+            "  missed flush: one of an epoch above {needed}, {why}; the vCPU's last full one was at {flushed_at}, and the \
+             last that was asked of it at {requested}",
         )?;
         for record in &self.invalidations {
             write!(f, "\n  page {}: {}", self.gfn, Told(record))?;

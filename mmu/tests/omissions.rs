@@ -4,7 +4,7 @@
 //! by an assertion that names its invariant, by the audit, or because the CPU reaches what it may not. What a program of one
 //! thread cannot show has a scene of its own (`scenes`), which must pass with all rules in force.
 //!
-//! The rules of the VMM's own code are left out in whole guests (tests/e2e/omissions.rs).
+//! The rules of the VMM's own code, which is about hardware, are not in this program.
 
 mod scenes;
 
@@ -30,7 +30,7 @@ enum Killer {
     Programs(Caches),
     /// A scene, which says what went wrong.
     Scene(fn(Rules) -> Option<String>),
-    /// A guest in the program `umbra`.
+    /// A guest in the program `umbra` (tests/e2e/omissions.rs).
     Guest,
 }
 
@@ -119,7 +119,8 @@ fn every_rule_that_is_left_out_is_missed() {
                 assert_eq!(kept, None, "{}: its scene goes wrong with every rule in force", rule.name());
                 play(rules).map(|why| format!("scene: {}", first_line(&why)))
             }
-            Killer::Guest => Some("by a guest, in tests/e2e/omissions.rs".into()),
+            // The VMM's own code is not in this program.
+            Killer::Guest => continue,
         };
         println!("OMIT {:30} {}", rule.name(), caught.as_deref().unwrap_or("NOT MISSED"));
         unmissed.extend(caught.is_none().then(|| rule.name()));
