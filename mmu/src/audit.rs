@@ -9,7 +9,7 @@ use crate::Mmu;
 use crate::addr::{Gfn, Mfn, Mpa};
 use crate::bucket::Link;
 use crate::format::Gpte;
-use crate::frames::{DIRTY, FrameKind, SHADOWED, UNSYNC, UPPER, WIDE};
+use crate::frames::{DIRTY, EXTERNAL, FOREIGN, FrameKind, SHADOWED, UNSYNC, UPPER, WATCHED, WIDE};
 use crate::p2m::PageState;
 use crate::shadow::role::{Key, Shape};
 use crate::spte::Spte;
@@ -40,6 +40,7 @@ impl Mmu {
         audit.check_marks();
         audit.check_swap();
         audit.check_counts();
+        audit.check_importers();
         audit.findings
     }
 }
@@ -226,7 +227,7 @@ impl Audit<'_> {
         let mmu = self.mmu;
         let idle = self.check_pool();
         let (mut guest, mut free, mut pinned) = (0u32, 0u32, Vec::new());
-        for number in 0..mmu.frames.total() {
+        for number in 0..mmu.frames.total_with_homes() {
             let mfn = Mfn(number);
             match mmu.frames.kind(mfn) {
                 FrameKind::Guest(gfn) => {
@@ -236,7 +237,7 @@ impl Audit<'_> {
                         format!("INV-P2M-1: {mfn} says it is {gfn}, which is {state:?}")
                     });
                 }
-                FrameKind::Free => free += 1,
+                FrameKind::Free => free += u32::from(!mmu.frames.is_home(mfn)),
                 _ => {}
             }
             let listed =
@@ -343,6 +344,29 @@ impl Audit<'_> {
     fn check_counts(&mut self) {
         let (counts, walked) = (self.mmu.p2m.counts(), self.mmu.p2m.count_all());
         self.require(counts == walked, || format!("INV-P2M-4: counted {counts:?}, there are {walked:?}"));
+    }
+
+    /// Whoever is entered for a page finds it at home; its frame says that somebody is.
+    fn check_importers(&mut self) {
+        let mmu = self.mmu;
+        for gfn in mmu.all_imported() {
+            let state = mmu.p2m.lookup(gfn);
+            let home = mmu.homes_of(gfn).map(PageState::Resident);
+            self.require(home == Some(state) && self.flags(gfn) & EXTERNAL != 0, || {
+                format!("INV-EXT-1: {:?} may have {gfn}, which is {state:?}", mmu.importers_of(gfn))
+            });
+        }
+        mmu.p2m.for_each_resident(|gfn, mfn| {
+            let flags = mmu.frames.flags(mfn);
+            self.require(flags & EXTERNAL == 0 || !mmu.importers_of(gfn).is_empty(), || {
+                format!("INV-EXT-1: {gfn} is marked as imported, and nobody has it")
+            });
+            let at_home = mmu.homes_of(gfn) == Some(mfn);
+            self.require(mmu.frames.is_home(mfn) == at_home, || format!("INV-EXT-2: {gfn} is in {mfn}"));
+            self.require(flags & FOREIGN == 0 || flags & (SHADOWED | WATCHED) == 0, || {
+                format!("INV-EXT-4: {gfn} is tracked, and importers may write to it")
+            });
+        });
     }
 
     fn guest_entry(&self, key: Key, index: u32) -> Gpte {

@@ -136,14 +136,6 @@ impl Mmu {
         }
     }
 
-    /// The page has a frame with one of these flags now.
-    fn is_flagged(&self, gfn: Gfn, flags: u32) -> bool {
-        match self.p2m.lookup(gfn) {
-            PageState::Resident(mfn) => self.frames.flags(mfn) & flags != 0,
-            _ => false,
-        }
-    }
-
     /// Pages of the batch that have no frame.
     fn discard_absent(&self, settling: &Settling<'_>, what: Discard) {
         for gfn in settling.gates() {
@@ -173,17 +165,6 @@ impl Mmu {
             PageState::Zero => what == Discard::Zero,
             PageState::Ballooned => what == Discard::Balloon,
             PageState::Resident(_) | PageState::Swapped(_) | PageState::Moving => false,
-        }
-    }
-
-    fn held_by(&self, gfn: Gfn) -> &'static str {
-        match self.p2m.lookup(gfn) {
-            PageState::Resident(mfn) if self.frames.flags(mfn) & WATCHED != 0 => {
-                "a descriptor table of the guest, watched"
-            }
-            PageState::Resident(mfn) if self.frames.pins(mfn) != 0 => "pinned by a window",
-            PageState::Resident(_) => "in use as a page table, or has been touched again",
-            _ => "on its way to or from swap",
         }
     }
 }

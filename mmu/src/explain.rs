@@ -5,7 +5,7 @@ use std::fmt;
 use crate::Mmu;
 use crate::access::Access;
 use crate::addr::{Gfn, Gva, Mfn};
-use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
+use crate::frames::{EXTERNAL, SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::p2m::PageState;
 use crate::shadow::role::{effective_mode, leaf_rights, table_key};
 use crate::spte::{Spte, l1_index};
@@ -110,6 +110,7 @@ impl Mmu {
             (UPPER, ", used as a page directory, so every store to it is tracked"),
             (UNSYNC, ", unsync: stores to it are not tracked until the next flush"),
             (WATCHED, ", watched for descriptor changes"),
+            (EXTERNAL, ", with importers"),
         ] {
             if flags & flag != 0 {
                 text.push_str(words);

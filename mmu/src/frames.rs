@@ -38,7 +38,7 @@ use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, zeroed};
 /// What a frame is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameKind {
-    /// Nobody's; the allocator has it, or it waits for a flush before it may be used again.
+    /// Nobody's; the allocator has it, or it waits for a flush before it may be used again, or it is a home with no page.
     Free,
     /// Not the allocator's to give: firmware and its tables.
     Reserved,
@@ -64,6 +64,11 @@ pub const WIDE: u32 = 1 << 12;
 
 /// It may have been written to since its contents were last known: zeros, or those of its copy in swap.
 pub const DIRTY: u32 = 1 << 13;
+
+/// Some importer may have it mapped (see external).
+pub const EXTERNAL: u32 = 1 << 14;
+/// Importers may write to it unseen: no table may be tracked in it.
+pub const FOREIGN: u32 = 1 << 15;
 
 const KIND_MASK: u32 = 0xff;
 /// Free frames that the host is left to back where there is no budget: shadow tables come and go.
@@ -181,6 +186,8 @@ pub struct Frames {
     frames: Box<[Frame]>,
     /// Flush clock of the last removal of an spte to each frame (see coherence).
     debts: Box<[AtomicU64]>,
+    /// Frames that are the allocator's. Behind them are homes, one for each page of guest memory or none at all.
+    pool: u32,
     first: u32,
     stride: u64,
     /// Guest pages below this one are low memory.
@@ -194,7 +201,13 @@ impl Frames {
     /// Frames `reserved..total` are free, those below are [`FrameKind::Reserved`]. The first `low` guest pages will have
     /// a frame whenever they want one. The budget is all there is.
     pub fn new(total: u32, reserved: u32, low: u32) -> Frames {
-        let frames: Box<[Frame]> = zeroed(total as usize);
+        Frames::with_homes(total, reserved, low, 0)
+    }
+
+    /// The same, with so many homes behind (see external).
+    pub fn with_homes(total: u32, reserved: u32, low: u32, homes: u32) -> Frames {
+        let all = total as usize + homes as usize;
+        let frames: Box<[Frame]> = zeroed(all);
         for frame in frames.iter().take(reserved as usize) {
             frame[STATE].store(1, Ordering::Relaxed);
         }
@@ -212,7 +225,8 @@ impl Frames {
         Frames {
             rules: Rules::default(),
             frames,
-            debts: zeroed(total as usize),
+            debts: zeroed(all),
+            pool: total,
             first,
             stride: scatter_stride(u64::from(budget)),
             low,
@@ -225,9 +239,25 @@ impl Frames {
         self.rules = rules;
     }
 
-    /// How many frames the machine has.
+    /// How many frames the machine has, homes not among them.
     pub fn total(&self) -> u32 {
+        self.pool
+    }
+
+    /// The same, with the homes.
+    pub(crate) fn total_with_homes(&self) -> u32 {
         self.frames.len() as u32
+    }
+
+    /// The frame is a page's home.
+    #[inline]
+    pub fn is_home(&self, mfn: Mfn) -> bool {
+        mfn.0 >= self.pool
+    }
+
+    /// There are homes.
+    pub(crate) fn has_homes(&self) -> bool {
+        self.frames.len() as u32 > self.pool
     }
 
     /// How many are nobody's now, however many of them the budget allows to be used.
@@ -254,16 +284,31 @@ impl Frames {
 
     /// Takes a free frame for `kind` (not `Free`). `None` when none is left for `draw`; low memory is always served.
     pub fn allocate(&self, kind: FrameKind, draw: Draw) -> Option<Fresh> {
+        self.allocate_with(kind, draw, self.is_promised(kind))
+    }
+
+    /// The same for a page that has a frame, and leaves it: what low memory was promised, it has had.
+    pub(crate) fn allocate_for_move(&self, gfn: Gfn, draw: Draw) -> Option<Fresh> {
+        self.allocate_with(FrameKind::Guest(gfn), draw, false)
+    }
+
+    /// Takes a home for its page, which has another frame, and leaves it. False when no frame is left for `draw`, or the home is
+    /// taken: somebody else moves the page.
+    pub(crate) fn claim(&self, home: Mfn, gfn: Gfn, draw: Draw) -> bool {
         let mut free = self.free.lock();
-        let promised = self.is_promised(kind);
+        let available = self.available(&free);
+        if self.kind(home) != FrameKind::Free || available <= kept(&free, draw) {
+            return false;
+        }
+        free.backed += 1;
+        self.set_kind(home, FrameKind::Guest(gfn));
+        true
+    }
+
+    fn allocate_with(&self, kind: FrameKind, draw: Draw, promised: bool) -> Option<Fresh> {
+        let mut free = self.free.lock();
         let available = self.available(&free) + i64::from(promised);
-        let kept = match draw {
-            _ if promised => 0,
-            Draw::Ordinary => free.marks.reserve,
-            Draw::Tables => free.marks.reserve / 2,
-            Draw::Reserve => 0,
-        };
-        if available <= i64::from(kept) {
+        if available <= if promised { 0 } else { kept(&free, draw) } {
             return None;
         }
         let (mut mfn, mut zeroed) = self.take(&mut free)?;
@@ -287,9 +332,24 @@ impl Frames {
         let mut free = self.free.lock();
         for mfn in frames {
             free.promised += u32::from(self.is_promised(self.kind(*mfn)));
-            self.set_kind(*mfn, FrameKind::Free);
+            self.put_back(&mut free, *mfn);
         }
-        free.returned.extend_from_slice(frames);
+    }
+
+    /// The same for frames whose pages have another.
+    pub(crate) fn release_for_move(&self, frames: &[Mfn]) {
+        let mut free = self.free.lock();
+        frames.iter().for_each(|mfn| self.put_back(&mut free, *mfn));
+    }
+
+    /// The host does not back a home that nobody is in.
+    fn put_back(&self, free: &mut FreeList, mfn: Mfn) {
+        self.set_kind(mfn, FrameKind::Free);
+        if self.is_home(mfn) {
+            free.backed -= 1;
+        } else {
+            free.returned.push(mfn);
+        }
     }
 
     /// Gives the host back what is free and over the budget, or free in numbers; returns how many frames. Called with no
@@ -489,6 +549,15 @@ impl FreeList {
             self.returned.push(mfn);
         }
     }
+}
+
+/// Frames that `draw` leaves to others.
+fn kept(free: &FreeList, draw: Draw) -> i64 {
+    i64::from(match draw {
+        Draw::Ordinary => free.marks.reserve,
+        Draw::Tables => free.marks.reserve / 2,
+        Draw::Reserve => 0,
+    })
 }
 
 /// A step coprime to `count` near its golden section: `i * step % count` visits every frame once, far apart.

@@ -6,7 +6,7 @@
 //! begin       close the gates: no spte of these pages can be made from here on
 //! unmap       bucket by bucket: Resident -> Moving, every spte zapped. A pinned page goes back: the caller has less
 //! shootdown   no vCPU can use what was zapped, now or earlier (TLB debt)
-//! (external)  importers give the page up: not here yet, its place is beside the shootdown
+//! external    importers are all told before the shootdown, and all awaited after it (see external)
 //! finish      the ledger is asked, once more; the page is settled: swapped, zero, ballooned, or put back
 //! end         open the gates, wake who sleeps at them
 //! ```
@@ -37,7 +37,8 @@
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
-use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
+use crate::external::ImporterId;
+use crate::frames::{EXTERNAL, SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::records::{Cause, Record};
@@ -74,13 +75,15 @@ pub(crate) enum Settled {
     Zero,
     /// The guest has given it up.
     Ballooned,
+    /// It is in this frame, which the caller has made ready.
+    Moved(Mfn),
 }
 
 /// A caller that may not sleep would have had to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a vCPU that runs guest code, a fill that starves, or somebody who has a page in hand would have to be waited for, \
-     and the caller may not sleep"
+    "a vCPU that runs guest code, a fill that starves, an importer, or somebody who has a page in hand would have to be waited \
+     for, and the caller may not sleep"
 )]
 pub struct WouldBlock;
 
@@ -120,6 +123,8 @@ struct Hold<'m> {
     may: May,
     gates: Vec<Gfn>,
     held: Vec<Held>,
+    /// Who had which of them outside.
+    importers: Vec<(ImporterId, Gfn)>,
     /// Clock of the last removal of an spte to a held page.
     stamp: u64,
     record: Record,
@@ -140,6 +145,8 @@ pub(crate) struct Unmapped<'m>(Hold<'m>);
 pub(crate) struct Settling<'m> {
     hold: Hold<'m>,
     freed: Vec<Mfn>,
+    /// Frames whose pages have another.
+    vacated: Vec<Mfn>,
     /// The host has taken these very frames away from all vCPUs: what the ledger says of other frames is no matter.
     notified: bool,
 }
@@ -180,6 +187,7 @@ impl Mmu {
             held: Vec::with_capacity(gates.len()),
             record: Record { own: caller.own, ..Record::new(cause, gfns) },
             gates,
+            importers: Vec::new(),
             stamp: 0,
             began,
             lap: began,
@@ -232,9 +240,14 @@ impl<'m> Closed<'m> {
     ///
     /// # Errors
     ///
-    /// [`WouldBlock`] where the caller may not sleep and its own vCPU is not the only one that runs guest code.
+    /// [`WouldBlock`] where the caller may not sleep and its own vCPU is not the only one that runs guest code, or an importer has
+    /// one of the pages.
     pub fn unmap(self) -> Result<Unmapped<'m>, WouldBlock> {
         let mut hold = self.0;
+        // The gates are closed: nobody comes to have one from here on.
+        if hold.may == May::NotSleep && hold.has_importers() {
+            return Err(WouldBlock);
+        }
         let blocked = hold.may == May::NotSleep && hold.mmu.coherence.is_anyone_inside(hold.own);
         if blocked && hold.has_mappings() {
             return Err(WouldBlock);
@@ -262,6 +275,7 @@ impl<'m> Unmapped<'m> {
     /// [`WouldBlock`] where the caller may not sleep and a vCPU has not flushed: the pages are put back.
     pub fn shoot_down(self) -> Result<Settling<'m>, WouldBlock> {
         let mut hold = self.0;
+        let order = hold.tell_importers();
         let ledger = &hold.mmu.coherence;
         let mut notified = false;
         hold.record.stamp = hold.stamp;
@@ -279,7 +293,10 @@ impl<'m> Unmapped<'m> {
             }
         }
         hold.record.shootdown = hold.lap();
-        Ok(Settling { freed: Vec::with_capacity(hold.held.len()), notified, hold })
+        if let Some(order) = order {
+            hold.await_importers(order);
+        }
+        Ok(Settling { freed: Vec::with_capacity(hold.held.len()), vacated: Vec::new(), notified, hold })
     }
 }
 
@@ -303,7 +320,7 @@ impl Settling<'_> {
         let (mmu, stamp) = (self.hold.mmu, self.hold.stamp);
         let reached = !self.notified && !mmu.coherence.covered(stamp);
         assert!(!reached, "INV-COH-1: a frame changes hands, removal {stamp} is not covered");
-        let freed = &mut self.freed;
+        let (freed, vacated) = (&mut self.freed, &mut self.vacated);
         let mut settler = mmu.p2m.settler();
         self.hold.held.retain(|page| {
             let Some(settled) = what(page) else { return true };
@@ -311,22 +328,30 @@ impl Settling<'_> {
                 Settled::Swapped(slot) => PageState::Swapped(slot),
                 Settled::Zero => PageState::Zero,
                 Settled::Ballooned => PageState::Ballooned,
+                Settled::Moved(to) => PageState::Resident(to),
             };
             settler.settle(page.gfn, state);
-            freed.push(page.mfn);
+            if matches!(settled, Settled::Moved(_)) {
+                vacated.push(page.mfn)
+            } else {
+                freed.push(page.mfn)
+            }
             false
         });
     }
 
     /// Frees the frames of what was settled, puts the rest back, opens the gates; returns how many frames are free.
     pub fn end(self) -> u32 {
-        let Settling { mut hold, freed, notified } = self;
+        let Settling { mut hold, freed, vacated, notified } = self;
         if notified {
-            freed.iter().for_each(|mfn| hold.mmu.frames.forgive(*mfn));
+            freed.iter().chain(&vacated).for_each(|mfn| hold.mmu.frames.forgive(*mfn));
         }
         hold.record.freed = freed.len() as u32;
-        hold.mmu.lru.remove(freed.iter().copied());
+        hold.mmu.fence_homes(&freed);
+        hold.mmu.fence_homes(&vacated);
+        hold.mmu.lru.remove(freed.iter().chain(&vacated).copied());
         hold.mmu.frames.release_all(&freed);
+        hold.mmu.frames.release_for_move(&vacated);
         hold.put_back();
         hold.record.finish = hold.lap();
         freed.len() as u32
@@ -349,14 +374,43 @@ impl Hold<'_> {
         })
     }
 
+    /// Somebody outside may have one of the pages.
+    fn has_importers(&self) -> bool {
+        self.mmu.exports.is_any_held() && self.gates.iter().any(|gfn| self.mmu.is_flagged(*gfn, EXTERNAL))
+    }
+
+    /// Tells everybody who had one of the pages, each once; when by their clock, if there is anybody.
+    fn tell_importers(&mut self) -> Option<u64> {
+        if self.importers.is_empty() {
+            return None;
+        }
+        lock_order::assert_may_sleep();
+        self.importers.sort_unstable();
+        let exports = &self.mmu.exports;
+        let order = exports.advance();
+        for of_one in self.importers.chunk_by(|a, b| a.0 == b.0) {
+            let pages: Vec<Gfn> = of_one.iter().map(|(_, gfn)| *gfn).collect();
+            exports.outside.tell(order, of_one[0].0, &pages);
+            self.record.told += 1;
+        }
+        Some(order)
+    }
+
+    /// Returns when nobody who was told has a page any more, or has had its time.
+    fn await_importers(&mut self, order: u64) {
+        let answers = self.mmu.exports.outside.wait(order);
+        (self.record.slowest, self.record.late) = (answers.slowest, answers.late);
+        self.record.external = self.lap();
+    }
+
     /// Takes one page, if it can be had. True when an spte was zapped.
     fn take(&mut self, gfn: Gfn) -> bool {
         let mmu = self.mmu;
         let mut bucket = mmu.buckets.lock(gfn);
         let PageState::Resident(mfn) = mmu.p2m.lookup(gfn) else { return false };
         // Marks and watches change under the bucket alone, and only where the gate is open.
-        let is_table = mmu.frames.flags(mfn) & (SHADOWED | UPPER | UNSYNC | WATCHED) != 0;
-        if is_table && mmu.rules.keep(Rule::TablesAtUnmap) {
+        let flags = mmu.frames.flags(mfn);
+        if flags & (SHADOWED | UPPER | UNSYNC | WATCHED) != 0 && mmu.rules.keep(Rule::TablesAtUnmap) {
             self.record.skipped += 1;
             return false;
         }
@@ -372,6 +426,9 @@ impl Hold<'_> {
             mmu.machine.word64(link.spte()).store(Spte::ABSENT.0, Ordering::Release);
             zapped = true;
         });
+        if flags & EXTERNAL != 0 {
+            self.importers.extend(mmu.take_importers(gfn, mfn).map(|importer| (importer, gfn)));
+        }
         if mmu.rules.keep(Rule::DebtAtUnmap) {
             self.stamp = self.stamp.max(mmu.frames.debt(mfn));
         }

@@ -17,6 +17,7 @@
 //! | walk | the guest's tables, read and judged |
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
+//! | external | importers in other processes: who may have which page, and how they lose it |
 //! | discard | pages that are not wanted any more |
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
@@ -36,6 +37,7 @@ pub mod discard;
 pub mod dma;
 pub mod events;
 pub mod explain;
+pub mod external;
 pub mod fault;
 pub mod format;
 pub mod frames;
@@ -88,6 +90,7 @@ pub use walk::{Refusal, Touch, Translation};
 pub use window::{Context, LocalStack};
 
 use bucket::Buckets;
+use external::{Exports, External};
 use frames::{Draw, FrameKind, Frames, Host, NoHost};
 use lru::Lru;
 use p2m::{P2m, PageState};
@@ -123,6 +126,8 @@ pub struct Config {
     pub firmware_entry: u64,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// The last [`Config::guest_pages`] frames of the machine are homes of exported pages (see external).
+    pub homes: bool,
 }
 
 impl Config {
@@ -137,6 +142,7 @@ impl Config {
             roots_max: 0,
             firmware_entry: 0,
             vcpus: 1,
+            homes: false,
         }
     }
 
@@ -174,6 +180,7 @@ pub struct Mmu {
     lru: Lru,
     swap: SwapMap,
     records: Records,
+    exports: Exports,
     background: Background,
     clock: Box<dyn Clock>,
     host: Box<dyn Host>,
@@ -231,12 +238,18 @@ impl Mmu {
     /// [`Mmu::with_swap`] and its kin.
     pub fn new(machine: Machine, config: Config, shootdown: Box<dyn Shootdown>) -> Mmu {
         let config = config.raised();
+        let homes = if config.homes { config.guest_pages.min(machine.frames()) } else { 0 };
+        let pool = machine.frames() - homes;
+        // Who waits for an importer keeps a gate closed for long: it is for that page alone, then.
+        let gated = if config.homes { config.guest_pages.saturating_mul(16) } else { config.guest_pages };
         Mmu {
-            frames: Frames::new(
-                machine.frames(),
+            frames: Frames::with_homes(
+                pool,
                 config.reserved_frames,
                 config.low_pages.min(config.guest_pages),
+                homes,
             ),
+            exports: Exports::new(Mfn(pool), homes),
             lru: Lru::new(machine.frames()),
             swap: SwapMap::new(Box::new(NoSwap)),
             records: Records::new(),
@@ -247,7 +260,7 @@ impl Mmu {
             windows: Windows::pinned(machine.clone()),
             machine,
             p2m: P2m::new(config.guest_pages),
-            buckets: Buckets::new(config.guest_pages),
+            buckets: Buckets::new(gated),
             coherence: Coherence::new(config.vcpus, shootdown),
             pages: Pages::new(config.shadow_pages_max),
             roots: Lock::new(lock_order::ROOTS, Roots::default()),
@@ -281,6 +294,12 @@ impl Mmu {
     /// The same, with a clock for its records.
     pub fn with_clock(self, clock: Box<dyn Clock>) -> Mmu {
         Mmu { clock, ..self }
+    }
+
+    /// The same, with somebody who reaches importers.
+    pub fn with_external(mut self, outside: Box<dyn External>) -> Mmu {
+        self.exports.outside = outside;
+        self
     }
 
     /// The same, with mapped windows. Before anybody touched memory.

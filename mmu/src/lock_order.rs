@@ -41,6 +41,10 @@ pub const SHADOW_L1: Level = Level::new(430, "shadow page, level 1");
 pub const SHADOW_FREE: Level = Level::new(450, "shadow page free list");
 /// A bucket of the reverse map.
 pub const BUCKET: Level = Level::new(500, "bucket");
+/// Which importers have which page.
+pub const EXTERNAL: Level = Level::new(540, "importers");
+/// Which pages may be imported.
+pub const SEGMENTS: Level = Level::new(545, "segments");
 /// Which pages somebody asks to be left alone.
 pub const ASKED: Level = Level::new(560, "pages asked for");
 /// Which frames may be reclaimed, in what order.

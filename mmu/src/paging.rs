@@ -113,6 +113,11 @@ impl Mmu {
                 if self.p2m.lookup(gfn) != PageState::Resident(mfn) {
                     continue;
                 }
+                if self.is_foreign(mfn) {
+                    drop(bucket);
+                    self.bring_in(Some(vcpu.id), gfn)?;
+                    continue;
+                }
                 self.frames.change_flags(mfn, 0, WATCHED);
                 self.write_protect(&bucket, gfn, mfn)
             };

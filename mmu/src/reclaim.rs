@@ -25,7 +25,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn, PAGE_SIZE};
-use crate::frames::{DIRTY, Draw, FrameKind, SHADOWED, WATCHED};
+use crate::frames::{DIRTY, Draw, EXTERNAL, FrameKind, SHADOWED, WATCHED};
 use crate::invalidation::{Caller, Closed, Held, May, Settled, Settling, Unmapped};
 use crate::lock_order;
 use crate::lru::List;
@@ -198,6 +198,23 @@ impl Mmu {
     ///
     /// When swap fails: nothing is lost, but the guest must not go on.
     pub fn reclaim(&self, want: u32, cause: Cause, own: Option<u32>) -> Result<u32, SwapFailed> {
+        self.reclaim_from(want, cause, own, Whose::Anybodys)
+    }
+
+    /// A batch of direct reclaim, of pages that importers have too or not.
+    #[cfg(test)]
+    pub(crate) fn reclaim_from_for_test(&self, imported: bool) -> Result<u32, SwapFailed> {
+        let whose = if imported { Whose::Anybodys } else { Whose::TheGuests };
+        self.reclaim_from(CLUSTER, Cause::DirectReclaim, None, whose)
+    }
+
+    fn reclaim_from(
+        &self,
+        want: u32,
+        cause: Cause,
+        own: Option<u32>,
+        whose: Whose,
+    ) -> Result<u32, SwapFailed> {
         lock_order::assert_may_sleep();
         let _scope = MemAlloc::enter();
         self.age(want);
@@ -208,7 +225,7 @@ impl Mmu {
         let mut cleared = false;
         for mfn in isolated {
             let Some(gfn) = self.frames.gfn(mfn) else { continue };
-            match self.judge_frame(gfn, mfn, &mut cleared) {
+            match self.judge_frame(gfn, mfn, &mut cleared, whose) {
                 Verdict::Victim => victims.push((gfn, mfn)),
                 Verdict::Used => used.push(mfn),
                 Verdict::Busy => busy.push(mfn),
@@ -257,8 +274,11 @@ impl Mmu {
         }
     }
 
-    fn judge_frame(&self, gfn: Gfn, mfn: Mfn, cleared: &mut bool) -> Verdict {
+    fn judge_frame(&self, gfn: Gfn, mfn: Mfn, cleared: &mut bool, whose: Whose) -> Verdict {
         let flags = self.frames.flags(mfn);
+        if whose == Whose::TheGuests && flags & EXTERNAL != 0 {
+            return Verdict::Busy;
+        }
         if flags & WATCHED != 0 || self.pins_of(gfn, mfn) != 0 || self.buckets.is_closed(gfn) {
             return Verdict::Busy;
         }
@@ -293,6 +313,14 @@ impl Mmu {
     }
 }
 
+/// Which pages are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    Anybodys,
+    /// Those that no importer has: nobody outside is waited for.
+    TheGuests,
+}
+
 enum Verdict {
     Victim,
     Used,
@@ -301,8 +329,19 @@ enum Verdict {
 
 /// (2) Settled.
 impl Mmu {
-    /// Takes the frames of those of `gfns` that can be had; returns how many are free.
+    /// Takes the frames of those of `gfns` that can be had; returns how many are free. Pages that importers have go apart: whoever
+    /// wants one of the others does not wait for an importer.
     fn evict_pages(&self, gfns: &[Gfn], cause: Cause, own: Option<u32>) -> Result<u32, SwapFailed> {
+        if !self.exports.is_any_held() {
+            return self.evict_batch(gfns, cause, own);
+        }
+        let (imported, others): (Vec<Gfn>, Vec<Gfn>) =
+            gfns.iter().partition(|gfn| self.is_flagged(**gfn, EXTERNAL));
+        let freed = self.evict_batch(&others, cause, own)?;
+        Ok(freed + self.evict_batch(&imported, cause, own)?)
+    }
+
+    fn evict_batch(&self, gfns: &[Gfn], cause: Cause, own: Option<u32>) -> Result<u32, SwapFailed> {
         if gfns.is_empty() {
             return Ok(0);
         }
@@ -373,7 +412,7 @@ impl Mmu {
 /// (3) Room.
 impl Mmu {
     /// Returns when an ordinary taker can have a frame for `gfn`, having made some free if need be: true if so.
-    fn make_room(&self, own: Option<u32>, gfn: Gfn) -> Result<bool, Shortage> {
+    pub(crate) fn make_room(&self, own: Option<u32>, gfn: Gfn) -> Result<bool, Shortage> {
         let mut fruitless = 0;
         let mut waited = false;
         let (inactive, active) = self.lru.lengths();
@@ -389,7 +428,11 @@ impl Mmu {
                 self.background.counters.direct.fetch_add(1, Relaxed);
             }
             waited = true;
-            let freed = self.reclaim(CLUSTER, Cause::DirectReclaim, own)? + self.shrink_shadow(own);
+            // An importer may take its time: it is for the background to wait for it, as long as there is anything else.
+            let desperate = fruitless >= FRUITLESS_MAX / 2 * PATIENCE;
+            let whose = if desperate { Whose::Anybodys } else { Whose::TheGuests };
+            let freed =
+                self.reclaim_from(CLUSTER, Cause::DirectReclaim, own, whose)? + self.shrink_shadow(own);
             if counts.backed > counts.budget {
                 self.trim();
             }
@@ -456,6 +499,10 @@ impl Mmu {
                 }
                 PageState::Ballooned => {
                     self.p2m.transition(gfn, PageState::Ballooned, PageState::Zero);
+                }
+                // Somebody wants to see stores to it, and importers' are not seen.
+                PageState::Resident(mfn) if self.is_foreign(mfn) => {
+                    return Ok(self.move_out(own, gfn)? || waited);
                 }
                 PageState::Zero | PageState::Resident(_) => return Ok(self.make_room(own, gfn)? || waited),
                 PageState::Device => return Ok(waited),

@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 
 use crate::addr::Gfn;
+use crate::external::ImporterId;
 use crate::lock_order;
 use crate::sync::Lock;
 
@@ -50,6 +51,10 @@ pub enum Cause {
     Track,
     /// The VMM wants to see stores to it.
     Watch,
+    /// It moves to where importers can have it.
+    Import,
+    /// It moves away from there.
+    Revoke,
 }
 
 /// What is taken from the vCPUs.
@@ -63,7 +68,7 @@ pub enum Kind {
 
 impl Cause {
     /// All there are.
-    pub const ALL: [Cause; 7] = [
+    pub const ALL: [Cause; 9] = [
         Cause::Reclaim,
         Cause::DirectReclaim,
         Cause::PageOut,
@@ -71,6 +76,8 @@ impl Cause {
         Cause::Balloon,
         Cause::Track,
         Cause::Watch,
+        Cause::Import,
+        Cause::Revoke,
     ];
 
     /// What it takes.
@@ -96,6 +103,8 @@ impl Cause {
             Cause::Balloon => "balloon",
             Cause::Track => "track",
             Cause::Watch => "watch",
+            Cause::Import => "import",
+            Cause::Revoke => "revoke",
         }
     }
 }
@@ -125,12 +134,20 @@ pub struct Record {
     pub freed: u32,
     /// vCPUs kicked.
     pub kicked: u32,
+    /// Importers told.
+    pub told: u32,
+    /// Those of them that did not answer in their time.
+    pub late: u32,
+    /// The importer that answered last, if any was told.
+    pub slowest: Option<ImporterId>,
     /// To close the gates.
     pub gate: u64,
     /// To take every spte away.
     pub unmap: u64,
     /// Until every vCPU had flushed.
     pub shootdown: u64,
+    /// From then until every importer had answered, or was late.
+    pub external: u64,
     /// To settle the pages: writing them out among it.
     pub finish: u64,
     /// From first to last.
@@ -151,9 +168,13 @@ impl Record {
             skipped: 0,
             freed: 0,
             kicked: 0,
+            told: 0,
+            late: 0,
+            slowest: None,
             gate: 0,
             unmap: 0,
             shootdown: 0,
+            external: 0,
             finish: 0,
             total: 0,
         }
@@ -171,6 +192,16 @@ pub struct Totals {
     pub skipped: u64,
     /// Kicks.
     pub kicked: u64,
+    /// Importers told.
+    pub told: u64,
+    /// Those of them that did not answer in their time.
+    pub late: u64,
+    /// Nanoseconds that importers were waited for, beyond the vCPUs.
+    pub external: u64,
+    /// The longest of these, and whom it was for.
+    pub external_max: u64,
+    /// See there.
+    pub slowest: Option<ImporterId>,
     /// Nanoseconds, all together.
     pub nanos: u64,
     /// The longest.
@@ -204,6 +235,12 @@ impl Records {
         totals.pages += u64::from(record.pages);
         totals.skipped += u64::from(record.skipped);
         totals.kicked += u64::from(record.kicked);
+        totals.told += u64::from(record.told);
+        totals.late += u64::from(record.late);
+        totals.external += record.external;
+        if record.told > 0 && record.external >= totals.external_max {
+            (totals.external_max, totals.slowest) = (record.external, record.slowest);
+        }
         totals.nanos += record.total;
         totals.nanos_max = totals.nanos_max.max(record.total);
         if kept.last.len() == RECORDS_MAX {

@@ -186,6 +186,9 @@ impl Mmu {
         if self.p2m.lookup(key.gfn) != PageState::Resident(mfn) {
             return Err(Mapped::Need(key.gfn));
         }
+        if self.is_foreign(mfn) {
+            return Err(Mapped::Need(key.gfn));
+        }
         let upper = key.role.shape == Shape::Directory;
         let wide = if key.role.mode.pae { WIDE } else { 0 };
         if !upper && self.frames.flags(mfn) & UNSYNC != 0 {
