@@ -52,7 +52,7 @@ use crate::addr::{Gfn, Mfn};
 use crate::bucket::Sequence;
 use crate::discard::ROUNDS_MAX;
 use crate::frames::{DIRTY, Draw, EXTERNAL, FOREIGN, SHADOWED, UNSYNC, UPPER, WATCHED};
-use crate::invalidation::{Caller, Closed, Held, May, Settled, Unmapped};
+use crate::invalidation::{BATCH_MAX, Caller, Closed, Held, May, Settled, Unmapped};
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::pool;
@@ -157,6 +157,19 @@ pub enum NotImported {
     /// It cannot be brought in.
     #[error(transparent)]
     Short(#[from] Shortage),
+}
+
+/// Where a page is at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageReport {
+    /// 0 zeros, 1 in a frame, 2 in swap, 3 given up by the guest, 4 no memory, 5 on its way.
+    pub kind: u8,
+    /// It may have been written to since its contents were last known.
+    pub dirty: bool,
+    /// It is at home.
+    pub home: bool,
+    /// Somebody has it.
+    pub imported: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -318,7 +331,9 @@ impl Mmu {
     pub fn close_segment(&self, id: SegmentId) -> Result<(), Shortage> {
         pool::assert_none_held();
         let Some(segment) = self.shut(id) else { return Ok(()) };
-        for gfn in (segment.first.0..segment.first.0 + segment.pages).map(Gfn) {
+        let pages: Vec<Gfn> = (segment.first.0..segment.first.0 + segment.pages).map(Gfn).collect();
+        pages.chunks(BATCH_MAX).for_each(|batch| self.revoke(batch));
+        for gfn in pages {
             let Some(home) = self.exports.home(gfn) else { continue };
             // By the frame: a page that somebody else takes away is gone before its home is.
             while self.frames.gfn(home).is_some() {
@@ -331,6 +346,20 @@ impl Mmu {
             }
         }
         Ok(())
+    }
+
+    /// Takes these pages from importers, all of them at once: who is late is waited for once.
+    fn revoke(&self, pages: &[Gfn]) {
+        let imported: Vec<Gfn> =
+            pages.iter().copied().filter(|gfn| self.is_flagged(*gfn, EXTERNAL)).collect();
+        if imported.is_empty() {
+            return;
+        }
+        let closed = self.begin(Cause::Revoke, &imported, &mut Caller::new(None, May::Sleep));
+        // Nothing is settled: they stay where they are, and nobody outside has them.
+        if let Ok(settling) = closed.and_then(Closed::unmap).and_then(Unmapped::shoot_down) {
+            settling.end();
+        }
     }
 
     /// Closes a segment to importers, and waits for those that are at it.
@@ -481,6 +510,25 @@ impl Mmu {
     pub fn importers_of(&self, gfn: Gfn) -> Vec<ImporterId> {
         let holders = self.exports.holders.lock();
         holders.get(&gfn).into_iter().flatten().map(|holder| holder.importer).collect()
+    }
+
+    /// Where a page is, as whoever may import it is told.
+    pub fn page_report(&self, gfn: Gfn) -> PageReport {
+        let (kind, mfn) = match self.p2m.lookup(gfn) {
+            PageState::Zero => (0, None),
+            PageState::Resident(mfn) => (1, Some(mfn)),
+            PageState::Swapped(_) => (2, None),
+            PageState::Ballooned => (3, None),
+            PageState::Device => (4, None),
+            PageState::Moving => (5, None),
+        };
+        let flags = mfn.map_or(0, |mfn| self.frames.flags(mfn));
+        PageReport {
+            kind,
+            dirty: flags & DIRTY != 0,
+            home: mfn.is_some_and(|mfn| self.frames.is_home(mfn)),
+            imported: flags & EXTERNAL != 0,
+        }
     }
 
     /// Pages with an importer, for the audit.

@@ -8,6 +8,7 @@ use umbra_mmu::{Rule, Rules, TlbKind};
 
 use crate::board;
 use crate::boot::notes::Notes;
+use crate::import::ImportArgs;
 use crate::pressure::PressureArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
@@ -66,6 +67,14 @@ pub enum Command {
     ///   umbra pressure --qmp /tmp/umbra.sock discard 0x1000000 1M --atomic --every 100ms --for 2s
     #[command(verbatim_doc_comment)]
     Pressure(PressureArgs),
+    /// Have pages of a running guest's memory in this process, and give them up when the guest wants them back.
+    ///
+    /// The guest must have been started with --export SOCKET. Examples:
+    ///
+    ///   umbra import --export /tmp/umbra.export --make 16M..20M --verify
+    ///   umbra import --export /tmp/umbra.export --segment 1 --hold 10s --ack-delay 1ms
+    #[command(verbatim_doc_comment)]
+    Import(ImportArgs),
 }
 
 /// Which backend runs the guest.
@@ -131,6 +140,17 @@ pub enum Shootdown {
     Kick,
     /// The host takes its mapping of the frame away, where frames are few and a vCPU has no software TLB.
     Notifier,
+}
+
+/// What becomes of an importer that did not give pages up in time. They are gone from it in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExportPolicy {
+    /// It may go on.
+    Keep,
+    /// Its connection ends.
+    Drop,
+    /// It is killed.
+    Kill,
 }
 
 /// What VMM code that touches guest memory has of it.
@@ -215,6 +235,16 @@ pub struct RunArgs {
     /// query-commands lists them, and the manual explains them.
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,
+    /// Listen on a Unix socket for importers: processes of this user that may have pages of the guest's memory in their own address
+    /// space (umbra import is one; the manual has the protocol).
+    #[arg(long, value_name = "SOCKET")]
+    pub export: Option<PathBuf>,
+    /// How long an importer may take to give pages up. They are taken from it then, whatever it does.
+    #[arg(long, value_name = "DURATION", default_value = "100ms", requires = "export", value_parser = parse_deadline)]
+    pub export_deadline: Duration,
+    /// What becomes of an importer that took longer.
+    #[arg(long, value_enum, default_value = "drop", requires = "export")]
+    pub export_policy: ExportPolicy,
     /// The guest's name, for those who ask by QMP.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -246,6 +276,16 @@ fn parse_swap(text: &str) -> Result<Swap, String> {
         }
         Err(_) if text.is_empty() => Err("name a file, or a size".into()),
         Err(_) => Ok(Swap::File(text.into())),
+    }
+}
+
+/// At most a minute: whoever takes pages away waits so long.
+fn parse_deadline(text: &str) -> Result<Duration, String> {
+    const MOST: Duration = Duration::from_secs(60);
+    match parse_duration(text).map_err(|error| error.to_string())? {
+        Duration::ZERO => Err("give importers some time, such as 10ms".into()),
+        deadline if deadline > MOST => Err("give importers a minute at most".into()),
+        deadline => Ok(deadline),
     }
 }
 

@@ -7,7 +7,11 @@ pub mod board;
 pub mod boot;
 pub mod cli;
 pub mod cpu;
+#[forbid(unsafe_code)]
+pub mod export;
 pub mod host_fpu;
+#[forbid(unsafe_code)]
+pub mod import;
 #[forbid(unsafe_code)]
 pub mod interp;
 pub mod kvm;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use umbra::cli::{Cli, Command, DoctorArgs, ExplainArgs, RunArgs};
+use umbra::import::{self, ImportArgs};
 use umbra::pressure::{self, End, PressureArgs};
 use umbra::status::Status;
 use umbra::{plot, probe, vm};
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor(&args),
         Command::Explain(args) => explain(&args),
         Command::Pressure(args) => press(&args),
+        Command::Import(args) => import(&args),
     };
     ExitCode::from(code)
 }
@@ -122,6 +124,19 @@ fn press(args: &PressureArgs) -> u8 {
         sink.write_image(&image)
     });
     drawn.err().map_or(report.status().code(), |error| refuse(&error))
+}
+
+fn import(args: &ImportArgs) -> u8 {
+    match import::command::run_on_stdout(args) {
+        Ok(report) => {
+            for page in report.wrong.iter().take(8) {
+                say!("guest frame {page:#x} is not what the guest's VMM reads there");
+            }
+            say!("{report}");
+            if report.wrong.is_empty() { Status::Pass.code() } else { Status::Witness.code() }
+        }
+        Err(error) => refuse(&error),
+    }
 }
 
 /// Says why, with those causes that the message does not name itself.

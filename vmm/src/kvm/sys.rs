@@ -39,7 +39,7 @@ impl MachineVm {
     /// What KVM says.
     pub fn new(vm: VmFd, pool: Arc<Pool>) -> io::Result<MachineVm> {
         let machine = MachineVm { vm, pool };
-        machine.set_slot(0, 0, machine.pool.bytes())?;
+        machine.set_slot(0, 0, 0, machine.pool.bytes())?;
         Ok(machine)
     }
 
@@ -53,21 +53,23 @@ impl MachineVm {
         &self.pool
     }
 
-    /// Makes the first `length` bytes of the pool also slot `slot` at machine address `address`; length 0 deletes
-    /// the slot.
+    /// Makes `length` bytes of the pool and its homes, from byte `from` on, slot `slot` at machine address `address`; length 0
+    /// deletes the slot.
     ///
     /// # Errors
     /// What KVM says.
-    pub fn set_slot(&self, slot: u32, address: u64, length: u64) -> io::Result<()> {
-        assert!(length <= self.pool.bytes(), "a slot is part of the pool");
+    pub fn set_slot(&self, slot: u32, address: u64, from: u64, length: u64) -> io::Result<()> {
+        let all = self.pool.bytes_with_homes();
+        assert!(from <= all && length <= all - from, "a slot is part of the pool");
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: address,
             memory_size: length,
-            userspace_addr: self.pool.host_address(),
+            userspace_addr: self.pool.host_address() + from,
         };
-        // SAFETY: the range is mapped readable and writable (checked against the pool's size above). It is given
+        // SAFETY: the range is mapped (checked against the sizes above), readable and writable but for homes that show nothing,
+        // which KVM finds as it finds any hole. It is given
         // to volatile and atomic accesses alone, so that a guest which writes it changes no Rust value behind its
         // back. It stays mapped while a vCPU can run: `self` holds the pool, and each vCPU holds `self`.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)

@@ -133,9 +133,22 @@ impl KvmVm {
         const ALIGN: u64 = 1 << 30;
         let refused = |source| KvmError::Call { what: "KVM_SET_USER_MEMORY_REGION", source };
         let _one_at_a_time = self.flush_slot.lock().unwrap_or_else(PoisonError::into_inner);
-        let beyond = self.pool().bytes().next_multiple_of(ALIGN);
-        self.machine.set_slot(FLUSH_SLOT, beyond, umbra_mmu::PAGE_SIZE).map_err(refused)?;
-        self.machine.set_slot(FLUSH_SLOT, beyond, 0).map_err(refused)
+        let beyond = self.pool().bytes_with_homes().next_multiple_of(ALIGN);
+        self.machine.set_slot(FLUSH_SLOT, beyond, 0, umbra_mmu::PAGE_SIZE).map_err(refused)?;
+        self.machine.set_slot(FLUSH_SLOT, beyond, 0, 0).map_err(refused)
+    }
+
+    /// Gives the homes from `first` on a memory slot of their own, number `index` of such; 0 `pages` take it away. In between no
+    /// page is in them.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_homes_slot(&self, index: u32, first: Mfn, pages: u32) -> Result<(), KvmError> {
+        let at = first.at(0).0;
+        let length = u64::from(pages) * umbra_mmu::PAGE_SIZE;
+        self.machine
+            .set_slot(FLUSH_SLOT + 1 + index, at, at, length)
+            .map_err(|source| KvmError::Call { what: "KVM_SET_USER_MEMORY_REGION", source })
     }
 
     fn set_entry_msrs(&self, fd: &VcpuFd) -> Result<(), KvmError> {

@@ -8,11 +8,12 @@
 //!
 //! Limits: [`SLOTS`] windows open at once. A window costs two system calls.
 
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use umbra_mmu::{Machine, Mfn, PAGE_SIZE, Views};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -32,7 +33,7 @@ const PAGE: usize = PAGE_SIZE as usize;
 /// What the host says.
 pub fn memory_file(name: &CStr, bytes: u64) -> io::Result<File> {
     // SAFETY: the name is a C string; the call touches no memory of ours but that.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -48,6 +49,8 @@ pub struct MappedViews {
     file: Arc<File>,
     tables: Arc<MmapRegion>,
     slots: Arc<MmapRegion>,
+    /// The files behind the pool: by first frame, how many frames and which.
+    homes: RwLock<BTreeMap<u32, (u32, Arc<File>)>>,
     free: Mutex<Vec<u32>>,
 }
 
@@ -75,6 +78,7 @@ impl MappedViews {
             file: Arc::clone(file),
             tables: Arc::new(whole.build().map_err(refused)?),
             slots: Arc::new(slots.build().map_err(refused)?),
+            homes: RwLock::default(),
             free: Mutex::new((0..SLOTS).rev().collect()),
         };
         if firmware > 0 {
@@ -86,6 +90,25 @@ impl MappedViews {
     /// All of the pool, closed but for firmware and tables.
     pub fn own(&self) -> Arc<MmapRegion> {
         Arc::clone(&self.tables)
+    }
+
+    /// The frames from `first` on are of `file` from now on, or nobody's.
+    pub fn set_homes(&self, first: Mfn, pages: u32, file: Option<&Arc<File>>) {
+        let mut homes = self.homes.write().unwrap_or_else(PoisonError::into_inner);
+        match file {
+            Some(file) => homes.insert(first.0, (pages, Arc::clone(file))),
+            None => homes.remove(&first.0),
+        };
+    }
+
+    /// The file that has a frame, and where.
+    fn place(&self, frame: Mfn) -> Option<(Arc<File>, u64)> {
+        if frame.0 < (self.tables.size() / PAGE) as u32 {
+            return Some((Arc::clone(&self.file), frame.at(0).0));
+        }
+        let homes = self.homes.read().unwrap_or_else(PoisonError::into_inner);
+        let (first, (pages, file)) = homes.range(..=frame.0).next_back()?;
+        (frame.0 - first < *pages).then(|| (Arc::clone(file), Mfn(frame.0 - first).at(0).0))
     }
 
     fn free(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
@@ -110,13 +133,15 @@ impl Views for MappedViews {
         let Some(slot) = self.free().pop() else { panic!("INV-VIEW-2: all {SLOTS} window slots are open") };
         let slot = Mfn(slot);
         let at = page(&self.slots, slot, 1);
-        assert!(frame.0 < (self.tables.size() / PAGE) as u32, "INV-FRAME-1: {frame} is not of the pool");
+        let Some((file, offset)) = self.place(frame) else {
+            panic!("INV-FRAME-1: {frame} is neither of the pool nor a home")
+        };
         let (protection, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE);
-        let offset = frame.at(0).0 as libc::off_t;
         // SAFETY: the page lies within a mapping of ours that holds nothing but slots, and this slot, just taken off the
-        // free list, is no window's: no pointer into it is in use. The file has the frame, asserted above.
-        let mapped = unsafe { libc::mmap(at, PAGE, protection, flags, self.file.as_raw_fd(), offset) };
+        // free list, is no window's: no pointer into it is in use. The file has the frame, as was looked up above.
+        let mapped =
+            unsafe { libc::mmap(at, PAGE, protection, flags, file.as_raw_fd(), offset as libc::off_t) };
         assert!(mapped == at, "INV-VIEW-2: {frame} cannot be shown: {}", io::Error::last_os_error());
         slot
     }
@@ -158,7 +183,7 @@ mod tests {
     const TABLES: u64 = 200;
 
     fn world() -> (Pool, Mmu) {
-        let pool = Pool::mapped(1024, FIRMWARE, TABLES).expect("a pool");
+        let pool = Pool::mapped(1024, 0, FIRMWARE, TABLES).expect("a pool");
         let config = Config {
             low_pages: 16,
             reserved_frames: FIRMWARE as u32,
@@ -201,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_host_that_allows_too_few_mappings_is_an_error_that_says_so() {
-        let error = Pool::mapped(16, 1, 1 << 40).expect_err("too many").to_string();
+        let error = Pool::mapped(16, 0, 1, 1 << 40).expect_err("too many").to_string();
         assert!(error.contains("--shadow-pages") && error.contains("max_map_count"), "{error}");
     }
 

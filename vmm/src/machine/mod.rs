@@ -13,6 +13,8 @@
 #[allow(unsafe_code)]
 mod advise;
 #[allow(unsafe_code)]
+pub mod homes;
+#[allow(unsafe_code)]
 mod mapped;
 
 use std::fs::File;
@@ -25,6 +27,7 @@ use umbra_mmu::{Mfn, Mpa, PAGE_SIZE};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
+use homes::Shows;
 use mapped::MappedViews;
 pub use mapped::memory_file;
 
@@ -72,6 +75,16 @@ pub enum PoolError {
         /// Frames in the pool.
         frames: u64,
     },
+    /// The host does not map the memory of a segment.
+    #[error("mapping {pages} homes of exported pages from machine frame {first} on failed: {source}")]
+    Homes {
+        /// The first.
+        first: Mfn,
+        /// How many.
+        pages: u32,
+        /// What the host said.
+        source: io::Error,
+    },
     /// The host refuses to drop its translations of a frame, or to take frames back.
     #[error("madvise on machine frame {frame} failed: {source}")]
     Advise {
@@ -87,7 +100,9 @@ pub enum PoolError {
 pub struct Pool {
     /// What it is a mapping of, in memory.
     file: Arc<File>,
+    /// It, and behind it the homes of exported pages, each of them nothing until its segment is there.
     region: Arc<MmapRegion>,
+    frames: u64,
     /// What VMM code reaches firmware through: the same, where windows are pinned.
     own: Arc<MmapRegion>,
     views: Option<Arc<MappedViews>>,
@@ -99,8 +114,16 @@ impl Pool {
     /// # Errors
     /// When the host does not map it; 0 frames are an error too.
     pub fn new(frames: u64) -> Result<Pool, PoolError> {
-        let (file, region) = map(frames)?;
-        Ok(Pool { file, own: Arc::clone(&region), region, views: None })
+        Pool::with_homes(frames, 0)
+    }
+
+    /// The same, with room for so many homes behind it.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn with_homes(frames: u64, homes: u64) -> Result<Pool, PoolError> {
+        let (file, region) = map(frames, homes)?;
+        Ok(Pool { file, own: Arc::clone(&region), region, frames, views: None })
     }
 
     /// The same, for mapped windows: VMM code can touch the first `firmware` frames, and no other but by a window or, up to
@@ -108,10 +131,28 @@ impl Pool {
     ///
     /// # Errors
     /// When the host does not map it, or has not as many mappings.
-    pub fn mapped(frames: u64, firmware: u64, tables: u64) -> Result<Pool, PoolError> {
-        let (file, region) = map(frames)?;
+    pub fn mapped(frames: u64, homes: u64, firmware: u64, tables: u64) -> Result<Pool, PoolError> {
+        let (file, region) = map(frames, homes)?;
         let views = Arc::new(MappedViews::new(&file, frames, firmware, tables)?);
-        Ok(Pool { file, region, own: views.own(), views: Some(views) })
+        Ok(Pool { file, region, own: views.own(), frames, views: Some(views) })
+    }
+
+    /// Has the homes from `first` on show `file`, of `pages` pages, or nothing any more. Nothing is in them.
+    ///
+    /// # Errors
+    /// When they are no homes, or the host refuses.
+    pub fn show_homes(&self, first: Mfn, pages: u32, file: Option<&Arc<File>>) -> Result<(), PoolError> {
+        let refused = |source| PoolError::Homes { first, pages, source };
+        if u64::from(first.0) < self.frames {
+            return Err(refused(io::ErrorKind::InvalidInput.into()));
+        }
+        let (offset, length) = (first.at(0).0 as usize, pages as usize * PAGE_SIZE as usize);
+        let shows = file.map_or(Shows::Nothing, |file| Shows::Write(file, 0));
+        homes::show(&self.region, offset, length, shows).map_err(refused)?;
+        if let Some(views) = &self.views {
+            views.set_homes(first, pages, file);
+        }
+        Ok(())
     }
 
     /// Bytes of it that the host has memory for, or swap, as the host counts them.
@@ -135,15 +176,20 @@ impl Pool {
 
     /// Frames in the pool.
     pub fn frames(&self) -> u64 {
-        self.bytes() / PAGE_SIZE
+        self.frames
     }
 
     /// Bytes in the pool.
     pub fn bytes(&self) -> u64 {
+        self.frames * PAGE_SIZE
+    }
+
+    /// Bytes of the pool and of the homes behind it.
+    pub fn bytes_with_homes(&self) -> u64 {
         self.region.size() as u64
     }
 
-    /// The whole pool as VMM code may touch it; its offsets are machine addresses.
+    /// The whole pool, homes too where windows are pinned, as VMM code may touch it; its offsets are machine addresses.
     pub fn slice(&self) -> VolatileSlice<'_> {
         self.own.as_volatile_slice()
     }
@@ -224,11 +270,19 @@ impl Pool {
     }
 }
 
-/// A file in memory of `frames` frames, and a mapping of it.
-fn map(frames: u64) -> Result<(Arc<File>, Arc<MmapRegion>), PoolError> {
+/// A file in memory of `frames` frames, and a mapping of it, with room for homes behind.
+fn map(frames: u64, homes: u64) -> Result<(Arc<File>, Arc<MmapRegion>), PoolError> {
     let bytes = frames.saturating_mul(PAGE_SIZE);
     let file = memory_file(c"umbra-pool", bytes).map_err(|source| PoolError::File { frames, source })?;
     let file = Arc::new(file);
+    if homes > 0 && frames > 0 {
+        let all =
+            usize::try_from(bytes.saturating_add(homes.saturating_mul(PAGE_SIZE))).unwrap_or(usize::MAX);
+        let region = homes::reserve(all).map_err(|source| PoolError::Map { frames, source })?;
+        let shown = homes::show(&region, 0, bytes as usize, Shows::Write(&file, 0));
+        shown.map_err(|source| PoolError::File { frames, source })?;
+        return Ok((file, Arc::new(region)));
+    }
     let region = MmapRegionBuilder::new(usize::try_from(bytes).unwrap_or(usize::MAX))
         .with_file_offset(FileOffset::from_arc(Arc::clone(&file), 0))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)

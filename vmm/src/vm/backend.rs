@@ -164,6 +164,14 @@ impl Runner {
         }
     }
 
+    /// The VM, where vCPUs are KVM's.
+    pub fn vm(&self) -> Option<Arc<KvmVm>> {
+        match self {
+            Runner::Kvm { vm, .. } => Some(Arc::clone(vm)),
+            Runner::Soft(_) => None,
+        }
+    }
+
     /// How the host takes frames away from the vCPUs; `None` where it does not know of all their translations.
     pub fn notifier(&self) -> Option<Notifier> {
         match self {

@@ -61,7 +61,8 @@ use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
 use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
-pub use ending::End;
+pub use ending::{End, Ending};
+pub use events::add;
 pub use live::Screen;
 pub use serial::process_start;
 pub use series::{Rates, SAMPLES_MAX, Sample, Series};
@@ -74,6 +75,7 @@ use crate::boot::notes::Notes;
 use crate::boot::{BootRequest, GuestMemorySink, Image, ImageError, MemoryError, Module};
 use crate::cli::{RunArgs, Swap, Window};
 use crate::cpu::CpuState;
+use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
 use crate::kvm::{HostError, KvmError};
 use crate::machine::{Pool, PoolError};
 use crate::probe::ProbeError;
@@ -84,7 +86,6 @@ use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
 use control::{ANSWER_WAIT, Attempts, ControlSocket, Controls, News};
 use devices::Devices;
-use ending::Ending;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
 use live::LiveLine;
@@ -175,6 +176,14 @@ pub enum RunError {
     /// The board could not be made.
     #[error(transparent)]
     Board(#[from] BoardError),
+    /// The export socket could not be made.
+    #[error("--export: listening on {path}: {source}; choose another path, or remove what is there")]
+    Export {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The control socket could not be made.
     #[error("--qmp: listening on {path}: {source}; choose another path, or remove what is there")]
     Control {
@@ -221,6 +230,7 @@ struct Guest {
     why: Option<String>,
     overcommit: Overcommit,
     virtio: VirtioDevices,
+    exporter: Option<Exporter>,
     /// Where its output and `--status` meet.
     screen: Screen,
 }
@@ -257,8 +267,13 @@ impl Guest {
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
-        let mmu = build_mmu(config, &runner, &pool)?.with_rules(args.omit.unwrap_or_default());
+        let hub = args.export.is_some().then(|| Hub::new(args.export_deadline, args.export_policy));
+        let mmu = build_mmu(config, &runner, &pool, hub.as_ref())?.with_rules(args.omit.unwrap_or_default());
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
+        let exporter = hub.map(|hub| {
+            let segments = Segments::new(Arc::clone(&mmu), Arc::clone(&pool), runner.vm());
+            Exporter { mmu: Arc::clone(&mmu), segments: Arc::new(segments), hub }
+        });
         let shootdown = runner.choose_shootdown(args.shootdown, mmu.coherence());
         memory::extent(&memory).1.map(Gfn).for_each(|gfn| {
             mmu.make_device(gfn);
@@ -286,6 +301,7 @@ impl Guest {
             why,
             overcommit,
             virtio,
+            exporter,
             screen,
         })
     }
@@ -361,6 +377,11 @@ impl Guest {
             let socket = socket.map_err(|source| RunError::Control { path: path.clone(), source })?;
             subscribers.push(Box::new(socket));
         }
+        if let (Some(path), Some(exporter)) = (&args.export, &self.exporter) {
+            let socket = ExportSocket::bind(path, exporter.clone(), around.ending.clone());
+            let socket = socket.map_err(|source| RunError::Export { path: path.clone(), source })?;
+            subscribers.push(Box::new(socket));
+        }
         if let Some(schedule) = &self.overcommit.schedule {
             let timer = BudgetTimer::new(Arc::clone(&self.mmu), schedule).map_err(RunError::Setup)?;
             subscribers.push(Box::new(timer));
@@ -431,6 +452,7 @@ fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Con
         roots_max: overcommit.roots_max,
         firmware_entry: 0,
         vcpus: args.vcpus,
+        homes: args.export.is_some(),
     }
 }
 
@@ -438,9 +460,10 @@ fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Con
 fn build_pool(args: &RunArgs, plan: &Plan, config: &Config) -> Result<Pool, RunError> {
     let (firmware, tables) = (plan.firmware_frames(args.vcpus)?, u64::from(config.table_frames_max()));
     let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
+    let homes = if config.homes { u64::from(config.guest_pages) } else { 0 };
     Ok(match args.window {
-        Window::Pinned => Pool::new(frames)?,
-        Window::Mapped => Pool::mapped(frames, firmware, tables)?,
+        Window::Pinned => Pool::with_homes(frames, homes)?,
+        Window::Mapped => Pool::mapped(frames, homes, firmware, tables)?,
     })
 }
 
@@ -467,7 +490,12 @@ fn build_devices(
 }
 
 /// The MMU over the pool, of which the runner's firmware has its part.
-fn build_mmu(config: Config, runner: &Runner, pool: &Arc<Pool>) -> Result<Mmu, RunError> {
+fn build_mmu(
+    config: Config,
+    runner: &Runner,
+    pool: &Arc<Pool>,
+    hub: Option<&Arc<Hub>>,
+) -> Result<Mmu, RunError> {
     let config = Config {
         reserved_frames: runner.reserved_frames(),
         firmware_entry: runner.firmware_entry(),
@@ -477,6 +505,10 @@ fn build_mmu(config: Config, runner: &Runner, pool: &Arc<Pool>) -> Result<Mmu, R
     let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(kicks))
         .with_clock(Box::new(HostClock))
         .with_host(Box::new(PoolHost(Arc::clone(pool))));
+    let mmu = match hub {
+        Some(hub) => mmu.with_external(Box::new(ByHub(Arc::clone(hub)))),
+        None => mmu,
+    };
     Ok(match pool.views() {
         Some(views) => mmu.with_views(views),
         None => mmu,
