@@ -11,6 +11,8 @@ mod support;
 mod bars;
 #[path = "e2e/cli.rs"]
 mod cli;
+#[path = "e2e/export.rs"]
+mod export;
 #[path = "e2e/images.rs"]
 mod images;
 #[path = "e2e/memory.rs"]
@@ -57,6 +59,7 @@ fn test() -> ExitCode {
     let files = [
         bars::cases(),
         cli::cases(),
+        export::cases(),
         images::cases(),
         memory::cases(),
         omissions::cases(),

@@ -36,13 +36,13 @@ pub fn cases() -> Vec<Trial> {
 }
 
 /// A guest that runs beside the test.
-struct Running {
+pub(super) struct Running {
     folder: TempDir,
     run: thread::JoinHandle<Result<Outcome, Failed>>,
 }
 
 impl Running {
-    fn start(way: Way, options: &[&str]) -> Result<Running, Failed> {
+    pub(super) fn start(way: Way, options: &[&str]) -> Result<Running, Failed> {
         let folder = tempfile::tempdir()?;
         let socket = folder.path().join("s").to_str().ok_or("a name that is not UTF-8")?.to_owned();
         let mut args = vec!["run".to_owned(), "--qmp".into(), socket, "--timeout".into(), "60s".into()];
@@ -50,7 +50,7 @@ impl Running {
         Ok(Running { folder, run: thread::spawn(move || umbra(args)) })
     }
 
-    fn client(&self) -> Result<Client, Failed> {
+    pub(super) fn client(&self) -> Result<Client, Failed> {
         let path = self.folder.path().join("s");
         let begun = Instant::now();
         let stream = loop {
@@ -70,30 +70,30 @@ impl Running {
         Ok(client)
     }
 
-    fn end(self) -> Result<Outcome, Failed> {
+    pub(super) fn end(self) -> Result<Outcome, Failed> {
         self.run.join().map_err(|_| "the runner has panicked")?
     }
 }
 
-struct Client {
+pub(super) struct Client {
     stream: UnixStream,
     input: BufReader<UnixStream>,
 }
 
 impl Client {
-    fn receive(&mut self) -> Result<Value, Failed> {
+    pub(super) fn receive(&mut self) -> Result<Value, Failed> {
         let mut line = String::new();
         self.input.read_line(&mut line)?;
         Ok(serde_json::from_str(&line).map_err(|error| format!("'{line}': {error}"))?)
     }
 
-    fn send(&mut self, command: &str, arguments: Value) -> Verdict {
+    pub(super) fn send(&mut self, command: &str, arguments: Value) -> Verdict {
         let command = json!({"execute": command, "arguments": arguments});
         Ok(self.stream.write_all(command.to_string().as_bytes())?)
     }
 
     /// What a command returns that no event comes before.
-    fn call(&mut self, command: &str, arguments: Value) -> Result<Value, Failed> {
+    pub(super) fn call(&mut self, command: &str, arguments: Value) -> Result<Value, Failed> {
         self.send(command, arguments)?;
         let mut answer = self.receive()?;
         ensure!(answer.get("return").is_some(), "{command}: {answer}");
@@ -111,7 +111,7 @@ impl Client {
     }
 
     /// A command, and the event that comes before its answer.
-    fn told(&mut self, command: &str, event: &str) -> Verdict {
+    pub(super) fn told(&mut self, command: &str, event: &str) -> Verdict {
         self.send(command, json!({}))?;
         self.event(event)?;
         let answer = self.receive()?;

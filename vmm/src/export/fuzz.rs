@@ -1,1 +1,174 @@
-//! The exporter for fuzzers: a guest's memory, an importer that sends any bytes, and no socket in between.
+//! The exporter for fuzzers: importers that send any bytes, over a guest without a vCPU, with the sockets' far ends read by nobody but
+//! the check, and no event loop and no threads.
+//!
+//! Holds: it panics exactly if the exporter breaks its word.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use umbra_mmu::external::ImporterId;
+use umbra_mmu::frames::Host;
+use umbra_mmu::swap::MemorySwap;
+use umbra_mmu::{Config, Gfn, Machine, Mfn, Mmu, NoVcpus};
+
+use super::ByHub;
+use super::hub::Hub;
+use super::protocol::{MESSAGE_MAX, Reply, Request};
+use super::segments::Segments;
+use super::session::Session;
+use crate::cli::ExportPolicy;
+use crate::machine::Pool;
+
+/// Pages of the guest.
+pub const PAGES: u32 = 64;
+/// Frames of its machine.
+const FRAMES: u64 = 256;
+
+struct Peer {
+    importer: ImporterId,
+    session: Session,
+    far: OwnedFd,
+}
+
+/// Importers, and the guest whose memory they want.
+pub struct Exchange {
+    mmu: Arc<Mmu>,
+    segments: Arc<Segments>,
+    hub: Arc<Hub>,
+    peers: Vec<Peer>,
+}
+
+/// The host behind the pool.
+#[derive(Debug)]
+struct PoolHost(Arc<Pool>);
+
+impl Host for PoolHost {
+    fn give_back(&self, frames: &[Mfn]) -> io::Result<()> {
+        frames.iter().try_for_each(|mfn| self.0.give_back(*mfn, 1).map_err(io::Error::other))
+    }
+}
+
+impl Exchange {
+    /// One with so many importers, who are welcome already.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no memory or no descriptors.
+    pub fn new(importers: usize) -> io::Result<Exchange> {
+        let pool = Arc::new(Pool::with_homes(FRAMES, PAGES.into()).map_err(io::Error::other)?);
+        let hub = Hub::new(Duration::from_nanos(1), ExportPolicy::Keep);
+        let config = Config {
+            low_pages: 4,
+            shadow_pages_max: 64,
+            roots_max: 4,
+            homes: true,
+            ..Config::of_pages(PAGES)
+        };
+        let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(NoVcpus))
+            .with_swap(Box::new(MemorySwap::new(PAGES)))
+            .with_external(Box::new(ByHub(Arc::clone(&hub))))
+            .with_host(Box::new(PoolHost(Arc::clone(&pool))));
+        let mmu = Arc::new(mmu);
+        let segments = Arc::new(Segments::new(Arc::clone(&mmu), pool, None));
+        let mut exchange = Exchange { mmu, segments, hub, peers: Vec::new() };
+        for _ in 0..importers {
+            let peer = exchange.peer()?;
+            exchange.peers.push(peer);
+        }
+        Ok(exchange)
+    }
+
+    fn peer(&self) -> io::Result<Peer> {
+        let flags = SocketFlags::CLOEXEC;
+        let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let importer = self.hub.welcome(Arc::new(near), None);
+        let session = Session::new(importer, Arc::clone(&self.mmu), Arc::clone(&self.segments));
+        Ok(Peer { importer, session, far })
+    }
+
+    /// An importer sends a message. What is said to it is checked for being messages; who breaks the protocol is replaced.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no descriptors.
+    pub fn send(&mut self, which: usize, bytes: &[u8]) -> io::Result<()> {
+        let at = which % self.peers.len();
+        let peer = &mut self.peers[at];
+        let stays = match Request::parse(bytes) {
+            Err(why) => {
+                assert!(!why.to_string().is_empty());
+                false
+            }
+            Ok((_, Request::Ack { order })) => self.hub.ack(peer.importer, order).is_ok(),
+            Ok((tag, request)) => {
+                let (reply, _) = peer.session.serve(request);
+                let message = reply.encode(tag);
+                assert_eq!(Reply::parse(&message), Ok((tag, reply)));
+                self.hub.send(peer.importer, &message)
+            }
+        };
+        self.listen(at);
+        if !stays {
+            self.hub.part(self.peers[at].importer);
+            self.peers[at] = self.peer()?;
+        }
+        Ok(())
+    }
+
+    /// An importer hears what there is.
+    fn listen(&self, at: usize) {
+        let mut buffer = [0; MESSAGE_MAX + 1];
+        while let Ok((read @ 1.., _)) =
+            rustix::net::recv(&self.peers[at].far, &mut buffer, RecvFlags::DONTWAIT)
+        {
+            let said = Reply::parse(&buffer[..read]);
+            assert!(said.is_ok(), "an importer was told {said:?}");
+        }
+    }
+
+    /// A page is taken away.
+    pub fn page_out(&self, page: u32) {
+        let done = self.mmu.page_out(None, &[Gfn(page % PAGES)]);
+        assert!(done.is_ok(), "swap in memory failed: {done:?}");
+        (0..self.peers.len()).for_each(|at| self.listen(at));
+    }
+
+    /// Everybody goes: nothing must be left of them.
+    pub fn end(mut self) {
+        let findings = self.mmu.audit();
+        assert!(findings.is_empty(), "{findings:?}");
+        self.hub.close();
+        self.peers.clear();
+        let (pages, segments) = (self.mmu.imported_pages(), self.segments.count());
+        assert_eq!((pages, segments, self.hub.importers()), (0, 0, 0), "something is left");
+        let findings = self.mmu.audit();
+        assert!(findings.is_empty(), "{findings:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exchange_serves_cuts_and_leaves_nothing() {
+        let mut exchange = Exchange::new(2).expect("a guest");
+        let mut send =
+            |which, request: Request| exchange.send(which, &request.encode(1)).expect("descriptors");
+        send(0, Request::Make { first: 8, pages: 8, write: true });
+        send(0, Request::Get { segment: 1, write: true });
+        send(1, Request::Get { segment: 1, write: false });
+        for which in 0..2 {
+            send(which, Request::Attach { access: 1, first: 8, pages: 8 });
+            send(which, Request::Fault { attachment: 2, first: 8, pages: 8, write: which == 0 });
+        }
+        assert_eq!(exchange.mmu.imported_pages(), 8);
+        exchange.page_out(9);
+        assert_eq!((exchange.mmu.imported_pages(), exchange.hub.counts().told), (7, 2));
+        exchange.send(1, b"nonsense").expect("descriptors");
+        exchange.end();
+    }
+}

@@ -365,6 +365,3 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
 }
-
-#[cfg(test)]
-mod tests;

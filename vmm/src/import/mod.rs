@@ -285,6 +285,14 @@ impl Drop for Importer {
     }
 }
 
+impl Access {
+    /// The segment's memory, byte 0 being its first guest frame's, to do with what the descriptor allows: pages that were not
+    /// granted read as zeros.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+}
+
 impl Attachment {
     /// Has pages granted and mapped, from `first` on: how many of `pages` were.
     ///

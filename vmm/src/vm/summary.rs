@@ -116,6 +116,16 @@ pub struct Invalidations {
     pub skipped: u64,
     /// vCPUs kicked.
     pub kicked: u64,
+    /// Importers told.
+    pub importers_told: u64,
+    /// Those of them that did not answer in their time.
+    pub importers_late: u64,
+    /// Nanoseconds that importers were waited for, beyond the vCPUs.
+    pub external: u64,
+    /// The longest of these.
+    pub external_max: u64,
+    /// The importer whom that was for.
+    pub importer_slowest: Option<u32>,
     /// Nanoseconds, all together.
     pub nanos: u64,
     /// The longest.
@@ -131,6 +141,11 @@ impl Invalidations {
             pages: t.pages,
             skipped: t.skipped,
             kicked: t.kicked,
+            importers_told: t.told,
+            importers_late: t.late,
+            external: t.external,
+            external_max: t.external_max,
+            importer_slowest: t.slowest.map(|importer| importer.0),
             nanos: t.nanos,
             nanos_max: t.nanos_max,
         }
