@@ -363,7 +363,9 @@ impl Audit<'_> {
             });
             let at_home = mmu.homes_of(gfn) == Some(mfn);
             self.require(mmu.frames.is_home(mfn) == at_home, || format!("INV-EXT-2: {gfn} is in {mfn}"));
-            self.require(flags & FOREIGN == 0 || flags & (SHADOWED | WATCHED) == 0, || {
+            let tracked = if mmu.frames.is_home(mfn) { WATCHED } else { 0 };
+            let tracked = tracked | if flags & FOREIGN != 0 { SHADOWED } else { 0 };
+            self.require(flags & tracked == 0, || {
                 format!("INV-EXT-4: {gfn} is tracked, and importers may write to it")
             });
         });

@@ -31,12 +31,12 @@
 //! [`External::tell`] has it); the importer goes by the greater.
 //!
 //! Importers write behind everybody's back. A page of a writable segment is [`FOREIGN`] at home, and no page that must be seen
-//! written to (a shadowed table, a watched one) stays there: it is moved out first ([`Mmu::bring_in`]). What an importer may write
-//! is dirty from the moment it is handed out.
+//! written to stays there: a table that is to be shadowed is moved out first ([`Mmu::bring_in`]), and one that is to be watched leaves
+//! any home ([`Mmu::watch`]). What an importer may write is dirty from the moment it is handed out.
 //!
 //! Holds: INV-EXT-1, who is entered for a page may have it, and the page is at home; a frame has [`EXTERNAL`] if and only if
 //! somebody is entered for its page. INV-EXT-2, a home never holds another page than its own. INV-EXT-3, a caller that may not
-//! sleep tells nobody. INV-EXT-4, no foreign frame holds a tracked table.
+//! sleep tells nobody. INV-EXT-4, no foreign frame holds a tracked table, and no home a watched one.
 //!
 //! Locks: bucket(gfn), then [`lock_order::EXTERNAL`] or [`lock_order::SEGMENTS`]. Importing may sleep.
 //!
@@ -337,9 +337,8 @@ impl Mmu {
             let Some(home) = self.exports.home(gfn) else { continue };
             // By the frame: a page that somebody else takes away is gone before its home is.
             while self.frames.gfn(home).is_some() {
-                if self.p2m.lookup(gfn) == PageState::Resident(home) {
-                    self.move_out(None, gfn)?;
-                } else {
+                let at_home = self.p2m.lookup(gfn) == PageState::Resident(home);
+                if !(at_home && self.move_out(None, gfn)?) {
                     self.buckets.wait(gfn);
                     thread::yield_now();
                 }

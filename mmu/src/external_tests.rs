@@ -266,9 +266,9 @@ fn what_an_importer_may_write_is_dirty_and_what_it_wrote_is_kept() {
 }
 
 #[test]
-fn a_table_does_not_stay_where_importers_may_write() {
+fn a_watched_table_leaves_its_home_and_stays_away() {
     let house = House::new();
-    let segment = house.segment(true);
+    let segment = house.segment(false);
     house.import(ANNA, segment, PAGE);
     let vcpu = house.mmu.vcpu(0);
     assert_eq!(house.mmu.watch(&vcpu, PAGE), Ok(true));

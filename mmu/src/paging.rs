@@ -113,9 +113,10 @@ impl Mmu {
                 if self.p2m.lookup(gfn) != PageState::Resident(mfn) {
                     continue;
                 }
-                if self.is_foreign(mfn) {
+                // It stays where it is while it is watched, and a home must be left when its segment goes.
+                if self.frames.is_home(mfn) {
                     drop(bucket);
-                    self.bring_in(Some(vcpu.id), gfn)?;
+                    self.move_out(Some(vcpu.id), gfn)?;
                     continue;
                 }
                 self.frames.change_flags(mfn, 0, WATCHED);
