@@ -59,5 +59,7 @@ fn milliseconds(umbra: &Path, vcpus: &str, append: &str) -> f64 {
     assert!(run.status.success(), "{append}, {vcpus} vCPUs: {text}{}", String::from_utf8_lossy(&run.stderr));
     let kilocounts = text.lines().find_map(|line| line.strip_prefix("time: end reclaim tsc1024="));
     // A count of the guest's clock is a nanosecond.
-    kilocounts.and_then(|count| count.parse::<f64>().ok()).expect("the workload says how long it took") * 1024.0 / 1e6
+    kilocounts.and_then(|count| count.parse::<f64>().ok()).expect("the workload says how long it took")
+        * 1024.0
+        / 1e6
 }

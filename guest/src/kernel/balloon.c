@@ -13,8 +13,8 @@
  *
  * Holds: INV-G-BALLOON-1: a frame that the host has been told of is linked by frame.link, or in the hands of who has the mutex;
  * nobody else uses it. A frame of the balloon has one reference.
- * Locks: the kernel's; rings and what their interrupts say, LOCK_DEVICES. A queue belongs to the thread, but the deflate queue, which belongs to who has the mutex: whoever is short of memory uses
- * it too.
+ * Locks: the kernel's; for rings and what their interrupts say LOCK_DEVICES. A queue belongs to the thread, but the deflate queue,
+ * which belongs to who has the mutex: whoever is short of memory uses it too.
  * See: virtio 1.2, 5.5. */
 #include "balloon.h"
 

@@ -28,7 +28,7 @@ void kernel_give_by_task(void)
         kernel_release();
 }
 
-bool kernel_lent(void) { return current->kernel_depth; }
+bool has_kernel(void) { return current->kernel_depth; }
 
 void kernel_become_smp(void)
 {

@@ -73,7 +73,7 @@ void kernel_spin(void);
 void kernel_release(void);
 void kernel_take_by_task(void);
 void kernel_give_by_task(void);
-bool kernel_lent(void);
+bool has_kernel(void);
 
 static inline void kernel_take(void)
 {
@@ -91,13 +91,13 @@ static inline void kernel_give_back(void)
  * not have it does nothing here. */
 static inline void kernel_lend(void)
 {
-    if (smp && kernel_lent())
+    if (smp && has_kernel())
         kernel_release();
 }
 
 static inline void kernel_regain(void)
 {
-    if (smp && kernel_lent())
+    if (smp && has_kernel())
         kernel_spin();
 }
 
