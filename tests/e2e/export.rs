@@ -376,6 +376,23 @@ impl Imports {
         Ok(imports)
     }
 
+    /// Stops it, and waits until each of its threads stands.
+    fn stop(&self) -> Verdict {
+        self.signal(rustix::process::Signal::STOP)?;
+        let begun = Instant::now();
+        loop {
+            let mut all = true;
+            for task in std::fs::read_dir(format!("/proc/{}/task", self.0.id()))? {
+                let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+                all &= stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'));
+            }
+            if all {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "it does not stop");
+        }
+    }
+
     fn signal(&self, signal: rustix::process::Signal) -> Verdict {
         let id = rustix::process::Pid::from_child(&self.0);
         Ok(rustix::process::kill_process(id, signal)?)
@@ -409,7 +426,7 @@ fn stopped() -> Verdict {
         let mut guest = Exporting::start(SOFT, &["--export-deadline", "50ms", "--export-policy", policy])?;
         let mut imports = Imports::start(&guest.path())?;
         until_imported(&guest, PAGES as usize)?;
-        imports.signal(rustix::process::Signal::STOP)?;
+        imports.stop()?;
         guest.page_out(PAGE)?;
         let totals = guest.page_outs()?;
         ensure!(totals["importers_late"] == 1, "{policy}: {totals}");
@@ -430,7 +447,7 @@ fn dead() -> Verdict {
     let mut guest = Exporting::start(SOFT, &["--export-deadline", FOREVER])?;
     let imports = Imports::start(&guest.path())?;
     until_imported(&guest, PAGES as usize)?;
-    imports.signal(rustix::process::Signal::STOP)?;
+    imports.stop()?;
     let begun = Instant::now();
     thread::scope(|scope| {
         let killer = scope.spawn(|| {
