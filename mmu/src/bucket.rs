@@ -183,15 +183,16 @@ impl Buckets {
     }
 
     /// Sleeps until the gate of `gfn` is open or has been opened since, once, of however many closings: who comes too late
-    /// for a moment between two of them would else sleep on, and not even notice that it starves.
-    pub fn wait(&self, gfn: Gfn) {
+    /// for a moment between two of them would else sleep on, and not even notice that it starves. False where it has not slept,
+    /// since the gate was soon open.
+    pub fn wait(&self, gfn: Gfn) -> bool {
         lock_order::assert_may_sleep();
         let bucket = self.bucket(gfn);
         let before = bucket.opened();
         let is_shut = || bucket.is_closed() && bucket.opened() == before;
         // Without a sleeper, nobody pays for waking one; a page that is not written out is soon done with.
         if spin_until(|| !is_shut()) {
-            return;
+            return false;
         }
         self.traffic.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
@@ -200,6 +201,7 @@ impl Buckets {
         }
         drop(sleepers);
         self.traffic.waiting.fetch_sub(1, Ordering::SeqCst);
+        true
     }
 
     /// Asks that `gfn` be left alone until [`Buckets::fed`]: by all who can do without it, and for a while by all others.

@@ -12,6 +12,7 @@ use crate::bucket::Asker;
 use crate::events::Event;
 use crate::lock_order;
 use crate::reclaim::Shortage;
+use crate::records::GateWait;
 use crate::shadow::leaf::Mapped;
 use crate::vcpu::{Ask, Hunger, Vcpu};
 use crate::walk::{Refusal, Touch};
@@ -118,8 +119,11 @@ impl Mmu {
     /// Sleeps until the gate of `gfn` is open or has been opened since. Called with no lock held and nothing mapped.
     pub fn wait_at_gate(&self, vcpu: &Vcpu, gfn: Gfn) {
         let began = self.clock.now();
-        self.buckets.wait(gfn);
+        let has_slept = self.buckets.wait(gfn);
         let slept = self.clock.now() - began;
+        if has_slept {
+            self.records.push_wait(GateWait { vcpu: vcpu.id, gfn, at: began, nanos: slept });
+        }
         self.background.counters.gate_waits.fetch_add(1, Relaxed);
         vcpu.count(|s| {
             s.gate_waits += 1;

@@ -32,7 +32,7 @@ use crate::lru::List;
 use crate::machine::Machine;
 use crate::p2m::PageState;
 use crate::pool;
-use crate::records::Cause;
+use crate::records::{Cause, GateWait};
 use crate::rules::Rule;
 use crate::scope::{MemAlloc, NoIo};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
@@ -488,7 +488,7 @@ impl Mmu {
             match self.p2m.lookup(gfn) {
                 PageState::Moving => {
                     waited = true;
-                    self.buckets.wait(gfn);
+                    self.wait_while_moving_for(own, gfn);
                 }
                 PageState::Swapped(slot) => {
                     waited = true;
@@ -507,6 +507,15 @@ impl Mmu {
                 PageState::Zero | PageState::Resident(_) => return Ok(self.make_room(own, gfn)? || waited),
                 PageState::Device => return Ok(waited),
             }
+        }
+    }
+
+    /// Sleeps at the gate of a page that is on its way. Only a vCPU's sleep is recorded.
+    fn wait_while_moving_for(&self, own: Option<u32>, gfn: Gfn) {
+        let at = self.clock.now();
+        let has_slept = self.buckets.wait(gfn);
+        if let Some(vcpu) = own.filter(|_| has_slept) {
+            self.records.push_wait(GateWait { vcpu, gfn, at, nanos: self.clock.now() - at });
         }
     }
 

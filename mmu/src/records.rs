@@ -6,7 +6,9 @@
 //!
 //! Locks: [`lock_order::RECORDS`], a leaf.
 //!
-//! Limits: [`RECORDS_MAX`] records are kept; older ones go, and are counted.
+//! A vCPU that has slept at a gate leaves a [`GateWait`] in the same way.
+//!
+//! Limits: [`RECORDS_MAX`] records are kept, and as many waits; older ones go, and are counted.
 
 use std::collections::VecDeque;
 
@@ -15,7 +17,7 @@ use crate::external::ImporterId;
 use crate::lock_order;
 use crate::sync::Lock;
 
-/// Records that wait to be taken, at most.
+/// Records that wait to be taken, at most, and waits at gates.
 pub const RECORDS_MAX: usize = 4096;
 
 /// Nanoseconds from some beginning, never going back. The mmu has no clock of its own.
@@ -181,6 +183,34 @@ impl Record {
     }
 }
 
+/// A sleep of a vCPU at the gate of a page that was changing hands. Times are in nanoseconds of the [`Clock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GateWait {
+    /// Whose.
+    pub vcpu: u32,
+    /// The page.
+    pub gfn: Gfn,
+    /// When it met the closed gate.
+    pub at: u64,
+    /// How long it had to wait.
+    pub nanos: u64,
+}
+
+/// What was taken at one moment: the records and waits since the last time, and the totals with exactly these among them.
+#[derive(Clone, Debug, Default)]
+pub struct Taken {
+    /// Records, oldest first.
+    pub records: Vec<Record>,
+    /// Records that were lost between.
+    pub records_lost: u64,
+    /// Waits at gates, oldest first.
+    pub waits: Vec<GateWait>,
+    /// Waits that were lost between.
+    pub waits_lost: u64,
+    /// Totals so far, in the order of [`Cause::ALL`].
+    pub totals: [Totals; Cause::ALL.len()],
+}
+
 /// What the invalidations of one cause came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -214,6 +244,8 @@ struct Kept {
     /// How many of them, at the end, nobody has taken yet.
     waiting: usize,
     lost: u64,
+    waits: VecDeque<GateWait>,
+    waits_lost: u64,
     totals: [Totals; Cause::ALL.len()],
 }
 
@@ -250,6 +282,27 @@ impl Records {
         match kept.waiting {
             RECORDS_MAX => kept.lost += 1,
             _ => kept.waiting += 1,
+        }
+    }
+
+    pub(crate) fn push_wait(&self, wait: GateWait) {
+        let mut kept = self.kept.lock();
+        if kept.waits.len() == RECORDS_MAX {
+            kept.waits.pop_front();
+            kept.waits_lost += 1;
+        }
+        kept.waits.push_back(wait);
+    }
+
+    /// Takes all there is since the last call of this or of [`Records::take`].
+    pub fn take_all(&self) -> Taken {
+        let mut kept = self.kept.lock();
+        Taken {
+            records_lost: std::mem::take(&mut kept.lost),
+            waits_lost: std::mem::take(&mut kept.waits_lost),
+            records: kept.waiting.drain(..).collect(),
+            waits: kept.waits.drain(..).collect(),
+            totals: kept.totals,
         }
     }
 
@@ -301,5 +354,20 @@ mod tests {
         let totals = records.totals(Cause::Discard);
         assert_eq!((totals.count, totals.nanos_max), (RECORDS_MAX as u64 + 3, RECORDS_MAX as u64 + 2));
         assert_eq!(records.count(), totals.count);
+    }
+    #[test]
+    fn all_that_is_taken_at_once_belongs_together() {
+        let records = Records::new();
+        let wait = GateWait { vcpu: 1, gfn: Gfn(3), at: 10, nanos: 5 };
+        for n in 0..RECORDS_MAX as u64 + 2 {
+            records.push_wait(GateWait { at: n, ..wait });
+        }
+        records.push(Record::new(Cause::PageOut, &[Gfn(3)]));
+        let taken = records.take_all();
+        assert_eq!((taken.records.len(), taken.records_lost), (1, 0));
+        assert_eq!((taken.waits.len(), taken.waits_lost, taken.waits[0].at), (RECORDS_MAX, 2, 2));
+        assert_eq!(taken.totals[Cause::PageOut as usize].count, 1);
+        let again = records.take_all();
+        assert!(again.records.is_empty() && again.waits.is_empty() && again.totals == taken.totals);
     }
 }

@@ -9,6 +9,7 @@ use umbra_mmu::{Rule, Rules, TlbKind};
 use crate::board;
 use crate::boot::notes::Notes;
 use crate::import::ImportArgs;
+use crate::measure::MeasureArgs;
 use crate::pressure::PressureArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
@@ -75,6 +76,16 @@ pub enum Command {
     ///   umbra import --export /tmp/umbra.export --segment 1 --hold 10s --ack-delay 1ms
     #[command(verbatim_doc_comment)]
     Import(ImportArgs),
+    /// Measure how long it takes to take pages from a running guest, phase by phase.
+    ///
+    /// A guest runs here, and meanwhile its pages are taken, so often a second. Examples:
+    ///
+    ///   umbra measure
+    ///   umbra measure --backend soft --vcpus 2 --causes discard,page-out --rate 2000/s --for 30s
+    ///   umbra measure --pages 64 --json before.json
+    ///   umbra measure --append 'workload=kmap scale=4000' --causes page-out,reclaim
+    #[command(verbatim_doc_comment)]
+    Measure(Box<MeasureArgs>),
 }
 
 /// Which backend runs the guest.

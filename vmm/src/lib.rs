@@ -16,6 +16,7 @@ pub mod import;
 pub mod interp;
 pub mod kvm;
 pub mod machine;
+pub mod measure;
 #[forbid(unsafe_code)]
 pub mod plot;
 pub mod pressure;

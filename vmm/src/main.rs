@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use umbra::cli::{Cli, Command, DoctorArgs, ExplainArgs, RunArgs};
 use umbra::import::{self, ImportArgs};
+use umbra::measure::{self, MeasureArgs};
 use umbra::pressure::{self, End, PressureArgs};
 use umbra::status::Status;
 use umbra::{plot, probe, vm};
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => explain(&args),
         Command::Pressure(args) => press(&args),
         Command::Import(args) => import(&args),
+        Command::Measure(args) => measure(&args, &screen),
     };
     ExitCode::from(code)
 }
@@ -137,6 +139,30 @@ fn import(args: &ImportArgs) -> u8 {
         }
         Err(error) => refuse(&error),
     }
+}
+
+fn measure(args: &MeasureArgs, screen: &vm::Screen) -> u8 {
+    let order = match args.order() {
+        Ok(order) => order,
+        Err(error) => {
+            say!("{error}");
+            return Status::Usage.code();
+        }
+    };
+    // Before the run, so that a wrong path costs no run.
+    let files = match measure::Files::open(&order) {
+        Ok(files) => files,
+        Err(error) => return refuse(&error),
+    };
+    if let Err(error) = pressure::signals::catch() {
+        return refuse(&error);
+    }
+    let (report, status) = match measure::run(&order, screen, &pressure::signals::count) {
+        Ok(measured) => measured,
+        Err(error) => return refuse(&error),
+    };
+    say!("{report}");
+    files.write(&report).map_or_else(|error| refuse(&error), |()| status.code())
 }
 
 /// Says why, with those causes that the message does not name itself.

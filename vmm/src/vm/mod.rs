@@ -6,6 +6,7 @@
 //! | native | a vCPU that runs by KVM: the decision about every trap |
 //! | soft | one that is interpreted |
 //! | backend | which of them, and why |
+//! | beside | somebody who works on a running guest's memory in this process |
 //! | kick | how either is made to leave the guest |
 //! | bus | what the interpreter asks for, answered by MMU and board |
 //! | tables | the guest's descriptor tables, translated for the hardware |
@@ -23,6 +24,7 @@
 
 pub mod ask;
 mod backend;
+mod beside;
 pub mod budget;
 mod bus;
 pub mod control;
@@ -61,6 +63,7 @@ use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
 use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
+pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
 pub use events::add;
 pub use live::Screen;
@@ -241,19 +244,33 @@ struct Guest {
 ///
 /// When it could not be started; how a started one ended is in the summary.
 pub fn run(args: &RunArgs, screen: &Screen) -> Result<Summary, RunError> {
-    let guest = Guest::build(args, screen)?;
-    guest.run(args)
+    Guest::build(args, screen, None)?.run(args, None)
+}
+
+/// The same, with somebody who works on its memory while it runs. Where no image is named, `image` is taken if there is one.
+///
+/// # Errors
+///
+/// When it could not be started.
+pub fn run_beside(
+    args: &RunArgs,
+    screen: &Screen,
+    image: Option<&BuiltIn>,
+    companion: &mut dyn Companion,
+) -> Result<Summary, RunError> {
+    Guest::build(args, screen, image)?.run(args, Some(companion))
 }
 
 impl Guest {
-    fn build(args: &RunArgs, screen: &Screen) -> Result<Guest, RunError> {
+    fn build(args: &RunArgs, screen: &Screen, image: Option<&BuiltIn>) -> Result<Guest, RunError> {
         // What the operator may have got wrong comes first.
-        let (name, bytes) = read_image(args)?;
+        let is_pager = args.image.is_none() && image.is_none();
+        let (name, bytes) = read_image(args, image)?;
         let failed = |source| RunError::Image { name: name.clone(), source };
         let image = Image::parse(&bytes).map_err(failed)?;
         let modules = read_modules(args)?;
         let memory = MemoryMap::new(args.mem)?;
-        let disks = match args.image.is_none() && args.disk.is_empty() {
+        let disks = match is_pager && args.disk.is_empty() {
             true => Disk::open_all(&DiskSpec::built_in())?,
             false => Disk::open_all(&args.disk)?,
         };
@@ -306,7 +323,7 @@ impl Guest {
         })
     }
 
-    fn run(self, args: &RunArgs) -> Result<Summary, RunError> {
+    fn run(self, args: &RunArgs, companion: Option<&mut dyn Companion>) -> Result<Summary, RunError> {
         if let Some(why) = &self.why {
             // A reader that has gone is no reason to fail.
             let _ = writeln!(io::stderr(), "umbra: {why}");
@@ -339,6 +356,7 @@ impl Guest {
         let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
             .map_err(RunError::Setup)?;
+        let beside = Beside::new(&self, &ending);
         let workers = self.virtio.start(&self.mmu, &ending).map_err(RunError::Setup)?;
         let ways = (self.runner.name(), self.shootdown);
         let mut start = Some(self.start);
@@ -347,7 +365,8 @@ impl Guest {
         let mut cores: Vec<_> = (0..args.vcpus).map(core).collect();
         let mut backends = self.runner.into_backends(&self.mmu);
         let guest_started = micros();
-        run_vcpus(&mut cores, &mut backends, &ending).map_err(RunError::Setup)?;
+        let vcpus = || run_vcpus(&mut cores, &mut backends, &ending);
+        beside::work_during(companion, &beside, vcpus).map_err(RunError::Setup)?;
         requests.close();
         if let Some(cause) = ending.shutdown_cause() {
             news.shutdown(cause);
@@ -539,6 +558,7 @@ fn judge(
         shootdown,
         verdict: status.verdict(),
         status: status.code(),
+        exit: status,
         guest_exit: end.guest_value(),
         end: end.to_string(),
         regions,
@@ -588,10 +608,11 @@ fn epoch_seconds() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
-fn read_image(args: &RunArgs) -> Result<(String, Vec<u8>), RunError> {
-    match &args.image {
-        Some(path) => Ok((path.display().to_string(), read_file("image", path)?)),
-        None => Ok(("pager".into(), umbra_guest::PAGER.to_vec())),
+fn read_image(args: &RunArgs, image: Option<&BuiltIn>) -> Result<(String, Vec<u8>), RunError> {
+    match (&args.image, image) {
+        (Some(path), _) => Ok((path.display().to_string(), read_file("image", path)?)),
+        (None, Some(image)) => Ok((image.name.into(), image.bytes.clone())),
+        (None, None) => Ok(("pager".into(), umbra_guest::PAGER.to_vec())),
     }
 }
 

@@ -176,6 +176,9 @@ pub struct Summary {
     pub verdict: &'static str,
     /// The process's exit status.
     pub status: u8,
+    /// The same, with its reason.
+    #[serde(skip)]
+    pub exit: Status,
     /// What the guest wrote to its exit port, if it did.
     pub guest_exit: Option<u32>,
     /// The end in words.

@@ -1,0 +1,103 @@
+//! Floors: what an invalidation could not do without, measured in the same run, against the same vCPUs.
+//!
+//! | floor | what is timed |
+//! |---|---|
+//! | kick | `Coherence::shoot_down`, nothing having been removed: every vCPU that runs guest code leaves it, and flushes |
+//! | notifier | `madvise(MADV_DONTNEED)` of a frame that vCPUs use, where the host knows of all their translations |
+//! | punch | a hole of one page in a file in memory that nobody maps |
+//!
+//! Story: between two intervals of a measurement a few of each are timed, with a pause before, so that vCPUs are back in the
+//! guest. A kick for which nobody had to be kicked does not count.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use umbra_mmu::PAGE_SIZE;
+use umbra_mmu::p2m::PageState;
+
+use super::causes::Targets;
+use super::collect::Collected;
+use crate::machine::memory_file;
+use crate::vm::Beside;
+
+/// Of each floor, in a round.
+const SAMPLES: u32 = 20;
+/// How long a round of one floor may take.
+const ROUND_MAX: Duration = Duration::from_millis(30);
+/// Before each.
+const PAUSE: Duration = Duration::from_micros(200);
+
+/// The bare kick.
+pub const KICK: &str = "kick";
+/// The bare notifier.
+pub const NOTIFIER: &str = "notifier";
+/// The bare hole.
+pub const PUNCH: &str = "punch";
+
+/// Measures them.
+#[derive(Debug)]
+pub struct Floors {
+    file: File,
+}
+
+impl Floors {
+    /// With a file of its own.
+    ///
+    /// # Errors
+    ///
+    /// When the host has none.
+    pub fn new() -> io::Result<Floors> {
+        Ok(Floors { file: memory_file(c"umbra-floor", PAGE_SIZE)? })
+    }
+
+    /// A round of each, into `all`.
+    pub fn round(&self, beside: &Beside, targets: &mut Targets, all: &mut Collected) {
+        rounds(beside, || {
+            let (nanos, kicked) = timed(|| beside.mmu.coherence().shoot_down(None));
+            if kicked > 0 {
+                all.floor(KICK, nanos);
+            }
+        });
+        if let Some(notifier) = &beside.notifier {
+            rounds(beside, || {
+                let page = targets.next(&beside.mmu, 1).first().map(|gfn| beside.mmu.p2m().lookup(*gfn));
+                let Some(PageState::Resident(frame)) = page else { return };
+                if let (nanos, Ok(())) = timed(|| notifier.drop_frame(frame)) {
+                    all.floor(NOTIFIER, nanos);
+                }
+            });
+        }
+        rounds(beside, || {
+            if self.file.write_all_at(&[1], 0).is_err() {
+                return;
+            }
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            if let (nanos, Ok(())) = timed(|| fallocate(&self.file, flags, 0, PAGE_SIZE)) {
+                all.floor(PUNCH, nanos);
+            }
+        });
+    }
+}
+
+/// Calls `once` a few times.
+fn rounds(beside: &Beside, mut once: impl FnMut()) {
+    let end = Instant::now() + ROUND_MAX;
+    for _ in 0..SAMPLES {
+        if Instant::now() >= end || beside.has_ended() {
+            return;
+        }
+        thread::sleep(PAUSE);
+        once();
+    }
+}
+
+/// How long a call took, and what it returned.
+fn timed<T>(call: impl FnOnce() -> T) -> (u64, T) {
+    let begun = Instant::now();
+    let value = call();
+    (begun.elapsed().as_nanos() as u64, value)
+}
