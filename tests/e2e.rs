@@ -15,6 +15,8 @@ mod cli;
 mod export;
 #[path = "e2e/images.rs"]
 mod images;
+#[path = "e2e/measure.rs"]
+mod measure;
 #[path = "e2e/memory.rs"]
 mod memory;
 #[path = "e2e/omissions.rs"]
@@ -61,6 +63,7 @@ fn test() -> ExitCode {
         cli::cases(),
         export::cases(),
         images::cases(),
+        measure::cases(),
         memory::cases(),
         omissions::cases(),
         operator::cases(),

@@ -4,7 +4,7 @@
 //! ([`super::guest`]); the others leave every byte what it is.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use umbra_mmu::discard::{Discard, NotDiscarded};
@@ -18,7 +18,7 @@ use crate::vm::Beside;
 
 /// How often a cut budget is looked at, and for how long at most.
 const LOOK: Duration = Duration::from_micros(20);
-const LOOKS_MAX: u32 = 5000;
+const LOOKS_FOR: Duration = Duration::from_millis(100);
 /// Batches of reclaim for one start: the first ones may find that all was just used.
 const BATCHES_MAX: u32 = 64;
 
@@ -118,12 +118,11 @@ fn cut(beside: &Beside, pages: u32) -> Came {
         return Came::Failed("the budget would be too small for this guest");
     }
     let is_met = || mmu.usage().frames_used <= target || beside.has_ended();
-    let met = (0..LOOKS_MAX).any(|_| {
-        is_met() || {
-            thread::sleep(LOOK);
-            false
-        }
-    });
+    let (mut met, patience) = (is_met(), Instant::now() + LOOKS_FOR);
+    while !met && Instant::now() < patience {
+        thread::sleep(LOOK);
+        met = is_met();
+    }
     // What it was can be had again.
     let back = mmu.set_budget(usage.budget);
     match (met, back) {
