@@ -157,7 +157,8 @@ pub struct Record {
 }
 
 impl Record {
-    pub(crate) fn new(cause: Cause, gfns: &[Gfn]) -> Record {
+    /// That of an invalidation of `gfns` which has not begun.
+    pub fn new(cause: Cause, gfns: &[Gfn]) -> Record {
         Record {
             cause,
             at: 0,
@@ -249,6 +250,13 @@ struct Kept {
     totals: [Totals; Cause::ALL.len()],
 }
 
+impl Kept {
+    fn take_records(&mut self) -> Vec<Record> {
+        let taken = self.last.len() - std::mem::take(&mut self.waiting);
+        self.last.range(taken..).copied().collect()
+    }
+}
+
 /// The records of one guest.
 #[derive(Debug)]
 pub struct Records {
@@ -300,7 +308,7 @@ impl Records {
         Taken {
             records_lost: std::mem::take(&mut kept.lost),
             waits_lost: std::mem::take(&mut kept.waits_lost),
-            records: kept.waiting.drain(..).collect(),
+            records: kept.take_records(),
             waits: kept.waits.drain(..).collect(),
             totals: kept.totals,
         }
@@ -309,9 +317,8 @@ impl Records {
     /// Takes the records since the last call, oldest first, and how many were lost between.
     pub fn take(&self) -> (Vec<Record>, u64) {
         let mut kept = self.kept.lock();
-        let (lost, waiting) = (std::mem::take(&mut kept.lost), std::mem::take(&mut kept.waiting));
-        let taken = kept.last.len() - waiting;
-        (kept.last.range(taken..).copied().collect(), lost)
+        let lost = std::mem::take(&mut kept.lost);
+        (kept.take_records(), lost)
     }
 
     /// Invalidations that took pages, `gfn` perhaps among them, taken or not: the last first, and no more than `count`.

@@ -2,7 +2,7 @@
 //!
 //! Story: every flush, kick, wait, gate check, and note or look at TLB debt stands in the code as
 //! `if self.rules.keep(Rule::KickAtShootdown) { .. }`. `keep` is the constant `true`. In builds for tests a guest's MMU can be
-//! told to go without one rule ([`crate::Mmu::leaving_out`]): the tests leave out each in turn, and something must notice. A rule
+//! told to go without one rule (`Mmu::with_rules`): the tests leave out each in turn, and something must notice. A rule
 //! that nothing misses is no rule, or its test does not bite.
 //!
 //! Holds: INV-RULE-1, in a build that is not for tests [`Rules`] has no size and `keep` is a constant.

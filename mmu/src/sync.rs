@@ -75,7 +75,7 @@ pub fn spin_until(mut done: impl FnMut() -> bool) -> bool {
 }
 
 /// Where another thread may come in: called before words of machine memory that threads race for, which shuttle does
-/// not see. Compiles to nothing elsewhere, but for tests that come in by themselves ([`crate::rules::at_point`]).
+/// not see. Compiles to nothing elsewhere, but for tests that come in by themselves (`rules::at_point`).
 #[inline(always)]
 pub fn point() {
     #[cfg(all(feature = "omissions", debug_assertions))]

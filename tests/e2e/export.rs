@@ -44,7 +44,8 @@ pub fn cases() -> Vec<Trial> {
     let kept = [KVM, SOFT].map(|way| {
         case(format!("export_what_was_written_is_kept_{}", way.name), way.needs, move || kept(way))
     });
-    let hostile: [(&str, fn() -> Verdict); 11] = [
+    type Body = fn() -> Verdict;
+    let hostile: [(&str, Body); 11] = [
         ("export_mapped_windows_see_exported_pages", mapped_windows),
         ("export_silent_importer_is_fenced", silent),
         ("export_lying_importer_reads_zeros", lying),

@@ -147,9 +147,9 @@ mod tests {
             assert_eq!(Flags::of(eflags | !ARITHMETIC).within(!ARITHMETIC), eflags | !ARITHMETIC);
             for carry in [false, true] {
                 let with = Flags::of(eflags).with_carry(carry).within(0);
-                assert_eq!(with, eflags & !CF | u32::from(carry) * CF);
+                assert_eq!(with, eflags & !CF | if carry { CF } else { 0 });
                 let with = Flags::of(eflags).with_auxiliary(carry).within(0);
-                assert_eq!(with, eflags & !AF | u32::from(carry) * AF);
+                assert_eq!(with, eflags & !AF | if carry { AF } else { 0 });
             }
         }
     }

@@ -26,10 +26,11 @@ pub struct Phase {
 }
 
 /// The phases of an invalidation, in order; the last is all of it.
-pub const PHASES: [Phase; 5] = [
+pub const PHASES: [Phase; 6] = [
     Phase { name: "gate", nanos: |record| record.gate },
     Phase { name: "unmap", nanos: |record| record.unmap },
     Phase { name: "shootdown", nanos: |record| record.shootdown },
+    Phase { name: "external", nanos: |record| record.external },
     Phase { name: "finish", nanos: |record| record.finish },
     Phase { name: TOTAL, nanos: |record| record.total },
 ];
@@ -293,23 +294,21 @@ mod tests {
     use super::*;
     use umbra_mmu::Gfn;
 
-    fn record(cause: Cause, at: u64, phases: [u64; 4]) -> Record {
-        let [gate, unmap, shootdown, finish] = phases;
+    fn record(cause: Cause, at: u64, phases: [u64; 5]) -> Record {
+        let [gate, unmap, shootdown, external, finish] = phases;
+        let total = phases.iter().sum::<u64>() + 10;
         Record {
-            cause,
             at,
-            first: Gfn(1),
-            last: Gfn(2),
-            asked: 2,
             pages: 2,
-            skipped: 0,
             freed: 2,
             kicked: 1,
             gate,
             unmap,
             shootdown,
+            external,
             finish,
-            total: phases.iter().sum::<u64>() + 10,
+            total,
+            ..Record::new(cause, &[Gfn(1), Gfn(2)])
         }
     }
 
@@ -321,19 +320,23 @@ mod tests {
     fn phases_add_up_to_the_total_as_records_have_them() {
         let mut all = Collected::default();
         let start = Ended { asked: Asked::Discard, intended: 50, began: 100, ended: 400 };
-        let records = (0..100).map(|n| record(Cause::Discard, 100 + n, [n, 2 * n, 3 * n, 4 * n])).collect();
+        let records =
+            (0..100).map(|n| record(Cause::Discard, 100 + n, [n, 2 * n, 3 * n, 4 * n, 5 * n])).collect();
         all.take(&taken(records), Some(&start));
         all.start(&start, None);
         all.end_interval(0, 1000, |_, _, _| ());
         let group = all.group(By::Asked(Asked::Discard)).clone();
         let names: Vec<_> = group.measures.iter().map(|measure| measure.name).collect();
-        assert_eq!(names, ["gate", "unmap", "shootdown", "finish", "total", "service", "response"]);
+        assert_eq!(
+            names,
+            ["gate", "unmap", "shootdown", "external", "finish", "total", "service", "response"]
+        );
         let sum = |measure: &Measure| {
             measure.all.iter_recorded().map(|v| v.value_iterated_to() * v.count_at_value()).sum::<u64>()
         };
         let sums: Vec<u64> = group.measures.iter().map(sum).collect();
-        assert_eq!(sums[..5], [4950, 9900, 14850, 19800, 49500 + 1000]);
-        assert_eq!(sums[5..], [300, 350]);
+        assert_eq!(sums[..6], [4950, 9900, 14850, 19800, 24750, 74250 + 1000]);
+        assert_eq!(sums[6..], [300, 350]);
         let counts = Sums { invalidations: 100, pages: 200, skipped: 0, freed: 200, kicked: 100 };
         assert_eq!(group.sums, counts);
     }
@@ -343,12 +346,12 @@ mod tests {
         let mut all = Collected::default();
         let start = Ended { asked: Asked::Budget, intended: 100, began: 100, ended: 400 };
         let records = vec![
-            record(Cause::Reclaim, 99, [1; 4]),
-            record(Cause::Reclaim, 100, [1; 4]),
-            record(Cause::Track, 200, [1; 4]),
+            record(Cause::Reclaim, 99, [1; 5]),
+            record(Cause::Reclaim, 100, [1; 5]),
+            record(Cause::Track, 200, [1; 5]),
         ];
         all.take(&taken(records), Some(&start));
-        all.take(&taken(vec![record(Cause::Reclaim, 500, [1; 4])]), None);
+        all.take(&taken(vec![record(Cause::Reclaim, 500, [1; 5])]), None);
         let count = |by| all.clone().group(by).sums.invalidations;
         assert_eq!(count(By::Asked(Asked::Budget)), 1);
         assert_eq!((count(By::Other(Cause::Reclaim)), count(By::Other(Cause::Track))), (2, 1));
