@@ -21,7 +21,7 @@ pub const SCHEMA: u32 = 1;
 /// All of it. Times are in nanoseconds, where not said otherwise.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// [`SCHEMA`].
+    /// `SCHEMA`.
     pub schema: u32,
     /// Version of Umbra.
     pub version: String,
