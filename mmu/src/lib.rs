@@ -408,7 +408,8 @@ impl Mmu {
             return Err(BudgetTooSmall { asked: frames, least });
         }
         self.frames.set_budget(frames);
-        self.pages.set_limit(frames / TABLE_SHARE);
+        // Beyond a share of it, and what low memory leaves, tables would have no pages to map.
+        self.pages.set_limit((frames / TABLE_SHARE).min(frames - least + SHADOW_PAGES_MIN));
         self.background.want();
         Ok(())
     }

@@ -36,7 +36,7 @@ use crate::records::{Cause, GateWait};
 use crate::rules::Rule;
 use crate::scope::{MemAlloc, NoIo};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
-use crate::sync::{AtomicBool, AtomicU64, Lock, Monitor, Ordering, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Monitor, Ordering, thread};
 
 /// Batches of direct reclaim without a frame made free, after which there is none to be had: these, and as many as it takes to look
 /// at every page so often. Where all have just been used, the first look only finds that out.
@@ -141,6 +141,8 @@ pub(crate) struct Background {
     /// Somebody wants it. Looked at without the lock, so that who takes a frame does not pay for it.
     wanted: AtomicBool,
     stop: Monitor<bool>,
+    /// Its batches since the last that freed something.
+    fruitless: AtomicU32,
     failed: Lock<Option<SwapFailed>>,
     pub counters: Counters,
 }
@@ -150,6 +152,7 @@ impl Background {
         Background {
             wanted: AtomicBool::new(false),
             stop: Monitor::new(lock_order::SLEEPERS, false),
+            fruitless: AtomicU32::new(0),
             failed: Lock::new(lock_order::FAILED, None),
             counters: Counters::default(),
         }
@@ -198,14 +201,14 @@ impl Mmu {
     ///
     /// When swap fails: nothing is lost, but the guest must not go on.
     pub fn reclaim(&self, want: u32, cause: Cause, own: Option<u32>) -> Result<u32, SwapFailed> {
-        self.reclaim_from(want, cause, own, Whose::Anybodys)
+        self.reclaim_from(want, cause, own, Whose::Anybodys).map(|batch| batch.freed)
     }
 
     /// A batch of direct reclaim, of pages that importers have too or not.
     #[cfg(test)]
     pub(crate) fn reclaim_from_for_test(&self, imported: bool) -> Result<u32, SwapFailed> {
         let whose = if imported { Whose::Anybodys } else { Whose::TheGuests };
-        self.reclaim_from(CLUSTER, Cause::DirectReclaim, None, whose)
+        self.reclaim_from(CLUSTER, Cause::DirectReclaim, None, whose).map(|batch| batch.freed)
     }
 
     fn reclaim_from(
@@ -214,7 +217,7 @@ impl Mmu {
         cause: Cause,
         own: Option<u32>,
         whose: Whose,
-    ) -> Result<u32, SwapFailed> {
+    ) -> Result<Batch, SwapFailed> {
         lock_order::assert_may_sleep();
         let _scope = MemAlloc::enter();
         self.age(want);
@@ -231,6 +234,7 @@ impl Mmu {
                 Verdict::Busy => busy.push(mfn),
             }
         }
+        let in_use = used.len() as u32;
         self.lru.put_back(List::Active, used);
         self.lru.put_back(List::Inactive, busy);
         if cleared {
@@ -243,7 +247,7 @@ impl Mmu {
         self.lru.put_back(List::Inactive, victims.into_iter().map(|(_, mfn)| mfn));
         let freed = freed?;
         self.background.counters.reclaimed.fetch_add(u64::from(freed), Relaxed);
-        Ok(freed)
+        Ok(Batch { freed, used: in_use })
     }
 
     /// Moves frames from the active to the inactive list while that is the shorter one.
@@ -311,6 +315,14 @@ impl Mmu {
         *cleared |= young;
         young
     }
+}
+
+/// What a batch came to.
+struct Batch {
+    /// Frames made free.
+    freed: u32,
+    /// Pages that were in use, and are left alone for now.
+    used: u32,
 }
 
 /// Which pages are taken.
@@ -431,8 +443,8 @@ impl Mmu {
             // An importer may take its time: it is for the background to wait for it, as long as there is anything else.
             let desperate = fruitless >= FRUITLESS_MAX / 2 * PATIENCE;
             let whose = if desperate { Whose::Anybodys } else { Whose::TheGuests };
-            let freed =
-                self.reclaim_from(CLUSTER, Cause::DirectReclaim, own, whose)? + self.shrink_shadow(own);
+            let batch = self.reclaim_from(CLUSTER, Cause::DirectReclaim, own, whose)?;
+            let freed = self.freed_with_tables(batch.freed, own);
             if counts.backed > counts.budget {
                 self.trim();
             }
@@ -446,6 +458,12 @@ impl Mmu {
                 thread::yield_now();
             }
         }
+    }
+
+    /// Frames free, of pages and of tables: of those over their limit, and, where there are no others, of one that shadows nothing.
+    fn freed_with_tables(&self, of_pages: u32, own: Option<u32>) -> u32 {
+        let freed = of_pages + self.shrink_shadow(own);
+        if freed > 0 { freed } else { u32::from(self.give_back_dead(own)) }
     }
 
     fn shortage(&self, gfn: Gfn) -> Shortage {
@@ -619,12 +637,27 @@ impl Mmu {
         let counts = self.frames.counts();
         let over = counts.backed.saturating_sub(counts.budget);
         let short = counts.available < counts.marks.high;
-        let mut freed = 0;
+        let fruitless = &self.background.fruitless;
+        let mut goes_on = false;
         if over > 0 || short {
-            freed = self.reclaim(CLUSTER, Cause::Reclaim, None)? + self.shrink_shadow(None);
+            let batch = self.reclaim_from(CLUSTER, Cause::Reclaim, None, Whose::Anybodys)?;
+            let freed = self.freed_with_tables(batch.freed, None);
+            let (inactive, active) = self.lru.lengths();
+            let looks = LOOKS * (inactive + active).div_ceil(CLUSTER);
+            // What was in use when it was looked at may be idle when it is looked at again.
+            goes_on = freed > 0 || batch.used > 0 && fruitless.fetch_add(1, Relaxed) < looks;
+            if freed > 0 || !goes_on {
+                fruitless.store(0, Relaxed);
+            }
         }
         self.give_back();
-        Ok(freed > 0)
+        Ok(goes_on)
+    }
+
+    /// The host backs more frames than the budget has: background reclaim may have found all pages in use, and is to look again.
+    pub fn is_over_budget(&self) -> bool {
+        let counts = self.frames.counts();
+        counts.backed > counts.budget
     }
 
     /// Gives up what others have left to whoever may sleep: swap slots that nobody wants, frames that are free in numbers.
@@ -641,6 +674,11 @@ impl Mmu {
             }
             Err(error) => log::warn!("the host does not take frames back: {error}"),
         }
+    }
+
+    /// Has background reclaim look again.
+    pub fn want_background(&self) {
+        self.background.want();
     }
 
     /// Sleeps until background reclaim is wanted; false when it is to stop ([`Mmu::stop_background`]).

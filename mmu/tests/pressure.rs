@@ -134,6 +134,20 @@ fn a_guest_larger_than_its_frames_keeps_every_word() {
 }
 
 #[test]
+fn pages_that_are_all_in_use_go_when_the_budget_is_cut() {
+    let mmu = pressed(600);
+    let mut guest = alone(&mmu);
+    for round in 1..3 {
+        (LOW_PAGES..500).for_each(|page| guest.store(page, 7, round).expect("frames are plenty"));
+    }
+    guest.leave();
+    mmu.set_budget(mmu.budget_min() + 10).expect("enough");
+    assert!(mmu.is_over_budget());
+    while mmu.background_round().expect("swap has room") {}
+    assert!(!mmu.is_over_budget(), "{:?}", mmu.usage());
+}
+
+#[test]
 fn every_swap_operation_fails_once_and_none_gives_wrong_data() {
     let run = |fail_at| {
         let done = Arc::new(AtomicU64::new(0));

@@ -60,6 +60,7 @@ pub fn cases() -> Vec<Trial> {
     };
     let alone = [
         case("soft_sticky_pressed_seeds_keep_every_byte", &[], seeds),
+        case("soft_guest_that_is_mostly_low_memory_has_room_for_its_pages", &[], mostly_low),
         case("swap_in_a_file_leaves_nothing_behind", &[], swap_file),
         case("every_swap_operation_that_fails_is_a_clear_stop", &[], failing_swap),
         case("swap_that_is_full_is_a_clear_stop", &[], full_swap),
@@ -78,6 +79,12 @@ fn run(way: Way, append: &str, options: &[&str]) -> Result<(Outcome, Value), Fai
     let run = way.run(&args)?;
     let text = std::fs::read_to_string(json.path())?;
     Ok((run, serde_json::from_str(&text).unwrap_or(Value::Null)))
+}
+
+/// What tables had while frames were plenty is not theirs when there are few.
+fn mostly_low() -> Verdict {
+    let options = ["--mem", "64M", "--low", "8M", "--frames", "48M@0s,11M@300ms", "--timeout", "80s"];
+    passes(SOFT, "workload=reclaim ram=64 scale=20", &options).map(drop)
 }
 
 fn number(summary: &Value, field: &str) -> u64 {

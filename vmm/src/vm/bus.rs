@@ -271,9 +271,12 @@ impl<'a> GuestBus<'a> {
         }
     }
 
-    /// Has a page brought in; the instruction goes on where it is.
+    /// Has a page brought in; the instruction goes on where it is, or is run again where somebody wants the vCPU: one page may
+    /// make another one go, for as long as frames are short.
     fn bring_in(&mut self, gfn: Gfn) -> Result<(), BusError> {
-        self.outside(|mmu, vcpu| mmu.bring_in(Some(vcpu.id()), gfn)).map_err(|shortage| self.lack(shortage))
+        let brought = self.outside(|mmu, vcpu| mmu.bring_in(Some(vcpu.id()), gfn));
+        brought.map_err(|shortage| self.lack(shortage))?;
+        if self.is_wanted() { Err(BusError::Again) } else { Ok(()) }
     }
 
     /// A page cannot be had: the instruction cannot go on.

@@ -3,11 +3,14 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use umbra_mmu::discard::Discard;
+use umbra_mmu::invalidation::May;
 use umbra_mmu::{AccessKind, Config, Machine, Shortage, TlbKind, coherence::NoVcpus};
 
 use super::*;
 use crate::board::{Board, BoardConfig, MemoryMap};
 use crate::cpu::{cr0, cr4};
+use crate::vm::kick::Kick;
 
 /// Guest pages.
 const PAGES: u32 = 64;
@@ -254,4 +257,25 @@ fn an_access_that_meets_a_closed_gate_too_often_asks_to_be_let_through() {
         drop(GuestBus::new(&rig.mmu, &mut rig.vcpu, &rig.devices, None));
         assert!(!gates.is_starving(page), "{kind:?}: it has run with the page");
     }
+}
+
+#[test]
+fn a_vcpu_that_is_wanted_leaves_when_a_page_has_been_brought_in() {
+    let attention = Attention::default();
+    let mut rig = Rig::new(None);
+    let mut read = |wanted: bool| {
+        let gone = rig.mmu.discard(None, 5..6, Discard::Balloon, May::Sleep);
+        assert_eq!(gone, Ok(()));
+        if wanted {
+            attention.kick()
+        } else {
+            attention.take()
+        }
+        let mut bus = rig.bus();
+        bus.heed(attention.clone());
+        let first = bus.read(Gva(0x5000), Width::B4, READ);
+        (first, bus.read(Gva(0x5000), Width::B4, READ))
+    };
+    assert_eq!(read(false), (Ok(0), Ok(0)));
+    assert_eq!(read(true), (Err(BusError::Again), Ok(0)), "the page is there when it is back");
 }

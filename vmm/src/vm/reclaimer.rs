@@ -5,7 +5,8 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use umbra_mmu::{Mmu, Shortage};
 
@@ -26,10 +27,13 @@ impl Reclaimer {
     pub fn start(mmu: Arc<Mmu>, ending: Ending) -> io::Result<Reclaimer> {
         let own = Arc::clone(&mmu);
         let work = move || ending.watch("reclaim", || reclaim(&own, &ending));
-        let thread = std::thread::Builder::new().name("reclaim".into()).spawn(work)?;
+        let thread = thread::Builder::new().name("reclaim".into()).spawn(work)?;
         Ok(Reclaimer { mmu, thread: Some(thread) })
     }
 }
+
+/// From one look to the next while the budget is exceeded and every page is in use.
+const AGAIN: Duration = Duration::from_millis(50);
 
 fn reclaim(mmu: &Mmu, ending: &Ending) {
     while mmu.wait_for_background_work() {
@@ -39,6 +43,10 @@ fn reclaim(mmu: &Mmu, ending: &Ending) {
                 Ok(false) => break,
                 Err(failed) => return ending.set(End::Shortage(Shortage::Swap(failed))),
             }
+        }
+        if mmu.is_over_budget() {
+            thread::sleep(AGAIN);
+            mmu.want_background();
         }
     }
 }
@@ -55,7 +63,7 @@ impl Drop for Reclaimer {
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use umbra_mmu::swap::{SwapDevice, SwapSlot};
     use umbra_mmu::{Config, Context, Gfn, LocalStack, Machine, NoVcpus};
@@ -111,7 +119,7 @@ mod tests {
         mmu.set_budget(mmu.budget_min()).expect("the least");
         let patience = Instant::now() + Duration::from_secs(20);
         while !ending.is_set() && Instant::now() < patience {
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         drop(reclaimer);
         let end = ending.take().expect("the run has ended");

@@ -60,8 +60,26 @@ fn set_budget(controls: &Controls, bytes: u64) -> Result<(), Refusal> {
         ));
     }
     let frames = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
+    if let Some(wanted) = more_than_swap_has_room_for(controls, frames) {
+        return Err(Refusal::generic(wanted));
+    }
     controls.mmu.set_budget(frames).map_err(|error| {
         Refusal::generic(format!("{error}; the smallest possible is {} bytes", u64::from(least) * PAGE_SIZE))
+    })
+}
+
+/// Why the pages in use cannot all be in so many frames and in swap: the guest would end for want of a frame.
+fn more_than_swap_has_room_for(controls: &Controls, frames: u32) -> Option<String> {
+    let (mmu, usage) = (&controls.mmu, controls.mmu.usage());
+    let (in_use, slots) = (usage.resident + usage.swapped, mmu.pressure().swap_slots);
+    let tables = mmu.budget_min() - mmu.config().low_pages.min(mmu.config().guest_pages);
+    let least = in_use.saturating_sub(slots) + tables;
+    (frames < least).then(|| {
+        format!(
+            "the guest has {in_use} pages in use, and swap has {slots} slots: {frames} frames are too few; at least {} \
+             bytes are possible now, fewer with a larger --swap",
+            u64::from(least) * PAGE_SIZE
+        )
     })
 }
 
