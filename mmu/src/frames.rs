@@ -87,6 +87,10 @@ const OWNER: usize = 1;
 const PINS: usize = 2;
 /// Generation of the code that somebody has decoded from it; 0 for none since the last store.
 const CODE: usize = 3;
+/// In a code mark: a store that was on its way when it was made has arrived.
+pub(crate) const SETTLED: u32 = 1;
+/// From one code mark to the next.
+const MARK_STEP: u32 = 2;
 
 /// What gives frames back to the host.
 pub trait Host: Send + Sync + std::fmt::Debug {
@@ -475,22 +479,33 @@ impl Frames {
         self.frames[mfn.0 as usize][PINS].load(Ordering::SeqCst)
     }
 
-    /// Marks the frame as one that code is about to be decoded from. Returns the generation of its contents: unless it is
-    /// still that, what was decoded is stale. And whether it has been marked just now: a store by another vCPU that is on its
-    /// way may miss the mark.
-    pub(crate) fn mark_code(&self, mfn: Mfn) -> (u32, bool) {
+    /// Marks the frame as one that code is about to be decoded from. Returns the mark, new or as it was: while it is without
+    /// [`SETTLED`], a store by another vCPU that is on its way may miss it.
+    pub(crate) fn mark_code(&self, mfn: Mfn) -> u32 {
         let code = &self.frames[mfn.0 as usize][CODE];
         let now = code.load(Ordering::SeqCst);
         if now != 0 {
-            return (now, false);
+            return now;
         }
-        let clock = self.code_clock.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
-        let next = if clock == 0 { self.code_clock.fetch_add(1, Ordering::Relaxed) + 1 } else { clock };
+        let step = || self.code_clock.fetch_add(MARK_STEP, Ordering::Relaxed).wrapping_add(MARK_STEP);
+        let next = match step() {
+            0 => step(),
+            clock => clock,
+        };
         code.store(next, Ordering::SeqCst);
-        (next, true)
+        next
     }
 
-    /// The code generation, 0 when there is none or no such frame.
+    /// Nobody's store misses `mark` any more. Returns the generation of the frame's contents: unless it is still that, what is
+    /// decoded from now on is stale.
+    pub(crate) fn settle_code(&self, mfn: Mfn, mark: u32) -> u32 {
+        let code = &self.frames[mfn.0 as usize][CODE];
+        // Another may have done so, or it is gone: then no block of this generation is current.
+        let _ = code.compare_exchange(mark, mark | SETTLED, Ordering::SeqCst, Ordering::SeqCst);
+        mark | SETTLED
+    }
+
+    /// The code generation, 0 when there is none or no such frame, and none that is in use without [`SETTLED`].
     #[inline]
     pub(crate) fn code(&self, mfn: Mfn) -> u32 {
         self.frames.get(mfn.0 as usize).map_or(0, |frame| frame[CODE].load(Ordering::Acquire))

@@ -104,3 +104,34 @@ fn code_is_stale_once_its_frame_is_stored_to_by_whoever() {
     mmu.write_bytes(vcpu.window(), Gfn(3).at(8), &[1]).expect("memory");
     assert_eq!(mmu.code_generation(second.mfn), 0, "by a device");
 }
+
+/// Counts the barriers that it is asked for.
+#[derive(Clone, Default)]
+struct Barriers(crate::sync::Arc<crate::sync::AtomicU32>);
+
+impl crate::Shootdown for Barriers {
+    fn kick(&self, _vcpu: u32) {}
+
+    fn settle_stores(&self) {
+        self.0.fetch_add(1, crate::sync::Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn who_finds_a_mark_whose_barrier_is_under_way_makes_one_too() {
+    let config = Config { shadow_pages_max: 64, roots_max: 8, vcpus: 2, ..Config::of_pages(64) };
+    let barriers = Barriers::default();
+    let mmu = Mmu::new(Machine::anonymous(256), config, Box::new(barriers.clone()));
+    let vcpu = mmu.soft_vcpu(0, TlbKind::Sized);
+    assert_eq!(store(&mmu, &vcpu, PAGE, 0x90), Ok(()));
+    let PageState::Resident(mfn) = mmu.p2m.lookup(Gfn(PAGE.0 >> 12)) else { panic!("stored to") };
+    let made = || barriers.0.load(crate::sync::Ordering::SeqCst);
+    // Another vCPU is in the middle of it.
+    let mark = mmu.frames.mark_code(mfn);
+    let code = mmu.code_frame(&vcpu, PAGE, false).expect("mapped");
+    assert_eq!((made(), code.mfn), (1, mfn));
+    assert_eq!(mmu.code_generation(mfn), code.generation);
+    assert_eq!(mmu.frames.settle_code(mfn, mark), code.generation, "both have decoded the same");
+    assert_eq!(mmu.code_frame(&vcpu, PAGE, false), Ok(code));
+    assert_eq!(made(), 1, "once it has ended nobody needs another");
+}
