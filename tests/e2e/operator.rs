@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Trial> {
         case("soft_guest_is_pressed_by_budget_balloon_and_discards", &[], pressed),
         case("pressure_that_makes_no_sense_is_refused_before_anything_is_sent", &[], refused),
         case("pressure_that_is_interrupted_sets_the_guest_back", &[], interrupted),
+        case("run_that_is_interrupted_ends_with_its_summary", &[], stopped_by_signal),
         case("soft_sticky_pressed_by_balloon_and_budget_keeps_every_byte", &[], both),
         case("soft_guest_in_want_takes_back_what_a_balloon_beyond_its_means_has", &[], in_want),
         case("soft_guest_without_swap_outlives_a_balloon_beyond_its_means", &[], without_swap),
@@ -169,6 +170,24 @@ fn interrupted() -> Verdict {
     ensure!(run.end == End::Status(14), "an operator has ended it:\n{run}");
     ensure!(run.stderr.contains("frames set back to 24M: the guest is at 24M now"), "how is it now?\n{run}");
     expect(&guest.press("frames 24M")?, End::Status(0), &["frames: from 24M to 24M in "])
+}
+
+/// Ctrl-C leaves what the run has come to, and nothing that the next one would trip over.
+fn stopped_by_signal() -> Verdict {
+    let folder = tempfile::tempdir()?;
+    let path = |name| folder.path().join(name).to_string_lossy().into_owned();
+    let (socket, json) = (path("qmp"), path("summary.json"));
+    let mut command = Command::new("timeout");
+    command.args(["--preserve-status", "--signal=INT", "2"]).arg(program());
+    command.args(["run", "--backend", "soft", "--append", "workload=spin scale=4000"]);
+    command.args(["--qmp", &socket, "--json", &json]);
+    let run = crate::support::process::run(&mut command, LISTENS)?;
+    ensure!(run.end == End::Status(14), "a signal has ended it:\n{run}");
+    ensure!(run.stderr.contains("ended by a signal"), "it says so:\n{run}");
+    let summary: Value = serde_json::from_str(&std::fs::read_to_string(json)?)?;
+    ensure!(summary["status"] == 14 && summary["audit"].as_array().is_some_and(Vec::is_empty), "{summary}");
+    ensure!(!Path::new(&socket).exists(), "the socket is still there");
+    Ok(())
 }
 
 /// Two reclaimers at once: the guest's, which its balloon presses, and Umbra's, which the budget presses. `UMBRA_SEEDS` guests.

@@ -21,6 +21,7 @@ pub mod measure;
 pub mod plot;
 pub mod pressure;
 pub mod probe;
+pub mod signals;
 pub mod status;
 pub mod swap;
 pub mod units;

@@ -9,6 +9,7 @@ use umbra::cli::{Cli, Command, DoctorArgs, ExplainArgs, RunArgs};
 use umbra::import::{self, ImportArgs};
 use umbra::measure::{self, MeasureArgs};
 use umbra::pressure::{self, End, PressureArgs};
+use umbra::signals;
 use umbra::status::Status;
 use umbra::{plot, probe, vm};
 
@@ -44,6 +45,9 @@ fn run(args: &RunArgs, screen: &vm::Screen) -> u8 {
         Ok(plot) => plot,
         Err(error) => return refuse(&error),
     };
+    if let Err(error) = signals::catch_with_event() {
+        return refuse(&error);
+    }
     let summary = match vm::run(args, screen) {
         Ok(summary) => summary,
         Err(error) => return refuse(&error),
@@ -101,10 +105,10 @@ fn press(args: &PressureArgs) -> u8 {
         Ok(sink) => sink,
         Err(error) => return refuse(&error),
     };
-    if let Err(error) = pressure::signals::catch() {
+    if let Err(error) = signals::catch() {
         return refuse(&error);
     }
-    let report = match pressure::run(&order, &pressure::signals::count) {
+    let report = match pressure::run(&order, &signals::count) {
         Ok(report) => report,
         Err(error) => {
             say!("{error}");
@@ -154,10 +158,10 @@ fn measure(args: &MeasureArgs, screen: &vm::Screen) -> u8 {
         Ok(files) => files,
         Err(error) => return refuse(&error),
     };
-    if let Err(error) = pressure::signals::catch() {
+    if let Err(error) = signals::catch() {
         return refuse(&error);
     }
-    let (report, status) = match measure::run(&order, screen, &pressure::signals::count) {
+    let (report, status) = match measure::run(&order, screen, &signals::count) {
         Ok(measured) => measured,
         Err(error) => return refuse(&error),
     };

@@ -12,7 +12,6 @@
 //! | watch | asking and looking, to the end |
 //! | judge | why it was not reached |
 //! | progress | how far it is |
-//! | signals | Ctrl-C |
 //!
 //! Holds: it ends in time, whatever the server does: by the time limit, the patience with one answer, and [`SET_BACK`]. Who
 //! interrupts it finds the guest asked for what it was asked for before.
@@ -24,7 +23,6 @@ pub mod client;
 pub mod judge;
 pub mod plan;
 pub mod progress;
-pub mod signals;
 #[cfg(test)]
 mod tests;
 mod watch;

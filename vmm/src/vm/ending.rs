@@ -27,6 +27,8 @@ pub enum End {
     Timeout(Duration),
     /// An operator asked for it.
     Quit,
+    /// A signal asked for it: SIGINT or SIGTERM.
+    Signal,
     /// An operator asked for a reset, which ends the run.
     HostReset,
     /// An instruction that the host's KVM trapped on and the interpreter does not know.
@@ -79,8 +81,8 @@ impl End {
             End::Stuck(_) => ("guest-panic", true),
             End::Quit => ("host-qmp-quit", false),
             End::HostReset => ("host-qmp-system-reset", false),
-            // What would come of `timeout` around the whole of it.
-            End::Timeout(_) => ("host-signal", false),
+            // A time limit is what would come of `timeout` around the whole of it.
+            End::Signal | End::Timeout(_) => ("host-signal", false),
             End::Unknown { .. }
             | End::Backend { .. }
             | End::Shortage(_)
@@ -110,6 +112,7 @@ impl fmt::Display for End {
             }
             End::Timeout(after) => write!(f, "the guest did not end within --timeout {after:?}"),
             End::Quit => write!(f, "ended by the operator"),
+            End::Signal => write!(f, "ended by a signal"),
             End::HostReset => write!(f, "reset by the operator; a reset ends the run"),
             End::Unknown { instruction, trap, cpu } => {
                 write!(f, "{instruction}")?;

@@ -15,6 +15,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::devices::Devices;
 use super::ending::{End, Ending};
+use crate::signals;
 
 /// Something with descriptors that the loop serves.
 pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
@@ -42,6 +43,9 @@ impl EventLoop {
         manager.add_subscriber(Box::new(Alarm { devices }));
         if let Some(limit) = timeout {
             manager.add_subscriber(Box::new(TimeLimit::new(limit, ending.clone())?));
+        }
+        if let Some(event) = signals::event() {
+            manager.add_subscriber(Box::new(Signals { event, ending: ending.clone() }));
         }
         others.into_iter().for_each(|other| {
             manager.add_subscriber(other);
@@ -108,6 +112,23 @@ impl MutEventSubscriber for TimeLimit {
 
     fn init(&mut self, ops: &mut EventOps) {
         add(ops, Events::new_raw(self.timer.as_raw_fd(), EventSet::IN));
+    }
+}
+
+/// Ctrl-C and its like.
+struct Signals {
+    event: &'static EventFd,
+    ending: Ending,
+}
+
+impl MutEventSubscriber for Signals {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.event.read();
+        self.ending.set(End::Signal);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        add(ops, Events::new_raw(self.event.as_raw_fd(), EventSet::IN));
     }
 }
 

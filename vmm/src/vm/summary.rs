@@ -308,7 +308,7 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(BoardExit::DebugExit(value)) => Status::Guest(*value),
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
-        End::Quit | End::HostReset => Status::Quit,
+        End::Quit | End::Signal | End::HostReset => Status::Quit,
         End::Unknown { .. } | End::Backend { .. } | End::Shortage(_) | End::Panic { .. } => Status::Failure,
         End::Incoherent(_) => Status::Incoherent,
     };

@@ -207,7 +207,10 @@ impl BalloonControl for GuestBalloon {
     /// The latest that there are; newer ones are asked for.
     fn stats(&self) -> Option<Vec<(&'static str, u64)>> {
         self.balloon.ask_for_stats();
-        self.balloon.state().stats.map(|stats| stats.named())
+        let state = self.balloon.state();
+        let named = state.stats.map(|stats| stats.named());
+        // So that who waits for newer ones knows them.
+        named.map(|named| named.into_iter().chain([("updates", state.stats_updates)]).collect())
     }
 }
 
