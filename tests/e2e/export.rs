@@ -24,6 +24,7 @@ use umbra::import::{ImportError, Importer, Manners};
 use super::qmp::{Client, Running};
 use super::umbra::{KVM, SOFT, Way, program};
 use crate::ensure;
+use crate::support::host::Need;
 use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case};
 
@@ -139,7 +140,12 @@ fn sane(run: Outcome, ends: &[End]) -> Verdict {
 fn served(way: Way) -> Verdict {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("e").to_str().ok_or("a name that is not UTF-8")?.to_owned();
-    let guest = ["--frames", "24M", "--export", &path, "--append", "workload=reclaim scale=30"];
+    // It lives for longer than the importer.
+    let append = match way.needs.contains(&Need::Kvm) {
+        true => "workload=reclaim scale=30",
+        false => "workload=reclaim scale=30 work=80",
+    };
+    let guest = ["--frames", "24M", "--export", &path, "--append", append];
     let running = Running::start(way, &guest)?;
     drop(running.client()?);
     let mut import = Command::new(program());
