@@ -142,7 +142,7 @@ fn served(way: Way) -> Verdict {
     let path = folder.path().join("e").to_str().ok_or("a name that is not UTF-8")?.to_owned();
     // It lives for longer than the importer.
     let append = match way.needs.contains(&Need::Kvm) {
-        true => "workload=reclaim scale=30",
+        true => "workload=reclaim scale=30 pace=slow",
         false => "workload=reclaim scale=30 work=80",
     };
     let guest = ["--frames", "24M", "--export", &path, "--append", append];
