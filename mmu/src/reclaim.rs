@@ -205,7 +205,7 @@ impl Mmu {
     }
 
     /// A batch of direct reclaim, of pages that importers have too or not.
-    #[cfg(test)]
+    #[cfg(all(test, not(any(loom, shuttle))))]
     pub(crate) fn reclaim_from_for_test(&self, imported: bool) -> Result<u32, SwapFailed> {
         let whose = if imported { Whose::Anybodys } else { Whose::TheGuests };
         self.reclaim_from(CLUSTER, Cause::DirectReclaim, None, whose).map(|batch| batch.freed)
