@@ -14,7 +14,7 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::umbra::{KVM, SOFT, Way, judge, status, umbra};
+use super::umbra::{KVM, SOFT, Way, judge, limit, status, umbra};
 use crate::ensure;
 use crate::support::host::{self, Need};
 use crate::support::process::{self, Outcome};
@@ -45,7 +45,9 @@ impl Running {
     pub(super) fn start(way: Way, options: &[&str]) -> Result<Running, Failed> {
         let folder = tempfile::tempdir()?;
         let socket = folder.path().join("s").to_str().ok_or("a name that is not UTF-8")?.to_owned();
-        let mut args = vec!["run".to_owned(), "--qmp".into(), socket, "--timeout".into(), "60s".into()];
+        // Before the one that starts it loses its patience.
+        let limit = format!("{}s", limit().as_secs() - 30);
+        let mut args = vec!["run".to_owned(), "--qmp".into(), socket, "--timeout".into(), limit];
         args.extend(way.options.iter().chain(options).map(|word| (*word).to_owned()));
         Ok(Running { folder, run: thread::spawn(move || umbra(args)) })
     }
