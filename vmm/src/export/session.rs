@@ -138,7 +138,7 @@ impl Session {
         }
         let found = self.segments.find(number);
         let segment =
-            found.ok_or_else(|| Refusal(Code::Unknown, format!("this guest exports no segment {number}")))?;
+            found.ok_or_else(|| Refusal(Code::Unknown, format!("this guest exports no segment {number}; a segment is there for as long as whoever has made it")))?;
         if write && !segment.writable {
             return Err(Refusal(Code::Rights, format!("segment {number} is for readers")));
         }
