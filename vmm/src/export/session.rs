@@ -136,9 +136,10 @@ impl Session {
         if self.accesses.len() >= ACCESSES_MAX {
             return Err(Refusal(Code::Limit, format!("an importer has {ACCESSES_MAX} accesses at most")));
         }
-        let found = self.segments.find(number);
-        let segment =
-            found.ok_or_else(|| Refusal(Code::Unknown, format!("this guest exports no segment {number}; a segment is there for as long as whoever has made it")))?;
+        let segment = self.segments.find(number).ok_or_else(|| {
+            let why = "a segment is there for as long as whoever has made it";
+            Refusal(Code::Unknown, format!("this guest exports no segment {number}; {why}"))
+        })?;
         if write && !segment.writable {
             return Err(Refusal(Code::Rights, format!("segment {number} is for readers")));
         }
