@@ -55,7 +55,9 @@ fn run(args: &RunArgs, screen: &vm::Screen) -> u8 {
     if summary.guest_exit != Some(0) {
         say!("{}", summary.end);
     }
-    say!("{summary}");
+    for line in summary.to_string().lines() {
+        say!("{line}");
+    }
     // A sink that fails keeps nothing from the other.
     let written = [
         json.as_mut().map_or(Ok(()), |json| json.write(&summary)),

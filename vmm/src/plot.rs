@@ -35,13 +35,14 @@ svg{color-scheme:light dark;background:#fff;font:12px system-ui,sans-serif}
 .resident{stroke:#0969da}.swapped,.swap-outs{stroke:#bc4c00}.free{stroke:#1a7f37}
 .budget{stroke:#57606a;stroke-dasharray:8 4}.refaults{stroke:#8250df}.invalidations{stroke:#0a7c86}
 .backed{stroke:#953800;stroke-dasharray:2 4}.balloon,.stalls{stroke:#cf222e}
+.would-blocks{stroke:#cf222e;stroke-dasharray:2 4}
 .guest-free,.guest-swap-ins{stroke:#116329;stroke-dasharray:6 4}
 @media(prefers-color-scheme:dark){
 svg{background:#0d1117}.paper{fill:#0d1117}text{fill:#e6edf3}
 .grid{stroke:#30363d}.frame{stroke:#8b949e}
 .resident{stroke:#58a6ff}.swapped,.swap-outs{stroke:#f0883e}.free{stroke:#3fb950}
 .budget{stroke:#8b949e}.refaults{stroke:#bc8cff}.invalidations{stroke:#39c5cf}
-.backed{stroke:#ffa657}.balloon,.stalls{stroke:#ff7b72}.guest-free,.guest-swap-ins{stroke:#7ee787}}
+.backed{stroke:#ffa657}.balloon,.stalls,.would-blocks{stroke:#ff7b72}.guest-free,.guest-swap-ins{stroke:#7ee787}}
 ";
 
 /// Draws `samples` of a whole run, which are in order of time.
@@ -99,7 +100,7 @@ fn memory(samples: &[Sample]) -> Vec<Curve> {
     host.into_iter().chain(said(guest)).collect()
 }
 
-/// Those of a guest's own curves that it says anything of.
+/// Those of the curves in which anything happens, or that the guest says anything of.
 fn said<const N: usize>(curves: [Curve; N]) -> impl Iterator<Item = Curve> {
     // A balloon that holds nothing all the time is none.
     curves.into_iter().filter(|curve| curve.points.iter().any(|point| point.1 > 0.0))
@@ -127,8 +128,10 @@ fn rates(samples: &[Sample]) -> Vec<Curve> {
         curve("invalidations/s", "invalidations", |rates| Some(rates.invalidations)),
         curve("stalls/s", "stalls", |rates| Some(rates.stalls)),
     ];
+    // Where nobody asks without sleep, there is nothing to say of it.
+    let atomic = [curve("WouldBlocks/s", "would-blocks", |rates| Some(rates.would_blocks))];
     let guest = [curve("guest's swap-ins/s", "guest-swap-ins", |rates| rates.guest_swap_ins)];
-    host.into_iter().chain(said(guest)).collect()
+    host.into_iter().chain(said(atomic)).chain(said(guest)).collect()
 }
 
 /// An axis from 0 on.
@@ -382,13 +385,14 @@ mod tests {
     fn a_guest_has_the_curves_that_it_says_something_of() {
         let silent = svg(&[at(0), at(1000)], "silent");
         let document = Document::parse(&silent).expect("XML");
-        for class in ["balloon", "guest-free", "guest-swap-ins"] {
+        for class in ["balloon", "guest-free", "guest-swap-ins", "would-blocks"] {
             assert!(paths(&document, class).is_empty(), "{class}");
         }
         let sample = |n: u64| Sample {
             balloon_actual: 256 * n as u32,
             guest_free: Some(512),
             guest_swap_ins: Some(100 * n),
+            would_blocks: n,
             gate_waits: n,
             page_waits: n,
             ..at(1000 * n)
@@ -397,7 +401,7 @@ mod tests {
         check(&text);
         assert!(text.contains("time since the command (s)"));
         let document = Document::parse(&text).expect("XML");
-        for class in ["balloon", "guest-free", "guest-swap-ins", "stalls", "backed"] {
+        for class in ["balloon", "guest-free", "guest-swap-ins", "stalls", "would-blocks", "backed"] {
             assert_eq!(paths(&document, class).len(), 2, "{class}");
         }
         // 1 MiB a second, of 8: from below to a quarter.

@@ -61,7 +61,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
-use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetRefused, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
@@ -87,7 +87,7 @@ use crate::units::format_duration;
 use crate::virtio::disk::{Disk, DiskError, DiskSpec};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
-use control::{ANSWER_WAIT, Attempts, ControlSocket, Controls, News};
+use control::{ANSWER_WAIT, ControlSocket, Controls, News};
 use devices::Devices;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
@@ -146,7 +146,7 @@ pub enum RunError {
         /// The step.
         at: Duration,
         /// Why.
-        source: BudgetTooSmall,
+        source: BudgetRefused,
     },
     /// The swap file cannot be made.
     #[error(transparent)]
@@ -424,7 +424,6 @@ impl Guest {
             swap_in_memory: !matches!(args.swap, Some(Swap::File(_))),
             pool: Some(Arc::clone(&self.pool)),
             answer_wait: ANSWER_WAIT,
-            attempts: Attempts::default(),
         }
     }
 

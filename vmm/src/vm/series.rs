@@ -60,6 +60,8 @@ pub struct Sample {
     pub clean_drops: u64,
     /// Invalidations.
     pub invalidations: u64,
+    /// Times that somebody who may not sleep was told WouldBlock.
+    pub would_blocks: u64,
     /// Times that a vCPU had to reclaim for itself.
     pub direct_reclaims: u64,
     /// Times that a vCPU slept at the gate of a page that was changing hands.
@@ -92,6 +94,7 @@ impl Sample {
             zero_drops: usage.zero_drops,
             clean_drops: usage.clean_drops,
             invalidations: usage.invalidations,
+            would_blocks: usage.would_blocks,
             direct_reclaims: usage.direct_reclaims,
             gate_waits: usage.gate_waits,
             page_waits: usage.page_waits,
@@ -127,6 +130,8 @@ pub struct Rates {
     pub invalidations: f64,
     /// Waits of a vCPU: at the gate of a page, or for one to be brought in.
     pub stalls: f64,
+    /// WouldBlocks of whoever may not sleep.
+    pub would_blocks: f64,
     /// Pages that the guest has read from a swap of its own; `None` where it does not say.
     pub guest_swap_ins: Option<f64>,
 }
@@ -141,6 +146,7 @@ impl Rates {
             swap_outs: rate(before.swap_outs, after.swap_outs),
             invalidations: rate(before.invalidations, after.invalidations),
             stalls: rate(before.stalls(), after.stalls()),
+            would_blocks: rate(before.would_blocks, after.would_blocks),
             guest_swap_ins: before.guest_swap_ins.zip(after.guest_swap_ins).map(|(a, b)| rate(a, b)),
         })
     }
@@ -219,7 +225,7 @@ pub fn next_multiple(at: Duration, interval: Duration) -> Duration {
 /// A column's name in JSON, and its values; what nobody knows is null.
 type Column = (&'static str, fn(&Sample) -> Option<u64>);
 
-const COLUMNS: [Column; 20] = [
+const COLUMNS: [Column; 21] = [
     ("at_micros", |s| Some(u64::try_from(s.at.as_micros()).unwrap_or(u64::MAX))),
     ("budget", |s| Some(s.budget.into())),
     ("frames_used", |s| Some(s.frames_used.into())),
@@ -234,6 +240,7 @@ const COLUMNS: [Column; 20] = [
     ("zero_drops", |s| Some(s.zero_drops)),
     ("clean_drops", |s| Some(s.clean_drops)),
     ("invalidations", |s| Some(s.invalidations)),
+    ("would_blocks", |s| Some(s.would_blocks)),
     ("direct_reclaims", |s| Some(s.direct_reclaims)),
     ("gate_waits", |s| Some(s.gate_waits)),
     ("page_waits", |s| Some(s.page_waits)),

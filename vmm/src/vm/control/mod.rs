@@ -49,7 +49,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 pub use balloon::BalloonControl;
 pub use commands::ANSWER_WAIT;
-pub use memory::{Attempts, WORK_MAX};
+pub use memory::WORK_MAX;
 pub use news::News;
 pub use session::OUTPUT_MAX;
 
@@ -99,8 +99,6 @@ pub struct Controls {
     pub pool: Option<Arc<Pool>>,
     /// How long the vCPU may take to answer.
     pub answer_wait: Duration,
-    /// Discards that might not sleep.
-    pub attempts: Attempts,
 }
 
 /// The socket and its clients.

@@ -77,7 +77,6 @@ impl Parts {
             swap_in_memory: true,
             pool: None,
             answer_wait: Duration::from_millis(300),
-            attempts: Attempts::default(),
         }
     }
 }
