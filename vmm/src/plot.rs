@@ -35,12 +35,12 @@ svg{color-scheme:light dark;background:#fff;font:12px system-ui,sans-serif}
 .resident{stroke:#0969da}.swapped,.swap-outs{stroke:#bc4c00}.free{stroke:#1a7f37}
 .budget{stroke:#57606a;stroke-dasharray:8 4}.refaults{stroke:#8250df}.invalidations{stroke:#0a7c86}
 .backed{stroke:#953800;stroke-dasharray:2 4}.balloon,.stalls{stroke:#cf222e}
-.would-blocks{stroke:#cf222e;stroke-dasharray:2 4}
+.would-blocks{stroke:#cf222e;stroke-dasharray:2 4}.guest-swapped{stroke:#bc4c00;stroke-dasharray:6 4}
 .guest-free,.guest-swap-ins{stroke:#116329;stroke-dasharray:6 4}
 @media(prefers-color-scheme:dark){
 svg{background:#0d1117}.paper{fill:#0d1117}text{fill:#e6edf3}
 .grid{stroke:#30363d}.frame{stroke:#8b949e}
-.resident{stroke:#58a6ff}.swapped,.swap-outs{stroke:#f0883e}.free{stroke:#3fb950}
+.resident{stroke:#58a6ff}.swapped,.swap-outs,.guest-swapped{stroke:#f0883e}.free{stroke:#3fb950}
 .budget{stroke:#8b949e}.refaults{stroke:#bc8cff}.invalidations{stroke:#39c5cf}
 .backed{stroke:#ffa657}.balloon,.stalls,.would-blocks{stroke:#ff7b72}.guest-free,.guest-swap-ins{stroke:#7ee787}}
 ";
@@ -91,11 +91,12 @@ fn memory(samples: &[Sample]) -> Vec<Curve> {
         curve("swapped", "swapped", |sample| Some(sample.swapped.into())),
         curve("free", "free", |sample| Some(sample.frames_free.into())),
         budget,
-        curve("host backs", "backed", |sample| Some(sample.frames_used.into())),
+        curve("host backs", "backed", |sample| sample.host_backs),
     ];
     let guest = [
         curve("balloon", "balloon", |sample| Some(sample.balloon_actual.into())),
         curve("guest's free", "guest-free", |sample| sample.guest_free),
+        curve("guest's swapped", "guest-swapped", |sample| sample.guest_swapped),
     ];
     host.into_iter().chain(said(guest)).collect()
 }
@@ -385,13 +386,16 @@ mod tests {
     fn a_guest_has_the_curves_that_it_says_something_of() {
         let silent = svg(&[at(0), at(1000)], "silent");
         let document = Document::parse(&silent).expect("XML");
-        for class in ["balloon", "guest-free", "guest-swap-ins", "would-blocks"] {
+        for class in ["balloon", "guest-free", "guest-swap-ins", "guest-swapped", "would-blocks"] {
             assert!(paths(&document, class).is_empty(), "{class}");
         }
         let sample = |n: u64| Sample {
             balloon_actual: 256 * n as u32,
             guest_free: Some(512),
             guest_swap_ins: Some(100 * n),
+            guest_swapped: Some(768),
+            host_backs: Some(1024),
+            frames_used: 1536,
             would_blocks: n,
             gate_waits: n,
             page_waits: n,
@@ -401,12 +405,15 @@ mod tests {
         check(&text);
         assert!(text.contains("time since the command (s)"));
         let document = Document::parse(&text).expect("XML");
-        for class in ["balloon", "guest-free", "guest-swap-ins", "stalls", "would-blocks", "backed"] {
+        let own = ["balloon", "guest-free", "guest-swap-ins", "guest-swapped"];
+        for class in own.into_iter().chain(["stalls", "would-blocks", "backed"]) {
             assert_eq!(paths(&document, class).len(), 2, "{class}");
         }
         // 1 MiB a second, of 8: from below to a quarter.
         assert_eq!(numbers(paths(&document, "balloon")[0])[..2], [84.0, 306.0]);
         assert_eq!(numbers(paths(&document, "balloon")[0]).last(), Some(&248.5));
+        // What the host says, 4 MiB, and not what it may be backing, 6.
+        assert_eq!(numbers(paths(&document, "backed")[0]).last(), Some(&191.0));
     }
 
     #[test]

@@ -111,8 +111,8 @@ pub struct Guest<'a> {
     begun: Duration,
     /// When its statistics are due.
     stats_due: Duration,
-    /// Free pages and swap-ins as it last said.
-    stats: Option<(Option<u64>, Option<u64>)>,
+    /// Free pages, swap-ins and swap in use as it last said.
+    stats: Option<[Option<u64>; 3]>,
 }
 
 impl Guest<'_> {
@@ -196,7 +196,8 @@ impl Guest<'_> {
             let (target, actual) = (memory.saturating_sub(target), memory.saturating_sub(bytes(given)));
             Ok::<_, String>(Kept { target, actual, memory })
         });
-        let (guest_free, guest_swap_ins) = self.stats.unwrap_or_default();
+        let [guest_free, guest_swap_ins, guest_swapped] = self.stats.unwrap_or_default();
+        let host_frames = self.number(&memory, "/host/frames")?;
         let sample = Sample {
             at,
             budget: pages("/budget")?,
@@ -219,6 +220,8 @@ impl Guest<'_> {
             balloon_actual: given,
             guest_free,
             guest_swap_ins,
+            guest_swapped,
+            host_backs: Some(host_frames / PAGE_SIZE),
         };
         let dropped = sample.zero_drops.saturating_add(sample.clean_drops);
         Ok(Seen {
@@ -231,7 +234,7 @@ impl Guest<'_> {
             listed: pages("/reclaim/inactive")?.saturating_add(pages("/reclaim/active")?),
             swap_slots: pages("/swap/slots")?,
             swap_in_memory: if memory["swap"]["in-memory"] == true { pages("/swap/used")? } else { 0 },
-            host_frames: self.number(&memory, "/host/frames")?,
+            host_frames,
             swap_failed: memory["reclaim"]["failed"] == true,
             wanted: memory["reclaim"]["wanted"] == true,
             evicted: sample.swap_outs.saturating_add(dropped),
@@ -247,7 +250,7 @@ impl Guest<'_> {
         self.stats_due = self.time() + STATS_PERIOD;
         if let Ok(answer) = self.connection.try_call("x-balloon-stats", &json!({}))? {
             let pages = |name: &str| answer[name].as_u64().map(|bytes| bytes / PAGE_SIZE);
-            self.stats = Some((pages("stat-free-memory"), pages("stat-swap-in")));
+            self.stats = Some(["stat-free-memory", "stat-swap-in", "x-stat-swapped"].map(pages));
         }
         Ok(())
     }

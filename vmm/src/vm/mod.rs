@@ -431,7 +431,10 @@ impl Guest {
     fn recorder(&self, args: &RunArgs) -> Option<Recorder> {
         let asked = args.status || args.plot.is_some() || args.json.is_some();
         let live = args.status.then(|| LiveLine::new(&self.screen));
-        asked.then(|| Recorder::start(Arc::clone(&self.mmu), self.virtio.balloon(), live))
+        asked.then(|| {
+            let (mmu, pool) = (Arc::clone(&self.mmu), Arc::clone(&self.pool));
+            Recorder::start(mmu, pool, self.virtio.balloon(), live)
+        })
     }
 }
 
