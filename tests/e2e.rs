@@ -29,6 +29,8 @@ mod peer;
 mod pressure;
 #[path = "e2e/qmp.rs"]
 mod qmp;
+#[path = "e2e/reset.rs"]
+mod reset;
 #[path = "e2e/rig.rs"]
 mod rig;
 #[path = "e2e/series.rs"]
@@ -70,6 +72,7 @@ fn test() -> ExitCode {
         peer::cases(),
         pressure::cases(),
         qmp::cases(),
+        reset::cases(),
         rig::cases(),
         series::cases(),
         smp::cases(),

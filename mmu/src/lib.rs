@@ -51,6 +51,7 @@ pub mod p2m;
 mod paging;
 mod physical;
 pub mod pool;
+mod power;
 pub mod pressure;
 pub mod reclaim;
 pub mod records;

@@ -31,8 +31,8 @@ use crate::support::{Verdict, case};
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Pages that the guest of most tests does not use: 24M to 25M.
-const FIRST: u32 = 0x1800;
-const PAGES: u32 = 256;
+pub(super) const FIRST: u32 = 0x1800;
+pub(super) const PAGES: u32 = 256;
 /// A page of them.
 const PAGE: u32 = FIRST + 3;
 /// That nobody waits for, or the test fails.
@@ -64,15 +64,15 @@ pub fn cases() -> Vec<Trial> {
 }
 
 /// A guest that exports, and its control socket.
-struct Exporting {
+pub(super) struct Exporting {
     folder: TempDir,
     running: Running,
-    qmp: Client,
+    pub(super) qmp: Client,
 }
 
 impl Exporting {
     /// One that does nothing for long.
-    fn start(way: Way, options: &[&str]) -> Result<Exporting, Failed> {
+    pub(super) fn start(way: Way, options: &[&str]) -> Result<Exporting, Failed> {
         let idle = ["--mem", "32M", "--frames", "32M", "--append", "workload=spin scale=4000"];
         Exporting::with(way, &[&idle, options].concat())
     }
@@ -90,7 +90,7 @@ impl Exporting {
     }
 
     /// One more importer, once there is a place for it.
-    fn importer(&self) -> Result<Importer, Failed> {
+    pub(super) fn importer(&self) -> Result<Importer, Failed> {
         let begun = Instant::now();
         loop {
             match Importer::connect(&self.path(), Manners::default()) {
@@ -117,7 +117,7 @@ impl Exporting {
     }
 
     /// Somebody who behaves is served, and the guest has come to no harm.
-    fn end(mut self) -> Verdict {
+    pub(super) fn end(mut self) -> Verdict {
         let importer = self.importer()?;
         let segment = importer.make(FIRST - PAGES, 4, false)?;
         let access = importer.get(segment, false)?;

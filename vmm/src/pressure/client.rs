@@ -169,7 +169,7 @@ impl Guest<'_> {
     /// When there is no answer.
     pub fn is_paused(&mut self) -> Result<bool, String> {
         let answer = self.connection.call("query-status", &json!({}))?;
-        Ok(answer["status"] == "paused")
+        Ok(answer["running"] == false && answer["status"] != "shutdown")
     }
 
     /// It has sent statistics, as a guest with a driver for its balloon does.

@@ -165,6 +165,12 @@ impl Shared {
     fn state(&self) -> MutexGuard<'_, BalloonState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn tell(&self, actual: u32) {
+        if let Some(tell) = self.on_change.get() {
+            tell(actual);
+        }
+    }
 }
 
 /// The host's side of a balloon.
@@ -180,6 +186,18 @@ impl Balloon {
     pub fn set_target(&self, pages: u32) {
         self.shared.state().target = pages;
         self.port.set_config(NUM_PAGES, &pages.to_le_bytes());
+    }
+
+    /// The guest has begun anew, with all of its memory: it has given nothing, and said nothing. The board has reset the device, and
+    /// its worker stands. What is asked of it stays asked.
+    pub fn reset(&self) {
+        let mut state = self.shared.state();
+        state.stats = None;
+        let before = std::mem::take(&mut state.actual);
+        drop(state);
+        if before != 0 {
+            self.shared.tell(0);
+        }
     }
 
     /// How it is now.
@@ -346,10 +364,8 @@ impl Device for BalloonDevice {
         let actual = [0, 1, 2, 3].map(|n| snapshot.config[ACTUAL + n]);
         let actual = u32::from_le_bytes(actual);
         let before = std::mem::replace(&mut self.shared.state().actual, actual);
-        if before != actual
-            && let Some(tell) = self.shared.on_change.get()
-        {
-            tell(actual);
+        if before != actual {
+            self.shared.tell(actual);
         }
     }
 

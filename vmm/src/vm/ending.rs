@@ -29,8 +29,8 @@ pub enum End {
     Quit,
     /// A signal asked for it: SIGINT or SIGTERM.
     Signal,
-    /// An operator asked for a reset, which ends the run.
-    HostReset,
+    /// A reset that an operator asked for could not be made.
+    NotReset(String),
     /// An instruction that the host's KVM trapped on and the interpreter does not know.
     Unknown {
         /// What and where.
@@ -80,13 +80,13 @@ impl End {
             }
             End::Stuck(_) => ("guest-panic", true),
             End::Quit => ("host-qmp-quit", false),
-            End::HostReset => ("host-qmp-system-reset", false),
             // A time limit is what would come of `timeout` around the whole of it.
             End::Signal | End::Timeout(_) => ("host-signal", false),
             End::Unknown { .. }
             | End::Backend { .. }
             | End::Shortage(_)
             | End::Incoherent(_)
+            | End::NotReset(_)
             | End::Panic { .. } => ("host-error", false),
         }
     }
@@ -113,7 +113,7 @@ impl fmt::Display for End {
             End::Timeout(after) => write!(f, "the guest did not end within --timeout {after:?}"),
             End::Quit => write!(f, "ended by the operator"),
             End::Signal => write!(f, "ended by a signal"),
-            End::HostReset => write!(f, "reset by the operator; a reset ends the run"),
+            End::NotReset(why) => write!(f, "resetting the guest: {why}"),
             End::Unknown { instruction, trap, cpu } => {
                 write!(f, "{instruction}")?;
                 if let Some((vector, error)) = trap {

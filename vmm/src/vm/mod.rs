@@ -15,7 +15,8 @@
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | virtio | the disks and the balloon: their slots, their threads |
 //! | control, ask | the control socket and its client |
-//! | requests, stops | questions to a vCPU's thread; whether it is to stand still |
+//! | requests, stops | questions to a vCPU's thread; whether it is to stand still, or begin anew |
+//! | power | what a machine begins with, at first and at a reset |
 //! | serial | the guest's output |
 //! | series, live | what memory did over time; the line that shows it |
 //! | sink | the files that a run leaves |
@@ -38,6 +39,7 @@ mod live;
 mod memory;
 mod native;
 mod paging;
+mod power;
 mod reclaimer;
 mod requests;
 mod serial;
@@ -61,7 +63,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
-use umbra_mmu::{BudgetRefused, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE};
 
 pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
@@ -73,9 +75,9 @@ pub use sink::{JsonSink, PlotSink};
 pub use summary::Summary;
 pub use vcpu::VcpuStats;
 
-use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError, firmware_tables};
+use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
-use crate::boot::{BootRequest, GuestMemorySink, Image, ImageError, MemoryError, Module};
+use crate::boot::{ImageError, MemoryError};
 use crate::cli::{RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
@@ -92,7 +94,7 @@ use devices::Devices;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
 use live::LiveLine;
-use memory::BootMemory;
+use power::{Boot, Machine, PowerOn};
 use reclaimer::Reclaimer;
 use requests::Requests;
 use serial::{Console, FirstByte};
@@ -224,6 +226,8 @@ struct Guest {
     devices: Arc<Devices>,
     first_byte: FirstByte,
     start: CpuState,
+    /// What makes it anew.
+    power: Arc<dyn PowerOn>,
     notes: Notes,
     runner: Runner,
     pool: Arc<Pool>,
@@ -265,11 +269,8 @@ impl Guest {
     fn build(args: &RunArgs, screen: &Screen, image: Option<&BuiltIn>) -> Result<Guest, RunError> {
         // What the operator may have got wrong comes first.
         let is_pager = args.image.is_none() && image.is_none();
-        let (name, bytes) = read_image(args, image)?;
-        let failed = |source| RunError::Image { name: name.clone(), source };
-        let image = Image::parse(&bytes).map_err(failed)?;
-        let modules = read_modules(args)?;
-        let memory = MemoryMap::new(args.mem)?;
+        let boot = Boot::read(args, image)?;
+        let (notes, memory) = (boot.notes()?, boot.memory());
         let disks = match is_pager && args.disk.is_empty() {
             true => Disk::open_all(&DiskSpec::built_in())?,
             false => Disk::open_all(&args.disk)?,
@@ -280,7 +281,7 @@ impl Guest {
         let overcommit = Overcommit::new(args);
         let config = config_of(args, &memory, &overcommit);
         let pool = Arc::new(build_pool(args, &plan, &config)?);
-        let runner = Runner::new(plan, &pool, args.vcpus, args.supervisor.interprets(image.notes()))?;
+        let runner = Runner::new(plan, &pool, args.vcpus, args.supervisor.interprets(&notes))?;
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
@@ -296,21 +297,14 @@ impl Guest {
             mmu.make_device(gfn);
         });
 
-        // As QEMU and GRUB have it, the first word is the kernel's name.
-        let command_line = format!("{name} {}", args.append);
-        let modules: Vec<_> =
-            modules.iter().map(|(line, data)| Module { command_line: line, data }).collect();
-        let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
-        let (at, tables) = firmware_tables(args.vcpus as usize);
-        let written = BootMemory::new(&mmu).write(Gpa(at.into()), &tables);
-        written.map_err(|source| RunError::Tables { at, bytes: tables.len(), source })?;
-        let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
-        let (notes, screen) = (*image.notes(), screen.clone());
+        let start = boot.load(&mmu)?;
+        let power = Machine::new(boot, virtio.balloon());
         Ok(Guest {
             mmu,
             devices,
             first_byte,
-            start: entry.cpu,
+            start,
+            power: Arc::new(power),
             notes,
             runner,
             pool,
@@ -319,7 +313,7 @@ impl Guest {
             overcommit,
             virtio,
             exporter,
-            screen,
+            screen: screen.clone(),
         })
     }
 
@@ -344,10 +338,11 @@ impl Guest {
             ending: ending.clone(),
             requests: Arc::new(Requests::new(args.vcpus)),
             stops: Arc::new(Stops::new(devices, Arc::clone(&news))),
+            power: Arc::clone(&self.power),
             watches: Arc::default(),
             threads: (0..args.vcpus).map(|_| AtomicI32::new(0)).collect(),
         };
-        let requests = Arc::clone(&around.requests);
+        let (requests, stops) = (Arc::clone(&around.requests), Arc::clone(&around.stops));
         let mut subscribers = self.subscribers(args, &around, &news)?;
         let recorder = self.recorder(args);
         if let Some(recorder) = &recorder {
@@ -379,7 +374,7 @@ impl Guest {
         // Before the witnesses are heard: they bring pages in.
         let series = recorder.map(|recorder| recorder.finish());
         let judged = judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &cores, guest_started);
-        Ok(Summary { series, disks, balloon, ..judged })
+        Ok(Summary { resets: stops.resets(), series, disks, balloon, ..judged })
     }
 
     /// What the event loop serves beside the board.
@@ -523,7 +518,7 @@ fn build_mmu(
         ..config
     };
     let kicks = Kicks::new(runner.kicks(), runner.notifier()).map_err(RunError::Setup)?;
-    let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(kicks))
+    let mmu = Mmu::new(umbra_mmu::Machine::new(pool.region()), config, Box::new(kicks))
         .with_clock(Box::new(HostClock))
         .with_host(Box::new(PoolHost(Arc::clone(pool))));
     let mmu = match hub {
@@ -563,6 +558,7 @@ fn judge(
         exit: status,
         guest_exit: end.guest_value(),
         end: end.to_string(),
+        resets: 0,
         regions,
         witness_error,
         audit,
@@ -608,20 +604,6 @@ fn micros() -> u64 {
 
 fn epoch_seconds() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
-}
-
-fn read_image(args: &RunArgs, image: Option<&BuiltIn>) -> Result<(String, Vec<u8>), RunError> {
-    match (&args.image, image) {
-        (Some(path), _) => Ok((path.display().to_string(), read_file("image", path)?)),
-        (None, Some(image)) => Ok((image.name.into(), image.bytes.clone())),
-        (None, None) => Ok(("pager".into(), umbra_guest::PAGER.to_vec())),
-    }
-}
-
-/// Names and contents of the modules.
-fn read_modules(args: &RunArgs) -> Result<Vec<(String, Vec<u8>)>, RunError> {
-    let module = |path: &PathBuf| Ok((path.display().to_string(), read_file("module", path)?));
-    args.module.iter().map(module).collect()
 }
 
 fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, RunError> {

@@ -189,6 +189,8 @@ pub struct Summary {
     pub guest_exit: Option<u32>,
     /// The end in words.
     pub end: String,
+    /// How often an operator has had the machine reset. What is counted here is counted over all of them.
+    pub resets: u64,
     /// Named regions and their hashes.
     pub regions: Vec<Witness>,
     /// Why the witnesses could not be heard, if they could not.
@@ -314,8 +316,12 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(BoardExit::DebugExit(value)) => Status::Guest(*value),
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
-        End::Quit | End::Signal | End::HostReset => Status::Quit,
-        End::Unknown { .. } | End::Backend { .. } | End::Shortage(_) | End::Panic { .. } => Status::Failure,
+        End::Quit | End::Signal => Status::Quit,
+        End::Unknown { .. }
+        | End::Backend { .. }
+        | End::Shortage(_)
+        | End::NotReset(_)
+        | End::Panic { .. } => Status::Failure,
         End::Incoherent(_) => Status::Incoherent,
     };
     if !audit.is_empty() && status != Status::Incoherent {
@@ -370,7 +376,8 @@ impl fmt::Display for Summary {
             self.vcpu.user_faults,
             self.memory.resident,
             Duration::from_micros(self.times.ended).as_secs_f64(),
-        )
+        )?;
+        if self.resets > 0 { write!(f, " resets={}", self.resets) } else { Ok(()) }
     }
 }
 

@@ -257,7 +257,7 @@ mod tests {
     use crate::interp::Width;
     use crate::virtio::disk::{DiskSource, DiskSpec, Medium};
     use crate::virtio::fuzz::{self, BUFFERS, Driver, Registers, WRITE};
-    use crate::vm::stops::Stops;
+    use crate::vm::stops::{Duty, Stops};
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -392,6 +392,58 @@ mod tests {
         })
     }
 
+    /// The machine is not made anew before the request in hand is done; the one behind it is never served, nor is its ring known.
+    #[test]
+    fn a_reset_waits_for_the_request_in_hand_and_forgets_the_others() {
+        let bell = Arc::new(Bell::default());
+        let run = run(held(&bell));
+        let stops = Stops::new(Arc::clone(&run.devices), Arc::new(News::default()));
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        write_a_sector(&run, &mut driver);
+        wait_for(|| !run.devices.is_quiet());
+        write_a_sector(&run, &mut driver);
+        stops.want_reset(("host-qmp-system-reset", false));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(stops.duty(0), Duty::Stand, "a request is under way");
+        bell.ring();
+        wait_for(|| stops.duty(0) == Duty::Forget);
+        stops.has_forgotten(0);
+        run.mmu.forget_guest(0).expect("nobody holds a page");
+        run.devices.with(|board, now| board.reset(now));
+        stops.has_begun_anew();
+        bell.ring();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(Slot(&run.devices, 0).read(0x70), 0, "no driver has been here");
+        assert_eq!(run.mmu.usage().resident, 0, "memory was touched for the guest that is gone");
+        assert_eq!(run.threads.finish().0[0].write.requests, 1);
+    }
+
+    #[test]
+    fn a_balloon_is_empty_after_a_reset_and_what_is_asked_of_it_stays_asked() {
+        let run = run(Vec::new());
+        let changes = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let told = Arc::clone(&changes);
+        run.threads.balloon.on_change(Box::new(move |pages| told.lock().expect("no panic").push(pages)));
+        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
+        driver.set_up(&run.mmu, &slot, 0, 0);
+        run.threads.balloon.set_target(9);
+        slot.write(0x104, 5);
+        wait_for(|| run.threads.balloon.state().actual == 5);
+        wait_for(|| run.devices.is_quiet());
+        run.devices.with(|board, now| board.reset(now));
+        run.threads.balloon.reset();
+        assert_eq!((slot.read(0x100), slot.read(0x104)), (9, 0));
+        assert_eq!((run.threads.balloon.state().target, run.threads.balloon.state().actual), (9, 0));
+        assert_eq!(*changes.lock().expect("no panic"), [5, 0]);
+        // A driver that only gives the device up keeps what it has given.
+        driver.set_up(&run.mmu, &slot, 0, 0);
+        slot.write(0x104, 3);
+        slot.write(0x70, 0);
+        assert_eq!(slot.read(0x104), 3);
+        run.threads.finish();
+    }
+
     /// The request in hand is done, and no other begins until the guest goes on.
     #[test]
     fn a_guest_stands_when_its_devices_do_and_they_go_on_with_it() {
@@ -404,14 +456,14 @@ mod tests {
         write_a_sector(&run, &mut driver);
         wait_for(|| !run.devices.is_quiet());
         stops.want();
-        assert!(stops.stand(0) && !stops.is_standing(), "a request is under way");
+        assert!((stops.duty(0) != Duty::Run) && !stops.is_standing(), "a request is under way");
         assert!(!stops.wait(Duration::from_millis(20)));
         run.devices.sleep(0);
         bell.ring();
         // As a vCPU does, which the worker wakes.
         run.devices.sleep(0);
-        assert!(stops.stand(0));
-        wait_for(|| stops.stand(0) && stops.is_standing());
+        assert!((stops.duty(0) != Duty::Run));
+        wait_for(|| (stops.duty(0) != Duty::Run) && stops.is_standing());
         assert_eq!(driver.used(&run.mmu, 0).0, 1);
         write_a_sector(&run, &mut driver);
         bell.ring();
@@ -420,7 +472,7 @@ mod tests {
         stops.release();
         wait_for(|| driver.used(&run.mmu, 0).0 == 2);
         stops.want();
-        wait_for(|| stops.stand(0) && stops.is_standing());
+        wait_for(|| (stops.duty(0) != Duty::Run) && stops.is_standing());
         assert_eq!(run.threads.finish().0[0].write.requests, 2, "the end waits for no guest that stands");
     }
 

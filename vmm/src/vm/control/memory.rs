@@ -156,6 +156,7 @@ pub fn counters(controls: &Controls, _: &Arguments) -> Answer {
     let reclaim = controls.mmu.reclaim_stats();
     let memory = serde_json::to_value(Memory::of(&controls.mmu)).map_err(Refusal::generic)?;
     Ok(json!({
+        "resets": controls.stops.resets(),
         "memory": memory,
         "reclaim": {
             "scanned": reclaim.scanned,
