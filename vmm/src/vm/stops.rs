@@ -17,7 +17,7 @@
 //! No vCPU runs guest code from the moment that the first forgets until the machine is new. Resets that are asked for while one is
 //! under way are that one.
 //!
-//! Locks: this one, and under it the queue of the news or the board's.
+//! Locks: this one, and under it the queue of the news, the board's or a waker's.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -161,6 +161,10 @@ impl Stops {
             state.standing |= 1 << vcpu;
             if state.standing == self.all {
                 self.devices.freeze();
+                if state.reset.is_some() {
+                    // Those who came before sleep, and each has its own state to forget.
+                    self.devices.wake_all();
+                }
             }
         }
         if state.standing != self.all || !self.devices.is_quiet() {
