@@ -424,6 +424,7 @@ impl Guest {
             swap_in_memory: !matches!(args.swap, Some(Swap::File(_))),
             pool: Some(Arc::clone(&self.pool)),
             answer_wait: ANSWER_WAIT,
+            exporter: self.exporter.clone(),
         }
     }
 

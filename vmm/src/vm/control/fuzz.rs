@@ -99,6 +99,7 @@ impl Conversations {
             pool: None,
             // Nobody is there to answer.
             answer_wait: Duration::ZERO,
+            exporter: None,
         };
         Ok(Conversations { sessions: (0..clients).map(|_| Session::new()).collect(), controls })
     }

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use umbra_mmu::discard::{Discard, NotDiscarded};
 use umbra_mmu::invalidation::May;
 use umbra_mmu::{BudgetRefused, Gfn, PAGE_SIZE, Shortage};
@@ -15,6 +15,7 @@ use umbra_mmu::{BudgetRefused, Gfn, PAGE_SIZE, Shortage};
 use super::Controls;
 use super::commands::Arguments;
 use super::protocol::{Answer, Class, Refusal};
+use crate::export::Exporter;
 use crate::vm::ending::End;
 use crate::vm::summary::Memory;
 
@@ -141,7 +142,24 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
             "idle": window.idle,
             "waiters": window.waiters,
         },
+        "export": controls.exporter.as_ref().map(exported),
     }))
+}
+
+/// Who imports, and what. May wait for a segment that is being made or removed.
+fn exported(exporter: &Exporter) -> Value {
+    let Exporter { mmu, segments, hub } = exporter;
+    let counts = hub.counts();
+    json!({
+        "importers": hub.importers(),
+        "segments": segments.count(),
+        "imported": mmu.imported_pages(),
+        "welcomed": counts.welcomed,
+        "told": counts.told,
+        "late": counts.late,
+        "dropped": counts.dropped,
+        "killed": counts.killed,
+    })
 }
 
 /// Umbra's whole memory, as the host counts it; it does not say where there is no /proc.

@@ -53,6 +53,7 @@ pub use memory::WORK_MAX;
 pub use news::News;
 pub use session::OUTPUT_MAX;
 
+use crate::export::Exporter;
 use crate::machine::Pool;
 
 use super::devices::Devices;
@@ -99,6 +100,8 @@ pub struct Controls {
     pub pool: Option<Arc<Pool>>,
     /// How long the vCPU may take to answer.
     pub answer_wait: Duration,
+    /// Whoever imports guest memory, where it is exported.
+    pub exporter: Option<Exporter>,
 }
 
 /// The socket and its clients.
