@@ -644,3 +644,7 @@ impl Mmu {
 #[cfg(all(test, not(any(loom, shuttle))))]
 #[path = "external_tests.rs"]
 mod tests;
+
+#[cfg(all(test, loom))]
+#[path = "interleave/external.rs"]
+mod interleave;
