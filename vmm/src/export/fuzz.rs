@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn an_exchange_is_refused_in_every_way_but_the_sockets_own() {
         let mut exchange = Exchange::new(1).expect("a guest");
-        let mut say = |exchange: &mut Exchange, request: Request| {
+        let say = |exchange: &mut Exchange, request: Request| {
             exchange.send(0, &request.encode(1)).expect("descriptors");
         };
         exchange.watch(9);
