@@ -276,6 +276,9 @@ impl<'m> Unmapped<'m> {
     pub fn shoot_down(self) -> Result<Settling<'m>, WouldBlock> {
         let mut hold = self.0;
         let order = hold.tell_importers();
+        if order.is_some() {
+            hold.record.tell = hold.lap();
+        }
         let ledger = &hold.mmu.coherence;
         let mut notified = false;
         hold.record.stamp = hold.stamp;

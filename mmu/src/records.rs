@@ -146,6 +146,8 @@ pub struct Record {
     pub gate: u64,
     /// To take every spte away.
     pub unmap: u64,
+    /// To tell importers.
+    pub tell: u64,
     /// Until every vCPU had flushed.
     pub shootdown: u64,
     /// From then until every importer had answered, or was late.
@@ -176,6 +178,7 @@ impl Record {
             slowest: None,
             gate: 0,
             unmap: 0,
+            tell: 0,
             shootdown: 0,
             external: 0,
             finish: 0,
