@@ -104,7 +104,10 @@ fn serve_pages(
     let attachment = importer.attach(&access, access.first, access.pages)?;
     send(talk, [importer.number(), segment])?;
     while let Some([first, pages]) = receive(talk)? {
-        have(&attachment, first, pages)?;
+        match pages {
+            0 => attachment.give_up(access.first, access.pages)?,
+            pages => have(&attachment, first, pages)?,
+        }
         send(talk, [first, pages])?;
     }
     Ok(())
@@ -262,14 +265,15 @@ impl Importers {
         self.processes.iter().map(|process| process.said[0]).collect()
     }
 
-    /// Has the first `count` of them have these pages, and waits until they do.
+    /// Has the first `count` of them have these pages, and the others none, and waits until that is so.
     ///
     /// # Errors
     ///
     /// When one does not.
     pub fn have(&self, count: u32, (first, pages): (u32, u32), look: &mut Look<'_>) -> Result<(), Trouble> {
         // In turn: they would be in each other's way, and nobody counts the time.
-        for process in self.processes.iter().take(count as usize) {
+        for (process, at) in self.processes.iter().zip(0..) {
+            let pages = if at < count { pages } else { 0 };
             send(&process.talk, [first, pages]).map_err(|error| Trouble::Gone(error.to_string()))?;
             process.answer(look)?;
         }
