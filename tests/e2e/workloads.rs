@@ -305,7 +305,7 @@ fn no_scope() -> Verdict {
 
 /// Swap and memory together hold less than the processes want.
 fn too_little_swap() -> Verdict {
-    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "1M")?;
+    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "512K")?;
     let lines = run.result_lines();
     let process =
         |line: &String, before: &str| Some(line.strip_prefix(before)?.split(' ').next()?.to_owned());
