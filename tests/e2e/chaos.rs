@@ -683,7 +683,7 @@ fn killed(seed: u64) -> Verdict {
         )?;
     }
     // Half of them while it starts.
-    let moment = if seed % 2 == 0 { noise.below(30) } else { noise.below(500) };
+    let moment = if seed.is_multiple_of(2) { noise.below(30) } else { noise.below(500) };
     thread::sleep(Duration::from_millis(moment.into()));
     guest.child.kill()?;
     guest.child.wait()?;

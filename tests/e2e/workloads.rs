@@ -305,7 +305,7 @@ fn no_scope() -> Verdict {
 
 /// Swap and memory together hold less than the processes want.
 fn too_little_swap() -> Verdict {
-    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "1M")?;
+    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "512K")?;
     let lines = run.result_lines();
     let process =
         |line: &String, before: &str| Some(line.strip_prefix(before)?.split(' ').next()?.to_owned());
@@ -454,6 +454,8 @@ fn peer_disks() -> Verdict {
 const REPORTED: u64 = 512;
 /// Free frames that Umbra keeps for the next taker, at most.
 const KEPT: u64 = 64;
+/// Frames that the guest may have come to use while its free ones went: tables, a stack.
+const OTHERS: u64 = 8;
 
 /// Nothing else gives frames back in such a run: where the host comes to back fewer, it is for the reports.
 fn reported(way: Way) -> Verdict {
@@ -472,7 +474,9 @@ fn reported(way: Way) -> Verdict {
     let host = summary["series"]["host_backs"].as_array();
     let host: Vec<u64> = host.into_iter().flatten().filter_map(serde_json::Value::as_u64).collect();
     let drop = host.iter().enumerate().map(|(at, most)| most - host[at..].iter().min().unwrap_or(most)).max();
-    ensure!(drop >= Some(REPORTED - KEPT), "{back} frames were given back, and the host has backed {host:?}");
+    // Other frames come into use meanwhile, and hide as many.
+    let seen = drop.unwrap_or(0) + OTHERS;
+    ensure!(seen >= REPORTED - KEPT, "{back} frames were given back, and the host has backed {host:?}");
     Ok(())
 }
 

@@ -2,7 +2,8 @@
  *
  * Story: a machine may have gigabytes that a run never touches, so nothing here is proportional to memory. Each zone has a
  * frontier; frames beyond it have no entry in the table and were never touched. An allocation takes the free list's
- * head, else that of the frames that the host has been told are free, else moves the frontier one frame and makes the frame's entry, backing the table's page first if need be.
+ * head, else that of the frames that the host has been told are free, else moves the frontier one frame and makes the frame's
+ * entry, backing the table's page first if need be.
  *
  *   low    [end of kernel image, lowmem)        high   [lowmem, end of RAM)
  *

@@ -226,6 +226,8 @@ impl Exchange {
 
 #[cfg(test)]
 mod tests {
+    use umbra_mmu::PAGE_SIZE;
+
     use super::super::protocol::Code;
     use super::*;
 
@@ -268,6 +270,8 @@ mod tests {
         ] {
             say(&mut exchange, request);
         }
+        // Zeros would not be written.
+        crate::virtio::fuzz::poke(&exchange.mmu, 10 * PAGE_SIZE, b"words");
         exchange.page_out(10);
         exchange.fail_swap();
         say(&mut exchange, fault(10));

@@ -4,7 +4,7 @@
 //! is, each run says itself: the medians of its intervals lie in a band, and where the bands of both overlap, their difference is
 //! not told from the machine's having been busy.
 //!
-//! Limits: a file of [`BYTES_MAX`] bytes. A band is of the median; the other percentiles have their ratios without a judgement.
+//! Limits: a file has at most 64 MiB. A band is of the median; the other percentiles have their ratios without a judgement.
 
 use std::fmt;
 use std::fs::File;
