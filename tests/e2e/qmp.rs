@@ -14,10 +14,10 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::umbra::{KVM, SOFT, Way, judge, limit, status, umbra};
+use super::umbra::{KVM, SOFT, Way, judge, limit, status, umbra_heard};
 use crate::ensure;
 use crate::support::host::{self, Need};
-use crate::support::process::{self, Outcome};
+use crate::support::process::{self, Outcome, Said};
 use crate::support::{Verdict, case};
 
 /// Longer than anything takes on a busy machine.
@@ -37,6 +37,7 @@ pub fn cases() -> Vec<Trial> {
 /// A guest that runs beside the test.
 pub(super) struct Running {
     folder: TempDir,
+    said: Said,
     run: thread::JoinHandle<Result<Outcome, Failed>>,
 }
 
@@ -48,7 +49,21 @@ impl Running {
         let limit = format!("{}s", limit().as_secs() - 30);
         let mut args = vec!["run".to_owned(), "--qmp".into(), socket, "--timeout".into(), limit];
         args.extend(way.options.iter().chain(options).map(|word| (*word).to_owned()));
-        Ok(Running { folder, run: thread::spawn(move || umbra(args)) })
+        let said = Said::default();
+        let heard = said.clone();
+        Ok(Running { folder, said, run: thread::spawn(move || umbra_heard(args, &heard)) })
+    }
+
+    /// Waits until the guest has said `count` lines that begin so.
+    pub(super) fn hear(&self, beginning: &str, count: usize) -> Verdict {
+        let begun = Instant::now();
+        let said = || self.said.lines().iter().filter(|line| line.starts_with(beginning)).count();
+        while said() < count {
+            let waits = begun.elapsed() < PATIENCE && !self.run.is_finished();
+            ensure!(waits, "'{beginning}' was said {} times, not {count}:\n{:#?}", said(), self.said.lines());
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     pub(super) fn client(&self) -> Result<Client, Failed> {
