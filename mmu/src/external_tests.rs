@@ -229,6 +229,28 @@ fn a_silent_importer_is_late_and_fenced_and_a_dead_one_has_answered() {
     }
 }
 
+/// A reset: an importer has no page of the guest that is gone, and has said so before the next guest has its first.
+#[test]
+fn a_guest_that_is_forgotten_is_gone_from_importers_and_segments_stay() {
+    let house = House::new();
+    let segment = house.segment(true);
+    for gfn in [PAGE, Gfn(11)] {
+        house.store(gfn, 5);
+        house.import(ANNA, segment, gfn);
+    }
+    house.import(BERT, segment, PAGE);
+    house.twin.take_seen();
+    house.mmu.forget_guest(0).expect("nobody holds a page");
+    let [first, second] = [PAGE, Gfn(11)].map(|gfn| Seen::Fenced(house.home(gfn)));
+    assert_eq!(house.twin.take_seen(), [Seen::Told(ANNA), Seen::Told(BERT), Seen::Waited, first, second]);
+    assert_eq!((house.mmu.imported_pages(), house.outside(PAGE)), (0, 0));
+    house.audit();
+    // The same segment, and another guest's zeros.
+    house.import(ANNA, segment, PAGE);
+    assert_eq!((house.mmu.imported_pages(), house.outside(PAGE), house.load(PAGE)), (1, 0, 0));
+    house.audit();
+}
+
 #[test]
 fn who_may_not_sleep_learns_before_anybody_is_told_and_nothing_has_changed() {
     let house = House::new();

@@ -91,9 +91,13 @@ impl Exporting {
 
     /// One more importer, once there is a place for it.
     pub(super) fn importer(&self) -> Result<Importer, Failed> {
+        self.importer_with(Manners::default())
+    }
+
+    pub(super) fn importer_with(&self, manners: Manners) -> Result<Importer, Failed> {
         let begun = Instant::now();
         loop {
-            match Importer::connect(&self.path(), Manners::default()) {
+            match Importer::connect(&self.path(), manners) {
                 Err(ImportError::Refused { code: Code::Limit, .. } | ImportError::Ended(_))
                     if begun.elapsed() < PATIENCE => {}
                 made => return Ok(made?),

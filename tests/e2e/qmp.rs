@@ -54,13 +54,17 @@ impl Running {
         Ok(Running { folder, said, run: thread::spawn(move || umbra_heard(args, &heard)) })
     }
 
-    /// Waits until the guest has said `count` lines that begin so.
-    pub(super) fn hear(&self, beginning: &str, count: usize) -> Verdict {
+    /// What the guest has said so far.
+    pub(super) fn said(&self) -> String {
+        self.said.text()
+    }
+
+    /// Waits until the guest has said `words` so many times.
+    pub(super) fn hear(&self, words: &str, times: usize) -> Verdict {
         let begun = Instant::now();
-        let said = || self.said.lines().iter().filter(|line| line.starts_with(beginning)).count();
-        while said() < count {
+        while self.said().matches(words).count() < times {
             let waits = begun.elapsed() < PATIENCE && !self.run.is_finished();
-            ensure!(waits, "'{beginning}' was said {} times, not {count}:\n{:#?}", said(), self.said.lines());
+            ensure!(waits, "'{words}' was not said {times} times:\n{}", self.said());
             thread::sleep(Duration::from_millis(1));
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Resets of a running guest: it begins as at power-on, whatever was under way, and nothing of the one before is left.
 //!
-//! The guest's own checks, Umbra's hashes of its memory and the audit at the end judge the guest that began last.
+//! The guest's own checks, Umbra's hashes of its memory, the TLB oracle, the ledger and the audit at the end judge the guest that
+//! began last.
 
 use std::fs;
 use std::thread;
@@ -8,19 +9,23 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
+use umbra::import::Manners;
 
 use super::export::{Exporting, FIRST, PAGES};
 use super::qmp::{Client, Running, spent};
-use super::umbra::{KVM, SOFT, SOFT_STICKY, Way, status};
+use super::umbra::{KVM, SOFT, SOFT_STICKY, Way, file_of, status};
 use crate::ensure;
 use crate::support::host::Need;
+use crate::support::image;
 use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case};
 
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Resets in a row that leave nothing behind.
-const MANY: u64 = 20;
+/// What each guest says once its kernel runs.
+const BOOT: &str = "pager: boot ";
+/// What one says that has passed.
+const PASS: &str = "pager: verdict=PASS";
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
@@ -43,60 +48,62 @@ pub fn cases() -> Vec<Trial> {
     let pressed = [KVM, SOFT_STICKY].map(|way| {
         case(format!("reset_under_reclaim_keeps_every_byte_{}", way.name), way.needs, move || pressed(way))
     });
-    let balloon = case("reset_empties_the_balloon_and_the_guest_fills_it_again", &[], balloon);
-    each.chain(pressed).chain([balloon]).collect()
+    let alone = [
+        case("reset_waits_for_a_slow_importer_and_not_for_a_silent_one", &[], slow_importer),
+        case("reset_empties_the_balloon_and_the_guest_fills_it_again", &[], balloon),
+        case("reset_by_the_guest_ends_the_run_after_others_too", &[], by_the_guest),
+    ];
+    each.chain(pressed).chain(alone).collect()
 }
 
-/// Has the machine reset, and waits until it has been.
-fn reset(client: &mut Client) -> Verdict {
+/// Has the machine reset, and waits until it has been; how long that took.
+fn reset(client: &mut Client) -> Result<Duration, Failed> {
+    let begun = Instant::now();
     client.send("system_reset", json!({}))?;
-    let (mut answered, mut told) = (false, false);
-    while !(answered && told) {
+    let (mut answered, mut told) = (false, None);
+    loop {
         let said = client.receive()?;
         if said["event"] == "RESET" {
             let data = json!({"guest": false, "reason": "host-qmp-system-reset"});
-            ensure!(said["data"] == data && !told, "another reset: {said}");
-            told = true;
+            ensure!(said["data"] == data && told.is_none(), "another reset: {said}");
+            told = Some(begun.elapsed());
         } else if said.get("event").is_none() {
             ensure!(said == json!({"return": {}}), "system_reset: {said}");
             answered = true;
         }
-    }
-    Ok(())
-}
-
-/// What a command returns, whatever events come before.
-fn call(client: &mut Client, command: &str, arguments: Value) -> Result<Value, Failed> {
-    client.send(command, arguments)?;
-    loop {
-        let mut said = client.receive()?;
-        if said.get("event").is_none() {
-            ensure!(said.get("return").is_some(), "{command}: {said}");
-            return Ok(said["return"].take());
+        if let Some(took) = told.filter(|_| answered) {
+            return Ok(took);
         }
     }
 }
 
-fn memory(client: &mut Client, name: &str) -> Result<u64, Failed> {
-    let shown = call(client, "x-memory", json!({}))?;
-    Ok(shown[name].as_u64().ok_or_else(|| format!("no {name}: {shown}"))?)
+/// What a command returns, whatever events come before.
+fn call(client: &mut Client, command: &str, arguments: Value) -> Result<Value, Failed> {
+    let mut said = client.outcome(command, arguments)?;
+    ensure!(said.get("return").is_some(), "{command}: {said}");
+    Ok(said["return"].take())
 }
 
-/// Waits until a number of `x-memory` is at least `least`.
-fn wait_for(client: &mut Client, name: &str, least: u64) -> Verdict {
+/// A number of what a command shows.
+fn number(client: &mut Client, command: &str, place: &str) -> Result<u64, Failed> {
+    let shown = call(client, command, json!({}))?;
+    Ok(shown.pointer(place).and_then(Value::as_u64).ok_or_else(|| format!("no {place}: {shown}"))?)
+}
+
+/// Waits until a number is at least `least`.
+fn wait_for(client: &mut Client, command: &str, place: &str, least: u64) -> Verdict {
     let begun = Instant::now();
-    while memory(client, name)? < least {
-        ensure!(begun.elapsed() < PATIENCE, "{name} does not come to {least}: {}", memory(client, name)?);
+    loop {
+        let now = number(client, command, place)?;
+        if now >= least {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < PATIENCE, "{place} does not come to {least}: it is {now}");
         thread::sleep(Duration::from_millis(1));
     }
-    Ok(())
 }
 
-fn boots(run: &Outcome) -> usize {
-    run.lines().iter().filter(|line| line.starts_with("pager: boot")).count()
-}
-
-/// The run has ended so, and the last of so many guests was as it should be.
+/// The run has ended so, after so many resets; the guest that began last has left nothing that the audit finds.
 fn ended(running: Running, end: End, resets: u64) -> Result<Outcome, Failed> {
     let run = running.end()?;
     ensure!(run.end == end && !run.stderr.contains("audit:"), "the guest came to harm:\n{run}");
@@ -104,28 +111,40 @@ fn ended(running: Running, end: End, resets: u64) -> Result<Outcome, Failed> {
     Ok(run)
 }
 
-/// Pages that a guest has once it runs.
-const RUNS: u64 = 60;
+/// What the guest that began last has said: the one before may have been cut off within a line.
+fn last_said(run: &Outcome) -> Vec<String> {
+    let text = String::from_utf8_lossy(&run.stdout);
+    let last = text.rfind(BOOT).map_or("", |at| &text[at..]);
+    last.lines().map(|line| line.trim_end().to_owned()).filter(|line| line.starts_with("pager:")).collect()
+}
 
+/// Reset before it says a word, when its kernel has begun, and in the middle of its work; and what the last one says, in which are
+/// sums over all that it did, is what one says that was never reset.
 fn anew(way: Way) -> Verdict {
-    let append =
-        if way.needs.contains(&Need::Kvm) { "workload=mm scale=100" } else { "workload=mm scale=4000" };
-    let running = Running::start(way, &["--vcpus", "2", "--mem", "48M", "--append", append])?;
-    let mut client = running.client()?;
-    for _ in 0..2 {
-        wait_for(&mut client, "resident", RUNS)?;
+    let slow = way.needs.contains(&Need::Kvm);
+    let append = if slow { "workload=mm scale=60 hz=20" } else { "workload=mm scale=4000" };
+    let fresh = SOFT.run(&["--mem", "48M", "--append", append])?.result_lines();
+    ensure!(fresh.last().is_some_and(|line| line.starts_with(PASS)), "the guest does not pass: {fresh:#?}");
+    for vcpus in ["1", "2"] {
+        let running = Running::start(way, &["--vcpus", vcpus, "--mem", "48M", "--append", append])?;
+        let mut client = running.client()?;
         reset(&mut client)?;
+        running.hear(BOOT, 1)?;
+        reset(&mut client)?;
+        running.hear(BOOT, 2)?;
+        let image = number(&mut client, "x-memory", "/resident")?;
+        wait_for(&mut client, "x-memory", "/resident", image + 20)?;
+        reset(&mut client)?;
+        let run = ended(running, End::Status(0), 3)?;
+        ensure!(last_said(&run) == fresh, "{vcpus} vCPUs: another guest than {fresh:#?}:\n{run}");
     }
-    let run = ended(running, End::Status(0), 2)?;
-    // One that was reset early has said nothing.
-    ensure!(run.lines().iter().filter(|line| line.starts_with("pager: verdict=PASS")).count() == 1, "{run}");
     Ok(())
 }
 
 fn stopped(way: Way) -> Verdict {
     let running = Running::start(way, &["--append", "workload=spin scale=4000"])?;
     let mut client = running.client()?;
-    wait_for(&mut client, "resident", RUNS)?;
+    running.hear(BOOT, 1)?;
     client.told("stop", "STOP")?;
     reset(&mut client)?;
     ensure!(
@@ -133,34 +152,38 @@ fn stopped(way: Way) -> Verdict {
         "it runs"
     );
     let thread = call(&mut client, "query-cpus-fast", json!({}))?[0]["thread-id"].take();
-    let (before, pages) = (spent(&thread)?, memory(&mut client, "resident")?);
+    let (before, pages) = (spent(&thread)?, number(&mut client, "x-memory", "/resident")?);
     thread::sleep(Duration::from_millis(200));
     ensure!(spent(&thread)? <= before + 2, "the vCPU runs while it is to stand");
-    ensure!(memory(&mut client, "resident")? == pages, "the guest touches its memory");
+    ensure!(number(&mut client, "x-memory", "/resident")? == pages, "the guest touches its memory");
+    ensure!(running.said().matches(BOOT).count() == 1, "the guest says something:\n{}", running.said());
     client.told("cont", "RESUME")?;
-    wait_for(&mut client, "resident", RUNS)?;
+    running.hear(BOOT, 2)?;
     call(&mut client, "quit", json!({}))?;
-    let run = ended(running, status::QUIT, 1)?;
-    ensure!(boots(&run) == 2, "the guest has not begun anew:\n{run}");
-    Ok(())
+    ended(running, status::QUIT, 1).map(drop)
 }
 
 /// Disk requests, swap-ins, closed gates: all of it is under way when the reset comes.
 fn pressed(way: Way) -> Verdict {
     let slow = way.needs.contains(&Need::Kvm);
-    let append = if slow { "workload=mm scale=400 hz=20" } else { "scale=20 work=1" };
-    let memory = if slow { ["--frames", "2M", "--low", "512K"] } else { ["--frames", "10M", "--low", "1M"] };
+    let (append, refaults) =
+        if slow { ("workload=mm scale=200 hz=20", 30) } else { ("scale=200 pace=fast", 500) };
+    let memory = if slow { ["--frames", "2M", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
     let running = Running::start(way, &[&["--vcpus", "2", "--append", append][..], &memory].concat())?;
     let mut client = running.client()?;
+    let mut swapped = 0;
     for round in 1..=3 {
-        wait_for(&mut client, "swapped", 100 * round)?;
+        let before = number(&mut client, "x-counters", "/memory/refaults")?;
+        wait_for(&mut client, "x-counters", "/memory/refaults", before + refaults)?;
         reset(&mut client)?;
         let counters = call(&mut client, "x-counters", json!({}))?;
         ensure!(counters["resets"] == round, "another count: {counters}");
-        ensure!(counters["memory"]["swap_outs"].as_u64() > Some(0), "counters have begun anew: {counters}");
+        let outs = counters["memory"]["swap_outs"].as_u64();
+        ensure!(outs > Some(swapped), "counters have begun anew, or nothing was swapped: {counters}");
+        swapped = outs.unwrap_or(0);
     }
     let run = ended(running, End::Status(0), 3)?;
-    ensure!(run.lines().iter().filter(|line| line.starts_with("pager: verdict=PASS")).count() == 1, "{run}");
+    ensure!(last_said(&run).last().is_some_and(|line| line.starts_with(PASS)), "it does not pass:\n{run}");
     Ok(())
 }
 
@@ -175,7 +198,8 @@ fn importer(way: Way) -> Verdict {
         attachment.write(page, 0, b"before")?;
     }
     reset(&mut guest.qmp)?;
-    ensure!(writer.stats().pages >= u64::from(PAGES), "nobody asked for the pages: {:?}", writer.stats());
+    ensure!(writer.stats().pages == u64::from(PAGES), "not each was asked for once: {:?}", writer.stats());
+    ensure!(number(&mut guest.qmp, "x-memory", "/export/imported")? == 0, "a page is still imported");
     let mut bytes = [1; 6];
     for page in FIRST..FIRST + PAGES {
         attachment.read(page, 0, &mut bytes)?;
@@ -186,58 +210,100 @@ fn importer(way: Way) -> Verdict {
     guest.end()
 }
 
-/// What a process has.
-fn owned(process: &Value) -> Result<(usize, usize), Failed> {
-    let count = |what| Ok::<_, Failed>(fs::read_dir(format!("/proc/{process}/{what}"))?.count());
-    Ok((count("fd")?, count("task")?))
+/// The next guest does not begin while an importer has a page of the last: until it says so, or is out of time and fenced.
+fn slow_importer() -> Verdict {
+    const DELAY: Duration = Duration::from_millis(300);
+    const DEADLINE: Duration = Duration::from_millis(900);
+    let mut guest = Exporting::start(SOFT, &["--export-deadline", "900ms", "--export-policy", "keep"])?;
+    for (delay, least, late) in [(DELAY, DELAY, 0), (4 * DEADLINE, DEADLINE, 1)] {
+        let importer = guest.importer_with(Manners { ack_delay: delay })?;
+        let segment = importer.make(FIRST, PAGES, true)?;
+        let access = importer.get(segment, true)?;
+        let attachment = importer.attach(&access, FIRST, PAGES)?;
+        attachment.write(FIRST, 0, b"before")?;
+        let took = reset(&mut guest.qmp)?;
+        ensure!(took >= least, "a reset took {took:?}, with an importer that takes {delay:?}");
+        ensure!(took < PATIENCE, "a reset took {took:?}");
+        let shown = call(&mut guest.qmp, "x-memory", json!({}))?;
+        ensure!(shown["export"]["imported"] == 0, "a page is still imported: {shown}");
+        ensure!(shown["export"]["late"] == late, "not {late} were late: {shown}");
+        let mut bytes = [1; 6];
+        attachment.read(FIRST, 0, &mut bytes)?;
+        ensure!(bytes == [0; 6], "an importer that takes {delay:?} reads {bytes:?}");
+    }
+    guest.end()
 }
 
-/// What the guest has that stands after a reset.
-fn left(client: &mut Client) -> Result<[u64; 5], Failed> {
+/// What a process has: the names of its threads, and what its descriptors are. A command that takes long has a thread for as long.
+fn owned(process: &Value) -> Result<(Vec<String>, Vec<String>), Failed> {
+    let begun = Instant::now();
+    loop {
+        let mut threads = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{process}/task"))? {
+            // It may have ended meanwhile.
+            threads.extend(fs::read_to_string(entry?.path().join("comm")).ok());
+        }
+        if !threads.iter().any(|name| name == "control\n") {
+            let links = fs::read_dir(format!("/proc/{process}/fd"))?;
+            let link = |entry: std::io::Result<fs::DirEntry>| Ok(fs::read_link(entry?.path())?);
+            let files: Result<Vec<_>, Failed> = links.map(link).collect();
+            let mut files: Vec<_> = files?.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+            threads.sort();
+            files.sort();
+            return Ok((threads, files));
+        }
+        ensure!(begun.elapsed() < PATIENCE, "a command does not end: {threads:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What the guest has that stands after a reset, and the frames that are free.
+fn left(client: &mut Client) -> Result<([u64; 4], u64), Failed> {
     let shown = call(client, "x-memory", json!({}))?;
-    let names = ["resident", "swapped", "ballooned", "pinned", "shadow-pages"];
     let number = |name: &str| shown[name].as_u64().ok_or_else(|| format!("no {name}: {shown}"));
-    let [a, b, c, d] = [0, 1, 2, 3].map(|at| number(names[at]));
-    Ok([a?, b?, c?, d?, shown["frames-free"].as_u64().ok_or("no frames-free")?])
+    let pages = [number("resident")?, number("swapped")?, number("ballooned")?, number("pinned")?];
+    Ok((pages, number("frames-free")?))
 }
 
+/// Each later in a guest's life than the one before, with reclaim and two vCPUs.
 fn many(way: Way) -> Verdict {
     /// Tables of roots keep their frames.
     const ROOTS: u64 = 2 * 128;
     let slow = way.needs.contains(&Need::Kvm);
-    let append = if slow { "workload=mm scale=400 hz=20" } else { "" };
-    let options = ["--vcpus", "2", "--mem", "48M", "--frames", "8M", "--low", "1M", "--append", append];
-    let running = Running::start(way, &options)?;
+    let (append, times) = if slow { ("workload=mm scale=400 hz=20", 5) } else { ("scale=200 pace=fast", 20) };
+    let frames = if slow { ["--frames", "2M", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
+    let options = ["--vcpus", "2", "--mem", "48M", "--append", append];
+    let running = Running::start(way, &[&options[..], &frames].concat())?;
     let mut client = running.client()?;
+    running.hear(BOOT, 1)?;
     let process = call(&mut client, "query-cpus-fast", json!({}))?[0]["thread-id"].take();
-    wait_for(&mut client, "resident", RUNS)?;
-    client.told("stop", "STOP")?;
-    reset(&mut client)?;
-    let (first, had) = (left(&mut client)?, owned(&process)?);
+    let stand = |client: &mut Client| {
+        client.told("stop", "STOP")?;
+        reset(client)?;
+        Ok::<_, Failed>((left(client)?, owned(&process)?))
+    };
+    let (first, had) = stand(&mut client)?;
     client.told("cont", "RESUME")?;
-    for _ in 2..MANY {
-        wait_for(&mut client, "resident", RUNS)?;
+    for round in 2..times {
+        running.hear(BOOT, round)?;
+        thread::sleep(Duration::from_millis(4 * round as u64));
         reset(&mut client)?;
     }
-    wait_for(&mut client, "resident", RUNS)?;
-    client.told("stop", "STOP")?;
-    reset(&mut client)?;
-    let (last, has) = (left(&mut client)?, owned(&process)?);
-    ensure!(first[1..4] == [0; 3] && first[..4] == last[..4], "pages are left behind: {first:?}, {last:?}");
-    ensure!(last[4] + ROOTS >= first[4], "frames are lost: {first:?}, {last:?}");
+    running.hear(BOOT, times)?;
+    let (last, has) = stand(&mut client)?;
+    ensure!(first.0[1..] == [0; 3] && first.0 == last.0, "pages are left behind: {first:?}, {last:?}");
+    ensure!(last.1 + ROOTS >= first.1, "frames are lost: {first:?}, {last:?}");
     ensure!(had == has, "descriptors or threads are left behind: {had:?}, {has:?}");
     call(&mut client, "quit", json!({}))?;
-    ended(running, status::QUIT, MANY).map(drop)
+    ended(running, status::QUIT, times as u64).map(drop)
 }
 
 fn balloon() -> Verdict {
     const KEPT: u64 = 40 << 20;
-    let running = Running::start(SOFT, &["--mem", "64M", "--append", "scale=4000"])?;
+    let running = Running::start(SOFT, &["--mem", "64M", "--append", "workload=spin scale=4000"])?;
     let mut client = running.client()?;
     call(&mut client, "balloon", json!({ "value": KEPT }))?;
-    let actual = |client: &mut Client| -> Result<u64, Failed> {
-        Ok(call(client, "query-balloon", json!({}))?["actual"].as_u64().ok_or("no balloon")?)
-    };
+    let actual = |client: &mut Client| number(client, "query-balloon", "/actual");
     let reached = |client: &mut Client| -> Verdict {
         let begun = Instant::now();
         while actual(client)? != KEPT {
@@ -247,18 +313,28 @@ fn balloon() -> Verdict {
         Ok(())
     };
     reached(&mut client)?;
-    ensure!(memory(&mut client, "ballooned")? > 0, "no page has been given up");
-    client.send("stop", json!({}))?;
-    while client.receive()?.get("event").is_some() {}
+    ensure!(number(&mut client, "x-memory", "/ballooned")? > 0, "no page has been given up");
+    call(&mut client, "stop", json!({}))?;
     reset(&mut client)?;
-    ensure!(
-        actual(&mut client)? == 64 << 20,
-        "the guest has less than all of its memory: {}",
-        actual(&mut client)?
-    );
-    ensure!(memory(&mut client, "ballooned")? == 0, "pages are still given up");
+    let has = actual(&mut client)?;
+    ensure!(has == 64 << 20, "the guest has less than all of its memory: {has}");
+    ensure!(number(&mut client, "x-memory", "/ballooned")? == 0, "pages are still given up");
     call(&mut client, "cont", json!({}))?;
     reached(&mut client)?;
     call(&mut client, "quit", json!({}))?;
     ended(running, status::QUIT, 1).map(drop)
+}
+
+/// A reset of its own is the end, as it is where nobody has reset it before.
+fn by_the_guest() -> Verdict {
+    // `mov ecx, turns`, then `dec ecx; jnz` back: about a second.
+    let turns = 200_000_000_u32.to_le_bytes();
+    let wait = [&[0xb9][..], &turns, &[0x49, 0x75, 0xfd]].concat();
+    let image = file_of(&image::multiboot(&[wait, image::reset_by_port()].concat()))?;
+    let running = Running::start(SOFT, &[&image.path().to_string_lossy()])?;
+    let mut client = running.client()?;
+    reset(&mut client)?;
+    let told = client.receive()?;
+    ensure!(told["data"] == json!({"guest": true, "reason": "guest-reset"}), "another end: {told}");
+    ended(running, status::RESET, 1).map(drop)
 }

@@ -49,7 +49,8 @@ pub struct Outcome {
 impl Outcome {
     /// The lines of standard output, without the carriage returns of a serial line.
     pub fn lines(&self) -> Vec<String> {
-        lines(&self.stdout)
+        let text = String::from_utf8_lossy(&self.stdout);
+        text.lines().map(|line| line.trim_end_matches('\r').to_owned()).collect()
     }
 
     /// The guest's result lines, in order.
@@ -77,19 +78,14 @@ impl fmt::Display for Outcome {
     }
 }
 
-fn lines(bytes: &[u8]) -> Vec<String> {
-    let text = String::from_utf8_lossy(bytes);
-    text.lines().map(|line| line.trim_end_matches('\r').to_owned()).collect()
-}
-
 /// What a child has said on a pipe so far.
 #[derive(Clone, Debug, Default)]
 pub struct Said(Arc<Mutex<Vec<u8>>>);
 
 impl Said {
-    /// Its lines, as [`Outcome::lines`]; the last may go on.
-    pub fn lines(&self) -> Vec<String> {
-        self.with(|bytes| lines(bytes))
+    /// All of it, as text.
+    pub fn text(&self) -> String {
+        self.with(|bytes| String::from_utf8_lossy(bytes).into_owned())
     }
 
     fn with<R>(&self, call: impl FnOnce(&mut Vec<u8>) -> R) -> R {

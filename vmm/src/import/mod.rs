@@ -466,11 +466,15 @@ impl Shared {
         if !self.manners.ack_delay.is_zero() {
             std::thread::sleep(self.manners.ack_delay);
         }
+        {
+            // Before it is said: whoever sees what comes of it finds it counted.
+            let stats = &mut self.mailbox().stats;
+            stats.invalidations += 1;
+            stats.pages += u64::from(pages);
+        }
         self.send(&Request::Ack { order }.encode(0))?;
         let took = began.elapsed();
         let stats = &mut self.mailbox().stats;
-        stats.invalidations += 1;
-        stats.pages += u64::from(pages);
         stats.answer_sum += took;
         stats.answer_max = stats.answer_max.max(took);
         Ok(())
