@@ -122,7 +122,7 @@ fn last_said(run: &Outcome) -> Vec<String> {
 /// sums over all that it did, is what one says that was never reset.
 fn anew(way: Way) -> Verdict {
     let slow = way.needs.contains(&Need::Kvm);
-    let append = if slow { "workload=mm scale=60 hz=20" } else { "workload=mm scale=4000" };
+    let append = if slow { "workload=kmap scale=20 hz=20" } else { "workload=mm scale=4000" };
     let fresh = SOFT.run(&["--mem", "48M", "--append", append])?.result_lines();
     ensure!(fresh.last().is_some_and(|line| line.starts_with(PASS)), "the guest does not pass: {fresh:#?}");
     for vcpus in ["1", "2"] {
@@ -166,13 +166,14 @@ fn stopped(way: Way) -> Verdict {
 /// Disk requests, swap-ins, closed gates: all of it is under way when the reset comes.
 fn pressed(way: Way) -> Verdict {
     let slow = way.needs.contains(&Need::Kvm);
-    let (append, refaults) =
-        if slow { ("workload=mm scale=200 hz=20", 30) } else { ("scale=200 pace=fast", 500) };
-    let memory = if slow { ["--frames", "2M", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
+    let (append, rounds, refaults) =
+        if slow { ("workload=kmap scale=60 hz=20", 2, 5) } else { ("scale=200 pace=fast", 3, 500) };
+    let memory =
+        if slow { ["--frames", "1408K", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
     let running = Running::start(way, &[&["--vcpus", "2", "--append", append][..], &memory].concat())?;
     let mut client = running.client()?;
     let mut swapped = 0;
-    for round in 1..=3 {
+    for round in 1..=rounds {
         let before = number(&mut client, "x-counters", "/memory/refaults")?;
         wait_for(&mut client, "x-counters", "/memory/refaults", before + refaults)?;
         reset(&mut client)?;
@@ -182,7 +183,7 @@ fn pressed(way: Way) -> Verdict {
         ensure!(outs > Some(swapped), "counters have begun anew, or nothing was swapped: {counters}");
         swapped = outs.unwrap_or(0);
     }
-    let run = ended(running, End::Status(0), 3)?;
+    let run = ended(running, End::Status(0), rounds)?;
     ensure!(last_said(&run).last().is_some_and(|line| line.starts_with(PASS)), "it does not pass:\n{run}");
     Ok(())
 }
@@ -212,9 +213,9 @@ fn importer(way: Way) -> Verdict {
 
 /// The next guest does not begin while an importer has a page of the last: until it says so, or is out of time and fenced.
 fn slow_importer() -> Verdict {
-    const DELAY: Duration = Duration::from_millis(300);
-    const DEADLINE: Duration = Duration::from_millis(900);
-    let mut guest = Exporting::start(SOFT, &["--export-deadline", "900ms", "--export-policy", "keep"])?;
+    const DELAY: Duration = Duration::from_millis(100);
+    const DEADLINE: Duration = Duration::from_millis(300);
+    let mut guest = Exporting::start(SOFT, &["--export-deadline", "300ms", "--export-policy", "keep"])?;
     for (delay, least, late) in [(DELAY, DELAY, 0), (4 * DEADLINE, DEADLINE, 1)] {
         let importer = guest.importer_with(Manners { ack_delay: delay })?;
         let segment = importer.make(FIRST, PAGES, true)?;
@@ -270,7 +271,8 @@ fn many(way: Way) -> Verdict {
     /// Tables of roots keep their frames.
     const ROOTS: u64 = 2 * 128;
     let slow = way.needs.contains(&Need::Kvm);
-    let (append, times) = if slow { ("workload=mm scale=400 hz=20", 5) } else { ("scale=200 pace=fast", 20) };
+    let (append, times) =
+        if slow { ("workload=mm scale=400 hz=20", 10) } else { ("scale=200 pace=fast", 20) };
     let frames = if slow { ["--frames", "2M", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
     let options = ["--vcpus", "2", "--mem", "48M", "--append", append];
     let running = Running::start(way, &[&options[..], &frames].concat())?;
@@ -327,8 +329,8 @@ fn balloon() -> Verdict {
 
 /// A reset of its own is the end, as it is where nobody has reset it before.
 fn by_the_guest() -> Verdict {
-    // `mov ecx, turns`, then `dec ecx; jnz` back: about a second.
-    let turns = 200_000_000_u32.to_le_bytes();
+    // `mov ecx, turns`, then `dec ecx; jnz` back: the better part of a second.
+    let turns = 50_000_000_u32.to_le_bytes();
     let wait = [&[0xb9][..], &turns, &[0x49, 0x75, 0xfd]].concat();
     let image = file_of(&image::multiboot(&[wait, image::reset_by_port()].concat()))?;
     let running = Running::start(SOFT, &[&image.path().to_string_lossy()])?;
