@@ -18,7 +18,7 @@
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
 //! | external | importers in other processes: who may have which page, and how they lose it |
-//! | discard | pages that are not wanted any more |
+//! | discard, power | pages that are not wanted any more; all that a guest has, at a reset |
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb, violation | flush epochs and the ack ledger; a TLB in software; the report of a flush that was missed |

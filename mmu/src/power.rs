@@ -11,18 +11,20 @@
 
 use crate::Mmu;
 use crate::discard::{Discard, NotDiscarded};
+use crate::events::EventRing;
 use crate::format::{Mode, Pdpte};
 use crate::invalidation::May;
 use crate::p2m::PageState;
 use crate::vcpu::Vcpu;
 
 impl Mmu {
-    /// The vCPU, which is outside, is as [`Mmu::vcpu`] made it: paging off, no root loaded. Its TLBs, of either kind, are flushed
-    /// before it runs guest code again. Its counters go on.
+    /// The vCPU, which is outside, is as [`Mmu::vcpu`] made it: paging off, no root loaded, no event to tell of. Its TLBs, of either
+    /// kind, are flushed before it runs guest code again. Its counters go on.
     pub fn reset_vcpu(&self, vcpu: &mut Vcpu) {
         self.rest(vcpu);
         self.unload_roots(vcpu);
         (vcpu.mode, vcpu.cr3, vcpu.pdptes) = (Mode::default(), 0, [Pdpte::default(); 4]);
+        vcpu.events.replace(EventRing::new());
         self.coherence.request_flush(vcpu.id);
     }
 
@@ -142,6 +144,7 @@ mod tests {
         assert!(mmu.tlb_enter(&vcpu), "what it has seen it has forgotten");
         mmu.leave(&vcpu);
         assert_eq!((vcpu.tlb_tag(false), vcpu.tlb_tag(true)), (0, 0));
+        assert_eq!(vcpu.events.borrow().last(Gva(0)), None, "an event of the guest before");
     }
 
     #[test]
