@@ -83,6 +83,9 @@ mod tests {
             write(mmu, FIRST + page, 0, &[page as u8 + 1]);
         }
         write(mmu, 3, 0, b"low");
+        // With paging off first, by shadow pages that are of no table.
+        let done = mmu.fault_sleeping(vcpu, Gva(FIRST << 12), Access::write(false)).expect("frames are left");
+        assert!(matches!(done, Outcome::Fixed), "{done:?}");
         let paged = Mode { paging: true, ..Mode::default() };
         mmu.set_paging(vcpu, paged, DIRECTORY << 12, Flush::Yes).expect("no PDPTEs");
         for page in 0..MAPPED {
