@@ -105,9 +105,23 @@ fn wait_for(client: &mut Client, command: &str, place: &str, least: u64) -> Verd
     }
 }
 
-/// The run has ended so, after so many resets; the guest that began last has left nothing that the audit finds.
-fn ended(running: Running, end: End, resets: u64) -> Result<Outcome, Failed> {
+/// A guest with these options, to which `body` happens. It has ended so, after so many resets, and the one that began last has left
+/// nothing that the audit finds.
+fn ends(
+    way: Way,
+    options: &[&str],
+    (end, resets): (End, u64),
+    body: impl FnOnce(&Running, &mut Client) -> Verdict,
+) -> Result<Outcome, Failed> {
+    let running = Running::start(way, options)?;
+    let mut client = running.client()?;
+    let done = body(&running, &mut client);
+    if done.is_err() {
+        // It may be gone: what it said is wanted.
+        drop(client.outcome("quit", json!({})));
+    }
     let run = running.end()?;
+    done.map_err(|why| format!("{}:\n{run}", why.message().unwrap_or_default()))?;
     ensure!(run.end == end && !run.stderr.contains("audit:"), "the guest came to harm:\n{run}");
     ensure!(run.stderr.contains(&format!(" resets={resets}")), "resets are not counted:\n{run}");
     Ok(run)
@@ -128,41 +142,40 @@ fn anew(way: Way) -> Verdict {
     let fresh = SOFT.run(&["--mem", "48M", "--append", append])?.result_lines();
     ensure!(fresh.last().is_some_and(|line| line.starts_with(PASS)), "the guest does not pass: {fresh:#?}");
     for vcpus in ["1", "2"] {
-        let running = Running::start(way, &["--vcpus", vcpus, "--mem", "48M", "--append", append])?;
-        let mut client = running.client()?;
-        reset(&mut client)?;
-        running.hear(BOOT, 1)?;
-        reset(&mut client)?;
-        running.hear(BOOT, 2)?;
-        let image = number(&mut client, "x-memory", "/resident")?;
-        wait_for(&mut client, "x-memory", "/resident", image + 20)?;
-        reset(&mut client)?;
-        let run = ended(running, End::Status(0), 3)?;
+        let options = ["--vcpus", vcpus, "--mem", "48M", "--append", append];
+        let run = ends(way, &options, (End::Status(0), 3), |running, client| {
+            reset(client)?;
+            running.hear(BOOT, 1)?;
+            reset(client)?;
+            running.hear(BOOT, 2)?;
+            let image = number(client, "x-memory", "/resident")?;
+            wait_for(client, "x-memory", "/resident", image + 20)?;
+            reset(client).map(drop)
+        })?;
         ensure!(last_said(&run) == fresh, "{vcpus} vCPUs: another guest than {fresh:#?}:\n{run}");
     }
     Ok(())
 }
 
 fn stopped(way: Way) -> Verdict {
-    let running = Running::start(way, &["--append", "workload=spin scale=4000"])?;
-    let mut client = running.client()?;
-    running.hear(BOOT, 1)?;
-    client.told("stop", "STOP")?;
-    reset(&mut client)?;
-    ensure!(
-        call(&mut client, "query-status", json!({}))? == json!({"status": "prelaunch", "running": false}),
-        "it runs"
-    );
-    let thread = call(&mut client, "query-cpus-fast", json!({}))?[0]["thread-id"].take();
-    let (before, pages) = (spent(&thread)?, number(&mut client, "x-memory", "/resident")?);
-    thread::sleep(Duration::from_millis(200));
-    ensure!(spent(&thread)? <= before + 2, "the vCPU runs while it is to stand");
-    ensure!(number(&mut client, "x-memory", "/resident")? == pages, "the guest touches its memory");
-    ensure!(running.said().matches(BOOT).count() == 1, "the guest says something:\n{}", running.said());
-    client.told("cont", "RESUME")?;
-    running.hear(BOOT, 2)?;
-    call(&mut client, "quit", json!({}))?;
-    ended(running, status::QUIT, 1).map(drop)
+    let options = ["--append", "workload=spin scale=4000"];
+    let run = ends(way, &options, (status::QUIT, 1), |running, client| {
+        running.hear(BOOT, 1)?;
+        client.told("stop", "STOP")?;
+        reset(client)?;
+        let status = call(client, "query-status", json!({}))?;
+        ensure!(status == json!({"status": "prelaunch", "running": false}), "it is {status}");
+        let thread = call(client, "query-cpus-fast", json!({}))?[0]["thread-id"].take();
+        let (before, pages) = (spent(&thread)?, number(client, "x-memory", "/resident")?);
+        thread::sleep(Duration::from_millis(200));
+        ensure!(spent(&thread)? <= before + 2, "the vCPU runs while it is to stand");
+        ensure!(number(client, "x-memory", "/resident")? == pages, "the guest touches its memory");
+        ensure!(running.said().matches(BOOT).count() == 1, "the guest says something");
+        client.told("cont", "RESUME")?;
+        running.hear(BOOT, 2)?;
+        call(client, "quit", json!({})).map(drop)
+    });
+    run.map(drop)
 }
 
 /// Disk requests, swap-ins, closed gates: all of it is under way when the reset comes.
@@ -172,20 +185,21 @@ fn pressed(way: Way) -> Verdict {
         if slow { ("workload=kmap scale=60 hz=20", 2, 5) } else { ("scale=200 pace=fast", 3, 500) };
     let memory =
         if slow { ["--frames", "1408K", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
-    let running = Running::start(way, &[&["--vcpus", "2", "--append", append][..], &memory].concat())?;
-    let mut client = running.client()?;
-    let mut swapped = 0;
-    for round in 1..=rounds {
-        let before = number(&mut client, "x-counters", "/memory/refaults")?;
-        wait_for(&mut client, "x-counters", "/memory/refaults", before + refaults)?;
-        reset(&mut client)?;
-        let counters = call(&mut client, "x-counters", json!({}))?;
-        ensure!(counters["resets"] == round, "another count: {counters}");
-        let outs = counters["memory"]["swap_outs"].as_u64();
-        ensure!(outs > Some(swapped), "counters have begun anew, or nothing was swapped: {counters}");
-        swapped = outs.unwrap_or(0);
-    }
-    let run = ended(running, End::Status(0), rounds)?;
+    let options = [&["--vcpus", "2", "--append", append][..], &memory].concat();
+    let run = ends(way, &options, (End::Status(0), rounds), |_, client| {
+        let mut swapped = 0;
+        for round in 1..=rounds {
+            let before = number(client, "x-counters", "/memory/refaults")?;
+            wait_for(client, "x-counters", "/memory/refaults", before + refaults)?;
+            reset(client)?;
+            let counters = call(client, "x-counters", json!({}))?;
+            ensure!(counters["resets"] == round, "another count: {counters}");
+            let outs = counters["memory"]["swap_outs"].as_u64();
+            ensure!(outs > Some(swapped), "counters have begun anew, or nothing was swapped: {counters}");
+            swapped = outs.unwrap_or(0);
+        }
+        Ok(())
+    })?;
     ensure!(last_said(&run).last().is_some_and(|line| line.starts_with(PASS)), "it does not pass:\n{run}");
     Ok(())
 }
@@ -277,36 +291,37 @@ fn many(way: Way) -> Verdict {
         if slow { ("workload=mm scale=400 hz=20", 10) } else { ("scale=200 pace=fast", 20) };
     let frames = if slow { ["--frames", "2M", "--low", "512K"] } else { ["--frames", "3M", "--low", "1M"] };
     let options = ["--vcpus", "2", "--mem", "48M", "--append", append];
-    let running = Running::start(way, &[&options[..], &frames].concat())?;
-    let mut client = running.client()?;
-    running.hear(BOOT, 1)?;
-    let process = call(&mut client, "query-cpus-fast", json!({}))?[0]["thread-id"].take();
-    let stand = |client: &mut Client| {
-        client.told("stop", "STOP")?;
-        reset(client)?;
-        Ok::<_, Failed>((left(client)?, owned(&process)?))
-    };
-    let (first, had) = stand(&mut client)?;
-    client.told("cont", "RESUME")?;
-    for round in 2..times {
-        running.hear(BOOT, round)?;
-        thread::sleep(Duration::from_millis(4 * round as u64));
-        reset(&mut client)?;
-    }
-    running.hear(BOOT, times)?;
-    let (last, has) = stand(&mut client)?;
-    ensure!(first.0[1..] == [0; 3] && first.0 == last.0, "pages are left behind: {first:?}, {last:?}");
-    ensure!(last.1 + ROOTS >= first.1, "frames are lost: {first:?}, {last:?}");
-    ensure!(had == has, "descriptors or threads are left behind: {had:?}, {has:?}");
-    call(&mut client, "quit", json!({}))?;
-    ended(running, status::QUIT, times as u64).map(drop)
+    let run =
+        ends(way, &[&options[..], &frames].concat(), (status::QUIT, times as u64), |running, client| {
+            running.hear(BOOT, 1)?;
+            let process = call(client, "query-cpus-fast", json!({}))?[0]["thread-id"].take();
+            let stand = |client: &mut Client| {
+                client.told("stop", "STOP")?;
+                reset(client)?;
+                Ok::<_, Failed>((left(client)?, owned(&process)?))
+            };
+            let (first, had) = stand(client)?;
+            client.told("cont", "RESUME")?;
+            for round in 2..times {
+                running.hear(BOOT, round)?;
+                thread::sleep(Duration::from_millis(4 * round as u64));
+                reset(client)?;
+            }
+            running.hear(BOOT, times)?;
+            let (last, has) = stand(client)?;
+            ensure!(
+                first.0[1..] == [0; 3] && first.0 == last.0,
+                "pages are left behind: {first:?}, {last:?}"
+            );
+            ensure!(last.1 + ROOTS >= first.1, "frames are lost: {first:?}, {last:?}");
+            ensure!(had == has, "descriptors or threads are left behind: {had:?}, {has:?}");
+            call(client, "quit", json!({})).map(drop)
+        });
+    run.map(drop)
 }
 
 fn balloon() -> Verdict {
     const KEPT: u64 = 40 << 20;
-    let running = Running::start(SOFT, &["--mem", "64M", "--append", "workload=spin scale=4000"])?;
-    let mut client = running.client()?;
-    call(&mut client, "balloon", json!({ "value": KEPT }))?;
     let actual = |client: &mut Client| number(client, "query-balloon", "/actual");
     let reached = |client: &mut Client| -> Verdict {
         let begun = Instant::now();
@@ -316,17 +331,21 @@ fn balloon() -> Verdict {
         }
         Ok(())
     };
-    reached(&mut client)?;
-    ensure!(number(&mut client, "x-memory", "/ballooned")? > 0, "no page has been given up");
-    call(&mut client, "stop", json!({}))?;
-    reset(&mut client)?;
-    let has = actual(&mut client)?;
-    ensure!(has == 64 << 20, "the guest has less than all of its memory: {has}");
-    ensure!(number(&mut client, "x-memory", "/ballooned")? == 0, "pages are still given up");
-    call(&mut client, "cont", json!({}))?;
-    reached(&mut client)?;
-    call(&mut client, "quit", json!({}))?;
-    ended(running, status::QUIT, 1).map(drop)
+    let options = ["--mem", "64M", "--append", "workload=spin scale=4000"];
+    let run = ends(SOFT, &options, (status::QUIT, 1), |_, client| {
+        call(client, "balloon", json!({ "value": KEPT }))?;
+        reached(client)?;
+        ensure!(number(client, "x-memory", "/ballooned")? > 0, "no page has been given up");
+        call(client, "stop", json!({}))?;
+        reset(client)?;
+        let has = actual(client)?;
+        ensure!(has == 64 << 20, "the guest has less than all of its memory: {has}");
+        ensure!(number(client, "x-memory", "/ballooned")? == 0, "pages are still given up");
+        call(client, "cont", json!({}))?;
+        reached(client)?;
+        call(client, "quit", json!({})).map(drop)
+    });
+    run.map(drop)
 }
 
 /// A small guest finds a board and memory that nobody has touched, and a reset of its own is the end, as it is where nobody has
@@ -350,11 +369,12 @@ fn by_the_guest(way: Way) -> Verdict {
         &image::reset_by_port(),
     ];
     let image = file_of(&image::multiboot(&code.concat()))?;
-    let running = Running::start(way, &[&image.path().to_string_lossy()])?;
-    let mut client = running.client()?;
-    running.hear("marked", 1)?;
-    reset(&mut client)?;
-    let told = client.receive()?;
-    ensure!(told["data"] == json!({"guest": true, "reason": "guest-reset"}), "another end: {told}");
-    ended(running, status::RESET, 1).map(drop)
+    let run = ends(way, &[&image.path().to_string_lossy()], (status::RESET, 1), |running, client| {
+        running.hear("marked", 1)?;
+        reset(client)?;
+        let told = client.receive()?;
+        ensure!(told["data"] == json!({"guest": true, "reason": "guest-reset"}), "another end: {told}");
+        Ok(())
+    });
+    run.map(drop)
 }
