@@ -344,7 +344,7 @@ fn exported(effort: Effort) {
             let pages = space.frame(0)..space.frame(0) + PAGES;
             let fill = time(&|| space.fill());
             let discard =
-                || drop(space.mmu.discard(None, pages.clone(), Discard::Zero, May::Sleep).expect("no vCPU"));
+                || space.mmu.discard(None, pages.clone(), Discard::Zero, May::Sleep).expect("no vCPU");
             (fill, time(&discard))
         });
         fills.push(exporting.0 / plain.0);
