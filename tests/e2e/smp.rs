@@ -20,10 +20,14 @@ pub fn cases() -> Vec<Trial> {
             case(name, way.needs, move || same_as_one(way, paging))
         })
     });
-    orders.chain(guests).collect()
+    let bites = case("soft_stores_are_seen_late_where_no_fence_stands_between", &[], bites);
+    orders.chain(guests).chain([bites]).collect()
 }
 
 const PAGINGS: [&str; 2] = ["pae", "legacy"];
+
+/// It takes some hundred on a machine where both vCPUs have a CPU.
+const ROUNDS_UNFENCED: u32 = 3_000_000;
 
 /// What the guest prints is the same however many CPUs it has.
 const SAME: [&str; 2] = ["workload=all", "workload=reclaim"];
@@ -39,6 +43,13 @@ fn order(way: Way) -> Verdict {
 fn holds(way: Way, litmus: Litmus, rounds: u32) -> Verdict {
     let run = way.boot(&litmus.guest(rounds), &["--vcpus", "2"])?;
     ensure!(run.end == End::Status(0), "{litmus:?} does not hold, or did not end:\n{run}");
+    Ok(())
+}
+
+/// Without a fence both CPUs miss the other's store now and then: what the fenced rounds look for can be seen.
+fn bites() -> Verdict {
+    let run = SOFT.boot(&Litmus::Unfenced.guest(ROUNDS_UNFENCED), &["--vcpus", "2"])?;
+    ensure!(run.end == End::Status(3), "in {ROUNDS_UNFENCED} rounds each store was seen at once:\n{run}");
     Ok(())
 }
 
