@@ -479,6 +479,17 @@ impl Frames {
         self.frames[mfn.0 as usize][PINS].load(Ordering::SeqCst)
     }
 
+    /// Marks the frame, with `barrier` called before anybody may read its code by a mark that is new; returns the generation of what
+    /// is read from now on. `barrier` is a [`crate::Shootdown::settle_stores`].
+    pub(crate) fn generation_to_decode(&self, mfn: Mfn, barrier: impl FnOnce()) -> u32 {
+        let mark = self.mark_code(mfn);
+        if mark & SETTLED != 0 {
+            return mark;
+        }
+        barrier();
+        self.settle_code(mfn, mark)
+    }
+
     /// Marks the frame as one that code is about to be decoded from. Returns the mark, new or as it was: while it is without
     /// [`SETTLED`], a store by another vCPU that is on its way may miss it.
     pub(crate) fn mark_code(&self, mfn: Mfn) -> u32 {
@@ -492,8 +503,11 @@ impl Frames {
             0 => step(),
             clock => clock,
         };
-        code.store(next, Ordering::SeqCst);
-        next
+        // Another may have been faster: it is its mark then.
+        match code.compare_exchange(0, next, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => next,
+            Err(now) => now,
+        }
     }
 
     /// Nobody's store misses `mark` any more. Returns the generation of the frame's contents: unless it is still that, what is
@@ -516,7 +530,7 @@ impl Frames {
     pub(crate) fn code_written(&self, mfn: Mfn) {
         let code = &self.frames[mfn.0 as usize][CODE];
         if code.load(Ordering::Relaxed) != 0 && self.rules.keep(Rule::CodeAtStore) {
-            code.store(0, Ordering::SeqCst);
+            code.swap(0, Ordering::SeqCst);
         }
     }
 
