@@ -326,8 +326,8 @@ impl Coherence {
     }
 
     /// Keeps the vCPUs but `own`, which is outside, from every access to memory for as long as the value lives: what silicon
-    /// does for a locked access that no cache line holds. Sleeps (spins, kicking once) for vCPUs in the guest. Its holder does
-    /// not sleep.
+    /// does for a locked access that no cache line holds. Sleeps (spins, kicking once) for vCPUs in the guest and for another who
+    /// has it. Whoever has it waits for no vCPU: it takes locks, which are not held by one who enters.
     ///
     /// ```text
     /// vCPU                                      whoever locks the bus
@@ -363,13 +363,13 @@ impl Coherence {
 
     /// Before guest code runs: marks `vcpu` as in the guest and says whether it must flush first. The mode is set
     /// before the request is read, so a shootdown either sees the vCPU inside and kicks it, or its request is
-    /// seen here. May sleep for one who has locked the bus.
+    /// seen here. Sleeps for one who has locked the bus.
     pub fn enter_guest(&self, vcpu: u32) -> bool {
+        lock_order::assert_may_sleep();
         let state = &self.vcpus[vcpu as usize];
         self.set_inside(state);
         while self.bus.load(Ordering::SeqCst) {
             self.leave_guest(vcpu);
-            lock_order::assert_may_sleep();
             while self.bus.load(Ordering::SeqCst) {
                 thread::yield_now();
             }

@@ -508,7 +508,8 @@ impl Frames {
             0 => step(),
             clock => clock,
         };
-        // Another may have been faster: it is its mark then.
+        // Another may have been faster. Its mark serves both; a store would make stale what the other has decoded. Not often: once
+        // for each time that a frame of code was stored to.
         match code.compare_exchange(0, next, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => next,
             Err(now) => now,
@@ -535,6 +536,7 @@ impl Frames {
     pub(crate) fn code_written(&self, mfn: Mfn) {
         let code = &self.frames[mfn.0 as usize][CODE];
         if code.load(Ordering::Relaxed) != 0 && self.rules.keep(Rule::CodeAtStore) {
+            // On x86 a store is the same XCHG, and would do. But loom's store may come before what its thread has read.
             code.swap(0, Ordering::SeqCst);
         }
     }

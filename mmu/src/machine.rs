@@ -5,8 +5,7 @@
 //! caller: file backed in the VMM, anonymous in tests.
 //!
 //! Holds: every access is within the range; aligned words are reached as atomics only. One that is not aligned is a single load or
-//! store of this CPU's, at an address as much off as the guest's is: it is as whole, across 8 bytes or a cache line, as silicon has
-//! it.
+//! store of this CPU's, at an address as much off as the guest's is: it is as whole as the guest has it from such a CPU.
 //!
 //! Not here: which frame holds what (frames), how guest memory is reached (window).
 
@@ -228,10 +227,9 @@ mod tests {
     }
 
     #[test]
-    fn scalars_across_8_bytes_of_a_cache_line_do_not_tear() {
-        for (offset, width) in
-            [(6, Width::B4), (14, Width::B4), (7, Width::B2), (4, Width::B8), (13, Width::B8)]
-        {
+    fn scalars_across_8_bytes_do_not_tear() {
+        // Within 16 aligned bytes, which no CPU of today takes apart.
+        for (offset, width) in [(6, Width::B4), (7, Width::B2), (4, Width::B8)] {
             assert!(!tears(offset, width, Machine::load), "{width:?} at {offset}");
         }
     }

@@ -38,6 +38,8 @@ const PAGINGS: [&str; 2] = ["pae", "legacy"];
 const RIGHT: (u32, u32) = (10, 5_000);
 /// Where an access locks the bus: it waits for the other CPU to leave the guest.
 const RIGHT_SPLIT: (u32, u32) = (2, 500);
+/// Where each round has the other CPU decode anew, and wait for the stores of all.
+const RIGHT_CODE: (u32, u32) = (10, 2_000);
 /// Where each instruction may cost a microsecond.
 const RIGHT_KVM: (u32, u32) = (2, 300);
 /// A wrong guest ends with the first epoch that breaks.
@@ -55,6 +57,7 @@ fn order(way: Way) -> Verdict {
         let (epochs, rounds) = match way.needs.contains(&Need::Kvm) {
             true => RIGHT_KVM,
             false if litmus.locks_the_bus() => RIGHT_SPLIT,
+            false if litmus == Litmus::Code => RIGHT_CODE,
             false => RIGHT,
         };
         let guest = litmus.guest(Form::Right, epochs * times, rounds);
