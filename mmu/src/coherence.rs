@@ -365,11 +365,11 @@ impl Coherence {
     /// before the request is read, so a shootdown either sees the vCPU inside and kicks it, or its request is
     /// seen here. Sleeps for one who has locked the bus.
     pub fn enter_guest(&self, vcpu: u32) -> bool {
-        lock_order::assert_may_sleep();
         let state = &self.vcpus[vcpu as usize];
         self.set_inside(state);
         while self.bus.load(Ordering::SeqCst) {
             self.leave_guest(vcpu);
+            lock_order::assert_may_sleep();
             while self.bus.load(Ordering::SeqCst) {
                 thread::yield_now();
             }
