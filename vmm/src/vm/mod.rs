@@ -37,6 +37,8 @@ mod kick;
 mod live;
 mod memory;
 mod native;
+#[cfg(test)]
+mod omissions_tests;
 mod paging;
 mod reclaimer;
 mod requests;
