@@ -38,6 +38,8 @@ mod kick;
 mod live;
 mod memory;
 mod native;
+#[cfg(test)]
+mod omissions_tests;
 mod paging;
 mod power;
 mod reclaimer;
