@@ -69,6 +69,7 @@ struct options {
     u32 ram;    /* MiB that the kernel uses of what there is; 0: the workload decides */
     enum pace pace;
     u32 allow;  /* set of enum quirk */
+    u32 omit;   /* set of enum flush (omit.h) */
 };
 
 struct memory_range {

@@ -159,7 +159,7 @@ static __attribute__((noinline)) void handle_among_others(struct trap_frame *fra
 {
     if (answer(frame->vector))
         return;
-    tlb_refresh();
+    tlb_refresh(FLUSH_REFRESH_TRAP);
     handle(frame);
 }
 
