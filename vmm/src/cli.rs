@@ -191,7 +191,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value = "sized")]
     pub tlb: Tlb,
     /// Find TLB flushes that the guest's kernel misses: before each access, ask a model of the guest's own TLBs whether it may still use
-    /// a translation that the kernel has taken away. Needs the soft backend, and is 5 to 20 times as slow. A certain miss ends the
+    /// a translation that the kernel has taken away. Needs the soft backend, and is several times as slow. A certain miss ends the
     /// run with status 18; suspects are counted.
     #[arg(long)]
     pub check_guest_tlb: bool,
