@@ -25,12 +25,17 @@
 //!    an entry made since. While other user entries led to it at the time of the edit, only what came after the last of them is gone
 //!    counts. Where a right alone was taken (copy on write), it is the use by user code through another entry that hands it on.
 //!
-//! *Suspect* ([`Suspect`]) is an edit whose CPU lets go while some CPU still holds what it took away. Entries of the kernel that
-//! became absent are no suspects: to flush them late is what windows do.
+//! *Suspect* ([`Suspect`]) is an edit whose CPU lets go while some CPU still holds what it took away. A CPU that halts then, or is in
+//! its kernel, is asked later: when it goes to user mode, or halts again. For an accessed bit that was taken, which nobody waits for,
+//! it may go to user mode once. Entries of the kernel that became absent are no suspects: to flush them late is what windows do. A
+//! table that was taken out of its directory is suspect if the CPU that did it has flushed nothing at all since.
+//!
+//! Speculation: an entry with A may be in the TLB of a CPU that never used it. This is assumed of the CPU that edits it, which is why
+//! a copy on write needs its INVLPG though the fault had the CPU forget the page.
 //!
 //! Locks: a CPU's part, then the tables; below both what reading memory takes. Nothing sleeps.
 //!
-//! Limits: caches of directory entries are not modelled. A kernel that is preempted while it owes a flush, with user threads that
+//! Limits: caches of directory entries are modelled for the editing CPU alone, and for suspects. A kernel that is preempted while it owes a flush, with user threads that
 //! race with their own unmapping on a page under a device's hands, may be called certain without a corrupted byte.
 
 mod report;
@@ -104,6 +109,9 @@ struct Held {
     /// The epoch at which it agreed with the tables.
     checked: u64,
     instructions: u64,
+    /// The entries that it was loaded by.
+    leaf: Gpa,
+    directory: Gpa,
     gfn: Gfn,
     eip: u32,
     rights: Rights,
@@ -112,10 +120,18 @@ struct Held {
     large: bool,
 }
 
+impl Held {
+    fn came_by(&self, entry: Gpa) -> bool {
+        self.leaf == entry || self.directory == entry
+    }
+}
+
 const NOTHING: Held = Held {
     loaded: 0,
     checked: 0,
     instructions: 0,
+    leaf: Gpa(0),
+    directory: Gpa(0),
     gfn: Gfn(0),
     eip: 0,
     rights: Rights(0),
@@ -124,6 +140,18 @@ const NOTHING: Held = Held {
     large: false,
 };
 
+/// What another CPU has taken away while this one could not use it, or need not forget it at once: this one is judged when it lets go.
+#[derive(Debug)]
+struct Owed {
+    taken: Taken,
+    /// How the editor had let go.
+    let_go: LetGo,
+    /// Events that this CPU had been given.
+    events: u64,
+    /// How often it may still go to user mode with it.
+    grace: u32,
+}
+
 /// What one CPU has.
 #[derive(Debug)]
 struct Cpu {
@@ -131,6 +159,9 @@ struct Cpu {
     regions: Box<[Option<Box<[Held; REGION_PAGES]>>]>,
     user: bool,
     pending: Vec<Taken>,
+    owed: Vec<Owed>,
+    /// Its last flush, in ticks: any of them empties its caches of directory entries.
+    flushed: u64,
     /// It has stored to the pointers that it has loaded.
     pointers_stored: Option<Site>,
     flushes: Vec<Seen>,
@@ -164,6 +195,7 @@ impl Cpu {
     }
 
     fn note_flush(&mut self, seen: Seen) {
+        self.flushed = seen.at;
         if self.flushes.len() == FLUSHES_MAX {
             self.flushes.remove(0);
         }
@@ -204,6 +236,8 @@ impl GuestTlb {
             regions: (0..REGIONS).map(|_| None).collect(),
             user: false,
             pending: Vec::new(),
+            owed: Vec::new(),
+            flushed: 0,
             pointers_stored: None,
             flushes: Vec::new(),
         };
@@ -297,14 +331,24 @@ impl GuestTlb {
                 tables.mark(mode, &walk, store);
                 self.note_use(&mut tables, mode, &walk, access.user, gva, &author);
                 self.publish(&mut tables);
-                let Walk { gfn, rights, global, large, .. } = walk;
+                let Walk { gfn, rights, global, large, leaf, directory, .. } = walk;
                 let (eip, instructions) = (site.eip, site.instructions);
                 let dirty = walk.dirty || store;
                 let loaded = author.tick;
-                cpu.hold(
-                    page,
-                    Held { loaded, checked: epoch, instructions, gfn, eip, rights, dirty, global, large },
-                );
+                let held = Held {
+                    loaded,
+                    checked: epoch,
+                    instructions,
+                    leaf,
+                    directory,
+                    gfn,
+                    eip,
+                    rights,
+                    dirty,
+                    global,
+                    large,
+                };
+                cpu.hold(page, held);
                 None
             }
             // It faults.
@@ -433,9 +477,40 @@ impl GuestTlb {
         }
         if !taken.is_empty() {
             let mut cpu = self.cpus[site.vcpu as usize].lock();
+            taken.iter().for_each(|taken| self.may_have_loaded(memory, &mut cpu, taken));
             let room = PENDING_MAX.saturating_sub(cpu.pending.len());
             cpu.pending.extend(taken.into_iter().take(room));
         }
+    }
+
+    /// A CPU may load a translation that nobody has asked for, from an entry with A: that of the editor itself has, if it could.
+    fn may_have_loaded(&self, memory: &Memory<'_>, cpu: &mut Cpu, taken: &Taken) {
+        let Taken { edit, loss, first_page: page, pages } = *taken;
+        let old = Gpte(edit.old);
+        let takes = loss == Loss::Frame || loss == Loss::Right;
+        if !takes || pages != 1 || !old.is_accessed() || cpu.held(page).loaded != 0 {
+            return;
+        }
+        let mode = cpu.paging.mode;
+        let author = Author { site: edit.site, tick: edit.tick, events: edit.events, began: edit.began };
+        let mut tables = self.tables.lock();
+        let (leaf, directory) = tables.entries_for(memory, &cpu.paging, Gva(page << 12), &author);
+        self.publish(&mut tables);
+        let Some(directory) = directory.filter(|_| leaf == Some(edit.entry)) else { return };
+        let held = Held {
+            loaded: edit.tick - 1,
+            checked: 0,
+            instructions: edit.site.instructions,
+            leaf: edit.entry,
+            directory,
+            gfn: old.gfn(mode),
+            eip: edit.site.eip,
+            rights: old.rights(mode).and(tables.rights_at(mode, directory)),
+            dirty: old.is_dirty(),
+            global: old.is_global() && mode.global_pages,
+            large: false,
+        };
+        cpu.hold(page, held);
     }
 
     /// A device has written to the page.
@@ -517,6 +592,7 @@ impl GuestTlb {
         self.marks[site.vcpu as usize].let_go.store(tick, Ordering::Relaxed);
         let (pending, pointers) = {
             let mut cpu = self.cpus[site.vcpu as usize].lock();
+            self.settle(memory, &mut cpu, site, how);
             let pointers = if how == LetGo::User { cpu.pointers_stored.take() } else { None };
             (std::mem::take(&mut cpu.pending), pointers)
         };
@@ -530,44 +606,97 @@ impl GuestTlb {
         }
     }
 
+    /// What others have left to this CPU to forget.
+    fn settle(&self, memory: &Memory<'_>, cpu: &mut Cpu, site: Site, how: LetGo) {
+        let events = self.marks[site.vcpu as usize].events.load(Ordering::Relaxed);
+        for mut owed in std::mem::take(&mut cpu.owed) {
+            let Some((gva, gfn)) = self.owes(memory, cpu, site, &owed.taken) else { continue };
+            let due = match how {
+                LetGo::User => true,
+                // It looks when it goes on, and halts again after that.
+                LetGo::Halt => owed.taken.loss == Loss::Frame && owed.events != events,
+                LetGo::Cr3 => false,
+            };
+            if due && owed.grace == 0 {
+                let Owed { taken: Taken { edit, loss, .. }, let_go, .. } = owed;
+                self.verdicts.lock().add(Suspect::Held { edit, loss, gva, gfn, vcpu: site.vcpu, let_go });
+            } else {
+                owed.grace = owed.grace.saturating_sub(u32::from(due));
+                cpu.owed.push(owed);
+            }
+        }
+    }
+
     /// Who still holds what an edit of `site`'s vCPU has taken away.
     fn still_held(&self, memory: &Memory<'_>, site: Site, taken: &Taken, how: LetGo) -> Option<Suspect> {
+        let Taken { edit, loss, .. } = *taken;
         for (vcpu, marks) in (0..).zip(&self.marks) {
-            // One that halts looks at what it has missed before it goes on; aging needs no other CPU's word.
             let own = vcpu == site.vcpu;
-            if !own && (taken.loss == Loss::Status || marks.halted.load(Ordering::Acquire)) {
+            let mut cpu = self.cpus[vcpu as usize].lock();
+            let Some((gva, gfn)) = self.owes(memory, &cpu, site, taken) else {
+                if own && self.caches_table(memory, &cpu, site, taken) {
+                    return Some(Suspect::Table { edit, let_go: how });
+                }
                 continue;
+            };
+            let halted = marks.halted.load(Ordering::Acquire);
+            let unused = !cpu.user && cpu.held(gva.0 >> 12).rights.user();
+            if own || !(halted || unused || loss == Loss::Status) {
+                return Some(Suspect::Held { edit, loss, gva, gfn, vcpu, let_go: how });
             }
-            let cpu = self.cpus[vcpu as usize].lock();
-            for page in taken.first_page..taken.first_page + taken.pages {
-                let held = cpu.held(page);
-                if held.loaded == 0 || held.loaded > taken.edit.tick {
-                    continue;
-                }
-                let gva = Gva(page << 12);
-                let walked = {
-                    let mut tables = self.tables.lock();
-                    let walked = tables.walk(memory, &cpu.paging, gva, &self.author(site));
-                    self.publish(&mut tables);
-                    walked
-                };
-                let owed = match (taken.loss, walked) {
-                    (_, Walked::Unknown) | (Loss::None, _) => false,
-                    (Loss::Status, Walked::Page(walk)) => walk.gfn == held.gfn,
-                    (Loss::Right, Walked::Page(walk)) => {
-                        walk.gfn == held.gfn && held.rights.0 & !walk.rights.0 != 0
-                    }
-                    (Loss::Frame, Walked::Page(walk)) => walk.gfn != held.gfn,
-                    (Loss::Frame, Walked::Absent(_)) => held.rights.user(),
-                    (_, Walked::Absent(_)) => false,
-                };
-                if owed {
-                    let Taken { edit, loss, .. } = *taken;
-                    return Some(Suspect::Held { edit, loss, gva, gfn: held.gfn, vcpu, let_go: how });
-                }
+            // It may look at what it has missed before it goes on; for an accessed bit nobody is asked: the next trap does.
+            if cpu.owed.len() < PENDING_MAX {
+                let events = marks.events.load(Ordering::Relaxed);
+                let grace = u32::from(loss == Loss::Status);
+                cpu.owed.push(Owed { taken: *taken, let_go: how, events, grace });
             }
         }
         None
+    }
+
+    /// A page, and its frame, that the CPU still holds by the entry that has been edited.
+    fn owes(&self, memory: &Memory<'_>, cpu: &Cpu, site: Site, taken: &Taken) -> Option<(Gva, Gfn)> {
+        for page in taken.first_page..taken.first_page + taken.pages {
+            let held = cpu.held(page);
+            if held.loaded == 0 || held.loaded > taken.edit.tick || !held.came_by(taken.edit.entry) {
+                continue;
+            }
+            let gva = Gva(page << 12);
+            let walked = {
+                let mut tables = self.tables.lock();
+                let walked = tables.walk(memory, &cpu.paging, gva, &self.author(site));
+                self.publish(&mut tables);
+                walked
+            };
+            let owed = match (taken.loss, walked) {
+                (_, Walked::Unknown) | (Loss::None, _) => false,
+                (Loss::Status, Walked::Page(walk)) => walk.gfn == held.gfn,
+                (Loss::Right, Walked::Page(walk)) => {
+                    walk.gfn == held.gfn && held.rights.0 & !walk.rights.0 != 0
+                }
+                (Loss::Frame, Walked::Page(walk)) => walk.gfn != held.gfn,
+                (Loss::Frame, Walked::Absent(_)) => held.rights.user(),
+                (_, Walked::Absent(_)) => false,
+            };
+            if owed {
+                return Some((gva, held.gfn));
+            }
+        }
+        None
+    }
+
+    /// The CPU that has taken a table out of its own directory has flushed nothing since, and may still walk through it.
+    fn caches_table(&self, memory: &Memory<'_>, cpu: &Cpu, site: Site, taken: &Taken) -> bool {
+        let Taken { edit, loss, first_page, pages } = *taken;
+        let old = Gpte(edit.old);
+        if loss != Loss::Frame || pages == 1 || !old.is_accessed() || cpu.flushed > edit.tick {
+            return false;
+        }
+        let mut tables = self.tables.lock();
+        let gva = Gva(first_page << 12);
+        let (_, directory) = tables.entries_for(memory, &cpu.paging, gva, &self.author(site));
+        self.publish(&mut tables);
+        directory == Some(edit.entry)
     }
 }
 

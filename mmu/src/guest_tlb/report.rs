@@ -118,6 +118,13 @@ pub enum Suspect {
         /// How the editor let go.
         let_go: LetGo,
     },
+    /// A table was taken out of its directory, and nothing flushed.
+    Table {
+        /// The edit.
+        edit: Edit,
+        /// How its CPU let go.
+        let_go: LetGo,
+    },
     /// PAE's pointers were stored to, and not loaded.
     Pointers {
         /// The store.
@@ -132,8 +139,9 @@ pub enum Suspect {
 pub struct Verdicts {
     /// Changes of entries that were seen.
     pub edits: u64,
-    /// Suspects: a frame was taken away; a right; accessed or dirty bits; pointers that were not loaded.
-    pub suspects: [u64; 4],
+    /// Suspects: a frame was taken away; a right; accessed or dirty bits; a table, from its directory; pointers that were not
+    /// loaded.
+    pub suspects: [u64; 5],
     /// The first of them.
     pub listed: Vec<Suspect>,
 }
@@ -144,7 +152,8 @@ impl Verdicts {
             Suspect::Held { loss: Loss::Right, .. } => 1,
             Suspect::Held { loss: Loss::Status, .. } => 2,
             Suspect::Held { .. } => 0,
-            Suspect::Pointers { .. } => 3,
+            Suspect::Table { .. } => 3,
+            Suspect::Pointers { .. } => 4,
         };
         self.suspects[sort] += 1;
         if self.listed.len() < super::SUSPECTS_LISTED_MAX {
@@ -286,11 +295,16 @@ impl fmt::Display for Suspect {
                 };
                 write!(
                     f,
-                    "{gva}: a {lost} was taken by {} (entry at {}: {:#x} -> {:#x}), whose vCPU {let_go} while vCPU {vcpu} may still \
+                    "{gva}: its {lost} was taken by {} (entry at {}: {:#x} -> {:#x}), whose vCPU {let_go} while vCPU {vcpu} may still \
                      use frame {gfn} there",
                     edit.site, edit.entry, edit.old, edit.new
                 )
             }
+            Suspect::Table { edit, let_go } => write!(
+                f,
+                "a table was taken out of its directory by {} (entry at {}: {:#x} -> {:#x}), whose vCPU {let_go} without a flush",
+                edit.site, edit.entry, edit.old, edit.new
+            ),
             Suspect::Pointers { stored, let_go } => write!(
                 f,
                 "PAE directory pointers were stored to by {stored}, whose vCPU {let_go} without loading them"

@@ -260,6 +260,32 @@ impl Tables {
         at(gpte, gpte.gfn(mode), gpte.rights(mode).and(gpde.rights(mode)), leaf)
     }
 
+    /// The entries that decide about `gva`, that of the table and that of the directory, as far as there are such.
+    pub fn entries_for(
+        &mut self,
+        memory: &Memory<'_>,
+        paging: &Paging,
+        gva: Gva,
+        by: &Author,
+    ) -> (Option<Gpa>, Option<Gpa>) {
+        let quarter = (gva.0 >> 30) as usize;
+        let directory = paging.directories[quarter]
+            .map(|directory| entry_at(paging.mode, directory, paging.mode.directory_index(gva)));
+        match self.walk(memory, paging, gva, by) {
+            Walked::Page(walk) => (Some(walk.leaf), directory),
+            Walked::Absent(entry) => (entry, directory),
+            Walked::Unknown => (None, directory),
+        }
+    }
+
+    /// What the entry of a known directory allows.
+    pub fn rights_at(&self, mode: Mode, entry: Gpa) -> Rights {
+        let index = (entry.0 % PAGE_SIZE) / u64::from(mode.entry_bytes());
+        self.known
+            .get(&entry.gfn().0)
+            .map_or(Rights(0), |table| Gpte(table.entries[index as usize]).rights(mode))
+    }
+
     fn read(&mut self, directory: Gfn, index: u32, base: u32) -> Gpte {
         self.known.get_mut(&directory.0).map_or(Gpte(0), |table| {
             table.directory = Some(base);

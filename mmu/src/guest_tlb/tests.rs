@@ -14,6 +14,7 @@ const USER: u32 = 7;
 /// P, W.
 const KERNEL: u32 = 3;
 const GLOBAL: u32 = 1 << 8;
+const ACCESSED: u32 = 1 << 5;
 const PAGES: u32 = 64;
 
 /// A machine whose CPUs do what a test says.
@@ -23,19 +24,23 @@ struct Guest {
 }
 
 impl Guest {
-    /// Two CPUs in the kernel on the first process's tables.
+    /// Two CPUs on the first process's tables: 0 in the kernel, 1 in user mode.
     fn new() -> Guest {
         let guest =
             Guest { model: GuestTlb::new(2, PAGES), memory: RefCell::new(vec![0; PAGES as usize * 4096]) };
         guest.store(0, DIRECTORY * 4096, (TABLE << 12) as u32 | USER);
         guest.store(0, OTHER_DIRECTORY * 4096, (OTHER_TABLE << 12) as u32 | USER);
         guest.load(0, DIRECTORY, false);
-        guest.load(1, DIRECTORY, false);
+        guest.load(1, DIRECTORY, true);
         guest
     }
 
     fn site(vcpu: u32) -> Site {
         Site { vcpu, eip: 0xc010_0000 + vcpu, instructions: 7 }
+    }
+
+    fn invlpg(&self, vcpu: u32, page: u32) {
+        self.model.invalidated(Guest::site(vcpu), Gva(page << 12));
     }
 
     fn with<R>(&self, call: impl FnOnce(&Memory<'_>) -> R) -> R {
@@ -103,9 +108,7 @@ fn another_frame_entered_and_used_without_invlpg_is_certain() {
     let finding = guest.access(0, 5, Access::read(false)).expect("certain");
     assert_eq!((finding.why, finding.gfn), (Why::OwnEdit, Gfn(20)));
     let text = finding.to_string();
-    for part in
-        ["certain", "0x00005000", "EIP 0xc0100000", "missing flush: INVLPG", "absent", "tick"]
-    {
+    for part in ["certain", "0x5000", "EIP 0xc0100000", "missing flush: INVLPG", "absent", "tick"] {
         assert!(text.contains(part), "{part:?} in {text}");
     }
     guest.model.invalidated(Guest::site(0), Gva(5 << 12));
@@ -122,11 +125,12 @@ fn an_event_between_the_edit_and_the_use_makes_it_legal() {
     guest.uses(0, 5, Access::read(false));
 }
 
-/// A page of the first process, which CPU 1 has used, goes to the second process; CPU 0 sends no IPI.
+/// A page of the first process, which CPU 1 has used, is taken away; CPU 0 forgets it itself, and sends no IPI.
 fn handed_to_another_process(guest: &Guest) {
     guest.enter(0, TABLE, 5, 20, USER);
     guest.uses(1, 5, Access::write(true));
     guest.enter(0, TABLE, 5, 0, 0);
+    guest.invlpg(0, 5);
 }
 
 #[test]
@@ -142,7 +146,10 @@ fn a_use_is_legal_until_the_frame_is_anothers_and_the_editor_has_let_go() {
     guest.uses(1, 5, Access::read(true));
     guest.other_uses(0, 6, Access::write(true));
     let finding = guest.access(1, 5, Access::read(true)).expect("certain");
-    assert!(matches!(finding.why, Why::HandedOn(HandedOn::Used(used)) if used.gva == Gva(6 << 12)), "{finding}");
+    assert!(
+        matches!(finding.why, Why::HandedOn(HandedOn::Used(used)) if used.gva == Gva(6 << 12)),
+        "{finding}"
+    );
     assert!(finding.to_string().contains("an IPI from vCPU 0 that makes vCPU 1 forget"), "{finding}");
 }
 
@@ -274,7 +281,7 @@ fn an_editor_that_lets_go_while_another_holds_is_suspect() {
     assert_eq!(guest.model.verdicts().suspects_all(), 0);
     guest.lets_go(0, DIRECTORY);
     let found = guest.model.verdicts();
-    assert_eq!(found.suspects, [1, 0, 0, 0]);
+    assert_eq!(found.suspects, [1, 0, 0, 0, 0]);
     let text = found.listed[0].to_string();
     assert!(text.contains("went to user mode") && text.contains("vCPU 1"), "{text}");
     // Once.
@@ -283,21 +290,121 @@ fn an_editor_that_lets_go_while_another_holds_is_suspect() {
 }
 
 #[test]
-fn flushed_halted_and_windows_are_no_suspects() {
+fn what_is_flushed_and_what_a_window_leaves_is_not_suspect() {
     let guest = Guest::new();
     handed_to_another_process(&guest);
-    guest.model.invalidated(Guest::site(1), Gva(5 << 12));
+    guest.invlpg(1, 5);
     guest.lets_go(0, DIRECTORY);
     // The kernel's window is flushed when it is used again.
     guest.enter(0, TABLE, 8, 21, KERNEL);
     guest.uses(0, 8, Access::read(false));
     guest.enter(0, TABLE, 8, 0, 0);
     guest.lets_go(0, DIRECTORY);
-    // A CPU that halts looks at what it has missed when it goes on.
+    assert_eq!(guest.model.verdicts().suspects_all(), 0);
+}
+
+/// CPU 1 cannot use the page when CPU 0 lets go; what it does before it can is its own business.
+fn left_to_itself(flushes: bool, away: &dyn Fn(&Guest), back: &dyn Fn(&Guest)) -> u64 {
+    let guest = Guest::new();
     guest.enter(0, TABLE, 5, 20, USER);
     guest.uses(1, 5, Access::write(true));
-    guest.with(|memory| guest.model.halted(memory, Guest::site(1)));
+    away(&guest);
     guest.enter(0, TABLE, 5, 0, 0);
+    guest.invlpg(0, 5);
+    guest.lets_go(0, DIRECTORY);
+    assert_eq!(guest.model.verdicts().suspects_all(), 0);
+    if flushes {
+        guest.load(1, DIRECTORY, false);
+    }
+    back(&guest);
+    guest.model.verdicts().suspects[0]
+}
+
+#[test]
+fn a_cpu_in_its_kernel_or_halted_is_judged_when_it_goes_on() {
+    let kernel = |guest: &Guest| guest.control(1, DIRECTORY, false, false);
+    let halt = |guest: &Guest| {
+        kernel(guest);
+        guest.with(|memory| guest.model.halted(memory, Guest::site(1)));
+    };
+    let user = |guest: &Guest| guest.control(1, DIRECTORY, false, true);
+    let halts_again = |guest: &Guest| {
+        // An interrupt that comes before its look; then the halt after it.
+        guest.model.event(1);
+        guest.with(|memory| guest.model.halted(memory, Guest::site(1)));
+    };
+    for flushes in [false, true] {
+        let suspects = u64::from(!flushes);
+        assert_eq!(left_to_itself(flushes, &kernel, &user), suspects);
+        assert_eq!(left_to_itself(flushes, &halt, &user), suspects);
+        assert_eq!(left_to_itself(flushes, &halt, &halts_again), suspects);
+    }
+}
+
+#[test]
+fn an_accessed_bit_is_anothers_business_at_its_next_trap() {
+    for flushes in [false, true] {
+        let guest = Guest::new();
+        guest.enter(0, TABLE, 5, 20, USER | ACCESSED);
+        guest.uses(1, 5, Access::write(true));
+        guest.enter(0, TABLE, 5, 20, USER);
+        guest.invlpg(0, 5);
+        guest.lets_go(0, DIRECTORY);
+        // It may have been in its kernel, behind its look.
+        guest.lets_go(1, DIRECTORY);
+        guest.control(1, DIRECTORY, false, true);
+        assert_eq!(guest.model.verdicts().suspects_all(), 0);
+        guest.control(1, DIRECTORY, flushes, false);
+        guest.control(1, DIRECTORY, false, true);
+        assert_eq!(guest.model.verdicts().suspects, [0, 0, u64::from(!flushes), 0, 0]);
+    }
+}
+
+#[test]
+fn an_editor_may_have_loaded_an_entry_that_has_a() {
+    for (bits, suspects) in [(USER | ACCESSED, 1), (USER, 0)] {
+        let guest = Guest::new();
+        guest.enter(0, TABLE, 5, 20, bits);
+        // The table is known, and so its entries.
+        guest.uses(0, 6, Access::read(false));
+        guest.model.faulted(0, Gva(5 << 12));
+        guest.enter(0, TABLE, 5, 21, bits);
+        guest.lets_go(0, DIRECTORY);
+        assert_eq!(guest.model.verdicts().suspects, [suspects, 0, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn a_table_taken_out_without_any_flush_is_suspect() {
+    for (loaded, flushes) in [(true, false), (true, true), (false, false)] {
+        let guest = Guest::new();
+        guest.uses(0, 5, Access::read(false));
+        guest.other_uses(0, 5, Access::read(true));
+        if loaded {
+            guest.load(0, DIRECTORY, false);
+        }
+        let entry = DIRECTORY * 4096;
+        guest.store(0, entry, (TABLE << 12) as u32 | USER | ACCESSED);
+        guest.uses(0, 5, Access::read(false));
+        guest.store(0, entry, 0);
+        if flushes {
+            // Of any page.
+            guest.invlpg(0, 99);
+        }
+        guest.lets_go(0, if loaded { DIRECTORY } else { OTHER_DIRECTORY });
+        assert_eq!(guest.model.verdicts().suspects[3], u64::from(loaded && !flushes));
+    }
+}
+
+#[test]
+fn an_edit_of_another_process_says_nothing_of_the_page_that_is_held() {
+    let guest = Guest::new();
+    guest.enter(0, TABLE, 5, 20, USER);
+    guest.enter(0, OTHER_TABLE, 5, 21, USER | ACCESSED);
+    guest.other_uses(0, 5, Access::read(true));
+    guest.load(0, DIRECTORY, false);
+    guest.uses(0, 5, Access::read(true));
+    guest.enter(0, OTHER_TABLE, 5, 21, USER);
     guest.lets_go(0, DIRECTORY);
     assert_eq!(guest.model.verdicts().suspects_all(), 0);
 }
@@ -309,14 +416,14 @@ fn a_right_and_an_accessed_bit_that_are_taken_are_suspect() {
     guest.uses(0, 5, Access::write(true));
     guest.enter(0, TABLE, 5, 20, USER & !2);
     guest.lets_go(0, DIRECTORY);
-    assert_eq!(guest.model.verdicts().suspects, [0, 1, 0, 0]);
+    assert_eq!(guest.model.verdicts().suspects, [0, 1, 0, 0, 0]);
     guest.enter(0, TABLE, 6, 21, USER);
     guest.uses(0, 6, Access::read(true));
     // The walker has set A.
     guest.memory.borrow_mut()[TABLE as usize * 4096 + 6 * 4] |= 1 << 5;
     guest.enter(0, TABLE, 6, 21, USER);
     guest.lets_go(0, DIRECTORY);
-    assert_eq!(guest.model.verdicts().suspects, [0, 1, 1, 0]);
+    assert_eq!(guest.model.verdicts().suspects, [0, 1, 1, 0, 0]);
 }
 
 #[test]

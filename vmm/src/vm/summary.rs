@@ -262,6 +262,8 @@ pub struct GuestFlushes {
     pub suspect_rights: u64,
     /// The same, whose accessed or dirty bit was taken.
     pub suspect_status: u64,
+    /// A table was taken out of its directory by a CPU that has flushed nothing since.
+    pub suspect_tables: u64,
     /// PAE's pointers were stored to and not loaded.
     pub suspect_pointers: u64,
     /// The first of them, in words.
@@ -270,13 +272,15 @@ pub struct GuestFlushes {
 
 impl From<Verdicts> for GuestFlushes {
     fn from(found: Verdicts) -> GuestFlushes {
-        let [suspect_frames, suspect_rights, suspect_status, suspect_pointers] = found.suspects;
+        let [suspect_frames, suspect_rights, suspect_status, suspect_tables, suspect_pointers] =
+            found.suspects;
         let suspects = found.listed.iter().map(ToString::to_string).collect();
         GuestFlushes {
             edits: found.edits,
             suspect_frames,
             suspect_rights,
             suspect_status,
+            suspect_tables,
             suspect_pointers,
             suspects,
         }
@@ -288,8 +292,13 @@ impl fmt::Display for GuestFlushes {
         self.suspects.iter().try_for_each(|suspect| writeln!(f, "suspect: {suspect}"))?;
         write!(
             f,
-            "guest TLB: edits={} suspect frames={} rights={} accessed or dirty={} pointers={}",
-            self.edits, self.suspect_frames, self.suspect_rights, self.suspect_status, self.suspect_pointers,
+            "guest TLB: edits={} suspect frames={} rights={} accessed or dirty={} tables={} pointers={}",
+            self.edits,
+            self.suspect_frames,
+            self.suspect_rights,
+            self.suspect_status,
+            self.suspect_tables,
+            self.suspect_pointers,
         )
     }
 }
