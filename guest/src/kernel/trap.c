@@ -63,8 +63,10 @@ static bool answer(u32 vector)
 {
     if (vector != VECTOR_LOOK && vector != VECTOR_FLUSH)
         return false;
-    if (vector == VECTOR_FLUSH)
+    if (vector == VECTOR_FLUSH) {
         tlb_serve(cpu_self());
+        tlb_refresh(FLUSH_REFRESH_TRAP);
+    }
     apic_end_of_interrupt();
     return true;
 }

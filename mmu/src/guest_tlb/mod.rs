@@ -27,7 +27,7 @@
 //!
 //! *Suspect* ([`Suspect`]) is an edit whose CPU lets go while some CPU still holds what it took away. A CPU that halts then, or is in
 //! its kernel, is asked later: when it goes to user mode, or halts again. For an accessed bit that was taken, which nobody waits for,
-//! it may go to user mode once. Entries of the kernel that became absent are no suspects: to flush them late is what windows do. A
+//! it may go to user mode twice. Entries of the kernel that became absent are no suspects: to flush them late is what windows do. A
 //! table that was taken out of its directory is suspect if the CPU that did it has flushed nothing at all since.
 //!
 //! Speculation: an entry with A may be in the TLB of a CPU that never used it. This is assumed of the CPU that edits it, which is why
@@ -59,6 +59,9 @@ pub use tables::{Edit, Loss, Memory, Used, Walk, Walked};
 pub const SUSPECTS_LISTED_MAX: usize = 16;
 /// Edits of one CPU that wait for it to let go.
 const PENDING_MAX: usize = 4096;
+/// How often a CPU may go to user mode with an accessed bit that another has taken: it may have been behind its look, and an NMI looks
+/// at nothing.
+const GRACE: u32 = 2;
 /// Flushes of a CPU that are remembered for reports.
 const FLUSHES_MAX: usize = 8;
 /// Pages of a region.
@@ -647,7 +650,7 @@ impl GuestTlb {
             // It may look at what it has missed before it goes on; for an accessed bit nobody is asked: the next trap does.
             if cpu.owed.len() < PENDING_MAX {
                 let events = marks.events.load(Ordering::Relaxed);
-                let grace = u32::from(loss == Loss::Status);
+                let grace = if loss == Loss::Status { GRACE } else { 0 };
                 cpu.owed.push(Owed { taken: *taken, let_go: how, events, grace });
             }
         }
