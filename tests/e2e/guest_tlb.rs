@@ -83,7 +83,7 @@ const OMISSIONS: [Omission; 22] = [
     omission("fork", 1, "workload=mm", Class::Suspect),
     omission("zap-few", 1, "workload=mm", Class::Suspect),
     omission("zap-many", 1, "workload=mm", Class::Certain),
-    omission("pointers", 1, "workload=hello hz=1000", Class::Suspect),
+    omission("pointers", 1, "workload=hello", Class::Suspect),
     omission("access-slot", 1, ACCESS, Class::Suspect),
     omission("access-close", 1, ACCESS, Class::Suspect),
     omission("access-pointers", 1, ACCESS, Class::Suspect),

@@ -26,7 +26,8 @@ use crate::vm::budget::{Schedule, parse_schedule};
     version,
     after_help = "Exit status: 0 when the guest ended with 0 and every witness agrees, (v << 1) | 1 when it ended with v;\n\
                   2 usage, 4 input or host, 6 Umbra could not go on, 8 a witness contradicts the guest, 10 timeout,\n\
-                  12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush,\n                  18 the guest missed one (--check-guest-tlb). Of pressure: 10 not reached in time, 14 interrupted.\n\n\
+                  12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush,\n\
+                  18 the guest missed one (--check-guest-tlb). Of pressure: 10 not reached in time, 14 interrupted.\n\n\
                   Set UMBRA_LOG=debug for what Umbra does in detail."
 )]
 pub struct Cli {

@@ -4,7 +4,8 @@
  * command line leaves those out. A reload that switches address spaces is none of them: it is the switch. With nothing left out a
  * place costs one test of a word.
  *
- * The columns: name in C, name on the command line, what the flush is for. docs/RULES.md has the list, and a test compares them. */
+ * The columns: name in C, name on the command line, what the flush is for. docs/GUEST-RULES.md has the list, with the workload in
+ * which each matters, and a test compares them. */
 #ifndef OMIT_H
 #define OMIT_H
 

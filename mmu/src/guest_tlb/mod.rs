@@ -121,6 +121,8 @@ struct Held {
     dirty: bool,
     global: bool,
     large: bool,
+    /// Nobody has used it: the CPU may have loaded it all the same.
+    assumed: bool,
 }
 
 impl Held {
@@ -141,6 +143,7 @@ const NOTHING: Held = Held {
     dirty: false,
     global: false,
     large: false,
+    assumed: false,
 };
 
 /// What another CPU has taken away while this one could not use it, or need not forget it at once: this one is judged when it lets go.
@@ -350,6 +353,7 @@ impl GuestTlb {
                     dirty,
                     global,
                     large,
+                    assumed: false,
                 };
                 cpu.hold(page, held);
                 None
@@ -435,6 +439,7 @@ impl GuestTlb {
             global: held.global,
             loaded: Site { vcpu: site.vcpu, eip: held.eip, instructions: held.instructions },
             loaded_at: held.loaded,
+            assumed: held.assumed,
             at: self.tick(),
             mode,
             walked,
@@ -512,6 +517,7 @@ impl GuestTlb {
             dirty: old.is_dirty(),
             global: old.is_global() && mode.global_pages,
             large: false,
+            assumed: true,
         };
         cpu.hold(page, held);
     }

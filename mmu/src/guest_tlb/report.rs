@@ -82,6 +82,8 @@ pub struct Finding {
     pub loaded: Site,
     /// When, in ticks.
     pub loaded_at: u64,
+    /// Nobody has used it since it was forgotten: the CPU may have loaded it by itself, since the entry had A.
+    pub assumed: bool,
     /// When it is used.
     pub at: u64,
     /// The paging mode.
@@ -251,13 +253,9 @@ impl fmt::Display for Finding {
             Walked::Page(walk) => writeln!(f, "  its tables now: frame {}", walk.gfn)?,
             _ => writeln!(f, "  its tables now: absent")?,
         }
-        writeln!(
-            f,
-            "  old translation: loaded by {}, tick {}{}",
-            self.loaded,
-            self.loaded_at,
-            if self.global { ", global" } else { "" }
-        )?;
+        let how = if self.assumed { "may have been loaded, for its entry had A, up to" } else { "loaded by" };
+        let global = if self.global { ", global" } else { "" };
+        writeln!(f, "  old translation: {how} {}, tick {}{global}", self.loaded, self.loaded_at)?;
         writeln!(f, "  edit: {}", self.told(&self.departure))?;
         match self.why {
             Why::OwnEdit => writeln!(

@@ -377,6 +377,16 @@ fn an_editor_may_have_loaded_an_entry_that_has_a() {
 }
 
 #[test]
+fn a_report_says_that_nobody_has_used_what_may_have_been_loaded() {
+    let guest = Guest::new();
+    guest.enter(0, TABLE, 5, 20, KERNEL | ACCESSED);
+    guest.uses(0, 6, Access::read(false));
+    guest.enter(0, TABLE, 5, 21, KERNEL | ACCESSED);
+    let finding = guest.access(0, 5, Access::read(false)).expect("certain");
+    assert!(finding.to_string().contains("may have been loaded, for its entry had A"), "{finding}");
+}
+
+#[test]
 fn a_table_taken_out_without_any_flush_is_suspect() {
     for (loaded, flushes) in [(true, false), (true, true), (false, false)] {
         let guest = Guest::new();
