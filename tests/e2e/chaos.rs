@@ -118,6 +118,23 @@ impl Guest {
         })
     }
 
+    /// What it holds by itself: the control socket answers before all threads are there, of which the vCPUs are the last.
+    fn holds_alone(&self, client: &mut Client) -> Result<Holdings, Failed> {
+        let begun = Instant::now();
+        loop {
+            let answer = client.outcome("query-cpus-fast", json!({}))?;
+            let vcpus = answer["return"].as_array().ok_or_else(|| format!("query-cpus-fast: {answer}"))?;
+            if vcpus.iter().all(|vcpu| vcpu["thread-id"] != 0) {
+                break;
+            }
+            ensure!(begun.elapsed() < PATIENCE, "a vCPU does not start: {vcpus:?}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // The first of a command may leave something for the next.
+        self.holds(client)?;
+        self.holds(client)
+    }
+
     /// Returns once it holds no more than `before`.
     fn returns_to(&self, client: &mut Client, before: Holdings) -> Verdict {
         let begun = Instant::now();
@@ -276,9 +293,7 @@ pub(super) fn run(plan: Plan, seed: u64) -> Verdict {
         &append,
     ])?;
     let mut client = guest.client()?;
-    guest.holds(&mut client)?;
-    // The first of a command may leave something for the next.
-    let before = guest.holds(&mut client)?;
+    let before = guest.holds_alone(&mut client)?;
     let stage = Stage { guest: &guest, ends: false.into(), acts: 0.into(), wrong: Mutex::default() };
     let noise = |actor: u32| Noise::new(seed * 100 + u64::from(actor));
     thread::scope(|scope| {
@@ -626,8 +641,7 @@ const IDLE: [&str; 10] = [
 fn cut_at_each_message() -> Verdict {
     let mut guest = Guest::start(&IDLE)?;
     let mut client = guest.client()?;
-    guest.holds(&mut client)?;
-    let before = guest.holds(&mut client)?;
+    let before = guest.holds_alone(&mut client)?;
     for count in 0..=conversation(FREE).len() {
         for (hears, half) in [(true, false), (true, true), (false, false), (false, true)] {
             hang_up(&guest.path("export"), FREE, count, hears, half)?;
