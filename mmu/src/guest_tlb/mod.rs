@@ -25,20 +25,17 @@
 //!    an entry made since. While other user entries led to it at the time of the edit, only what came after the last of them is gone
 //!    counts. Where a right alone was taken (copy on write), it is the use by user code through another entry that hands it on.
 //!
-//! *Suspect* ([`Suspect`]) is an edit whose CPU lets go while some CPU still holds what it took away. A CPU that halts then, or is in
-//! its kernel, is asked later: when it goes to user mode, or halts again. For an accessed bit that was taken, which nobody waits for,
-//! it may go to user mode twice. Entries of the kernel that became absent are no suspects: to flush them late is what windows do. A
-//! table that was taken out of its directory is suspect if the CPU that did it has flushed nothing at all since.
-//!
-//! Speculation: an entry with A may be in the TLB of a CPU that never used it. This is assumed of the CPU that edits it, which is why
-//! a copy on write needs its INVLPG though the fault had the CPU forget the page.
+//! *Suspect* is an edit whose CPU lets go while some CPU still holds what it took away (suspects).
 //!
 //! Locks: a CPU's part, then the tables; below both what reading memory takes. Nothing sleeps.
 //!
-//! Limits: caches of directory entries are modelled for the editing CPU alone, and for suspects. A kernel that is preempted while it owes a flush, with user threads that
-//! race with their own unmapping on a page under a device's hands, may be called certain without a corrupted byte.
+//! Limits: caches of directory entries are modelled for the editing CPU alone, and for suspects. A kernel that is preempted while it
+//! owes a flush, with user threads that race with their own unmapping on a page under a device's hands, may be called certain without
+//! a corrupted byte.
 
+mod cpu;
 mod report;
+mod suspects;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -51,17 +48,15 @@ use crate::sync::{AtomicBool, AtomicU64, Lock, Ordering};
 use crate::vcpu::Vcpu;
 use crate::{LocalStack, Mmu};
 
+use cpu::{Cpu, Held, NOTHING};
 pub use report::{Finding, HandedOn, LetGo, Seen, Suspect, Verdicts, Why};
-use tables::{Author, Tables, Taken, allows};
+use tables::{Author, Tables, allows};
 pub use tables::{Edit, Loss, Memory, Used, Walk, Walked};
 
 /// Suspects that are described; all are counted.
 pub const SUSPECTS_LISTED_MAX: usize = 16;
 /// Edits of one CPU that wait for it to let go.
 const PENDING_MAX: usize = 4096;
-/// How often a CPU may go to user mode with an accessed bit that another has taken: it may have been behind its look, and an NMI looks
-/// at nothing.
-const GRACE: u32 = 2;
 /// Flushes of a CPU that are remembered for reports.
 const FLUSHES_MAX: usize = 8;
 /// Pages of a region.
@@ -101,111 +96,6 @@ impl Paging {
             directories: std::array::from_fn(|quarter| directory(quarter as u32)),
             pointers: (mode.paging && mode.pae).then(|| Gpa(u64::from(vcpu.cr3() & !0x1f))),
         }
-    }
-}
-
-/// A translation that a CPU may still use.
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    /// When it was loaded, in ticks; 0 for none.
-    loaded: u64,
-    /// The epoch at which it agreed with the tables.
-    checked: u64,
-    instructions: u64,
-    /// The entries that it was loaded by.
-    leaf: Gpa,
-    directory: Gpa,
-    gfn: Gfn,
-    eip: u32,
-    rights: Rights,
-    dirty: bool,
-    global: bool,
-    large: bool,
-    /// Nobody has used it: the CPU may have loaded it all the same.
-    assumed: bool,
-}
-
-impl Held {
-    fn came_by(&self, entry: Gpa) -> bool {
-        self.leaf == entry || self.directory == entry
-    }
-}
-
-const NOTHING: Held = Held {
-    loaded: 0,
-    checked: 0,
-    instructions: 0,
-    leaf: Gpa(0),
-    directory: Gpa(0),
-    gfn: Gfn(0),
-    eip: 0,
-    rights: Rights(0),
-    dirty: false,
-    global: false,
-    large: false,
-    assumed: false,
-};
-
-/// What another CPU has taken away while this one could not use it, or need not forget it at once: this one is judged when it lets go.
-#[derive(Debug)]
-struct Owed {
-    taken: Taken,
-    /// How the editor had let go.
-    let_go: LetGo,
-    /// Events that this CPU had been given.
-    events: u64,
-    /// How often it may still go to user mode with it.
-    grace: u32,
-}
-
-/// What one CPU has.
-#[derive(Debug)]
-struct Cpu {
-    paging: Paging,
-    regions: Box<[Option<Box<[Held; REGION_PAGES]>>]>,
-    user: bool,
-    pending: Vec<Taken>,
-    owed: Vec<Owed>,
-    /// Its last flush, in ticks: any of them empties its caches of directory entries.
-    flushed: u64,
-    /// It has stored to the pointers that it has loaded.
-    pointers_stored: Option<Site>,
-    flushes: Vec<Seen>,
-}
-
-impl Cpu {
-    fn held(&self, page: u32) -> Held {
-        let region = self.regions[page as usize / REGION_PAGES].as_ref();
-        region.map_or(NOTHING, |region| region[page as usize % REGION_PAGES])
-    }
-
-    fn hold(&mut self, page: u32, held: Held) {
-        let region = &mut self.regions[page as usize / REGION_PAGES];
-        region.get_or_insert_with(|| Box::new([NOTHING; REGION_PAGES]))[page as usize % REGION_PAGES] = held;
-    }
-
-    fn drop_page(&mut self, page: u32) {
-        let Some(region) = self.regions[page as usize / REGION_PAGES].as_mut() else { return };
-        let held = &mut region[page as usize % REGION_PAGES];
-        if std::mem::replace(held, NOTHING).large {
-            region.iter_mut().filter(|held| held.large).for_each(|held| *held = NOTHING);
-        }
-    }
-
-    fn drop_all_but(&mut self, global: bool) {
-        for held in self.regions.iter_mut().flatten().flat_map(|region| region.iter_mut()) {
-            if !(global && held.global) {
-                *held = NOTHING;
-            }
-        }
-    }
-
-    fn note_flush(&mut self, seen: Seen) {
-        self.flushed = seen.at;
-        if self.flushes.len() == FLUSHES_MAX {
-            self.flushes.remove(0);
-        }
-        self.flushes.push(seen);
     }
 }
 
@@ -491,37 +381,6 @@ impl GuestTlb {
         }
     }
 
-    /// A CPU may load a translation that nobody has asked for, from an entry with A: that of the editor itself has, if it could.
-    fn may_have_loaded(&self, memory: &Memory<'_>, cpu: &mut Cpu, taken: &Taken) {
-        let Taken { edit, loss, first_page: page, pages } = *taken;
-        let old = Gpte(edit.old);
-        let takes = loss == Loss::Frame || loss == Loss::Right;
-        if !takes || pages != 1 || !old.is_accessed() || cpu.held(page).loaded != 0 {
-            return;
-        }
-        let mode = cpu.paging.mode;
-        let author = Author { site: edit.site, tick: edit.tick, events: edit.events, began: edit.began };
-        let mut tables = self.tables.lock();
-        let (leaf, directory) = tables.entries_for(memory, &cpu.paging, Gva(page << 12), &author);
-        self.publish(&mut tables);
-        let Some(directory) = directory.filter(|_| leaf == Some(edit.entry)) else { return };
-        let held = Held {
-            loaded: edit.tick - 1,
-            checked: 0,
-            instructions: edit.site.instructions,
-            leaf: edit.entry,
-            directory,
-            gfn: old.gfn(mode),
-            eip: edit.site.eip,
-            rights: old.rights(mode).and(tables.rights_at(mode, directory)),
-            dirty: old.is_dirty(),
-            global: old.is_global() && mode.global_pages,
-            large: false,
-            assumed: true,
-        };
-        cpu.hold(page, held);
-    }
-
     /// A device has written to the page.
     pub fn device_wrote(&self, gfn: Gfn) {
         let tick = self.tick();
@@ -593,119 +452,6 @@ impl GuestTlb {
     pub fn halted(&self, memory: &Memory<'_>, site: Site) {
         self.marks[site.vcpu as usize].halted.store(true, Ordering::Release);
         self.let_go(memory, site, LetGo::Halt);
-    }
-
-    /// Whatever the vCPU had begun with its tables should be over.
-    fn let_go(&self, memory: &Memory<'_>, site: Site, how: LetGo) {
-        let tick = self.tick();
-        self.marks[site.vcpu as usize].let_go.store(tick, Ordering::Relaxed);
-        let (pending, pointers) = {
-            let mut cpu = self.cpus[site.vcpu as usize].lock();
-            self.settle(memory, &mut cpu, site, how);
-            let pointers = if how == LetGo::User { cpu.pointers_stored.take() } else { None };
-            (std::mem::take(&mut cpu.pending), pointers)
-        };
-        if let Some(stored) = pointers {
-            self.verdicts.lock().add(Suspect::Pointers { stored, let_go: how });
-        }
-        for taken in &pending {
-            if let Some(suspect) = self.still_held(memory, site, taken, how) {
-                self.verdicts.lock().add(suspect);
-            }
-        }
-    }
-
-    /// What others have left to this CPU to forget.
-    fn settle(&self, memory: &Memory<'_>, cpu: &mut Cpu, site: Site, how: LetGo) {
-        let events = self.marks[site.vcpu as usize].events.load(Ordering::Relaxed);
-        for mut owed in std::mem::take(&mut cpu.owed) {
-            let Some((gva, gfn)) = self.owes(memory, cpu, site, &owed.taken) else { continue };
-            let due = match how {
-                LetGo::User => true,
-                // It looks when it goes on, and halts again after that.
-                LetGo::Halt => owed.taken.loss == Loss::Frame && owed.events != events,
-                LetGo::Cr3 => false,
-            };
-            if due && owed.grace == 0 {
-                let Owed { taken: Taken { edit, loss, .. }, let_go, .. } = owed;
-                self.verdicts.lock().add(Suspect::Held { edit, loss, gva, gfn, vcpu: site.vcpu, let_go });
-            } else {
-                owed.grace = owed.grace.saturating_sub(u32::from(due));
-                cpu.owed.push(owed);
-            }
-        }
-    }
-
-    /// Who still holds what an edit of `site`'s vCPU has taken away.
-    fn still_held(&self, memory: &Memory<'_>, site: Site, taken: &Taken, how: LetGo) -> Option<Suspect> {
-        let Taken { edit, loss, .. } = *taken;
-        for (vcpu, marks) in (0..).zip(&self.marks) {
-            let own = vcpu == site.vcpu;
-            let mut cpu = self.cpus[vcpu as usize].lock();
-            let Some((gva, gfn)) = self.owes(memory, &cpu, site, taken) else {
-                if own && self.caches_table(memory, &cpu, site, taken) {
-                    return Some(Suspect::Table { edit, let_go: how });
-                }
-                continue;
-            };
-            let halted = marks.halted.load(Ordering::Acquire);
-            let unused = !cpu.user && cpu.held(gva.0 >> 12).rights.user();
-            if own || !(halted || unused || loss == Loss::Status) {
-                return Some(Suspect::Held { edit, loss, gva, gfn, vcpu, let_go: how });
-            }
-            // It may look at what it has missed before it goes on; for an accessed bit nobody is asked: the next trap does.
-            if cpu.owed.len() < PENDING_MAX {
-                let events = marks.events.load(Ordering::Relaxed);
-                let grace = if loss == Loss::Status { GRACE } else { 0 };
-                cpu.owed.push(Owed { taken: *taken, let_go: how, events, grace });
-            }
-        }
-        None
-    }
-
-    /// A page, and its frame, that the CPU still holds by the entry that has been edited.
-    fn owes(&self, memory: &Memory<'_>, cpu: &Cpu, site: Site, taken: &Taken) -> Option<(Gva, Gfn)> {
-        for page in taken.first_page..taken.first_page + taken.pages {
-            let held = cpu.held(page);
-            if held.loaded == 0 || held.loaded > taken.edit.tick || !held.came_by(taken.edit.entry) {
-                continue;
-            }
-            let gva = Gva(page << 12);
-            let walked = {
-                let mut tables = self.tables.lock();
-                let walked = tables.walk(memory, &cpu.paging, gva, &self.author(site));
-                self.publish(&mut tables);
-                walked
-            };
-            let owed = match (taken.loss, walked) {
-                (_, Walked::Unknown) | (Loss::None, _) => false,
-                (Loss::Status, Walked::Page(walk)) => walk.gfn == held.gfn,
-                (Loss::Right, Walked::Page(walk)) => {
-                    walk.gfn == held.gfn && held.rights.0 & !walk.rights.0 != 0
-                }
-                (Loss::Frame, Walked::Page(walk)) => walk.gfn != held.gfn,
-                (Loss::Frame, Walked::Absent(_)) => held.rights.user(),
-                (_, Walked::Absent(_)) => false,
-            };
-            if owed {
-                return Some((gva, held.gfn));
-            }
-        }
-        None
-    }
-
-    /// The CPU that has taken a table out of its own directory has flushed nothing since, and may still walk through it.
-    fn caches_table(&self, memory: &Memory<'_>, cpu: &Cpu, site: Site, taken: &Taken) -> bool {
-        let Taken { edit, loss, first_page, pages } = *taken;
-        let old = Gpte(edit.old);
-        if loss != Loss::Frame || pages == 1 || !old.is_accessed() || cpu.flushed > edit.tick {
-            return false;
-        }
-        let mut tables = self.tables.lock();
-        let gva = Gva(first_page << 12);
-        let (_, directory) = tables.entries_for(memory, &cpu.paging, gva, &self.author(site));
-        self.publish(&mut tables);
-        directory == Some(edit.entry)
     }
 }
 

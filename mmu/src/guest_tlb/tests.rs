@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use super::suspects::GRACE;
 use super::*;
 
 const DIRECTORY: u64 = 1;
