@@ -4,7 +4,7 @@
 
 use super::report::{LetGo, Seen};
 use super::tables::Taken;
-use super::{FLUSHES_MAX, Paging, REGION_PAGES, REGIONS, Site};
+use super::{FLUSHES_MAX, Paging, REGION_PAGES, Site};
 use crate::addr::{Gfn, Gpa};
 use crate::format::Rights;
 

@@ -42,13 +42,13 @@ mod tests;
 
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gpa, Gva, PAGE_SIZE};
-use crate::format::{Gpte, Mode, Rights};
+use crate::format::{Gpte, Mode};
 use crate::lock_order;
 use crate::sync::{AtomicBool, AtomicU64, Lock, Ordering};
 use crate::vcpu::Vcpu;
 use crate::{LocalStack, Mmu};
 
-use cpu::{Cpu, Held, NOTHING};
+use cpu::{Cpu, Held};
 pub use report::{Finding, HandedOn, LetGo, Seen, Suspect, Verdicts, Why};
 use tables::{Author, Tables, allows};
 pub use tables::{Edit, Loss, Memory, Used, Walk, Walked};

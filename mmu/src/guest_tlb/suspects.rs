@@ -10,7 +10,7 @@
 //!
 //! Locks: a CPU's part, then the tables, as everywhere in the model.
 
-use super::cpu::{Cpu, Held, NOTHING, Owed};
+use super::cpu::{Cpu, Held, Owed};
 use super::report::{LetGo, Suspect};
 use super::tables::{Author, Loss, Memory, Taken, Walked};
 use super::{GuestTlb, PENDING_MAX, Site};
