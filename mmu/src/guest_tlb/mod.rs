@@ -354,11 +354,7 @@ impl GuestTlb {
         };
         if !self.is_table(gpa.gfn()) {
             let mut bytes = [0; 8];
-            if !user
-                && mode.paging
-                && length >= 4
-                && length <= 8
-                && memory(gpa, &mut bytes[..length as usize])
+            if !user && mode.paging && (4..=8).contains(&length) && memory(gpa, &mut bytes[..length as usize])
             {
                 self.tables.lock().note_store(mode, gpa, u64::from_le_bytes(bytes), &self.author(site));
             }
