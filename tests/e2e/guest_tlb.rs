@@ -61,7 +61,7 @@ const fn omission(name: &'static str, vcpus: u32, append: &'static str, usually:
     Omission { name, vcpus, append, usually }
 }
 
-const SHOOT: &str = "workload=shoot scale=5";
+const SHOOT: &str = "workload=shoot scale=20";
 const ACCESS: &str = "workload=access scale=2";
 
 /// In the order of omit.h.

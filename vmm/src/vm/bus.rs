@@ -349,10 +349,7 @@ impl<'a> GuestBus<'a> {
     ) -> Result<(), BusError> {
         let store = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_store(vcpu, gva, width.into(), value, access.user);
         match self.after_miss(gva, access, miss, store)? {
-            Some(()) => {
-                self.tell_of_store(gva, width.bytes(), access.user);
-                Ok(())
-            }
+            Some(()) => Ok(()),
             None => self.write_by_walk(gva, width, value, access),
         }
     }
@@ -546,10 +543,10 @@ impl GuestBus<'_> {
     }
 }
 
-impl Bus for GuestBus<'_> {
+/// The common accesses. Where the guest's flushes are judged they have a way of their own: the quick one is as if nobody were.
+impl GuestBus<'_> {
     #[inline(always)]
-    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
-        self.judge(gva, width.bytes(), access)?;
+    fn read_now(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
         if !in_one_page(gva, width.bytes()) {
             return self.read_by_walk(gva, width, access);
         }
@@ -560,17 +557,46 @@ impl Bus for GuestBus<'_> {
     }
 
     #[inline(always)]
-    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
-        self.judge(gva, width.bytes(), access)?;
+    fn write_now(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
         if !in_one_page(gva, width.bytes()) {
             return self.write_by_walk(gva, width, value, access);
         }
         match self.mmu.tlb_store(self.vcpu, gva, width.into(), value, access.user) {
-            Ok(()) => {
-                self.tell_of_store(gva, width.bytes(), access.user);
-                Ok(())
-            }
+            Ok(()) => Ok(()),
             Err(miss) => self.write_after_miss(gva, width, value, access, miss),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_judged(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        self.judge_pages(gva, width.bytes(), access)?;
+        self.read_now(gva, width, access)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn write_judged(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        self.judge_pages(gva, width.bytes(), access)?;
+        self.write_now(gva, width, value, access)?;
+        if in_one_page(gva, width.bytes()) {
+            self.tell_place(gva, width.bytes(), access.user);
+        }
+        Ok(())
+    }
+}
+
+impl Bus for GuestBus<'_> {
+    #[inline(always)]
+    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        if self.judged { self.read_judged(gva, width, access) } else { self.read_now(gva, width, access) }
+    }
+
+    #[inline(always)]
+    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        match self.judged {
+            true => self.write_judged(gva, width, value, access),
+            false => self.write_now(gva, width, value, access),
         }
     }
 
@@ -736,9 +762,12 @@ impl CodeBus for GuestBus<'_> {
 
     #[inline(always)]
     fn translation_version(&self) -> u64 {
+        let version = self.mmu.tlb_version(self.vcpu);
         // What the judge found to be so at an edit before may be found otherwise after the next.
-        let edits = self.mmu.guest_tlb().map_or(0, GuestTlb::epoch);
-        self.mmu.tlb_version(self.vcpu).wrapping_add(edits)
+        if self.judged {
+            return version.wrapping_add(self.mmu.guest_tlb().map_or(0, GuestTlb::epoch));
+        }
+        version
     }
 
     #[inline(always)]
