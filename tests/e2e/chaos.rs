@@ -550,7 +550,7 @@ fn liar(stage: &Stage<'_>, noise: &mut Noise, actor: u32) -> Verdict {
     }
     for _ in 0..noise.below(20) {
         match raw.hear() {
-            Ok(Some(Reply::Invalidate { order, .. })) => drop(raw.send(&Request::Ack { order }.encode(0))),
+            Ok(Some(Reply::Invalidate { order, .. })) => drop(raw.answer(&Request::Ack { order }.encode(0))),
             Ok(Some(_)) if stage.goes_on() => {}
             _ => break,
         }

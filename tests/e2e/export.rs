@@ -4,17 +4,18 @@
 //! whatever they do, the guest ends as it would have, and an importer that behaves is served.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::SendFlags;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use umbra::export::protocol::{Code, MESSAGE_MAX, Reply, Request, VERSION};
@@ -225,6 +226,8 @@ fn mapped_windows() -> Verdict {
 /// An importer by hand.
 pub(super) struct Raw {
     socket: OwnedFd,
+    /// What it may answer by: the first descriptor that came.
+    line: OnceLock<OwnedFd>,
 }
 
 impl Raw {
@@ -235,7 +238,7 @@ impl Raw {
             rustix::net::sockopt::Timeout::Recv,
             Some(PATIENCE),
         )?;
-        Ok(Raw { socket })
+        Ok(Raw { socket, line: OnceLock::new() })
     }
 
     pub(super) fn hello(path: &Path) -> Result<Raw, Failed> {
@@ -250,12 +253,25 @@ impl Raw {
         Ok(())
     }
 
+    /// Says something by the line.
+    pub(super) fn answer(&self, bytes: &[u8]) -> Verdict {
+        let line = self.line.get().ok_or("nobody has welcomed it")?;
+        rustix::net::send(line, bytes, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
     /// The next message; `None` once it is cut off.
     pub(super) fn hear(&self) -> Result<Option<Reply>, Failed> {
-        let mut buffer = [0; MESSAGE_MAX];
-        match rustix::net::recv(&self.socket, &mut buffer, RecvFlags::empty()) {
-            Ok((0, _)) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => Ok(None),
-            Ok((read, _)) => Ok(Some(Reply::parse(&buffer[..read]).map_err(|why| why.to_string())?.1)),
+        match umbra::export::receive(&self.socket) {
+            Ok(message) => Ok(message.map(|(_, reply, descriptor)| {
+                if let Some(descriptor) = descriptor {
+                    self.line.get_or_init(|| descriptor);
+                }
+                reply
+            })),
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+                Ok(None)
+            }
             Err(error) => Err(format!("neither a word nor an end: {error}").into()),
         }
     }
@@ -325,7 +341,7 @@ fn silent() -> Verdict {
         match stays {
             true => {
                 let Some(Reply::Invalidate { order, .. }) = told else { return Err("not told".into()) };
-                raw.send(&Request::Ack { order }.encode(0))?;
+                raw.answer(&Request::Ack { order }.encode(0))?;
                 let again = raw.ask(Request::Remove { segment: 99 })?;
                 ensure!(matches!(again, Reply::Refused { code: Code::Unknown, .. }), "{again:?}");
             }
@@ -347,7 +363,7 @@ fn lying() -> Verdict {
         let liar = scope.spawn(|| -> Verdict {
             let told = raw.hear()?;
             let Some(Reply::Invalidate { order, .. }) = told else { return Err("not told".into()) };
-            raw.send(&Request::Ack { order }.encode(0))
+            raw.answer(&Request::Ack { order }.encode(0))
         });
         guest.page_out(PAGE)?;
         liar.join().map_err(|_| "the liar has panicked")?
@@ -507,7 +523,7 @@ fn nonsense() -> Verdict {
         ("two hellos", vec![&hello, &hello], Code::Malformed),
         ("half a message", vec![&hello, &ack[..17]], Code::Malformed),
         ("a long message", vec![&hello, &long], Code::Malformed),
-        ("an answer to nothing", vec![&hello, &ack], Code::Malformed),
+        ("an answer that is not by the line", vec![&hello, &ack], Code::Malformed),
         ("another version", vec![&no_version], Code::Version),
     ];
     for (what, messages, wants) in cases {

@@ -14,11 +14,11 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::umbra::{KVM, SOFT, Way, judge, limit, status, umbra};
+use super::umbra::{KVM, SOFT, Way, file_of, judge, limit, status, umbra};
 use crate::ensure;
 use crate::support::host::{self, Need};
 use crate::support::process::{self, Outcome};
-use crate::support::{Verdict, case};
+use crate::support::{Verdict, case, image};
 
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Trial> {
     let driven = [KVM, SOFT]
         .map(|way| case(format!("qmp_drives_a_running_guest_{}", way.name), way.needs, move || driven(way)));
     let mut cases = Vec::from(driven);
+    cases.push(case("qmp_drives_three_vcpus_of_which_one_runs", &[], several));
     cases.push(case("qmp_time_stands_still_with_the_guest", &[], time_stands_still));
     cases.push(case("qmp_end_of_a_guest_is_told", &[], end_is_told));
     cases.push(case("qmp_reset_ends_the_run", &[], reset));
@@ -168,6 +169,62 @@ fn driven(way: Way) -> Verdict {
     client.ask("quit")?;
     let end = client.event("SHUTDOWN")?;
     ensure!(end["data"] == json!({"guest": false, "reason": "host-qmp-quit"}), "another end: {end}");
+    let run = running.end()?;
+    ensure!(run.end == status::QUIT, "quit ends with another status:\n{run}");
+    Ok(())
+}
+
+/// One spins, one is halted for good, and one waits for a start-up: all stand still and answer.
+fn several() -> Verdict {
+    let guest = [image::start_second_cpu(), image::spin()].concat();
+    let image = file_of(&image::multiboot(&guest))?;
+    let path = image.path().to_str().ok_or("a name that is not UTF-8")?;
+    let running = Running::start(SOFT, &["--vcpus", "3", path])?;
+    let mut client = running.client()?;
+    let threads = |client: &mut Client| -> Result<Vec<Value>, Failed> {
+        let cpus = client.ask("query-cpus-fast")?;
+        let list = cpus.as_array().ok_or("no list of vCPUs")?;
+        let indexes: Vec<_> = list.iter().map(|cpu| cpu["cpu-index"].as_u64()).collect();
+        ensure!(indexes == [Some(0), Some(1), Some(2)], "not three vCPUs: {cpus}");
+        Ok(list.iter().map(|cpu| cpu["thread-id"].clone()).collect())
+    };
+    let runs_on = |thread: &Value, from: u64| -> Verdict {
+        let begun = Instant::now();
+        while spent(thread)? < from + 5 {
+            ensure!(begun.elapsed() < PATIENCE, "the first vCPU does not run");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    let ids = loop {
+        let ids = threads(&mut client)?;
+        if ids.iter().all(|id| *id != json!(0)) {
+            break ids;
+        }
+    };
+    ensure!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2], "vCPUs share a thread: {ids:?}");
+    runs_on(&ids[0], 0)?;
+    client.told("stop", "STOP")?;
+    let before = spent(&ids[0])?;
+    for vcpu in 0..3 {
+        let explained = client.call("x-explain", json!({"gva": 0x8000, "vcpu": vcpu}))?;
+        ensure!(explained["vcpu"] == vcpu && explained["lines"].is_array(), "no explanation: {explained}");
+    }
+    client.send("x-explain", json!({"gva": 0x8000, "vcpu": 3}))?;
+    let refused = client.receive()?;
+    let words = refused["error"]["desc"].as_str().unwrap_or_default();
+    ensure!(words.contains("no vCPU 3") && words.contains("has 3"), "another refusal: {refused}");
+    thread::sleep(Duration::from_millis(200));
+    ensure!(spent(&ids[0])? <= before + 5, "the first vCPU ran while it stood still");
+    client.told("cont", "RESUME")?;
+    runs_on(&ids[0], before)?;
+    ensure!(threads(&mut client)? == ids, "the vCPUs have other threads");
+    // Running or not, halted or not, each answers.
+    for vcpu in 0..3 {
+        client.call("x-explain", json!({"gva": 0x8000, "vcpu": vcpu}))?;
+    }
+    client.ask("quit")?;
+    client.event("SHUTDOWN")?;
     let run = running.end()?;
     ensure!(run.end == status::QUIT, "quit ends with another status:\n{run}");
     Ok(())

@@ -11,13 +11,14 @@
 //!
 //! | module | protocol |
 //! |---|---|
-//! | `coherence::interleave` | shootdown and entry, a removal without a stamp, a stamp's fence |
+//! | `coherence::interleave` | shootdown and entry, a removal without a stamp, a stamp's fence, a locked bus |
 //! | `bucket::interleave` | the gate, two removals of one leaf |
 //! | `external::interleave` | an importer that attaches, and whoever takes the page; the fence; late answers |
 //! | pages | a page that is mapped, filled, stored to or brought in, and whoever takes it |
 //! | pins | a window mapping and whoever moves the page |
 //! | gate_wait | sleeping at a closed gate |
 //! | marks | a store to a frame that becomes a page table |
+//! | barrier | a store to a frame that code is decoded from |
 //!
 //! Holds: what a model asserts, in every order of its threads' steps and for every store that a load may still see. The
 //! seven largest are bounded to four or five preemptions. With `LOOM_MAX_PREEMPTIONS=100` four of them too are explored to the
@@ -29,6 +30,7 @@
 //! [`crate::sync`]'s `weak`; hardware's own page walks and flushes are loads and stores here, and the flush is as strong
 //! as the read-modify-write that took its epoch.
 
+mod barrier;
 mod gate_wait;
 mod marks;
 mod pages;

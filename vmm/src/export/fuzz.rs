@@ -5,8 +5,8 @@
 //!
 //! What it can be refused with, and how: each way in which bytes are no message (cut, bent, raw); *unknown*, *beyond*, *rights* and *limit*
 //! by what is asked; *held* by a page that the guest watches; *short* by a swap device that fails. Not here: *version*, the other
-//! uses of *malformed* (a second hello, an answer to nothing) and of *limit* (connections, requests), which are the socket's
-//! (tests/e2e/export.rs has each), and *host*.
+//! uses of *malformed* (a second hello, an answer that is not by the line) and of *limit* (connections, requests), which are the
+//! socket's (tests/e2e/export.rs has each), and *host*.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use umbra_mmu::external::ImporterId;
 use umbra_mmu::frames::Host;
 use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
@@ -39,6 +39,7 @@ struct Peer {
     importer: ImporterId,
     session: Session,
     far: OwnedFd,
+    line: OwnedFd,
 }
 
 /// Swap in memory, until it fails.
@@ -105,7 +106,7 @@ impl Exchange {
     /// When the host has no memory or no descriptors.
     pub fn new(importers: usize) -> io::Result<Exchange> {
         let pool = Arc::new(Pool::with_homes(FRAMES, PAGES.into()).map_err(io::Error::other)?);
-        let hub = Hub::new(Duration::from_nanos(1), ExportPolicy::Keep);
+        let hub = Hub::new(Duration::from_nanos(1), ExportPolicy::Keep, false)?;
         let config = Config {
             low_pages: 4,
             shadow_pages_max: 64,
@@ -135,12 +136,12 @@ impl Exchange {
     fn peer(&self) -> io::Result<Peer> {
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        let importer = self.hub.welcome(Arc::new(near), None);
+        let (importer, line) = self.hub.welcome(Arc::new(near), None)?;
         let session = Session::new(importer, Arc::clone(&self.mmu), Arc::clone(&self.segments));
-        Ok(Peer { importer, session, far })
+        Ok(Peer { importer, session, far, line })
     }
 
-    /// An importer sends a message. What is said to it is checked for being messages; who breaks the protocol is replaced.
+    /// An importer sends a message, by its line if it is an acknowledgement. What is said to it is checked for being messages; who breaks the protocol is replaced.
     ///
     /// # Errors
     ///
@@ -151,9 +152,10 @@ impl Exchange {
         let stays = match Request::parse(bytes) {
             Err(why) => {
                 assert!(!why.to_string().is_empty());
+                assert!(!self.answer(at, bytes), "an importer stays that has said {bytes:?}");
                 false
             }
-            Ok((_, Request::Ack { order })) => self.hub.ack(peer.importer, order).is_ok(),
+            Ok((_, Request::Ack { .. })) => self.answer(at, bytes),
             Ok((tag, request)) => {
                 let (reply, _) = peer.session.serve(request);
                 if let Reply::Refused { code, .. } = &reply {
@@ -170,6 +172,15 @@ impl Exchange {
             self.peers[at] = self.peer()?;
         }
         Ok(())
+    }
+
+    /// An importer says something by its line. False if it is parted with for it.
+    fn answer(&self, at: usize, bytes: &[u8]) -> bool {
+        let peer = &self.peers[at];
+        let said = rustix::net::send(&peer.line, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        assert!(said.is_ok(), "a line has no room for {} bytes", bytes.len());
+        self.hub.listen(Duration::ZERO);
+        self.hub.socket(peer.importer).is_some()
     }
 
     /// An importer hears what there is.

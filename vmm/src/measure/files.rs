@@ -236,6 +236,8 @@ impl IntervalLog {
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
     use hdrhistogram::serialization::Deserializer;
     use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
 
@@ -303,25 +305,10 @@ mod tests {
                 (one.start_timestamp(), one.duration()),
                 (Duration::from_secs(n as u64), Duration::from_secs(1))
             );
-            let encoded = base64(one.encoded_histogram());
+            let encoded = STANDARD.decode(one.encoded_histogram()).expect("base64");
             let read: Histogram<u64> = reader.deserialize(&mut &encoded[..]).expect("a histogram");
             assert_eq!((read.len(), read.value_at_quantile(1.0) / 1000), (100, 100 * (n as u64 + 1)));
         }
-    }
-
-    /// What base64 stands for.
-    fn base64(text: &str) -> Vec<u8> {
-        const DIGITS: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        let (mut bytes, mut sum, mut bits) = (Vec::new(), 0u32, 0);
-        for digit in text.bytes().filter_map(|byte| DIGITS.bytes().position(|digit| digit == byte)) {
-            (sum, bits) = (sum << 6 | digit as u32, bits + 6);
-            if bits >= 8 {
-                bits -= 8;
-                bytes.push((sum >> bits) as u8);
-                sum &= (1 << bits) - 1;
-            }
-        }
-        bytes
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use rustix::net::sockopt::Timeout;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 
 use super::precise_sleep;
 use crate::export::protocol::FAULT_MAX;
@@ -194,10 +194,23 @@ impl Process {
         }
     }
 
+    /// One that has ended is waited for only by us: the number is still its.
+    fn pid(&self) -> Option<Pid> {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
     fn signal(&self, signal: Signal) {
-        if let Some(process) = Pid::from_raw(self.child.id() as i32) {
-            // One that has ended is waited for only by us: the number is still its.
-            let _ = rustix::process::kill_process(process, signal);
+        if let Some(pid) = self.pid() {
+            let _ = rustix::process::kill_process(pid, signal);
+        }
+    }
+
+    /// Returns once it stands, or has ended.
+    fn await_stop(&self) {
+        let news = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        if let Some(pid) = self.pid() {
+            let wait = || rustix::process::waitid(WaitId::Pid(pid), news);
+            while matches!(wait(), Err(rustix::io::Errno::INTR)) {}
         }
     }
 }
@@ -280,9 +293,10 @@ impl Importers {
         Ok(())
     }
 
-    /// Stops them where they are.
+    /// Stops them where they are: none of them runs when this returns.
     pub fn stop(&self) {
         self.processes.iter().for_each(|process| process.signal(Signal::STOP));
+        self.processes.iter().for_each(Process::await_stop);
     }
 
     /// Has them go on.

@@ -20,7 +20,7 @@
 use umbra_mmu::guest_tlb::{Finding, GuestTlb, Paging, Site};
 use umbra_mmu::{
     Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, PageFault, Refill,
-    Refusal, Shortage, Vcpu, Violation,
+    Refusal, Rule, Shortage, Vcpu, Violation,
 };
 
 use super::devices::Devices;
@@ -242,12 +242,17 @@ impl<'a> GuestBus<'a> {
     fn go_inside(&mut self) {
         if self.vcpu.tlb().is_some() {
             self.aftermath.flushes += u64::from(self.mmu.tlb_enter(self.vcpu));
+        } else {
+            // There is nothing here to flush: hardware does as it enters. But nobody has the bus.
+            self.mmu.coherence().enter_guest(self.vcpu.id());
         }
     }
 
     fn go_outside(&mut self) {
         if self.vcpu.tlb().is_some() {
             self.mmu.leave(self.vcpu);
+        } else {
+            self.mmu.coherence().leave_guest(self.vcpu.id());
         }
     }
 
@@ -504,7 +509,7 @@ impl GuestBus<'_> {
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, BusError> {
         let Places::One(gpa) = self.places(gva, width.bytes(), Access::write(user))? else {
-            // A split over two pages, which no lock of ours spans.
+            // Not locked, or partly a device's.
             let old = self.read(gva, width, Access::write(user))?;
             self.write(gva, width, change(old), Access::write(user))?;
             return Ok(old);
@@ -521,6 +526,43 @@ impl GuestBus<'_> {
                     self.store(gpa, width, change(old))?;
                     return Ok(old);
                 }
+            }
+        }
+    }
+
+    /// A locked access that no aligned word holds: no other vCPU is at its own meanwhile.
+    fn update_with_bus(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        self.judge(gva, width.bytes(), Access::write(user))?;
+        loop {
+            let places = self.places(gva, width.bytes(), Access::write(user))?;
+            let last = places.byte(width.bytes() - 1);
+            let done = self.outside(|mmu, vcpu| {
+                let _bus = mmu.coherence().lock_bus(vcpu.id());
+                match places {
+                    Places::One(gpa) => mmu.update(vcpu.window(), gpa, width.into(), change),
+                    Places::Two(first, second, _) => {
+                        mmu.update_across(vcpu.window(), first, second.gfn(), width.into(), change)
+                    }
+                }
+            });
+            match done {
+                Ok(old) => {
+                    self.note_store(places.byte(0), Width::B1);
+                    self.note_store(last, Width::B1);
+                    if self.judged {
+                        (0..width.bytes()).for_each(|byte| self.tell_stored(places.byte(byte), 1, user));
+                    }
+                    return Ok(old);
+                }
+                Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
+                // A device's registers are nobody's to lock.
+                Err(Beyond::Device(_)) => return self.update_by_walk(gva, width, user, change),
             }
         }
     }
@@ -616,6 +658,20 @@ impl Bus for GuestBus<'_> {
             }
             None => self.update_by_walk(gva, width, user, change),
         }
+    }
+
+    fn update_locked(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        let alone = self.mmu.config().vcpus == 1 || !self.mmu.rules().keep(Rule::BusAtSplit);
+        if alone || gva.0 % 8 + width.bytes() <= 8 {
+            return self.update(gva, width, user, change);
+        }
+        self.update_with_bus(gva, width, user, change)
     }
 
     fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {

@@ -353,8 +353,12 @@ mod tests {
     const VECTOR: u64 = 0x40;
 
     fn devices() -> Arc<Devices> {
+        devices_of(1)
+    }
+
+    fn devices_of(vcpus: usize) -> Arc<Devices> {
         let memory = MemoryMap::new(2 << 20).expect("a map");
-        let config = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
+        let config = BoardConfig { memory, vcpus, serial: Box::new(io::sink()), epoch_seconds: 0 };
         Arc::new(Devices::new(Board::new(config).expect("a board")).expect("a timer"))
     }
 
@@ -380,6 +384,79 @@ mod tests {
             let _ = tell.send(());
         });
         told
+    }
+
+    /// What has happened before a vCPU, the first of two, comes to sleep.
+    #[derive(Clone, Copy)]
+    enum Before {
+        /// The other has come to sleep, and an interrupt would wake it, or not.
+        OtherSleeps(bool),
+        OtherHasInterrupt,
+        OtherHasNmi,
+        OtherWasWoken,
+        HasInterrupt,
+        HasNmi,
+        TimerRuns,
+    }
+
+    impl Before {
+        fn happen(self, devices: &Devices) {
+            let interrupt = |target: u64, command: u64| {
+                // By the other's hand: the first one's own would need no waking.
+                devices.with_as(1, |board, now| {
+                    let apic = Gpa(0xfee0_0000);
+                    (0..2).for_each(|id| board.mmio_write(now, id, Gpa(apic.0 + 0xf0), Width::B4, 0x1ff));
+                    board.mmio_write(now, 1, Gpa(apic.0 + 0x310), Width::B4, target << 24);
+                    board.mmio_write(now, 1, Gpa(apic.0 + 0x300), Width::B4, command);
+                });
+            };
+            match self {
+                Before::OtherSleeps(open) => drop(devices.nap(1, open)),
+                Before::OtherHasInterrupt => interrupt(1, 0x4000 | VECTOR),
+                Before::OtherHasNmi => interrupt(1, 0x4400),
+                Before::OtherWasWoken => {
+                    devices.waker(1).wake();
+                    devices.sleep(1);
+                }
+                Before::HasInterrupt => interrupt(0, 0x4000 | VECTOR),
+                Before::HasNmi => interrupt(0, 0x4400),
+                Before::TimerRuns => start_timer(devices, 1 << 17, 1 << 30),
+            }
+        }
+    }
+
+    #[test]
+    fn a_nap_is_for_ever_only_where_nobody_is_left_to_end_it() {
+        use Before::*;
+        let (open, shut) = (true, false);
+        let table: &[(&[Before], bool, Nap)] = &[
+            // The other runs, and may send something.
+            (&[], open, Nap::Until),
+            (&[], shut, Nap::Until),
+            (&[OtherSleeps(open), OtherWasWoken], shut, Nap::Until),
+            // Nobody runs, and nothing is to come.
+            (&[OtherSleeps(open)], open, Nap::ForEver),
+            (&[OtherSleeps(shut)], shut, Nap::ForEver),
+            (&[OtherSleeps(shut)], open, Nap::ForEver),
+            // Something is to come: it must find one who heeds it.
+            (&[TimerRuns, OtherSleeps(shut)], open, Nap::Until),
+            (&[TimerRuns, OtherSleeps(open)], shut, Nap::Until),
+            (&[TimerRuns, OtherSleeps(shut)], shut, Nap::ForEver),
+            // The other is about to wake.
+            (&[OtherSleeps(open), OtherHasInterrupt], shut, Nap::Until),
+            (&[OtherSleeps(shut), OtherHasInterrupt], shut, Nap::ForEver),
+            (&[OtherSleeps(shut), OtherHasNmi], shut, Nap::Until),
+            // This one has its own reason not to sleep.
+            (&[OtherSleeps(shut), HasInterrupt], open, Nap::None),
+            (&[OtherSleeps(shut), HasInterrupt], shut, Nap::ForEver),
+            (&[OtherSleeps(shut), HasNmi], shut, Nap::None),
+            (&[HasNmi], open, Nap::None),
+        ];
+        for (row, (before, open, nap)) in table.iter().enumerate() {
+            let devices = devices_of(2);
+            before.iter().for_each(|event| event.happen(&devices));
+            assert_eq!(devices.nap(0, *open), *nap, "row {row}");
+        }
     }
 
     #[test]

@@ -37,6 +37,8 @@ mod kick;
 mod live;
 mod memory;
 mod native;
+#[cfg(test)]
+mod omissions_tests;
 mod paging;
 mod reclaimer;
 mod requests;
@@ -289,8 +291,8 @@ impl Guest {
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
-        let new_hub = if args.export_in_turn { Hub::new_in_turn } else { Hub::new };
-        let hub = args.export.is_some().then(|| new_hub(args.export_deadline, args.export_policy));
+        let hub = || Hub::new(args.export_deadline, args.export_policy, args.export_in_turn);
+        let hub = args.export.is_some().then(hub).transpose().map_err(RunError::Setup)?;
         let mmu = build_mmu(config, &runner, &pool, hub.as_ref())?.with_rules(args.omit.unwrap_or_default());
         let mmu = if args.check_guest_tlb { mmu.with_guest_tlb() } else { mmu };
         let mmu = Arc::new(overcommit.apply(mmu, args)?);

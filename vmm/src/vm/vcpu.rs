@@ -325,6 +325,11 @@ impl Core {
         self.hardware_owes_flush |= after.flushes > 0 && self.mmu.rules().keep(Rule::HardwareOwesFlush);
     }
 
+    /// Inside the guest from now on, to be run by hardware; says whether that must flush first.
+    pub fn enter_hardware(&self) -> bool {
+        self.mmu.enter(&self.mmu_vcpu) || self.hardware_owes_flush
+    }
+
     /// Interprets the instruction at CS:EIP.
     pub fn interpret(&mut self) -> (Step, Aftermath) {
         self.stats.interpreted += 1;

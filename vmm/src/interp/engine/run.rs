@@ -223,7 +223,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
         let offset = self.offset::<M>(op);
         if M == FULL {
             let seg = ALL_SEGMENTS[usize::from(op.seg)];
-            self.core.update(seg, offset, width::<W>(), &mut |old| u64::from(change(old as u32)))?;
+            self.core.update(seg, offset, width::<W>(), false, &mut |old| u64::from(change(old as u32)))?;
             return Ok(());
         }
         let old = self.quick_read::<W>(Gva(offset), Access::write(self.user))?;
