@@ -148,6 +148,9 @@ impl Mmu {
         });
         self.discard_absent(&settling, what);
         settling.end();
+        if let (Some(model), Discard::Balloon) = (self.guest_tlb(), what) {
+            gfns.iter().for_each(|gfn| model.given_up(*gfn));
+        }
         Ok(done)
     }
 

@@ -22,6 +22,7 @@
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb, violation | flush epochs and the ack ledger; a TLB in software; the report of a flush that was missed |
+//! | guest_tlb | a model of the guest's own TLBs, which finds the flushes that the guest misses |
 //! | rules | the rules of coherence by name, and going without one, for tests |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
@@ -41,6 +42,7 @@ pub mod external;
 pub mod fault;
 pub mod format;
 pub mod frames;
+pub mod guest_tlb;
 #[cfg(all(test, loom))]
 mod interleave;
 pub mod invalidation;
@@ -93,6 +95,7 @@ pub use window::{Context, LocalStack};
 use bucket::Buckets;
 use external::{Exports, External};
 use frames::{Draw, FrameKind, Frames, Host, NoHost};
+use guest_tlb::GuestTlb;
 use lru::Lru;
 use p2m::{P2m, PageState};
 use pool::Pool;
@@ -185,6 +188,7 @@ pub struct Mmu {
     background: Background,
     clock: Box<dyn Clock>,
     host: Box<dyn Host>,
+    guest_tlb: Option<Box<GuestTlb>>,
     evictions: AtomicU64,
     tracked_stores: AtomicU64,
 }
@@ -272,6 +276,7 @@ impl Mmu {
             evictions: AtomicU64::new(0),
             tracked_stores: AtomicU64::new(0),
             rules: Rules::default(),
+            guest_tlb: None,
             config,
         }
     }

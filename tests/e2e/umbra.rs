@@ -34,6 +34,8 @@ pub mod status {
     pub const QUIT: End = End::Status(14);
     /// Umbra missed a TLB flush.
     pub const INCOHERENT: End = End::Status(16);
+    /// The guest missed a TLB flush.
+    pub const GUEST_TLB: End = End::Status(18);
 }
 
 /// Longer than any run here takes, also on a busy machine; the rig runs ten times slower, and slower still where both of its

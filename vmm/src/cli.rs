@@ -26,7 +26,8 @@ use crate::vm::budget::{Schedule, parse_schedule};
     version,
     after_help = "Exit status: 0 when the guest ended with 0 and every witness agrees, (v << 1) | 1 when it ended with v;\n\
                   2 usage, 4 input or host, 6 Umbra could not go on, 8 a witness contradicts the guest, 10 timeout,\n\
-                  12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush. Of pressure: 10 not reached in time, 14 interrupted.\n\n\
+                  12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush,\n\
+                  18 the guest missed one (--check-guest-tlb). Of pressure: 10 not reached in time, 14 interrupted.\n\n\
                   Set UMBRA_LOG=debug for what Umbra does in detail."
 )]
 pub struct Cli {
@@ -193,6 +194,11 @@ pub struct RunArgs {
     /// How the TLB of interpreted code forgets.
     #[arg(long, value_enum, default_value = "sized")]
     pub tlb: Tlb,
+    /// Find TLB flushes that the guest's kernel misses: before each access, ask a model of the guest's own TLBs whether it may still use
+    /// a translation that the kernel has taken away. Needs the soft backend, and is several times as slow. A certain miss ends the
+    /// run with status 18; suspects are counted.
+    #[arg(long)]
+    pub check_guest_tlb: bool,
     /// How vCPUs are made to forget pages that go to swap, where the backend is kvm.
     #[arg(long, value_enum, default_value = "auto")]
     pub shootdown: Shootdown,

@@ -26,6 +26,8 @@ pub enum Status {
     Quit,
     /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
     Incoherent,
+    /// The guest has missed a flush of a TLB of its own: `--check-guest-tlb` is certain.
+    GuestTlb,
 }
 
 impl Status {
@@ -42,6 +44,7 @@ impl Status {
             Status::Reset => 12,
             Status::Quit => 14,
             Status::Incoherent => 16,
+            Status::GuestTlb => 18,
         }
     }
 
@@ -49,7 +52,7 @@ impl Status {
     pub fn verdict(self) -> &'static str {
         match self {
             Status::Pass => "PASS",
-            Status::Guest(_) | Status::Witness => "FAIL",
+            Status::Guest(_) | Status::Witness | Status::GuestTlb => "FAIL",
             Status::Timeout => "TIMEOUT",
             Status::Reset => "RESET",
             Status::Quit => "QUIT",
@@ -77,6 +80,7 @@ mod tests {
             Status::Reset,
             Status::Quit,
             Status::Incoherent,
+            Status::GuestTlb,
         ];
         for (at, status) in ours.iter().enumerate() {
             assert!(status.code() != 0 && status.code() % 2 == 0);

@@ -86,7 +86,7 @@ pub struct Manners {
 pub struct Stats {
     /// Requests to give pages up.
     pub invalidations: u64,
-    /// Pages that they named and that were mapped.
+    /// Pages that they named and that were granted.
     pub pages: u64,
     /// The longest that an answer took, from the message's arrival on.
     pub answer_max: Duration,
@@ -241,7 +241,7 @@ impl Importer {
         let offset = first.checked_sub(access.first);
         let offset =
             offset.ok_or_else(|| ImportError::Protocol("an attachment before its segment".into()))?;
-        let area = Arc::new(Area::new(access.file.try_clone()?, first, offset, pages)?);
+        let area = Arc::new(Area::new(access.file.try_clone()?, first, offset, pages, access.write)?);
         let mut areas = self.shared.areas();
         areas.retain(|area| area.strong_count() > 0);
         areas.push(Arc::downgrade(&area));
@@ -298,7 +298,7 @@ impl Access {
 }
 
 impl Attachment {
-    /// Has pages granted and mapped, from `first` on: how many of `pages` were.
+    /// Has pages granted, from `first` on: how many of `pages` were.
     ///
     /// # Errors
     ///
@@ -310,7 +310,7 @@ impl Attachment {
         let (reply, _) = self.shared.ask(&request)?;
         let Reply::Granted { order, pages: granted } = reply else { return Err(unexpected(&reply)) };
         let granted = granted.min(pages);
-        self.area.grant(first, granted, rights, order)?;
+        self.area.grant(first, granted, rights, order);
         Ok(granted)
     }
 
@@ -345,9 +345,9 @@ impl Attachment {
         self.shared.do_it(&Request::GiveUp { attachment: self.number, first, pages })
     }
 
-    /// Pages that are mapped now.
-    pub fn mapped(&self) -> usize {
-        self.area.mapped()
+    /// Pages that are granted now.
+    pub fn granted(&self) -> usize {
+        self.area.granted()
     }
 
     fn with(&self, frame: u32, rights: Rights, mut touch: impl FnMut() -> bool) -> Result<(), ImportError> {
@@ -369,7 +369,7 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // Unmapped before it is said; the area itself goes with the last who listens.
+        // Given up before it is said; the area itself goes with the last who listens.
         let frames: Vec<u32> = (self.first..self.first + self.pages).collect();
         if self.area.take_away(&frames, 0).is_ok() {
             let _ = self.shared.do_it(&Request::Detach { attachment: self.number });

@@ -41,6 +41,14 @@ impl Plan {
     /// When KVM was asked for and cannot be used.
     pub fn make(args: &RunArgs) -> Result<Plan, RunError> {
         let backend = args.backend;
+        if args.check_guest_tlb {
+            let why = || "backend=soft: --check-guest-tlb judges what is interpreted".to_owned();
+            return match backend {
+                cli::Backend::Kvm => Err(RunError::CheckNeedsSoft),
+                cli::Backend::Auto => Ok(Plan { chosen: Chosen::Soft, why: Some(why()) }),
+                cli::Backend::Soft => Ok(Plan { chosen: Chosen::Soft, why: None }),
+            };
+        }
         match (backend, (backend != cli::Backend::Soft).then(|| open_kvm(args))) {
             (cli::Backend::Auto, Some(Err(error))) => {
                 Ok(Plan { chosen: Chosen::Soft, why: Some(format!("backend=soft: {error}")) })

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use umbra_mmu::guest_tlb::Finding;
 use umbra_mmu::{Shortage, Violation};
 
 use super::devices::Devices;
@@ -51,6 +52,8 @@ pub enum End {
     Shortage(Shortage),
     /// A software TLB used a translation that should have been flushed.
     Incoherent(Box<Violation>),
+    /// The guest has used a translation that it should have flushed (`--check-guest-tlb`).
+    GuestTlb(Box<Finding>),
     /// One of Umbra's own threads has panicked.
     Panic {
         /// Which.
@@ -78,7 +81,7 @@ impl End {
             End::Board(BoardExit::ResetRequested { .. }) | End::TripleFault(_) | End::Init(_) => {
                 ("guest-reset", true)
             }
-            End::Stuck(_) => ("guest-panic", true),
+            End::Stuck(_) | End::GuestTlb(_) => ("guest-panic", true),
             End::Quit => ("host-qmp-quit", false),
             // A time limit is what would come of `timeout` around the whole of it.
             End::Signal | End::Timeout(_) => ("host-signal", false),
@@ -129,6 +132,7 @@ impl fmt::Display for End {
                     "{violation}\n  a TLB flush was missed; this is a mistake in Umbra, please report it"
                 )
             }
+            End::GuestTlb(finding) => write!(f, "{finding}"),
             End::Panic { thread, why } => write!(
                 f,
                 "Umbra's {thread} thread has panicked: {why}. The guest cannot go on without it; this is a mistake in \

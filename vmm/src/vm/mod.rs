@@ -125,6 +125,11 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The guest's flushes are to be judged where hardware runs it.
+    #[error(
+        "--check-guest-tlb sees what is interpreted, and --backend kvm interprets none of it: use --backend soft"
+    )]
+    CheckNeedsSoft,
     /// A file is too large.
     #[error("{what} {path} is larger than {} MiB, the most that is loaded; is it a disk image?", FILE_BYTES_MAX >> 20)]
     TooLarge {
@@ -290,6 +295,7 @@ impl Guest {
         let hub = || Hub::new(args.export_deadline, args.export_policy, args.export_in_turn);
         let hub = args.export.is_some().then(hub).transpose().map_err(RunError::Setup)?;
         let mmu = build_mmu(config, &runner, &pool, hub.as_ref())?.with_rules(args.omit.unwrap_or_default());
+        let mmu = if args.check_guest_tlb { mmu.with_guest_tlb() } else { mmu };
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let exporter = hub.map(|hub| {
             let segments = Segments::new(Arc::clone(&mmu), Arc::clone(&pool), runner.vm());
@@ -570,6 +576,7 @@ fn judge(
         faults: faults.into(),
         vcpu: vcpu.into(),
         memory: summary::Memory::of(mmu),
+        guest_tlb: mmu.guest_tlb().map(|model| model.verdicts().into()),
         disks: Vec::new(),
         balloon: Default::default(),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },

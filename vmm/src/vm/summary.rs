@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
+use umbra_mmu::guest_tlb::Verdicts;
 use umbra_mmu::records::Cause;
 use umbra_mmu::{Context, FaultStats, Mmu};
 
@@ -205,6 +206,8 @@ pub struct Summary {
     pub vcpu: Counts,
     /// Memory.
     pub memory: Memory,
+    /// What `--check-guest-tlb` found, but for what ended the run.
+    pub guest_tlb: Option<GuestFlushes>,
     /// Disks, in order.
     pub disks: Vec<DiskSummary>,
     /// The balloon.
@@ -247,6 +250,58 @@ impl From<FaultStats> for Faults {
             gate_waits: s.gate_waits,
             gate_nanos_max: s.gate_nanos_max,
         }
+    }
+}
+
+/// What was found of the guest's own flushes.
+#[derive(Clone, Debug, Serialize)]
+pub struct GuestFlushes {
+    /// Changes of page-table entries that were seen.
+    pub edits: u64,
+    /// Edits whose CPU let go while a translation was held that had lost its frame.
+    pub suspect_frames: u64,
+    /// The same, that had lost a right.
+    pub suspect_rights: u64,
+    /// The same, whose accessed or dirty bit was taken.
+    pub suspect_status: u64,
+    /// A table was taken out of its directory by a CPU that has flushed nothing since.
+    pub suspect_tables: u64,
+    /// PAE's pointers were stored to and not loaded.
+    pub suspect_pointers: u64,
+    /// The first of them, in words.
+    pub suspects: Vec<String>,
+}
+
+impl From<Verdicts> for GuestFlushes {
+    fn from(found: Verdicts) -> GuestFlushes {
+        let [suspect_frames, suspect_rights, suspect_status, suspect_tables, suspect_pointers] =
+            found.suspects;
+        let suspects = found.listed.iter().map(ToString::to_string).collect();
+        GuestFlushes {
+            edits: found.edits,
+            suspect_frames,
+            suspect_rights,
+            suspect_status,
+            suspect_tables,
+            suspect_pointers,
+            suspects,
+        }
+    }
+}
+
+impl fmt::Display for GuestFlushes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.suspects.iter().try_for_each(|suspect| writeln!(f, "suspect: {suspect}"))?;
+        write!(
+            f,
+            "guest TLB: edits={} suspect frames={} rights={} accessed or dirty={} tables={} pointers={}",
+            self.edits,
+            self.suspect_frames,
+            self.suspect_rights,
+            self.suspect_status,
+            self.suspect_tables,
+            self.suspect_pointers,
+        )
     }
 }
 
@@ -323,6 +378,7 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         | End::NotReset(_)
         | End::Panic { .. } => Status::Failure,
         End::Incoherent(_) => Status::Incoherent,
+        End::GuestTlb(_) => Status::GuestTlb,
     };
     if !audit.is_empty() && status != Status::Incoherent {
         return Status::Failure;
@@ -361,6 +417,9 @@ impl fmt::Display for Summary {
         }
         for finding in &self.audit {
             writeln!(f, "audit: {finding}")?;
+        }
+        if let Some(found) = &self.guest_tlb {
+            writeln!(f, "{found}")?;
         }
         write!(f, "{}", WithoutSleep(&self.memory))?;
         let good = self.regions.iter().filter(|r| r.agrees()).count();

@@ -385,7 +385,13 @@ impl Core {
         }
         loop {
             let time = self.own_time();
-            let (delivered, after) = self.with_bus(time, |cpu, bus| interp::deliver(cpu, bus, event));
+            let (delivered, after) = self.with_bus(time, |cpu, bus| {
+                let delivered = interp::deliver(cpu, bus, event);
+                if delivered == Delivered::Handler {
+                    bus.event();
+                }
+                delivered
+            });
             match delivered {
                 Delivered::Handler => return None,
                 Delivered::TripleFault => return Some(End::TripleFault(Box::new(self.cpu.clone()))),
@@ -414,9 +420,10 @@ impl Core {
 
 /// Why an instruction must be run again, where that is the end of the run.
 pub fn lacking(after: Aftermath) -> Option<End> {
-    match after.violation {
-        Some(violation) => Some(End::Incoherent(violation)),
-        None => after.shortage.map(End::Shortage),
+    match (after.violation, after.finding) {
+        (Some(violation), _) => Some(End::Incoherent(violation)),
+        (None, Some(finding)) => Some(End::GuestTlb(finding)),
+        (None, None) => after.shortage.map(End::Shortage),
     }
 }
 

@@ -143,7 +143,8 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     /// Tells the bus which step it is, before anything that may ask it for the time.
     pub fn tell(&mut self, op: &Op) {
-        self.core.bus.begin(self.steps + u64::from(op.number) + 1);
+        let eip = self.at(op.begin());
+        self.core.bus.begin(self.steps + u64::from(op.number) + 1, eip);
     }
 
     /// True while nobody has stored to the frame of the block.
