@@ -35,6 +35,7 @@ impl Mmu {
     ///
     /// When somebody holds a page in its place for long: pages before it are forgotten, and the call can be made again.
     pub fn forget_guest(&self, own: u32) -> Result<(), NotDiscarded> {
+        self.guest_tlb().into_iter().for_each(|model| model.reset());
         self.unlink_roots();
         self.evict(usize::MAX);
         while self.give_back_dead(Some(own)) {}

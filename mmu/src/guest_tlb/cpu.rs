@@ -4,7 +4,7 @@
 
 use super::report::{LetGo, Seen};
 use super::tables::Taken;
-use super::{FLUSHES_MAX, Paging, REGION_PAGES, Site};
+use super::{FLUSHES_MAX, Paging, REGION_PAGES, REGIONS, Site};
 use crate::addr::{Gfn, Gpa};
 use crate::format::Rights;
 
@@ -78,6 +78,20 @@ pub(super) struct Cpu {
 }
 
 impl Cpu {
+    /// One that has nothing.
+    pub fn new() -> Cpu {
+        Cpu {
+            paging: Paging::default(),
+            regions: (0..REGIONS).map(|_| None).collect(),
+            user: false,
+            pending: Vec::new(),
+            owed: Vec::new(),
+            flushed: 0,
+            pointers_stored: None,
+            flushes: Vec::new(),
+        }
+    }
+
     pub fn held(&self, page: u32) -> Held {
         let region = self.regions[page as usize / REGION_PAGES].as_ref();
         region.map_or(NOTHING, |region| region[page as usize % REGION_PAGES])

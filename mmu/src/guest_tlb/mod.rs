@@ -127,20 +127,10 @@ pub struct GuestTlb {
 impl GuestTlb {
     /// The model of so many vCPUs, with so many pages of memory.
     pub fn new(vcpus: u32, pages: u32) -> GuestTlb {
-        let cpu = || Cpu {
-            paging: Paging::default(),
-            regions: (0..REGIONS).map(|_| None).collect(),
-            user: false,
-            pending: Vec::new(),
-            owed: Vec::new(),
-            flushed: 0,
-            pointers_stored: None,
-            flushes: Vec::new(),
-        };
         let marks =
             || Marks { events: AtomicU64::new(0), let_go: AtomicU64::new(0), halted: AtomicBool::new(false) };
         GuestTlb {
-            cpus: (0..vcpus).map(|_| Lock::new(lock_order::GUEST_CPU, cpu())).collect(),
+            cpus: (0..vcpus).map(|_| Lock::new(lock_order::GUEST_CPU, Cpu::new())).collect(),
             marks: (0..vcpus).map(|_| marks()).collect(),
             tables: Lock::new(lock_order::GUEST_TABLES, Tables::new(pages)),
             is_table: (0..pages).map(|_| AtomicBool::new(false)).collect(),
@@ -148,6 +138,19 @@ impl GuestTlb {
             epoch: AtomicU64::new(1),
             verdicts: Lock::new(lock_order::GUEST_VERDICTS, Verdicts::default()),
         }
+    }
+
+    /// The guest has begun anew, and all its vCPUs are outside: none of them holds anything, and nothing is a table. What was found
+    /// stays found.
+    pub(crate) fn reset(&self) {
+        self.cpus.iter().for_each(|cpu| *cpu.lock() = Cpu::new());
+        self.marks.iter().for_each(|marks| marks.halted.store(false, Ordering::Release));
+        let mut tables = self.tables.lock();
+        let edits_seen = tables.edits_seen;
+        *tables = Tables::new(self.is_table.len() as u32);
+        tables.edits_seen = edits_seen;
+        self.is_table.iter().for_each(|known| known.store(false, Ordering::Release));
+        self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
     /// What was found so far.

@@ -117,6 +117,20 @@ fn another_frame_entered_and_used_without_invlpg_is_certain() {
 }
 
 #[test]
+fn a_guest_that_begins_anew_has_nothing_of_the_one_before() {
+    let guest = Guest::new();
+    guest.enter(0, TABLE, 5, 20, KERNEL);
+    guest.uses(0, 5, Access::write(false));
+    guest.enter(0, TABLE, 5, 0, 0);
+    guest.model.reset();
+    // The tables of the one before are the next one's data, and there as it left them.
+    guest.load(0, DIRECTORY, false);
+    guest.enter(0, TABLE, 5, 21, KERNEL);
+    guest.uses(0, 5, Access::write(false));
+    assert_eq!(guest.model.verdicts().suspects_all(), 0);
+}
+
+#[test]
 fn an_event_between_the_edit_and_the_use_makes_it_legal() {
     let guest = Guest::new();
     guest.enter(0, TABLE, 5, 20, KERNEL);
