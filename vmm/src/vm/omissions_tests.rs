@@ -20,8 +20,9 @@ use umbra_mmu::{
 };
 
 use super::devices::Devices;
-use super::ending::Ending;
+use super::ending::{End, Ending};
 use super::flush::{DropsRemoved, Flusher, Hardware};
+use super::power::PowerOn;
 use super::requests::Requests;
 use super::stops::Stops;
 use super::tables::DescriptorTables;
@@ -88,6 +89,15 @@ impl DropsRemoved for Host {
     }
 }
 
+/// Nobody resets these machines.
+struct Never;
+
+impl PowerOn for Never {
+    fn power_on(&self, _: &Mmu, _: &Devices, _: &Ending) -> Result<CpuState, End> {
+        Err(End::Quit)
+    }
+}
+
 fn core(mmu: Arc<Mmu>, tlb: Option<TlbKind>) -> Core {
     let memory = MemoryMap::new(MEMORY_BYTES_MIN).expect("a map");
     let config = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
@@ -100,6 +110,7 @@ fn core(mmu: Arc<Mmu>, tlb: Option<TlbKind>) -> Core {
         requests: Arc::new(Requests::new(1)),
         stops: Arc::new(Stops::new(Arc::clone(&devices), Arc::new(News::default()))),
         devices,
+        power: Arc::new(Never),
         watches: Arc::default(),
         threads: (0..1).map(|_| AtomicI32::new(0)).collect(),
     };
