@@ -55,7 +55,7 @@ pub fn cases() -> Vec<Trial> {
     });
     let alone = [
         // Status 18 if the next guest were taken for the one before.
-        case("reset_is_no_flush_missed_by_the_guest", &[], || pressed(SOFT, &["--check-guest-tlb"])),
+        case("reset_is_no_flush_missed_by_the_guest", &[], || under_reclaim(SOFT, &["--check-guest-tlb"])),
         case("reset_waits_for_a_slow_importer_and_not_for_a_silent_one", &[], slow_importer),
         case("reset_empties_the_balloon_and_the_guest_fills_it_again", &[], balloon),
     ];
@@ -184,7 +184,7 @@ fn stopped(way: Way) -> Verdict {
 }
 
 /// Disk requests, swap-ins, closed gates: all of it is under way when the reset comes.
-fn pressed(way: Way, more: &[&str]) -> Verdict {
+fn under_reclaim(way: Way, more: &[&str]) -> Verdict {
     let slow = way.needs.contains(&Need::Kvm);
     let (append, rounds, refaults) =
         if slow { ("workload=kmap scale=60 hz=20", 2, 5) } else { ("scale=200 pace=fast", 3, 500) };
