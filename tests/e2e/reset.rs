@@ -50,7 +50,7 @@ pub fn cases() -> Vec<Trial> {
     });
     let pressed = [KVM, SOFT_STICKY].map(|way| {
         case(format!("reset_under_reclaim_keeps_every_byte_{}", way.name), way.needs, move || {
-            pressed(way, &[])
+            under_reclaim(way, &[])
         })
     });
     let alone = [
