@@ -108,8 +108,9 @@ impl GuestTlb {
                 continue;
             };
             let halted = marks.halted.load(Ordering::Acquire);
-            let unused = !cpu.user && cpu.held(gva.0 >> 12).rights.user();
-            if own || !(halted || unused || loss == Loss::Status) {
+            // It may have just been woken, and not have looked yet.
+            let looks = halted || !cpu.user;
+            if own || !(looks || loss == Loss::Status) {
                 return Some(Suspect::Held { edit, loss, gva, gfn, vcpu, let_go: how });
             }
             // It may look at what it has missed before it goes on; for an accessed bit nobody is asked: the next trap does.

@@ -456,14 +456,14 @@ fn an_entry_that_is_put_back_is_good_again() {
 fn a_guest_after_a_reset_owes_nothing_for_the_one_before() {
     for reset in [true, false] {
         let guest = Guest::new();
-        guest.enter(0, TABLE, 5, 9, KERNEL | GLOBAL);
-        guest.uses(0, 5, Access::read(false));
+        guest.enter(0, TABLE, 5, 20, KERNEL | GLOBAL);
+        guest.uses(0, 5, Access::write(false));
+        guest.enter(0, TABLE, 5, 0, 0);
         if reset {
             guest.model.reset();
+            guest.load(0, DIRECTORY, false);
         }
-        guest.store(0, DIRECTORY * 4096, (TABLE << 12) as u32 | USER);
-        guest.enter(0, TABLE, 5, 10, KERNEL | GLOBAL);
-        guest.load(0, DIRECTORY, false);
+        guest.enter(0, TABLE, 5, 21, KERNEL | GLOBAL);
         assert_eq!(guest.access(0, 5, Access::read(false)).is_none(), reset);
         assert!(!reset || guest.model.verdicts().suspects_all() == 0);
     }
