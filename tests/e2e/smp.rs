@@ -44,6 +44,8 @@ const RIGHT_CODE: (u32, u32) = (10, 2_000);
 const RIGHT_KVM: (u32, u32) = (2, 300);
 /// A wrong guest ends with the first epoch that breaks.
 const WRONG: (u32, u32) = (1000, 10_000);
+/// And so many of them are tried.
+const GUESTS_MAX: u32 = 20;
 
 /// What the guest prints is the same however many CPUs it has.
 const SAME: [&str; 2] = ["workload=all", "workload=reclaim"];
@@ -80,13 +82,23 @@ fn rules_bite() -> Verdict {
     breaks(Litmus::Counter(Place::AcrossPages), Form::Right, &["--omit", "bus-at-split"])
 }
 
+/// On a busy machine the two may never run at once for as long as a guest lasts: then there is another.
 fn breaks(litmus: Litmus, form: Form, options: &[&str]) -> Verdict {
     let (epochs, rounds) = WRONG;
+    let guest = litmus.guest(form, epochs, rounds);
     let begun = Instant::now();
-    let run = SOFT.boot(&litmus.guest(form, epochs, rounds), &[&["--vcpus", "2"], options].concat())?;
-    println!("{litmus:?} {options:?} breaks after {:.1?}", begun.elapsed());
-    ensure!(run.end == End::Status(3), "{litmus:?} {options:?} holds without what makes it:\n{run}");
-    Ok(())
+    for _ in 0..GUESTS_MAX {
+        let run = SOFT.boot(&guest, &[&["--vcpus", "2"], options].concat())?;
+        match run.end {
+            End::Status(0) => {}
+            End::Status(3) => {
+                println!("{litmus:?} {options:?} breaks after {:.1?}", begun.elapsed());
+                return Ok(());
+            }
+            _ => return Err(format!("{litmus:?} {options:?}:\n{run}").into()),
+        }
+    }
+    Err(format!("{litmus:?} {options:?} holds without what makes it, in {GUESTS_MAX} guests").into())
 }
 
 /// With KVM, which may emulate and then takes milliseconds for a kick, two CPUs and a workload that does not live on kicks.
