@@ -6,7 +6,8 @@
 //! Holds: a copy has A and D of its own, set where the model has used an entry: when the walker sets those of memory is its own
 //! business. An entry that was entered before its table was known has an edit only if the store is remembered ([`Recent`]).
 //!
-//! Limits: a table is forgotten when no directory known leads to it; a root, when user code has its page as data.
+//! Limits: a table is forgotten when no directory known leads to it; a root, when user code has its page as data. All changes are
+//! forgotten where [`EDITED_MAX`] entries have some: of those before nothing is certain any more.
 
 use std::collections::HashMap;
 
@@ -17,6 +18,8 @@ use crate::format::{Gpte, Mode, Rights, STATUS_BITS};
 
 /// Changes of one entry that are remembered.
 const EDITS_MAX: usize = 8;
+/// Entries whose changes are remembered.
+pub(super) const EDITED_MAX: usize = 1 << 15;
 /// Stores that are remembered for tables to come, a power of two.
 const RECENT: usize = 1 << 16;
 /// P and U: what a user's entry has set.
@@ -212,6 +215,12 @@ impl Tables {
         self.edits.get(&entry.0).map_or(&[], Vec::as_slice)
     }
 
+    /// Entries whose changes are remembered now.
+    #[cfg(test)]
+    pub fn edited(&self) -> usize {
+        self.edits.len()
+    }
+
     /// Walks the tables for `gva`, and knows them all from then on.
     pub fn walk(&mut self, memory: &Memory<'_>, paging: &Paging, gva: Gva, by: &Author) -> Walked {
         let mode = paging.mode;
@@ -368,6 +377,9 @@ impl Tables {
     }
 
     fn remember(&mut self, edit: Edit) {
+        if self.edits.len() == EDITED_MAX && !self.edits.contains_key(&edit.entry.0) {
+            self.edits.clear();
+        }
         let edits = self.edits.entry(edit.entry.0).or_default();
         if edits.len() == EDITS_MAX {
             edits.remove(0);

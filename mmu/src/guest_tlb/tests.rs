@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use super::suspects::GRACE;
+use super::tables::EDITED_MAX;
 use super::*;
 
 const DIRECTORY: u64 = 1;
@@ -467,4 +468,22 @@ fn a_guest_after_a_reset_owes_nothing_for_the_one_before() {
         assert_eq!(guest.access(0, 5, Access::read(false)).is_none(), reset);
         assert!(!reset || guest.model.verdicts().suspects_all() == 0);
     }
+}
+
+#[test]
+fn a_guest_that_edits_without_end_costs_no_more_than_so_much() {
+    let guest = Guest::new();
+    let tables = EDITED_MAX as u64 / 1024 + 1;
+    for table in 0..tables {
+        guest.store(0, DIRECTORY * 4096 + table * 4, ((8 + table) << 12) as u32 | USER);
+        guest.uses(0, table as u32 * 1024, Access::read(false));
+        (0..1024).for_each(|index| guest.enter(0, 8 + table, index, 50, USER));
+    }
+    let edited = guest.model.tables.lock().edited();
+    assert!((1..=EDITED_MAX).contains(&edited), "{edited}");
+    // What is done after that is found as before.
+    guest.uses(0, 5, Access::write(false));
+    guest.enter(0, 8, 5, 0, 0);
+    guest.enter(0, 8, 5, 51, USER);
+    assert!(guest.access(0, 5, Access::read(false)).is_some());
 }

@@ -70,7 +70,7 @@ impl Area {
     /// Pages were granted at `order`; those that have been taken away since are not.
     pub fn grant(&self, first: u32, count: u32, rights: Rights, order: u64) {
         let mut pages = self.pages();
-        for index in (first..first + count).filter_map(|frame| self.index(frame)) {
+        for index in (first..first.saturating_add(count)).filter_map(|frame| self.index(frame)) {
             let page = &mut pages[index];
             if page.taken <= order && page.granted != Some(Rights::Write) {
                 page.granted = Some(rights);

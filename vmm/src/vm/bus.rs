@@ -17,7 +17,7 @@
 //!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
-use umbra_mmu::guest_tlb::{Finding, GuestTlb, Paging, Site};
+use umbra_mmu::guest_tlb::{Finding, GuestTlb, Memory, Paging, Site};
 use umbra_mmu::{
     Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, PageFault, Refill,
     Refusal, Rule, Shortage, Vcpu, Violation,
@@ -150,15 +150,18 @@ impl<'a> GuestBus<'a> {
 
     /// The guest was given an event.
     pub fn event(&self) {
-        self.mmu.guest_tlb().iter().for_each(|model| model.event(self.vcpu.id()));
+        self.tell(|model, _, site| model.event(site.vcpu));
     }
 
     /// The guest has executed HLT.
     pub fn halted(&self) {
-        if let Some(model) = self.mmu.guest_tlb() {
-            let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
-            model.halted(&memory, self.site());
-        }
+        self.tell(|model, memory, site| model.halted(memory, site));
+    }
+
+    /// Tells the model of the guest's own TLBs, where there is one.
+    fn tell<R>(&self, call: impl FnOnce(&GuestTlb, &Memory<'_>, Site) -> R) -> Option<R> {
+        let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
+        self.mmu.guest_tlb().map(|model| call(model, &memory, self.site()))
     }
 
     /// Where the guest is.
@@ -175,16 +178,14 @@ impl<'a> GuestBus<'a> {
     #[cold]
     #[inline(never)]
     fn judge_pages(&mut self, gva: Gva, bytes: u32, access: Access) -> Result<(), BusError> {
-        let Some(model) = self.mmu.guest_tlb() else { return Ok(()) };
         let last = gva.wrapping_add(bytes.max(1) - 1);
         let pages = [Some(gva), (last.page() != gva.page()).then_some(last)];
-        let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
-        let mut findings =
-            pages.into_iter().flatten().filter_map(|at| model.access(&memory, self.site(), at, access));
-        match findings.next() {
+        let finding = self.tell(|model, memory, site| {
+            pages.into_iter().flatten().find_map(|at| model.access(memory, site, at, access))
+        });
+        match finding.flatten() {
             None => Ok(()),
             finding => {
-                drop(findings);
                 self.aftermath.finding = finding;
                 Err(BusError::Again)
             }
@@ -209,24 +210,19 @@ impl<'a> GuestBus<'a> {
     }
 
     fn tell_stored(&self, gpa: Gpa, bytes: u32, user: bool) {
-        if let Some(model) = self.mmu.guest_tlb() {
-            let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
-            model.stored(&memory, self.site(), gpa, bytes, user);
-        }
+        self.tell(|model, memory, site| model.stored(memory, site, gpa, bytes, user));
     }
 
     /// The guest gets a page fault.
     fn fault(&self, fault: PageFault) -> BusError {
-        self.mmu.guest_tlb().iter().for_each(|model| model.faulted(self.vcpu.id(), fault.gva));
+        self.tell(|model, _, site| model.faulted(site.vcpu, fault.gva));
         fault.into()
     }
 
     /// Control registers or the privilege have changed.
     fn tell_control(&self, new: &CpuState, flush: bool) {
-        if let Some(model) = self.mmu.guest_tlb() {
-            let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
-            model.control(&memory, self.site(), Paging::of(self.vcpu), flush, new.cpl == 3);
-        }
+        let paging = || Paging::of(self.vcpu);
+        self.tell(|model, memory, site| model.control(memory, site, paging(), flush, new.cpl == 3));
     }
 
     /// Hardware has the FPU's registers: an instruction that wants them is answered [`BusError::Again`].
@@ -541,7 +537,6 @@ impl GuestBus<'_> {
         self.judge(gva, width.bytes(), Access::write(user))?;
         loop {
             let places = self.places(gva, width.bytes(), Access::write(user))?;
-            let last = places.byte(width.bytes() - 1);
             let done = self.outside(|mmu, vcpu| {
                 let _bus = mmu.coherence().lock_bus(vcpu.id());
                 match places {
@@ -553,11 +548,7 @@ impl GuestBus<'_> {
             });
             match done {
                 Ok(old) => {
-                    self.note_store(places.byte(0), Width::B1);
-                    self.note_store(last, Width::B1);
-                    if self.judged {
-                        (0..width.bytes()).for_each(|byte| self.tell_stored(places.byte(byte), 1, user));
-                    }
+                    (0..width.bytes()).for_each(|n| self.note_store(places.byte(n), Width::B1));
                     return Ok(old);
                 }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
@@ -734,7 +725,7 @@ impl Bus for GuestBus<'_> {
         } else {
             self.mmu.invalidate_page(self.vcpu, gva);
         }
-        self.mmu.guest_tlb().iter().for_each(|model| model.invalidated(self.site(), gva));
+        self.tell(|model, _, site| model.invalidated(site, gva));
         let before = self.aftermath.invalidated.replace(gva);
         self.aftermath.descriptors |= before.is_some_and(|other| other.page() != gva.page());
     }
