@@ -11,14 +11,15 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use umbra_mmu::{Mmu, PAGE_SIZE};
+use umbra_mmu::{Mmu, PAGE_SIZE, Shortage};
 
 use super::control::{BalloonControl, News};
-use super::devices::Devices;
+use super::devices::{Devices, Prompt};
 use super::ending::{End, Ending};
 use crate::board::VirtioSnapshot;
 use crate::virtio::balloon::{Balloon, BalloonDevice, BalloonState};
@@ -30,13 +31,18 @@ use crate::virtio::{Device, Port};
 /// How long the end of the run waits for requests under way.
 pub const FINISH_MAX: Duration = Duration::from_secs(5);
 
+/// Rounds that a vCPU makes over a device that it has notified, before it leaves the rest to the device's thread.
+const ROUNDS_OF_A_VCPU: usize = 8;
+
 /// A slot of the board behind its lock.
-struct SlotPort {
-    devices: Arc<Devices>,
+struct SlotPort<D> {
+    devices: D,
     slot: usize,
+    /// Whose thread this is for: it is not woken.
+    vcpu: Option<u32>,
 }
 
-impl Port for SlotPort {
+impl<D: Deref<Target = Devices> + Send + Sync> Port for SlotPort<D> {
     fn begin(&self) -> Option<VirtioSnapshot> {
         let begun = self.devices.begin_round(self.slot);
         if begun.is_none() {
@@ -46,7 +52,7 @@ impl Port for SlotPort {
     }
 
     fn end(&self, used: bool, more: bool) {
-        self.devices.end_round(self.slot, |board, now| {
+        self.devices.end_round(self.slot, self.vcpu, |board, now| {
             if used {
                 board.virtio_used(now, self.slot);
             }
@@ -58,7 +64,7 @@ impl Port for SlotPort {
     }
 
     fn fail(&self) {
-        self.devices.end_round(self.slot, |board, now| {
+        self.devices.end_round(self.slot, self.vcpu, |board, now| {
             board.virtio_failed(now, self.slot);
             board.virtio_end(now, self.slot, false);
         });
@@ -72,9 +78,33 @@ impl Port for SlotPort {
 
 /// A device in its slot.
 struct Plugged<D> {
-    worker: Worker<D>,
-    port: Arc<SlotPort>,
+    worker: Arc<Mutex<Worker<D>>>,
+    port: Arc<SlotPort<Arc<Devices>>>,
     bell: Arc<Bell>,
+}
+
+/// The same for the vCPUs that notify it.
+struct Noticed<D> {
+    worker: Arc<Mutex<Worker<D>>>,
+    slot: usize,
+    bell: Arc<Bell>,
+}
+
+impl<D: Device> Prompt for Noticed<D> {
+    fn serve(&self, vcpu: u32, mmu: &Mmu, devices: &Devices) -> Result<(), Shortage> {
+        let more = match self.worker.try_lock() {
+            Ok(mut worker) => {
+                let port = SlotPort { devices, slot: self.slot, vcpu: Some(vcpu) };
+                worker.rounds(mmu, &port, ROUNDS_OF_A_VCPU)?
+            }
+            // Somebody is at it, and may be past what there is now; or a panic has ended the run.
+            Err(_) => true,
+        };
+        if more {
+            self.bell.ring();
+        }
+        Ok(())
+    }
 }
 
 impl<D: Device + 'static> Plugged<D> {
@@ -83,24 +113,41 @@ impl<D: Device + 'static> Plugged<D> {
         assert!(plugged, "virtio slot {slot} is free");
         let bell = Arc::new(Bell::default());
         devices.set_bell(slot, Arc::clone(&bell));
-        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot });
-        Plugged { worker: Worker::new(device, name), port, bell }
+        let prompt = device.is_prompt();
+        let worker = Arc::new(Mutex::new(Worker::new(device, name)));
+        if prompt {
+            let (worker, bell) = (Arc::clone(&worker), Arc::clone(&bell));
+            devices.set_prompt(slot, Arc::new(Noticed { worker, slot, bell }));
+        }
+        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot, vcpu: None });
+        Plugged { worker, port, bell }
     }
 
     fn start(self, thread: &'static str, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<Thread> {
-        let Plugged { mut worker, port, bell } = self;
+        let Plugged { worker, port, bell } = self;
         let (mmu, ending, own) = (Arc::clone(mmu), ending.clone(), Arc::clone(&bell));
-        let name = worker.name().to_owned();
+        let name = lock(&worker).name().to_owned();
         let work = move || {
             ending.watch(thread, || {
-                if let Err(short) = worker.run(&mmu, &*port, &own) {
-                    ending.set(End::Shortage(short));
+                while own.wait() {
+                    // Each round by itself: a vCPU that comes meanwhile is not kept.
+                    while !own.is_stopped() {
+                        match lock(&worker).rounds(&mmu, &*port, 1) {
+                            Ok(true) => {}
+                            Ok(false) => break,
+                            Err(short) => return ending.set(End::Shortage(short)),
+                        }
+                    }
                 }
             });
         };
         let thread = std::thread::Builder::new().name(thread.into()).spawn(work)?;
         Ok(Thread { name, bell, thread: Some(thread) })
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A running thread; dropping it ends it.
@@ -149,7 +196,7 @@ impl VirtioDevices {
     /// When the host has no thread left.
     pub fn start(self, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<VirtioThreads> {
         let VirtioDevices { disks, balloon } = self;
-        let handles = disks.iter().map(|disk| disk.worker.device().handle()).collect();
+        let handles = disks.iter().map(|disk| lock(&disk.worker).device().handle()).collect();
         let handle = host_side(&balloon);
         let mut threads = vec![balloon.start("balloon", mmu, ending)?];
         for disk in disks {
@@ -161,7 +208,7 @@ impl VirtioDevices {
 
 fn host_side(balloon: &Plugged<BalloonDevice>) -> Balloon {
     let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
-    balloon.worker.device().handle(port, Arc::clone(&balloon.bell))
+    lock(&balloon.worker).device().handle(port, Arc::clone(&balloon.bell))
 }
 
 /// The balloon as the control socket has it: in bytes of what the guest keeps.
