@@ -9,6 +9,8 @@ mod support;
 
 #[path = "e2e/bars.rs"]
 mod bars;
+#[path = "e2e/chaos.rs"]
+mod chaos;
 #[path = "e2e/cli.rs"]
 mod cli;
 #[path = "e2e/export.rs"]
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
 fn test() -> ExitCode {
     let files = [
         bars::cases(),
+        chaos::cases(),
         cli::cases(),
         export::cases(),
         images::cases(),

@@ -277,10 +277,15 @@ impl Frames {
         FrameCounts { budget: free.budget, backed: free.backed, available, marks: free.marks }
     }
 
+    /// All that there are for the guest and its tables.
+    pub fn budget_max(&self) -> u32 {
+        self.total() - self.first
+    }
+
     /// Sets the budget. Frames over it stay in use until somebody makes them free ([`Frames::trim`]). All there are, or
     /// more, means no limit: then nothing is reserved either.
     pub fn set_budget(&self, frames: u32) {
-        let all = self.total() - self.first;
+        let all = self.budget_max();
         let mut free = self.free.lock();
         free.budget = frames.min(all);
         free.marks = if frames < all { Marks::of(frames) } else { Marks::default() };

@@ -223,6 +223,8 @@ pub struct Usage {
     pub page_waits: u64,
     /// Invalidations so far.
     pub invalidations: u64,
+    /// Times so far that pages were not to be had by somebody who may not sleep.
+    pub would_blocks: u64,
     /// Shadow pages in use.
     pub shadow_pages: u32,
     /// Shadow pages evicted so far.
@@ -376,6 +378,7 @@ impl Mmu {
             gate_waits: reclaim.gate_waits,
             page_waits: reclaim.page_waits,
             invalidations: self.records.count(),
+            would_blocks: self.records.would_blocks(),
             shadow_pages: self.pages.in_use(),
             evictions: self.evictions.load(Ordering::Relaxed),
             tracked_stores: self.tracked_stores.load(Ordering::Relaxed),
@@ -401,11 +404,14 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// When so few are not enough to run the guest.
-    pub fn set_budget(&self, frames: u32) -> Result<(), BudgetTooSmall> {
-        let least = self.budget_min();
+    /// When so few are not enough to run the guest, or there are not so many.
+    pub fn set_budget(&self, frames: u32) -> Result<(), BudgetRefused> {
+        let (asked, least, most) = (frames, self.budget_min(), self.budget_max());
         if frames < least {
-            return Err(BudgetTooSmall { asked: frames, least });
+            return Err(BudgetRefused::TooSmall { asked, least });
+        }
+        if frames > most {
+            return Err(BudgetRefused::TooLarge { asked, most });
         }
         self.frames.set_budget(frames);
         // Beyond a share of it, and what low memory leaves, tables would have no pages to map.
@@ -418,6 +424,11 @@ impl Mmu {
     pub fn budget_min(&self) -> u32 {
         let low = self.config.low_pages.min(self.config.guest_pages);
         low + SHADOW_PAGES_MIN + 2 * self.config.roots_max + BUDGET_HEADROOM
+    }
+
+    /// The largest budget: all that the machine has. It is enough for the whole guest and its tables.
+    pub fn budget_max(&self) -> u32 {
+        self.frames.budget_max()
     }
 
     /// Where a page is, giving it a zeroed frame if it has never had one. `Zero` only when no frame is left.
@@ -473,14 +484,29 @@ const TABLE_SHARE: u32 = 4;
 /// Frames that the smallest budget leaves to high memory.
 const BUDGET_HEADROOM: u32 = 128;
 
-/// A budget that a guest could not run in.
+/// A budget that cannot be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{} KiB of frames are too few for this guest: at least {} KiB, for its low memory and its tables", asked * 4, least * 4
-)]
-pub struct BudgetTooSmall {
-    /// Frames asked for.
-    pub asked: u32,
-    /// The least.
-    pub least: u32,
+pub enum BudgetRefused {
+    /// The guest could not run.
+    #[error(
+        "{} KiB of frames are too few for this guest: at least {} KiB, for its low memory and its tables",
+        u64::from(*asked) * 4, u64::from(*least) * 4
+    )]
+    TooSmall {
+        /// Frames asked for.
+        asked: u32,
+        /// The least.
+        least: u32,
+    },
+    /// There are not so many.
+    #[error(
+        "{} KiB of frames are more than there are: at most {} KiB, which all of this guest's memory and its tables have room in",
+        u64::from(*asked) * 4, u64::from(*most) * 4
+    )]
+    TooLarge {
+        /// Frames asked for.
+        asked: u32,
+        /// All there are.
+        most: u32,
+    },
 }

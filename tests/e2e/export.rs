@@ -223,12 +223,12 @@ fn mapped_windows() -> Verdict {
 }
 
 /// An importer by hand.
-struct Raw {
+pub(super) struct Raw {
     socket: OwnedFd,
 }
 
 impl Raw {
-    fn connect(path: &Path) -> Result<Raw, Failed> {
+    pub(super) fn connect(path: &Path) -> Result<Raw, Failed> {
         let socket = umbra::export::connect(path)?;
         rustix::net::sockopt::set_socket_timeout(
             &socket,
@@ -238,20 +238,20 @@ impl Raw {
         Ok(Raw { socket })
     }
 
-    fn hello(path: &Path) -> Result<Raw, Failed> {
+    pub(super) fn hello(path: &Path) -> Result<Raw, Failed> {
         let raw = Raw::connect(path)?;
         let reply = raw.ask(Request::Hello { least: 1, most: VERSION })?;
         ensure!(matches!(reply, Reply::Welcome { .. }), "no welcome: {reply:?}");
         Ok(raw)
     }
 
-    fn send(&self, bytes: &[u8]) -> Verdict {
+    pub(super) fn send(&self, bytes: &[u8]) -> Verdict {
         rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
     /// The next message; `None` once it is cut off.
-    fn hear(&self) -> Result<Option<Reply>, Failed> {
+    pub(super) fn hear(&self) -> Result<Option<Reply>, Failed> {
         let mut buffer = [0; MESSAGE_MAX];
         match rustix::net::recv(&self.socket, &mut buffer, RecvFlags::empty()) {
             Ok((0, _)) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => Ok(None),

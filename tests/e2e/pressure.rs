@@ -226,6 +226,15 @@ fn refused() -> Verdict {
     expect_sentence(&SOFT.run(&["--frames", "1M"])?, &["--frames", "at 0s", "at least"])?;
     expect_sentence(&SOFT.run(&["--frames", "8M@0s,1M@5s"])?, &["--frames", "at 5s", "at least"])?;
     expect_sentence(&SOFT.run(&["--frames", "8M", "--low", "8M"])?, &["--frames", "low memory"])?;
+    // Not what was asked for, and no less than that without a word.
+    expect_sentence(
+        &SOFT.run(&["--mem", "32M", "--frames", "64M"])?,
+        &["--frames", "at 0s", "more than there are"],
+    )?;
+    expect_sentence(
+        &SOFT.run(&["--mem", "32M", "--frames", "16M@0s,1G@5s"])?,
+        &["--frames", "at 5s", "at most"],
+    )?;
     for options in [&["--swap", "8M"][..], &["--frames", "8M,4M"], &["--frames", "8M", "--swap-fault", "x@1"]]
     {
         let run = SOFT.run(options)?;

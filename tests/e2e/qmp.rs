@@ -53,23 +53,7 @@ impl Running {
     }
 
     pub(super) fn client(&self) -> Result<Client, Failed> {
-        let path = self.folder.path().join("s");
-        let begun = Instant::now();
-        let stream = loop {
-            match UnixStream::connect(&path) {
-                Ok(stream) => break stream,
-                Err(_) if begun.elapsed() < PATIENCE && !self.run.is_finished() => {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => return Err(format!("nobody listens: {error}").into()),
-            }
-        };
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut client = Client { input: BufReader::new(stream.try_clone()?), stream };
-        let greeting = client.receive()?;
-        ensure!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "no greeting: {greeting}");
-        client.call("qmp_capabilities", json!({}))?;
-        Ok(client)
+        Client::connect(&self.folder.path().join("s"), || !self.run.is_finished())
     }
 
     pub(super) fn end(self) -> Result<Outcome, Failed> {
@@ -83,6 +67,24 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// One of the guest behind `path`, once it listens; it is waited for while it `lives`.
+    pub(super) fn connect(path: &Path, mut lives: impl FnMut() -> bool) -> Result<Client, Failed> {
+        let begun = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(_) if begun.elapsed() < PATIENCE && lives() => thread::sleep(Duration::from_millis(1)),
+                Err(error) => return Err(format!("nobody listens: {error}").into()),
+            }
+        };
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut client = Client { input: BufReader::new(stream.try_clone()?), stream };
+        let greeting = client.receive()?;
+        ensure!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "no greeting: {greeting}");
+        client.call("qmp_capabilities", json!({}))?;
+        Ok(client)
+    }
+
     pub(super) fn receive(&mut self) -> Result<Value, Failed> {
         let mut line = String::new();
         self.input.read_line(&mut line)?;
@@ -100,6 +102,17 @@ impl Client {
         let mut answer = self.receive()?;
         ensure!(answer.get("return").is_some(), "{command}: {answer}");
         Ok(answer["return"].take())
+    }
+
+    /// What a command comes to, an error too, whatever events come before.
+    pub(super) fn outcome(&mut self, command: &str, arguments: Value) -> Result<Value, Failed> {
+        self.send(command, arguments)?;
+        loop {
+            let answer = self.receive()?;
+            if answer.get("event").is_none() {
+                return Ok(answer);
+            }
+        }
     }
 
     fn ask(&mut self, command: &str) -> Result<Value, Failed> {

@@ -9,7 +9,7 @@ use umbra_mmu::{Rule, Rules, TlbKind};
 use crate::board;
 use crate::boot::notes::Notes;
 use crate::import::ImportArgs;
-use crate::measure::MeasureArgs;
+use crate::measure::{ImporterArgs, MeasureArgs};
 use crate::pressure::PressureArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
@@ -86,6 +86,9 @@ pub enum Command {
     ///   umbra measure --append 'workload=kmap scale=4000' --causes page-out,reclaim
     #[command(verbatim_doc_comment)]
     Measure(Box<MeasureArgs>),
+    /// An importer of a measurement, which starts it.
+    #[command(name = crate::measure::COMMAND, hide = true)]
+    MeasuredImporter(ImporterArgs),
 }
 
 /// Which backend runs the guest.
@@ -256,6 +259,9 @@ pub struct RunArgs {
     /// What becomes of an importer that took longer.
     #[arg(long, value_enum, default_value = "drop", requires = "export")]
     pub export_policy: ExportPolicy,
+    /// Importers are told and awaited one after the other, to see what it would cost.
+    #[arg(skip)]
+    pub export_in_turn: bool,
     /// The guest's name, for those who ask by QMP.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

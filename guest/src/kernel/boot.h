@@ -20,6 +20,7 @@
     X(RECLAIM, "reclaim") \
     X(DISK, "disk")  \
     X(SHOOT, "shoot") \
+    X(REPORT, "report") \
     X(OOPS, "oops")
 
 enum workload {

@@ -75,6 +75,8 @@ pub struct Hub {
     answered: Condvar,
     deadline: Duration,
     policy: ExportPolicy,
+    /// Each is awaited before the next one is told.
+    in_turn: bool,
 }
 
 /// An importer said that it had given up what it was not asked for.
@@ -84,7 +86,13 @@ pub struct NotAsked;
 impl Hub {
     /// One that gives importers so long to answer.
     pub fn new(deadline: Duration, policy: ExportPolicy) -> Arc<Hub> {
-        Arc::new(Hub { state: Mutex::default(), answered: Condvar::new(), deadline, policy })
+        Arc::new(Hub { state: Mutex::default(), answered: Condvar::new(), deadline, policy, in_turn: false })
+    }
+
+    /// The same, where each importer is awaited before the next is told: only to see what that would cost.
+    pub fn new_in_turn(deadline: Duration, policy: ExportPolicy) -> Arc<Hub> {
+        let (state, answered) = (Mutex::default(), Condvar::new());
+        Arc::new(Hub { state, answered, deadline, policy, in_turn: true })
     }
 
     /// How long importers have to answer.
@@ -180,6 +188,24 @@ impl Hub {
         self.part(importer);
     }
 
+    /// Returns when nobody of those told at `order` so far is left who could answer in time.
+    fn await_all(&self, order: u64) {
+        loop {
+            let state = self.state();
+            let next =
+                state.rounds.get(&order).and_then(|round| round.waiting.iter().map(|(_, at)| *at).min());
+            let Some(next) = next else { return };
+            let left = next.saturating_duration_since(Instant::now());
+            if !left.is_zero() {
+                drop(self.answered.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner));
+                continue;
+            }
+            drop(state);
+            let late = self.take_late(order, Instant::now());
+            late.into_iter().for_each(|importer| self.punish(importer));
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -221,23 +247,13 @@ impl External for Hub {
         drop(state);
         let pages = pages.iter().map(|gfn| gfn.0).collect();
         self.send(importer, &Reply::Invalidate { order, pages }.encode(0));
+        if self.in_turn {
+            self.await_all(order);
+        }
     }
 
     fn wait(&self, order: u64) -> Answers {
-        loop {
-            let state = self.state();
-            let next =
-                state.rounds.get(&order).and_then(|round| round.waiting.iter().map(|(_, at)| *at).min());
-            let Some(next) = next else { break };
-            let left = next.saturating_duration_since(Instant::now());
-            if !left.is_zero() {
-                drop(self.answered.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner));
-                continue;
-            }
-            drop(state);
-            let late = self.take_late(order, Instant::now());
-            late.into_iter().for_each(|importer| self.punish(importer));
-        }
+        self.await_all(order);
         self.state().rounds.remove(&order).map(|round| round.answers).unwrap_or_default()
     }
 }
@@ -278,6 +294,24 @@ mod tests {
         });
         assert_eq!(hub.ack(importer, 5), Err(NotAsked), "once");
         assert_eq!(hub.wait(5), Answers::default(), "nobody is left to wait for");
+    }
+
+    #[test]
+    fn in_turn_each_is_awaited_before_the_next_is_told() {
+        let hub = Hub::new_in_turn(Duration::from_secs(60), ExportPolicy::Keep);
+        let pairs = [pair(), pair()];
+        let importers = pairs.each_ref().map(|(ours, _)| hub.welcome(Arc::clone(ours), None));
+        let is_told = |theirs: &OwnedFd, flags| rustix::net::recv(theirs, &mut [0; 64], flags).is_ok();
+        std::thread::scope(|scope| {
+            let tells = scope.spawn(|| importers.iter().for_each(|one| hub.tell(5, *one, &[Gfn(7)])));
+            for (importer, (_, theirs)) in importers.iter().zip(&pairs) {
+                assert!(is_told(theirs, RecvFlags::empty()));
+                assert!(pairs.iter().all(|(_, other)| !is_told(other, RecvFlags::DONTWAIT)), "one at a time");
+                assert_eq!(hub.ack(*importer, 5), Ok(()));
+            }
+            tells.join().expect("no panic");
+        });
+        assert_eq!(hub.wait(5), Answers { slowest: Some(importers[1]), late: 0 });
     }
 
     #[test]

@@ -61,7 +61,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
-use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetRefused, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
 
 pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
@@ -87,7 +87,7 @@ use crate::units::format_duration;
 use crate::virtio::disk::{Disk, DiskError, DiskSpec};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
-use control::{ANSWER_WAIT, Attempts, ControlSocket, Controls, News};
+use control::{ANSWER_WAIT, ControlSocket, Controls, News};
 use devices::Devices;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
@@ -146,7 +146,7 @@ pub enum RunError {
         /// The step.
         at: Duration,
         /// Why.
-        source: BudgetTooSmall,
+        source: BudgetRefused,
     },
     /// The swap file cannot be made.
     #[error(transparent)]
@@ -284,7 +284,8 @@ impl Guest {
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
-        let hub = args.export.is_some().then(|| Hub::new(args.export_deadline, args.export_policy));
+        let new_hub = if args.export_in_turn { Hub::new_in_turn } else { Hub::new };
+        let hub = args.export.is_some().then(|| new_hub(args.export_deadline, args.export_policy));
         let mmu = build_mmu(config, &runner, &pool, hub.as_ref())?.with_rules(args.omit.unwrap_or_default());
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let exporter = hub.map(|hub| {
@@ -424,7 +425,7 @@ impl Guest {
             swap_in_memory: !matches!(args.swap, Some(Swap::File(_))),
             pool: Some(Arc::clone(&self.pool)),
             answer_wait: ANSWER_WAIT,
-            attempts: Attempts::default(),
+            exporter: self.exporter.clone(),
         }
     }
 
@@ -432,7 +433,10 @@ impl Guest {
     fn recorder(&self, args: &RunArgs) -> Option<Recorder> {
         let asked = args.status || args.plot.is_some() || args.json.is_some();
         let live = args.status.then(|| LiveLine::new(&self.screen));
-        asked.then(|| Recorder::start(Arc::clone(&self.mmu), self.virtio.balloon(), live))
+        asked.then(|| {
+            let (mmu, pool) = (Arc::clone(&self.mmu), Arc::clone(&self.pool));
+            Recorder::start(mmu, pool, self.virtio.balloon(), live)
+        })
     }
 }
 

@@ -130,6 +130,10 @@ pub struct Invalidations {
     pub nanos: u64,
     /// The longest.
     pub nanos_max: u64,
+    /// Requests of callers that may not sleep, whatever came of them.
+    pub atomic: u64,
+    /// Those of them that would have had to.
+    pub would_block: u64,
 }
 
 impl Invalidations {
@@ -148,6 +152,8 @@ impl Invalidations {
             importer_slowest: t.slowest.map(|importer| importer.0),
             nanos: t.nanos,
             nanos_max: t.nanos_max,
+            atomic: t.atomic,
+            would_block: t.would_block,
         }
     }
 }
@@ -319,6 +325,22 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
     if status == Status::Pass && contradicted { Status::Witness } else { status }
 }
 
+/// What came of requests that might not sleep: a line for each cause of which there were some.
+struct WithoutSleep<'a>(&'a Memory);
+
+impl fmt::Display for WithoutSleep<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for of in self.0.invalidations.iter().filter(|of| of.atomic > 0) {
+            writeln!(
+                f,
+                "{} without sleep: {} of {} would have blocked",
+                of.cause, of.would_block, of.atomic
+            )?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for region in self.regions.iter().filter(|r| !r.agrees()) {
@@ -334,6 +356,7 @@ impl fmt::Display for Summary {
         for finding in &self.audit {
             writeln!(f, "audit: {finding}")?;
         }
+        write!(f, "{}", WithoutSleep(&self.memory))?;
         let good = self.regions.iter().filter(|r| r.agrees()).count();
         write!(
             f,
@@ -366,6 +389,20 @@ mod tests {
         assert_eq!(judge(&pass, &[region(1, 2)], None, &[]), Status::Witness);
         assert_eq!(judge(&pass, &[], Some("no table"), &[]), Status::Witness);
         assert_eq!(judge(&pass, &[], None, &["INV-X".into()]), Status::Failure);
+    }
+
+    #[test]
+    fn what_was_asked_without_sleep_is_in_the_summary_and_nothing_where_nobody_has() {
+        let config = umbra_mmu::Config { low_pages: 1, ..umbra_mmu::Config::of_pages(600) };
+        let mmu = Mmu::new(umbra_mmu::Machine::anonymous(1200), config, Box::new(umbra_mmu::NoVcpus));
+        let of = |mmu: &Mmu| WithoutSleep(&Memory::of(mmu)).to_string();
+        assert_eq!(of(&mmu), "");
+        let stack = umbra_mmu::LocalStack::new(Context::Host);
+        mmu.write_bytes(&stack, umbra_mmu::Gfn(9).at(0), &[1]).expect("a frame");
+        let pages = [umbra_mmu::Gfn(8), umbra_mmu::Gfn(9)];
+        mmu.page_out_atomic(None, &pages).expect_err("it would have to be written");
+        mmu.page_out_atomic(None, &pages[..1]).expect("there is nothing to do");
+        assert_eq!(of(&mmu), "page-out without sleep: 1 of 2 would have blocked\n");
     }
 
     #[test]

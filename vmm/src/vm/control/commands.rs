@@ -101,7 +101,7 @@ pub const COMMANDS: &[Command] = &[
     command("x-explain", &[must("gva", Kind::Unsigned), may("vcpu", Kind::Unsigned)], How::Apart(explain)),
     command("x-frames", &[may("bytes", Kind::Unsigned)], How::AtOnce(memory::frames)),
     command("x-memory", &[], How::Apart(memory::memory)),
-    command("x-page-out", &RANGE, How::Apart(memory::page_out)),
+    command("x-page-out", &[RANGE[0], RANGE[1], may("atomic", Kind::Boolean)], How::Apart(memory::page_out)),
 ];
 
 /// The command of that name.

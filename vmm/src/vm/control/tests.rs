@@ -77,7 +77,7 @@ impl Parts {
             swap_in_memory: true,
             pool: None,
             answer_wait: Duration::from_millis(300),
-            attempts: Attempts::default(),
+            exporter: None,
         }
     }
 }
