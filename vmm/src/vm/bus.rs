@@ -432,7 +432,15 @@ impl<'a> GuestBus<'a> {
                 }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
                 Err(Beyond::Device(gpa)) => {
-                    self.board(|board, now, id| board.mmio_write(now, id, gpa, width, value));
+                    let id = self.vcpu.id();
+                    let noticed = self.devices.write_at(id, self.time(), |board, now| {
+                        board.mmio_write(now, id as usize, gpa, width, value);
+                    });
+                    if noticed != 0 {
+                        let devices = self.devices;
+                        let served = self.outside(|mmu, vcpu| devices.serve(vcpu.id(), mmu, noticed));
+                        served.map_err(|shortage| self.lack(shortage))?;
+                    }
                     return Ok(());
                 }
             }

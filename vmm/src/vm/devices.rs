@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use umbra_mmu::{Mmu, Shortage};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::kick::Kick;
@@ -75,6 +76,19 @@ pub struct Devices {
     wakers: Box<[Waker]>,
     /// By slot: what the virtio devices' workers sleep on.
     bells: [OnceLock<Arc<Bell>>; VIRTIO_SLOTS],
+    /// By slot: the devices that who notifies them serves himself.
+    prompt: [OnceLock<Arc<dyn Prompt>>; VIRTIO_SLOTS],
+}
+
+/// A device whose requests the vCPU that notifies it serves itself.
+pub trait Prompt: Send + Sync {
+    /// Serves what there is, or has another do so. For the thread of `vcpu`, which is outside the guest; may sleep, for pages
+    /// of the guest's.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be had: the run cannot go on.
+    fn serve(&self, vcpu: u32, mmu: &Mmu, devices: &Devices) -> Result<(), Shortage>;
 }
 
 /// Guest time goes on.
@@ -126,6 +140,7 @@ impl Devices {
             in_hand: AtomicU32::new(0),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
             bells: Default::default(),
+            prompt: Default::default(),
         })
     }
 
@@ -189,9 +204,11 @@ impl Devices {
         })
     }
 
-    /// It has ended one, and `call` tells the board. Whoever waits for the guest to stand still is told by its vCPUs.
-    pub fn end_round(&self, slot: usize, call: impl FnOnce(&mut Board, Nanos)) {
-        self.with(|board, now| {
+    /// It has ended one, and `call` tells the board; on the thread of `vcpu`, if that is any, which is not woken. Whoever waits for the
+    /// guest to stand still is told by its vCPUs.
+    pub fn end_round(&self, slot: usize, vcpu: Option<u32>, call: impl FnOnce(&mut Board, Nanos)) {
+        let caller = vcpu.map(|vcpu| vcpu as usize);
+        self.call_and_ring(caller, self.now(), |board, now| {
             call(board, now);
             self.in_hand.fetch_and(!(1 << slot), Ordering::SeqCst);
         });
@@ -211,22 +228,64 @@ impl Devices {
         debug_assert!(first.is_ok(), "a slot has one worker");
     }
 
+    /// Has [`Devices::write_at`] name the slot to whoever notifies it.
+    pub fn set_prompt(&self, slot: usize, device: Arc<dyn Prompt>) {
+        let first = self.prompt[slot].set(device);
+        debug_assert!(first.is_ok(), "a slot has one device");
+    }
+
     /// Calls the board with the time, then sets the alarm and wakes whom it concerns.
     pub fn with<R>(&self, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(None, self.now(), call)
+        self.call_and_ring(None, self.now(), call)
     }
 
     /// The same on the thread of `vcpu`, which is not woken: it looks at the board before it enters or sleeps.
     pub fn with_as<R>(&self, vcpu: u32, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(Some(vcpu as usize), self.now(), call)
+        self.call_and_ring(Some(vcpu as usize), self.now(), call)
     }
 
     /// The same at `now`, which the vCPU's own clock says: it lies behind guest time, and not far.
     pub fn with_at<R>(&self, vcpu: u32, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(Some(vcpu as usize), now, call)
+        self.call_and_ring(Some(vcpu as usize), now, call)
     }
 
-    fn call<R>(&self, caller: Option<usize>, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+    /// The same for a write to a device. Slots that it notifies and the caller is to serve, by [`Devices::serve`].
+    pub fn write_at(&self, vcpu: u32, now: Nanos, write: impl FnOnce(&mut Board, Nanos)) -> u32 {
+        let ((), notifies) = self.call(Some(vcpu as usize), now, write);
+        let is_prompt = |slot: &usize| notifies & 1 << slot != 0 && self.prompt[*slot].get().is_some();
+        let prompt = (0..VIRTIO_SLOTS).filter(is_prompt).fold(0, |slots, slot| slots | 1 << slot);
+        self.ring_bells(notifies & !prompt);
+        prompt
+    }
+
+    /// Serves the devices of `slots`, on the thread of `vcpu`, which is outside the guest. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// When a page of the guest cannot be had: the run cannot go on.
+    pub fn serve(&self, vcpu: u32, mmu: &Mmu, slots: u32) -> Result<(), Shortage> {
+        let named = self.prompt.iter().enumerate().filter(|(slot, _)| slots & 1 << slot != 0);
+        named.filter_map(|(_, device)| device.get()).try_for_each(|device| device.serve(vcpu, mmu, self))
+    }
+
+    fn call_and_ring<R>(
+        &self,
+        caller: Option<usize>,
+        now: Nanos,
+        call: impl FnOnce(&mut Board, Nanos) -> R,
+    ) -> R {
+        let (result, notifies) = self.call(caller, now, call);
+        self.ring_bells(notifies);
+        result
+    }
+
+    /// What `call` returns, and the slots whose devices it has notified.
+    fn call<R>(
+        &self,
+        caller: Option<usize>,
+        now: Nanos,
+        call: impl FnOnce(&mut Board, Nanos) -> R,
+    ) -> (R, u32) {
         let mut state = lock(&self.state);
         let now = now.max(state.latest);
         state.latest = now;
@@ -239,10 +298,7 @@ impl Devices {
                 waker.wake();
             }
         }
-        if notifies != 0 {
-            self.ring_bells(notifies);
-        }
-        result
+        (result, notifies)
     }
 
     /// Has a vCPU look once more whether anything could still wake one, where all sleep. Each that comes to sleep later looks
@@ -255,6 +311,9 @@ impl Devices {
     }
 
     fn ring_bells(&self, slots: u32) {
+        if slots == 0 {
+            return;
+        }
         let named = self.bells.iter().enumerate().filter(|(slot, _)| slots & 1 << slot != 0);
         named.filter_map(|(_, bell)| bell.get()).for_each(|bell| bell.ring());
     }

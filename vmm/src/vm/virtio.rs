@@ -1,7 +1,8 @@
 //! The guest's virtio devices: their slots, their threads, and their way to the board.
 //!
 //! Story: disks are plugged in order into the first slots, the balloon behind them, before the guest runs. Each has a thread then,
-//! which sleeps until [`Devices`] rings its bell.
+//! which sleeps until [`Devices`] rings its bell. One that makes nobody wait ([`Device::is_prompt`]) is served by the vCPU that
+//! notifies it, and its thread has what that one leaves.
 //!
 //! Holds: a panic of such a thread, or a page that cannot be had, ends the run. A vCPU that waits for a device looks again once
 //! the device has nothing more to do, so that a wait for ever is seen.
@@ -11,14 +12,15 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use umbra_mmu::{Mmu, PAGE_SIZE};
+use umbra_mmu::{Mmu, PAGE_SIZE, Shortage};
 
 use super::control::{BalloonControl, News};
-use super::devices::Devices;
+use super::devices::{Devices, Prompt};
 use super::ending::{End, Ending};
 use crate::board::VirtioSnapshot;
 use crate::virtio::balloon::{Balloon, BalloonDevice, BalloonState};
@@ -30,13 +32,18 @@ use crate::virtio::{Device, Port};
 /// How long the end of the run waits for requests under way.
 pub const FINISH_MAX: Duration = Duration::from_secs(5);
 
+/// Rounds that a vCPU makes over a device that it has notified, before it leaves the rest to the device's thread.
+const ROUNDS_OF_A_VCPU: usize = 8;
+
 /// A slot of the board behind its lock.
-struct SlotPort {
-    devices: Arc<Devices>,
+struct SlotPort<D> {
+    devices: D,
     slot: usize,
+    /// Whose thread this is for: it is not woken.
+    vcpu: Option<u32>,
 }
 
-impl Port for SlotPort {
+impl<D: Deref<Target = Devices> + Send + Sync> Port for SlotPort<D> {
     fn begin(&self) -> Option<VirtioSnapshot> {
         let begun = self.devices.begin_round(self.slot);
         if begun.is_none() {
@@ -46,7 +53,7 @@ impl Port for SlotPort {
     }
 
     fn end(&self, used: bool, more: bool) {
-        self.devices.end_round(self.slot, |board, now| {
+        self.devices.end_round(self.slot, self.vcpu, |board, now| {
             if used {
                 board.virtio_used(now, self.slot);
             }
@@ -58,7 +65,7 @@ impl Port for SlotPort {
     }
 
     fn fail(&self) {
-        self.devices.end_round(self.slot, |board, now| {
+        self.devices.end_round(self.slot, self.vcpu, |board, now| {
             board.virtio_failed(now, self.slot);
             board.virtio_end(now, self.slot, false);
         });
@@ -72,9 +79,33 @@ impl Port for SlotPort {
 
 /// A device in its slot.
 struct Plugged<D> {
-    worker: Worker<D>,
-    port: Arc<SlotPort>,
+    worker: Arc<Mutex<Worker<D>>>,
+    port: Arc<SlotPort<Arc<Devices>>>,
     bell: Arc<Bell>,
+}
+
+/// The same for the vCPUs that notify it.
+struct Noticed<D> {
+    worker: Arc<Mutex<Worker<D>>>,
+    slot: usize,
+    bell: Arc<Bell>,
+}
+
+impl<D: Device> Prompt for Noticed<D> {
+    fn serve(&self, vcpu: u32, mmu: &Mmu, devices: &Devices) -> Result<(), Shortage> {
+        let more = match self.worker.try_lock() {
+            Ok(mut worker) => {
+                let port = SlotPort { devices, slot: self.slot, vcpu: Some(vcpu) };
+                worker.rounds(mmu, &port, ROUNDS_OF_A_VCPU)?
+            }
+            // Somebody is at it, and may be past what there is now; or a panic has ended the run.
+            Err(_) => true,
+        };
+        if more {
+            self.bell.ring();
+        }
+        Ok(())
+    }
 }
 
 impl<D: Device + 'static> Plugged<D> {
@@ -83,24 +114,41 @@ impl<D: Device + 'static> Plugged<D> {
         assert!(plugged, "virtio slot {slot} is free");
         let bell = Arc::new(Bell::default());
         devices.set_bell(slot, Arc::clone(&bell));
-        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot });
-        Plugged { worker: Worker::new(device, name), port, bell }
+        let prompt = device.is_prompt();
+        let worker = Arc::new(Mutex::new(Worker::new(device, name)));
+        if prompt {
+            let (worker, bell) = (Arc::clone(&worker), Arc::clone(&bell));
+            devices.set_prompt(slot, Arc::new(Noticed { worker, slot, bell }));
+        }
+        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot, vcpu: None });
+        Plugged { worker, port, bell }
     }
 
     fn start(self, thread: &'static str, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<Thread> {
-        let Plugged { mut worker, port, bell } = self;
+        let Plugged { worker, port, bell } = self;
         let (mmu, ending, own) = (Arc::clone(mmu), ending.clone(), Arc::clone(&bell));
-        let name = worker.name().to_owned();
+        let name = lock(&worker).name().to_owned();
         let work = move || {
             ending.watch(thread, || {
-                if let Err(short) = worker.run(&mmu, &*port, &own) {
-                    ending.set(End::Shortage(short));
+                while own.wait() {
+                    // Each round by itself: a vCPU that comes meanwhile is not kept.
+                    while !own.is_stopped() {
+                        match lock(&worker).rounds(&mmu, &*port, 1) {
+                            Ok(true) => {}
+                            Ok(false) => break,
+                            Err(short) => return ending.set(End::Shortage(short)),
+                        }
+                    }
                 }
             });
         };
         let thread = std::thread::Builder::new().name(thread.into()).spawn(work)?;
         Ok(Thread { name, bell, thread: Some(thread) })
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A running thread; dropping it ends it.
@@ -149,7 +197,7 @@ impl VirtioDevices {
     /// When the host has no thread left.
     pub fn start(self, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<VirtioThreads> {
         let VirtioDevices { disks, balloon } = self;
-        let handles = disks.iter().map(|disk| disk.worker.device().handle()).collect();
+        let handles = disks.iter().map(|disk| lock(&disk.worker).device().handle()).collect();
         let handle = host_side(&balloon);
         let mut threads = vec![balloon.start("balloon", mmu, ending)?];
         for disk in disks {
@@ -161,7 +209,7 @@ impl VirtioDevices {
 
 fn host_side(balloon: &Plugged<BalloonDevice>) -> Balloon {
     let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
-    balloon.worker.device().handle(port, Arc::clone(&balloon.bell))
+    lock(&balloon.worker).device().handle(port, Arc::clone(&balloon.bell))
 }
 
 /// The balloon as the control socket has it: in bytes of what the guest keeps.
@@ -313,12 +361,24 @@ mod tests {
         }
     }
 
-    /// Offers a request to write a sector of the disk in slot 0, and notifies.
-    fn write_a_sector(run: &Run, driver: &mut Driver) {
+    /// Offers a request to write a sector of the disk in slot 0.
+    fn offer_a_write(run: &Run, driver: &mut Driver) {
         fuzz::poke(&run.mmu, BUFFERS, &[&1u32.to_le_bytes()[..], &[0; 12]].concat());
         let parts = [(BUFFERS, 16, 0), (BUFFERS + 0x1000, 512, 0), (BUFFERS + 0x2000, 1, WRITE)];
         driver.offer_chain(&run.mmu, 0, 1, &parts, false);
+    }
+
+    /// The same, and notifies.
+    fn write_a_sector(run: &Run, driver: &mut Driver) {
+        offer_a_write(run, driver);
         Slot(&run.devices, 0).write(0x50, 0);
+    }
+
+    /// Notifies as vCPU 0 does: what it is to serve itself.
+    fn notify_as_vcpu(run: &Run) -> u32 {
+        run.devices.write_at(0, run.devices.now(), |board, now| {
+            board.mmio_write(now, 0, Slot(&run.devices, 0).gpa(0x50), Width::B4, 0);
+        })
     }
 
     #[test]
@@ -351,6 +411,46 @@ mod tests {
         assert_eq!(Slot(&run.devices, 1).read(0x100), 5);
         let (disks, balloon) = run.threads.finish();
         assert_eq!((disks[0].write.requests, disks[0].write.errors, balloon.target), (99, 0, 5));
+    }
+
+    #[test]
+    fn a_vcpu_serves_a_disk_in_memory_itself_and_leaves_what_is_too_much_to_its_thread() {
+        let run = run(memory_disks(1));
+        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
+        driver.set_up(&run.mmu, &slot, 0, F_EVENT_IDX);
+        // A driver that begins concerns the thread.
+        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        for round in 1..100u16 {
+            offer_a_write(&run, &mut driver);
+            assert_eq!(notify_as_vcpu(&run), 1);
+            assert_eq!(driver.used(&run.mmu, 0).0, round - 1, "nobody else has been called");
+            run.devices.serve(0, &run.mmu, 1).expect("pages");
+            assert_eq!(driver.used(&run.mmu, 0).0, round, "it is done when this returns");
+            assert_eq!(slot.read(0x60), 1);
+            slot.write(0x64, 1);
+        }
+        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        for _ in 0..ROUNDS_OF_A_VCPU + 3 {
+            offer_a_write(&run, &mut driver);
+        }
+        assert_eq!(notify_as_vcpu(&run), 1);
+        run.devices.serve(0, &run.mmu, 1).expect("pages");
+        wait_for(|| driver.used(&run.mmu, 0).0 == 99 + ROUNDS_OF_A_VCPU as u16 + 3);
+        assert_eq!(run.threads.finish().0[0].write.requests, 99 + ROUNDS_OF_A_VCPU as u64 + 3);
+    }
+
+    #[test]
+    fn a_vcpu_neither_serves_nor_awaits_a_disk_that_may_take_its_time() {
+        let bell = Arc::new(Bell::default());
+        let run = run(held(&bell));
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        offer_a_write(&run, &mut driver);
+        assert_eq!(notify_as_vcpu(&run), 0);
+        wait_for(|| !run.devices.is_quiet());
+        bell.ring();
+        wait_for(|| driver.used(&run.mmu, 0).0 == 1);
+        run.threads.finish();
     }
 
     /// A medium that does this at each write, and has nothing.
