@@ -33,6 +33,8 @@ mod qmp;
 mod rig;
 #[path = "e2e/series.rs"]
 mod series;
+#[path = "e2e/simulation.rs"]
+mod simulation;
 #[path = "e2e/smp.rs"]
 mod smp;
 #[path = "e2e/soak.rs"]
@@ -72,6 +74,7 @@ fn test() -> ExitCode {
         qmp::cases(),
         rig::cases(),
         series::cases(),
+        simulation::cases(),
         smp::cases(),
         soak::cases(),
         workloads::cases(),

@@ -24,6 +24,8 @@ pub enum Status {
     Reset,
     /// Ended by an operator.
     Quit,
+    /// A simulation came to where each of Umbra's threads waits for another.
+    Deadlock,
     /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
     Incoherent,
 }
@@ -42,6 +44,7 @@ impl Status {
             Status::Reset => 12,
             Status::Quit => 14,
             Status::Incoherent => 16,
+            Status::Deadlock => 18,
         }
     }
 
@@ -53,7 +56,9 @@ impl Status {
             Status::Timeout => "TIMEOUT",
             Status::Reset => "RESET",
             Status::Quit => "QUIT",
-            Status::Usage | Status::Operator | Status::Failure | Status::Incoherent => "ERROR",
+            Status::Usage | Status::Operator | Status::Failure | Status::Incoherent | Status::Deadlock => {
+                "ERROR"
+            }
         }
     }
 }
@@ -77,6 +82,7 @@ mod tests {
             Status::Reset,
             Status::Quit,
             Status::Incoherent,
+            Status::Deadlock,
         ];
         for (at, status) in ours.iter().enumerate() {
             assert!(status.code() != 0 && status.code() % 2 == 0);

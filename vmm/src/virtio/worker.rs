@@ -8,8 +8,9 @@
 //!
 //! Locks: the bell's, which is a leaf. A round is made with nothing held.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use umbra_mmu::sync::sim::Bed;
 use umbra_mmu::{Mmu, Shortage};
 
 use super::ring::{Ring, Trouble};
@@ -20,7 +21,7 @@ use crate::board::{QUEUES_MAX, VirtioSnapshot};
 #[derive(Debug, Default)]
 pub struct Bell {
     state: Mutex<BellState>,
-    changed: Condvar,
+    changed: Bed,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,7 +52,7 @@ impl Bell {
     pub fn wait(&self) -> bool {
         let mut state = self.lock();
         while !state.rung && !state.stopped {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.changed.wait(&self.state, state, "its bell");
         }
         state.rung = false;
         !state.stopped

@@ -38,9 +38,15 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// When KVM was asked for and cannot be used.
+    /// When KVM was asked for and cannot be used, or does not go with `--deterministic`.
     pub fn make(args: &RunArgs) -> Result<Plan, RunError> {
         let backend = args.backend;
+        if args.deterministic {
+            return match backend {
+                cli::Backend::Kvm => Err(RunError::NotDeterministic),
+                _ => Ok(Plan { chosen: Chosen::Soft, why: None }),
+            };
+        }
         match (backend, (backend != cli::Backend::Soft).then(|| open_kvm(args))) {
             (cli::Backend::Auto, Some(Err(error))) => {
                 Ok(Plan { chosen: Chosen::Soft, why: Some(format!("backend=soft: {error}")) })

@@ -17,6 +17,7 @@
 //!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
+use umbra_mmu::sync::sim;
 use umbra_mmu::{
     Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refill, Refusal,
     Shortage, Vcpu, Violation,
@@ -557,7 +558,9 @@ impl Bus for GuestBus<'_> {
         if self.pauses == PAUSES_MAX {
             self.pauses = 0;
             // There may be more vCPUs than CPUs, and the one that it spins for without one.
-            std::thread::yield_now();
+            if !sim::pause() {
+                std::thread::yield_now();
+            }
         }
     }
 

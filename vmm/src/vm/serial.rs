@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use umbra_mmu::sync::sim;
+
 /// The moment the process started, near enough: the first call decides.
 pub fn process_start() -> Instant {
     static START: OnceLock<Instant> = OnceLock::new();
@@ -137,6 +139,10 @@ impl Write for Console {
         let mut state = self.queue.lock();
         if state.failed {
             return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        // What is lost must not hang on how fast its reader is.
+        while sim::is_on() && state.bytes.len() + bytes.len() > WAITING_MAX && !state.failed {
+            state = self.queue.wait(state);
         }
         if state.bytes.len() + bytes.len() > WAITING_MAX {
             return Err(io::Error::new(io::ErrorKind::WouldBlock, "its reader is too slow"));
