@@ -57,6 +57,7 @@ const PROGRAMS: &[Program] = &[
     Program { name: "fpu_fresh", files: &["fpu_fresh.c"] },
     Program { name: "reclaim", files: &["reclaim.c", "reclaim_pattern.c"] },
     Program { name: "shoot", files: &["shoot.c"] },
+    Program { name: "age", files: &["age.c"] },
     Program {
         name: "mix",
         files: &[

@@ -9,10 +9,14 @@ mod support;
 
 #[path = "e2e/bars.rs"]
 mod bars;
+#[path = "e2e/chaos.rs"]
+mod chaos;
 #[path = "e2e/cli.rs"]
 mod cli;
 #[path = "e2e/export.rs"]
 mod export;
+#[path = "e2e/guest_tlb.rs"]
+mod guest_tlb;
 #[path = "e2e/images.rs"]
 mod images;
 #[path = "e2e/measure.rs"]
@@ -29,6 +33,8 @@ mod peer;
 mod pressure;
 #[path = "e2e/qmp.rs"]
 mod qmp;
+#[path = "e2e/reset.rs"]
+mod reset;
 #[path = "e2e/rig.rs"]
 mod rig;
 #[path = "e2e/series.rs"]
@@ -62,8 +68,10 @@ fn main() -> ExitCode {
 fn test() -> ExitCode {
     let files = [
         bars::cases(),
+        chaos::cases(),
         cli::cases(),
         export::cases(),
+        guest_tlb::cases(),
         images::cases(),
         measure::cases(),
         memory::cases(),
@@ -72,6 +80,7 @@ fn test() -> ExitCode {
         peer::cases(),
         pressure::cases(),
         qmp::cases(),
+        reset::cases(),
         rig::cases(),
         series::cases(),
         simulation::cases(),

@@ -164,7 +164,7 @@ impl CodeBus for TlbBus {
     }
 
     #[inline(always)]
-    fn begin(&mut self, step: u64) {
+    fn begin(&mut self, step: u64, _eip: u32) {
         self.step = step;
     }
 

@@ -17,6 +17,7 @@
 //! | tracked_store | an emulated store to a page table that takes an spte away | |
 //! | invalidate_batch | 512 pages of one spte each discarded in one batch, no vCPU in the guest: a page | 60 ns |
 //! | invalidate_one | one such page | 1 us |
+//! | fill_exported, invalidate_exported | a fill, and a page discarded in a batch, of pages that nobody has imported, where the guest exports its memory and somebody has a page of it, over the same where it does not, turn by turn | 1 |
 //! | evict_refault | a dirty page to swap in memory and back, until it may be stored to: copied twice | 6 us |
 //! | evict_refault_over_uffd | the same over userfaultfd and madvise, turn by turn (`peers/refault.c`) | 1 |
 //! | fill_threads_2_over_1 | refills a second on two threads, in address spaces of their own, over one's | 1.8 |
@@ -31,6 +32,7 @@ use umbra_benches::peer::quantile;
 use umbra_benches::{Effort, Samples, measure};
 use umbra_mmu::discard::Discard;
 use umbra_mmu::dma::Session;
+use umbra_mmu::external::{Answers, External, ImporterId};
 use umbra_mmu::invalidation::May;
 use umbra_mmu::records::Clock;
 use umbra_mmu::swap::MemorySwap;
@@ -63,14 +65,34 @@ fn world(vcpus: u32) -> Mmu {
 }
 
 fn world_in(machine: Machine, vcpus: u32) -> Mmu {
-    let config = Config {
-        reserved_frames: 1,
-        shadow_pages_max: 1024,
-        roots_max: 64,
-        vcpus,
-        ..Config::of_pages(GUEST_PAGES)
-    };
-    Mmu::new(machine, config, Box::new(NoVcpus))
+    Mmu::new(machine, Config { vcpus, ..config() }, Box::new(NoVcpus))
+}
+
+fn config() -> Config {
+    Config { reserved_frames: 1, shadow_pages_max: 1024, roots_max: 64, ..Config::of_pages(GUEST_PAGES) }
+}
+
+/// A guest that exports its memory. Importer 1 has its last page, and is never told to give it up.
+fn exporting() -> Mmu {
+    #[derive(Debug)]
+    struct Nobody;
+    impl External for Nobody {
+        fn tell(&self, _order: u64, importer: ImporterId, pages: &[Gfn]) {
+            panic!("{importer:?} is told of {pages:?}, which it does not have");
+        }
+
+        fn wait(&self, _order: u64) -> Answers {
+            Answers::default()
+        }
+    }
+    let machine = Machine::anonymous(2 * GUEST_PAGES + 4096);
+    let mmu = Mmu::new(machine, Config { homes: true, ..config() }, Box::new(NoVcpus))
+        .with_clock(Box::new(HostClock(Instant::now())))
+        .with_external(Box::new(Nobody));
+    let last = Gfn(GUEST_PAGES - 1);
+    let segment = mmu.make_segment(last, 1, false).expect("no segment is there");
+    mmu.import_page(ImporterId(1), segment, last, false).expect("the page can be moved");
+    mmu
 }
 
 fn gva(page: u32) -> Gva {
@@ -136,7 +158,7 @@ type Group = (&'static str, fn(Effort));
 /// `cargo bench --bench mmu -- fills window` runs those groups alone.
 fn main() {
     let effort = Effort::from_args();
-    let groups: [Group; 10] = [
+    let groups: [Group; 11] = [
         ("fills", fills),
         ("first_touches", first_touches),
         ("new_tables", new_tables),
@@ -145,6 +167,7 @@ fn main() {
         ("guest_faults", guest_faults),
         ("control_registers", control_registers),
         ("invalidations", invalidations),
+        ("exported", exported),
         ("evictions", evictions),
         ("threads", threads),
     ];
@@ -304,6 +327,33 @@ fn invalidations(effort: Effort) {
     let each = || (first..first + PAGES).for_each(|gfn| discard(gfn..gfn + 1));
     measure(effort, PAGES, || space.fill(), each).print("invalidate_one", PAGES);
     assert!(mmu.audit().is_empty());
+}
+
+/// What memory that is exported costs whoever has nothing to do with that.
+fn exported(effort: Effort) {
+    let worlds = [world(1).with_clock(Box::new(HostClock(Instant::now()))), exporting()];
+    let spaces = worlds.each_ref().map(|mmu| Space::new(mmu, 0));
+    let time = |work: &dyn Fn()| {
+        let begun = Instant::now();
+        work();
+        begun.elapsed().as_nanos() as f64 / f64::from(PAGES)
+    };
+    let (mut fills, mut invalidations) = (Vec::new(), Vec::new());
+    for _ in 0..effort.batches {
+        let [plain, exporting] = spaces.each_ref().map(|space| {
+            let pages = space.frame(0)..space.frame(0) + PAGES;
+            let fill = time(&|| space.fill());
+            let discard =
+                || space.mmu.discard(None, pages.clone(), Discard::Zero, May::Sleep).expect("no vCPU");
+            (fill, time(&discard))
+        });
+        fills.push(exporting.0 / plain.0);
+        invalidations.push(exporting.1 / plain.1);
+    }
+    for (name, ratios) in [("fill_exported", fills), ("invalidate_exported", invalidations)] {
+        println!("bench {name}={:.3} x batches={}", quantile(&ratios, 0.5), ratios.len());
+    }
+    worlds.iter().for_each(|mmu| assert!(mmu.audit().is_empty()));
 }
 
 fn evictions(effort: Effort) {

@@ -19,6 +19,12 @@ enum Step {
     Say { kind: u8, fields: [Field; 4] },
     /// The guest wants a page back.
     PageOut(u8),
+    /// The same with a word of it changed, and cut or lengthened.
+    Bent { kind: u8, fields: [Field; 4], at: u8, value: Field, length: Option<u8> },
+    /// The guest has a descriptor table in a page, or none any more.
+    Watch(u8),
+    /// Swap fails from now on.
+    FailSwap,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -64,6 +70,17 @@ fuzz_target!(|steps: Vec<(u8, Step)>| {
                 exchange.send(which, &request(kind, &fields).encode(7)).expect("descriptors");
             }
             Step::PageOut(page) => exchange.page_out(page.into()),
+            Step::Bent { kind, fields, at, value, length } => {
+                let mut bytes = request(kind, &fields).encode(7);
+                let at = usize::from(at) * 4 % bytes.len();
+                bytes[at..at + 4].copy_from_slice(&value.value().to_le_bytes());
+                if let Some(length) = length {
+                    bytes.resize(length.into(), 0);
+                }
+                exchange.send(which, &bytes).expect("descriptors");
+            }
+            Step::Watch(page) => exchange.watch(page.into()),
+            Step::FailSwap => exchange.fail_swap(),
         }
     }
     exchange.end();

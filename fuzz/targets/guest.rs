@@ -229,7 +229,7 @@ impl Twin {
                 // Time moves on before the instruction, which may read it; once, however often it must begin again.
                 if !again {
                     steps += 1;
-                    bus.begin(steps);
+                    bus.begin(steps, cpu.eip);
                 }
                 let before = cpu.clone();
                 let mut journal = Journal::new(bus, again_in).sparing_repeats();

@@ -143,6 +143,8 @@ pub struct Coherence {
     /// And though no vCPU runs guest code.
     notify_idle: AtomicBool,
     removals: Lock<Removals>,
+    /// Somebody has locked the bus.
+    bus: AtomicBool,
     shootdown: Box<dyn Shootdown>,
 }
 
@@ -169,6 +171,7 @@ impl Coherence {
             notify_max: AtomicU32::new(0),
             notify_idle: AtomicBool::new(false),
             removals: Lock::new(lock_order::REMOVALS, Removals::default()),
+            bus: AtomicBool::new(false),
             shootdown,
         }
     }
@@ -322,6 +325,31 @@ impl Coherence {
         self.inside().for_each(|number| self.shootdown.kick(number));
     }
 
+    /// Keeps the vCPUs but `own`, which is outside, from every access to memory for as long as the value lives: what silicon
+    /// does for a locked access that no cache line holds. Sleeps (spins, kicking once) for vCPUs in the guest and for another who
+    /// has it. Whoever has it waits for no vCPU: it takes locks, which are not held by one who enters.
+    ///
+    /// ```text
+    /// vCPU                                      whoever locks the bus
+    /// mode := in guest                          bus := locked, when it is free
+    /// bus locked? outside, until it is free     mode = in guest? kick; wait for outside
+    /// guest code                                the access
+    /// mode := outside                           bus := free
+    /// ```
+    pub fn lock_bus(&self, own: u32) -> BusLock<'_> {
+        lock_order::assert_may_sleep();
+        while self.bus.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            thread::yield_now();
+        }
+        self.inside().filter(|number| *number != own).for_each(|number| self.shootdown.kick(number));
+        if !spin_until(|| !self.is_anyone_inside(Some(own))) {
+            while self.is_anyone_inside(Some(own)) {
+                thread::yield_now();
+            }
+        }
+        BusLock(self)
+    }
+
     fn inside(&self) -> impl Iterator<Item = u32> {
         let inside = |vcpu: &VcpuFlush| vcpu.mode.load(Ordering::SeqCst) == VcpuMode::InGuest as u32;
         (0..).zip(self.vcpus.iter()).filter(move |(_, vcpu)| inside(vcpu)).map(|(number, _)| number)
@@ -335,13 +363,25 @@ impl Coherence {
 
     /// Before guest code runs: marks `vcpu` as in the guest and says whether it must flush first. The mode is set
     /// before the request is read, so a shootdown either sees the vCPU inside and kicks it, or its request is
-    /// seen here.
+    /// seen here. Sleeps for one who has locked the bus.
     pub fn enter_guest(&self, vcpu: u32) -> bool {
         let state = &self.vcpus[vcpu as usize];
-        if self.rules.keep(Rule::ModeAtEntry) {
-            state.mode.store(VcpuMode::InGuest as u32, Ordering::SeqCst);
+        self.set_inside(state);
+        while self.bus.load(Ordering::SeqCst) {
+            self.leave_guest(vcpu);
+            lock_order::assert_may_sleep();
+            while self.bus.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            self.set_inside(state);
         }
         state.requested.load(Ordering::SeqCst) > state.flushed.load(Ordering::SeqCst)
+    }
+
+    fn set_inside(&self, vcpu: &VcpuFlush) {
+        if self.rules.keep(Rule::ModeAtEntry) {
+            vcpu.mode.store(VcpuMode::InGuest as u32, Ordering::SeqCst);
+        }
     }
 
     /// After guest code ran, or when it will not after all. Whoever waits for it may look too late to see it outside: what
@@ -364,6 +404,16 @@ impl Coherence {
     /// Notes that the flush begun with `epoch` is complete on `vcpu`.
     pub fn end_flush(&self, vcpu: u32, epoch: u64) {
         self.vcpus[vcpu as usize].flushed.fetch_max(epoch, Ordering::SeqCst);
+    }
+}
+
+/// Proof that no vCPU but the holder's reaches guest memory ([`Coherence::lock_bus`]).
+#[must_use]
+pub struct BusLock<'a>(&'a Coherence);
+
+impl Drop for BusLock<'_> {
+    fn drop(&mut self) {
+        self.0.bus.store(false, Ordering::SeqCst);
     }
 }
 

@@ -30,6 +30,15 @@ pub enum Discard {
     Balloon,
 }
 
+impl Discard {
+    fn cause(self) -> Cause {
+        match self {
+            Discard::Zero => Cause::Discard,
+            Discard::Balloon => Cause::Balloon,
+        }
+    }
+}
+
 /// Why pages were not discarded. Those before them are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotDiscarded {
@@ -53,7 +62,7 @@ impl Mmu {
     /// # Errors
     ///
     /// When a page cannot be had, or the caller may not sleep and would have to: pages before it are discarded, and others of
-    /// its batch may be.
+    /// its batch may be. Requests that may not sleep are counted, by cause ([`crate::records::Totals::atomic`]).
     pub fn discard(
         &self,
         own: Option<u32>,
@@ -61,7 +70,22 @@ impl Mmu {
         what: Discard,
         may: May,
     ) -> Result<(), NotDiscarded> {
-        let _scope = (may == May::NotSleep).then(NoSleep::enter);
+        if may == May::Sleep {
+            return self.discard_pages(own, pages, what, may);
+        }
+        let _scope = NoSleep::enter();
+        let done = self.discard_pages(own, pages, what, may);
+        self.records.note_atomic(what.cause(), matches!(done, Err(NotDiscarded::WouldBlock(_))));
+        done
+    }
+
+    fn discard_pages(
+        &self,
+        own: Option<u32>,
+        pages: impl IntoIterator<Item = u32>,
+        what: Discard,
+        may: May,
+    ) -> Result<(), NotDiscarded> {
         let (memory, mut caller) = (self.p2m.pages(), Caller::new(own, may));
         let mut pages = pages.into_iter().take_while(|page| *page < memory).map(Gfn);
         loop {
@@ -107,15 +131,15 @@ impl Mmu {
         what: Discard,
         caller: &mut Caller,
     ) -> Result<Vec<Gfn>, WouldBlock> {
-        let (cause, settled) = match what {
-            Discard::Zero => (Cause::Discard, Settled::Zero),
-            Discard::Balloon => (Cause::Balloon, Settled::Ballooned),
+        let settled = match what {
+            Discard::Zero => Settled::Zero,
+            Discard::Balloon => Settled::Ballooned,
         };
         if caller.may_sleep() {
             let tables = gfns.iter().filter(|gfn| self.is_flagged(**gfn, SHADOWED | UPPER | UNSYNC));
             tables.for_each(|gfn| self.unshadow(*gfn));
         }
-        let mut settling = self.begin(cause, gfns, caller)?.unmap()?.shoot_down()?;
+        let mut settling = self.begin(what.cause(), gfns, caller)?.unmap()?.shoot_down()?;
         let mut done = Vec::with_capacity(gfns.len());
         settling.settle(|page| {
             done.push(page.gfn);
@@ -124,6 +148,9 @@ impl Mmu {
         });
         self.discard_absent(&settling, what);
         settling.end();
+        if let (Some(model), Discard::Balloon) = (self.guest_tlb(), what) {
+            gfns.iter().for_each(|gfn| model.given_up(*gfn));
+        }
         Ok(done)
     }
 

@@ -347,8 +347,9 @@ impl Mmu {
         Ok(())
     }
 
-    /// Takes these pages from importers, all of them at once: who is late is waited for once.
-    fn revoke(&self, pages: &[Gfn]) {
+    /// Takes these pages, [`BATCH_MAX`] at most and each once, from importers, all of them at once: who is late is waited for once. They
+    /// stay in their frames, and may be imported again at once. Called with no lock held and nothing mapped; sleeps.
+    pub fn revoke(&self, pages: &[Gfn]) {
         let imported: Vec<Gfn> =
             pages.iter().copied().filter(|gfn| self.is_flagged(*gfn, EXTERNAL)).collect();
         if imported.is_empty() {
@@ -644,3 +645,7 @@ impl Mmu {
 #[cfg(all(test, not(any(loom, shuttle))))]
 #[path = "external_tests.rs"]
 mod tests;
+
+#[cfg(all(test, loom))]
+#[path = "interleave/external.rs"]
+mod interleave;

@@ -2,12 +2,15 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, mpsc};
 
 use super::*;
+use crate::addr::Gva;
+use crate::bucket::Link;
 use crate::discard::{Discard, NotDiscarded};
 use crate::frames::Host;
 use crate::invalidation::WouldBlock;
+use crate::spte::{Spte, l1_index};
 use crate::swap::MemorySwap;
 use crate::sync::Arc;
-use crate::{Config, Context, LocalStack, Machine, NoVcpus, Width};
+use crate::{Access, Config, Context, LocalStack, Machine, NoVcpus, Outcome, Width};
 
 const PAGES: u32 = 64;
 const LOW: u32 = 4;
@@ -226,6 +229,28 @@ fn a_silent_importer_is_late_and_fenced_and_a_dead_one_has_answered() {
     }
 }
 
+/// A reset: an importer has no page of the guest that is gone, and has said so before the next guest has its first.
+#[test]
+fn a_guest_that_is_forgotten_is_gone_from_importers_and_segments_stay() {
+    let house = House::new();
+    let segment = house.segment(true);
+    for gfn in [PAGE, Gfn(11)] {
+        house.store(gfn, 5);
+        house.import(ANNA, segment, gfn);
+    }
+    house.import(BERT, segment, PAGE);
+    house.twin.take_seen();
+    house.mmu.forget_guest(0).expect("nobody holds a page");
+    let [first, second] = [PAGE, Gfn(11)].map(|gfn| Seen::Fenced(house.home(gfn)));
+    assert_eq!(house.twin.take_seen(), [Seen::Told(ANNA), Seen::Told(BERT), Seen::Waited, first, second]);
+    assert_eq!((house.mmu.imported_pages(), house.outside(PAGE)), (0, 0));
+    house.audit();
+    // The same segment, and another guest's zeros.
+    house.import(ANNA, segment, PAGE);
+    assert_eq!((house.mmu.imported_pages(), house.outside(PAGE), house.load(PAGE)), (1, 0, 0));
+    house.audit();
+}
+
 #[test]
 fn who_may_not_sleep_learns_before_anybody_is_told_and_nothing_has_changed() {
     let house = House::new();
@@ -417,6 +442,55 @@ fn without_the_gate_an_importer_has_a_page_that_is_gone_and_the_audit_says_so() 
     assert!(entered.is_some());
     let findings = house.mmu.audit();
     assert!(findings.iter().any(|finding| finding.starts_with("INV-EXT-1")), "{findings:?}");
+}
+
+/// The whole of it: a fault maps the page and a driver hands it out, both on what they saw before, between the unmappings and the end.
+fn map_and_export_between_two_unmaps(gate: bool) -> (House, [bool; 2]) {
+    const AT: Gva = Gva(PAGE.0 << 12);
+    let house = House::new();
+    let segment = house.segment(false);
+    house.import(BERT, segment, PAGE);
+    house.mmu.give_up_page(BERT, PAGE);
+    let (mmu, home, vcpu) = (&house.mmu, house.home(PAGE), house.mmu.vcpu(0));
+    // The tables are there, the page's leaf is not.
+    assert_eq!(mmu.fault(&vcpu, Gva(0), Access::read(false)), Outcome::Fixed);
+    let root = mmu.root(&vcpu, false).expect("there are frames");
+    let spte = mmu.pages.mfn(mmu.find_table(root, AT).expect("it is there")).at(l1_index(AT) * 8);
+    mmu.exports.ignore_gate.store(!gate, Ordering::SeqCst);
+
+    let seen = mmu.buckets.sequence();
+    assert_eq!(mmu.p2m().lookup(PAGE), PageState::Resident(home));
+    let closed = mmu.begin(Cause::Discard, &[PAGE], &mut Caller::new(None, May::Sleep));
+    let unmapped = closed.and_then(Closed::unmap).expect("it may sleep");
+    let mut bucket = mmu.buckets.lock(PAGE);
+    let mapped = !gate || bucket.admits(seen);
+    if mapped {
+        mmu.store_spte(spte, Spte::leaf(home, false, false));
+        bucket.link(Link::new(PAGE, spte));
+    }
+    drop(bucket);
+    let exported = mmu.enter_importer(ANNA, PAGE, home, false, seen).is_some();
+    let mut settling = unmapped.shoot_down().expect("it may sleep");
+    settling.settle(|_| Some(Settled::Zero));
+    assert_eq!(settling.end(), 1);
+    (house, [mapped, exported])
+}
+
+#[test]
+fn the_race_of_2008_map_and_export_between_two_unmaps_is_lost_at_the_gate() {
+    let (house, done) = map_and_export_between_two_unmaps(true);
+    assert_eq!(done, [false, false]);
+    house.audit();
+}
+
+#[test]
+fn the_race_of_2008_map_and_export_between_two_unmaps_happens_without_the_gate() {
+    let (house, done) = map_and_export_between_two_unmaps(false);
+    assert_eq!(done, [true, true]);
+    let findings = house.mmu.audit();
+    let found = |words: &str| findings.iter().any(|finding| finding.contains(words));
+    assert!(found("INV-EXT-1"), "an importer has a page that is gone: {findings:?}");
+    assert!(found("INV-P2M-1: Spte"), "and so has the guest: {findings:?}");
 }
 
 #[test]

@@ -167,8 +167,8 @@ impl Mmu {
     }
 
     /// Into the guest: marks the vCPU as inside, and says whether it owes a flush, which the caller makes before guest code
-    /// runs. Never sleeps, takes no lock. Each call counts as a chance for guest code to run with what was filled, unless
-    /// [`Mmu::leave_unrun`] follows.
+    /// runs. Sleeps for one who has locked the bus ([`crate::Coherence::lock_bus`]), takes no lock. Each call counts as a chance for
+    /// guest code to run with what was filled, unless [`Mmu::leave_unrun`] follows.
     #[inline]
     pub fn enter(&self, vcpu: &Vcpu) -> bool {
         let last = vcpu.hunger.get();

@@ -277,10 +277,15 @@ impl Frames {
         FrameCounts { budget: free.budget, backed: free.backed, available, marks: free.marks }
     }
 
+    /// All that there are for the guest and its tables.
+    pub fn budget_max(&self) -> u32 {
+        self.total() - self.first
+    }
+
     /// Sets the budget. Frames over it stay in use until somebody makes them free ([`Frames::trim`]). All there are, or
     /// more, means no limit: then nothing is reserved either.
     pub fn set_budget(&self, frames: u32) {
-        let all = self.total() - self.first;
+        let all = self.budget_max();
         let mut free = self.free.lock();
         free.budget = frames.min(all);
         free.marks = if frames < all { Marks::of(frames) } else { Marks::default() };
@@ -479,6 +484,17 @@ impl Frames {
         self.frames[mfn.0 as usize][PINS].load(Ordering::SeqCst)
     }
 
+    /// Marks the frame, with `barrier` called before anybody may read its code by a mark that is new; returns the generation of what
+    /// is read from now on. `barrier` is a [`crate::Shootdown::settle_stores`].
+    pub(crate) fn generation_to_decode(&self, mfn: Mfn, barrier: impl FnOnce()) -> u32 {
+        let mark = self.mark_code(mfn);
+        if mark & SETTLED != 0 {
+            return mark;
+        }
+        barrier();
+        self.settle_code(mfn, mark)
+    }
+
     /// Marks the frame as one that code is about to be decoded from. Returns the mark, new or as it was: while it is without
     /// [`SETTLED`], a store by another vCPU that is on its way may miss it.
     pub(crate) fn mark_code(&self, mfn: Mfn) -> u32 {
@@ -492,8 +508,12 @@ impl Frames {
             0 => step(),
             clock => clock,
         };
-        code.store(next, Ordering::SeqCst);
-        next
+        // Another may have been faster. Its mark serves both; a store would make stale what the other has decoded. Not often: once
+        // for each time that a frame of code was stored to.
+        match code.compare_exchange(0, next, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => next,
+            Err(now) => now,
+        }
     }
 
     /// Nobody's store misses `mark` any more. Returns the generation of the frame's contents: unless it is still that, what is
@@ -516,7 +536,8 @@ impl Frames {
     pub(crate) fn code_written(&self, mfn: Mfn) {
         let code = &self.frames[mfn.0 as usize][CODE];
         if code.load(Ordering::Relaxed) != 0 && self.rules.keep(Rule::CodeAtStore) {
-            code.store(0, Ordering::SeqCst);
+            // On x86 a store is the same XCHG, and would do. But loom's store may come before what its thread has read.
+            code.swap(0, Ordering::SeqCst);
         }
     }
 

@@ -82,8 +82,8 @@ pub(crate) enum Settled {
 /// A caller that may not sleep would have had to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a vCPU that runs guest code, a fill that starves, an importer, or somebody who has a page in hand would have to be waited \
-     for, and the caller may not sleep"
+    "a vCPU that runs guest code, a fill that starves, an importer, a write to swap, or somebody who has a page in hand would \
+     have to be waited for, and the caller may not sleep"
 )]
 pub struct WouldBlock;
 
@@ -276,6 +276,9 @@ impl<'m> Unmapped<'m> {
     pub fn shoot_down(self) -> Result<Settling<'m>, WouldBlock> {
         let mut hold = self.0;
         let order = hold.tell_importers();
+        if order.is_some() {
+            hold.record.tell = hold.lap();
+        }
         let ledger = &hold.mmu.coherence;
         let mut notified = false;
         hold.record.stamp = hold.stamp;

@@ -18,10 +18,11 @@
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
 //! | external | importers in other processes: who may have which page, and how they lose it |
-//! | discard | pages that are not wanted any more |
+//! | discard, power | pages that are not wanted any more; all that a guest has, at a reset |
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb, violation | flush epochs and the ack ledger; a TLB in software; the report of a flush that was missed |
+//! | guest_tlb | a model of the guest's own TLBs, which finds the flushes that the guest misses |
 //! | rules | the rules of coherence by name, and going without one, for tests |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
@@ -41,6 +42,7 @@ pub mod external;
 pub mod fault;
 pub mod format;
 pub mod frames;
+pub mod guest_tlb;
 #[cfg(all(test, loom))]
 mod interleave;
 pub mod invalidation;
@@ -51,6 +53,7 @@ pub mod p2m;
 mod paging;
 mod physical;
 pub mod pool;
+mod power;
 pub mod pressure;
 pub mod reclaim;
 pub mod records;
@@ -92,6 +95,7 @@ pub use window::{Context, LocalStack};
 use bucket::Buckets;
 use external::{Exports, External};
 use frames::{Draw, FrameKind, Frames, Host, NoHost};
+use guest_tlb::GuestTlb;
 use lru::Lru;
 use p2m::{P2m, PageState};
 use pool::Pool;
@@ -184,6 +188,7 @@ pub struct Mmu {
     background: Background,
     clock: Box<dyn Clock>,
     host: Box<dyn Host>,
+    guest_tlb: Option<Box<GuestTlb>>,
     evictions: AtomicU64,
     tracked_stores: AtomicU64,
 }
@@ -223,6 +228,8 @@ pub struct Usage {
     pub page_waits: u64,
     /// Invalidations so far.
     pub invalidations: u64,
+    /// Times so far that pages were not to be had by somebody who may not sleep.
+    pub would_blocks: u64,
     /// Shadow pages in use.
     pub shadow_pages: u32,
     /// Shadow pages evicted so far.
@@ -269,6 +276,7 @@ impl Mmu {
             evictions: AtomicU64::new(0),
             tracked_stores: AtomicU64::new(0),
             rules: Rules::default(),
+            guest_tlb: None,
             config,
         }
     }
@@ -376,6 +384,7 @@ impl Mmu {
             gate_waits: reclaim.gate_waits,
             page_waits: reclaim.page_waits,
             invalidations: self.records.count(),
+            would_blocks: self.records.would_blocks(),
             shadow_pages: self.pages.in_use(),
             evictions: self.evictions.load(Ordering::Relaxed),
             tracked_stores: self.tracked_stores.load(Ordering::Relaxed),
@@ -401,11 +410,14 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// When so few are not enough to run the guest.
-    pub fn set_budget(&self, frames: u32) -> Result<(), BudgetTooSmall> {
-        let least = self.budget_min();
+    /// When so few are not enough to run the guest, or there are not so many.
+    pub fn set_budget(&self, frames: u32) -> Result<(), BudgetRefused> {
+        let (asked, least, most) = (frames, self.budget_min(), self.budget_max());
         if frames < least {
-            return Err(BudgetTooSmall { asked: frames, least });
+            return Err(BudgetRefused::TooSmall { asked, least });
+        }
+        if frames > most {
+            return Err(BudgetRefused::TooLarge { asked, most });
         }
         self.frames.set_budget(frames);
         // Beyond a share of it, and what low memory leaves, tables would have no pages to map.
@@ -418,6 +430,11 @@ impl Mmu {
     pub fn budget_min(&self) -> u32 {
         let low = self.config.low_pages.min(self.config.guest_pages);
         low + SHADOW_PAGES_MIN + 2 * self.config.roots_max + BUDGET_HEADROOM
+    }
+
+    /// The largest budget: all that the machine has. It is enough for the whole guest and its tables.
+    pub fn budget_max(&self) -> u32 {
+        self.frames.budget_max()
     }
 
     /// Where a page is, giving it a zeroed frame if it has never had one. `Zero` only when no frame is left.
@@ -473,14 +490,29 @@ const TABLE_SHARE: u32 = 4;
 /// Frames that the smallest budget leaves to high memory.
 const BUDGET_HEADROOM: u32 = 128;
 
-/// A budget that a guest could not run in.
+/// A budget that cannot be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{} KiB of frames are too few for this guest: at least {} KiB, for its low memory and its tables", asked * 4, least * 4
-)]
-pub struct BudgetTooSmall {
-    /// Frames asked for.
-    pub asked: u32,
-    /// The least.
-    pub least: u32,
+pub enum BudgetRefused {
+    /// The guest could not run.
+    #[error(
+        "{} KiB of frames are too few for this guest: at least {} KiB, for its low memory and its tables",
+        u64::from(*asked) * 4, u64::from(*least) * 4
+    )]
+    TooSmall {
+        /// Frames asked for.
+        asked: u32,
+        /// The least.
+        least: u32,
+    },
+    /// There are not so many.
+    #[error(
+        "{} KiB of frames are more than there are: at most {} KiB, which all of this guest's memory and its tables have room in",
+        u64::from(*asked) * 4, u64::from(*most) * 4
+    )]
+    TooLarge {
+        /// Frames asked for.
+        asked: u32,
+        /// All there are.
+        most: u32,
+    },
 }

@@ -29,6 +29,12 @@ impl Level {
     }
 }
 
+/// What the model of the guest's TLBs has for one vCPU; memory is read with it held.
+pub const GUEST_CPU: Level = Level::new(200, "guest TLB of a vCPU");
+/// The guest's tables, as that model knows them.
+pub const GUEST_TABLES: Level = Level::new(210, "guest tables known");
+/// What it has found.
+pub const GUEST_VERDICTS: Level = Level::new(220, "guest TLB verdicts");
 /// The table of roots.
 pub const ROOTS: Level = Level::new(300, "roots");
 /// A shard of the shadow page cache: guest table -> its shadow pages.

@@ -2,7 +2,7 @@
 //!
 //! Holds: every store tells the shadow what was written. Aligned loads and stores up to 8 bytes do not tear;
 //! [`Mmu::update`] is atomic towards guest code and other VMM threads wherever its bytes lie within one aligned
-//! 8-byte word.
+//! 8-byte word; elsewhere who wants that has locked the bus, which keeps vCPUs out, though not devices.
 //!
 //! Locks: none held by the caller; nothing here sleeps.
 
@@ -92,6 +92,34 @@ impl Mmu {
         self.with_written(window, gpa, Tag::Emulate, width.bytes(), |map| {
             map.update(gpa.offset(), width, change)
         })
+    }
+
+    /// [`Mmu::update`] of bytes that lie across two pages: those from `first` to the end of its page, the others at the start of
+    /// the page `second`.
+    pub fn update_across(
+        &self,
+        window: &LocalStack,
+        first: Gpa,
+        second: Gfn,
+        width: Width,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, Beyond> {
+        let room = PAGE_SIZE as u32 - first.offset();
+        debug_assert!(room < width.bytes(), "{width:?} at {first} are within a page");
+        self.with_written(window, first, Tag::Emulate, room, |low| {
+            self.with_written(window, second.at(0), Tag::Emulate, width.bytes() - room, |high| {
+                let mut bytes = [0; 8];
+                let (here, there) = bytes[..width.bytes() as usize].split_at_mut(room as usize);
+                low.read(first.offset(), here);
+                high.read(0, there);
+                let old = u64::from_le_bytes(bytes);
+                let new = change(old).to_le_bytes();
+                low.write(first.offset(), &new[..room as usize]);
+                high.write(0, &new[room as usize..width.bytes() as usize]);
+                old
+            })
+        })
+        .flatten()
     }
 
     /// Reads a range of guest memory, page by page.

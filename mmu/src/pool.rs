@@ -474,6 +474,9 @@ impl PersistentMap<'_> {
         let (first, end) = self.written.replace(NOTHING);
         if first < end {
             self.mmu.table_written(self.gfn, self.mfn, first, end - first);
+            if let Some(model) = self.mmu.guest_tlb() {
+                model.device_wrote(self.gfn);
+            }
         }
     }
 

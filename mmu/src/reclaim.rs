@@ -16,7 +16,7 @@
 //!
 //! Holds: INV-SWAP-2, a page's frame is free only after its contents are on the device. INV-WAIT-1 (invalidation).
 //!
-//! Locks: none held by the caller; every entry here may sleep.
+//! Locks: none held by the caller; every entry here may sleep, but for [`Mmu::page_out_atomic`].
 //!
 //! See: the wait table in docs/ARCHITECTURE.md.
 
@@ -25,8 +25,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn, PAGE_SIZE};
-use crate::frames::{DIRTY, Draw, EXTERNAL, FrameKind, SHADOWED, WATCHED};
-use crate::invalidation::{Caller, Closed, Held, May, Settled, Settling, Unmapped};
+use crate::frames::{DIRTY, Draw, EXTERNAL, FrameKind, SHADOWED, UNSYNC, UPPER, WATCHED};
+use crate::invalidation::{Caller, Closed, Held, May, Settled, Settling, Unmapped, WouldBlock};
 use crate::lock_order;
 use crate::lru::List;
 use crate::machine::Machine;
@@ -34,7 +34,7 @@ use crate::p2m::PageState;
 use crate::pool;
 use crate::records::{Cause, GateWait};
 use crate::rules::Rule;
-use crate::scope::{MemAlloc, NoIo};
+use crate::scope::{MemAlloc, NoIo, NoSleep};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Monitor, Ordering, thread};
 
@@ -192,6 +192,37 @@ impl Mmu {
             freed += self.evict_pages(&batch, Cause::PageOut, own)?;
         }
         Ok(freed)
+    }
+
+    /// The same without sleep: what needs no write goes, pages of zeros and those that swap has a good copy of. At most
+    /// [`crate::invalidation::BATCH_MAX`] pages. Pinned pages are left, as by [`Mmu::page_out`]. The request is counted, by cause
+    /// ([`crate::records::Totals::atomic`]).
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`] where a vCPU or an importer would have to be waited for: nothing has changed. Also where a page would have to
+    /// be written, or is a table that would have to be taken out of the shadow: it stays, and the others have gone.
+    pub fn page_out_atomic(&self, own: Option<u32>, pages: &[Gfn]) -> Result<u32, WouldBlock> {
+        let _scope = NoSleep::enter();
+        let mut batch: Vec<Gfn> =
+            pages.iter().copied().filter(|gfn| gfn.0 >= self.config.low_pages).collect();
+        batch.sort_unstable();
+        batch.dedup();
+        let done = self.drop_clean(&batch, own);
+        self.records.note_atomic(Cause::PageOut, done.is_err());
+        done
+    }
+
+    fn drop_clean(&self, batch: &[Gfn], own: Option<u32>) -> Result<u32, WouldBlock> {
+        let has_tables = batch.iter().any(|gfn| self.is_flagged(*gfn, SHADOWED | UPPER | UNSYNC));
+        let closed = self.begin(Cause::PageOut, batch, &mut Caller::new(own, May::NotSleep))?;
+        let mut settling = closed.unmap()?.shoot_down()?;
+        self.settle_clean(&mut settling);
+        let is_done = settling.pages().is_empty();
+        let freed = settling.end();
+        // The host hears of the frames from who may sleep.
+        self.background.want();
+        if is_done && !has_tables { Ok(freed) } else { Err(WouldBlock) }
     }
 
     /// Takes the frames of up to `want` of the least recently used pages, a batch at most; returns how many are free. `own`
@@ -361,6 +392,14 @@ impl Mmu {
         let Ok(mut settling) = closed.and_then(Closed::unmap).and_then(Unmapped::shoot_down) else {
             return Ok(0);
         };
+        self.settle_clean(&mut settling);
+        let written = if NoIo::is_entered() { Ok(()) } else { self.write_out(&mut settling) };
+        let freed = settling.end();
+        written.map(|()| freed)
+    }
+
+    /// Settles what needs no write: pages of zeros, and those that swap has a good copy of.
+    fn settle_clean(&self, settling: &mut Settling<'_>) {
         let counters = &self.background.counters;
         let (mut clean, mut zero) = (0, 0);
         settling.settle(|page| match page.copy {
@@ -380,9 +419,6 @@ impl Mmu {
         });
         counters.clean_drops.fetch_add(clean, Relaxed);
         counters.zero_drops.fetch_add(zero, Relaxed);
-        let written = if NoIo::is_entered() { Ok(()) } else { self.write_out(&mut settling) };
-        let freed = settling.end();
-        written.map(|()| freed)
     }
 
     /// Writes what is left to swap, in runs of adjacent slots. Where swap is full the rest stays.

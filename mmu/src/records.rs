@@ -147,6 +147,8 @@ pub struct Record {
     pub gate: u64,
     /// To take every spte away.
     pub unmap: u64,
+    /// To tell importers.
+    pub tell: u64,
     /// Until every vCPU had flushed.
     pub shootdown: u64,
     /// From then until every importer had answered, or was late.
@@ -177,6 +179,7 @@ impl Record {
             slowest: None,
             gate: 0,
             unmap: 0,
+            tell: 0,
             shootdown: 0,
             external: 0,
             finish: 0,
@@ -238,6 +241,10 @@ pub struct Totals {
     pub nanos: u64,
     /// The longest.
     pub nanos_max: u64,
+    /// Requests of callers that may not sleep, whatever came of them.
+    pub atomic: u64,
+    /// Those of them that were told [`crate::invalidation::WouldBlock`].
+    pub would_block: u64,
 }
 
 #[derive(Debug, Default)]
@@ -302,6 +309,14 @@ impl Records {
         }
     }
 
+    /// Notes a request of a caller that may not sleep, and whether it would have had to.
+    pub(crate) fn note_atomic(&self, cause: Cause, would_block: bool) {
+        let mut kept = self.kept.lock();
+        let totals = &mut kept.totals[cause as usize];
+        totals.atomic += 1;
+        totals.would_block += u64::from(would_block);
+    }
+
     pub(crate) fn push_wait(&self, wait: GateWait) {
         note(|line| {
             let _ = write!(line, "was at the gate of {:#x} for {} ns", wait.gfn.0, wait.nanos);
@@ -343,6 +358,11 @@ impl Records {
     /// The totals of one cause.
     pub fn totals(&self, cause: Cause) -> Totals {
         self.kept.lock().totals[cause as usize]
+    }
+
+    /// WouldBlocks so far.
+    pub fn would_blocks(&self) -> u64 {
+        self.kept.lock().totals.iter().map(|totals| totals.would_block).sum()
     }
 
     /// Invalidations so far.

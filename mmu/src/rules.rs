@@ -197,16 +197,18 @@ rules! {
         "code found by an address is looked for again once its translation was forgotten";
 
     // The VMM's.
-    FirmwareFlush "firmware-flush" Flush "Native::flush":
+    FirmwareFlush "firmware-flush" Flush "Flusher::flush":
         "hardware that was asked to flush uses nothing from before, where a flush suffices";
-    NotifierFlush "notifier-flush" Flush "Native::flush":
+    NotifierFlush "notifier-flush" Flush "Flusher::flush":
         "the same where KVM shadows our tables: the host takes away what was removed";
-    FlushBesideHardware "flush-beside-hardware" Flush "Native::flush":
+    FlushBesideHardware "flush-beside-hardware" Flush "Flusher::flush":
         "the software TLB of a vCPU that hardware runs too forgets with it";
     HardwareOwesFlush "hardware-owes-flush" Flush "Core::heed":
         "and hardware forgets with the software TLB";
     NotifyAtShootdown "notify-at-shootdown" Flush "Coherence::shoot_down_frames":
         "a frame that the host is said to have seen to is in no vCPU's TLB";
+    BusAtSplit "bus-at-split" Wait "GuestBus::update_locked":
+        "no other vCPU is at memory while a locked access is made that no aligned word holds";
     ShootdownAtDescriptors "shootdown-at-descriptors" Wait "DescriptorTables::stored_to":
         "no vCPU runs on with a copy of a descriptor from before a store";
 }

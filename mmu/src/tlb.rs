@@ -30,7 +30,6 @@ use std::collections::HashMap;
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
-use crate::frames::SETTLED;
 use crate::p2m::Generations;
 use crate::rules::{Rule, Rules};
 use crate::shadow::RootRef;
@@ -562,14 +561,12 @@ impl Mmu {
     pub fn code_frame(&self, vcpu: &Vcpu, gva: Gva, user: bool) -> Result<CodeFrame, Miss> {
         let mfn = self.tlb_translate(vcpu, gva, Access::execute(user))?;
         vcpu.tlb.iter().for_each(|tlb| tlb.note_code(gva));
-        let mark = self.frames.mark_code(mfn);
-        if mark & SETTLED != 0 {
-            return Ok(CodeFrame { mfn, generation: mark });
-        }
-        if self.rules.keep(Rule::BarrierAtMark) {
-            self.coherence.settle_stores();
-        }
-        Ok(CodeFrame { mfn, generation: self.frames.settle_code(mfn, mark) })
+        let generation = self.frames.generation_to_decode(mfn, || {
+            if self.rules.keep(Rule::BarrierAtMark) {
+                self.coherence.settle_stores();
+            }
+        });
+        Ok(CodeFrame { mfn, generation })
     }
 
     /// The code generation of a frame now; 0 when its contents changed since it was last marked. A frame that is not of

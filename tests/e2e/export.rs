@@ -4,17 +4,18 @@
 //! whatever they do, the guest ends as it would have, and an importer that behaves is served.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::SendFlags;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use umbra::export::protocol::{Code, MESSAGE_MAX, Reply, Request, VERSION};
@@ -31,8 +32,8 @@ use crate::support::{Verdict, case};
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Pages that the guest of most tests does not use: 24M to 25M.
-const FIRST: u32 = 0x1800;
-const PAGES: u32 = 256;
+pub(super) const FIRST: u32 = 0x1800;
+pub(super) const PAGES: u32 = 256;
 /// A page of them.
 const PAGE: u32 = FIRST + 3;
 /// That nobody waits for, or the test fails.
@@ -64,15 +65,15 @@ pub fn cases() -> Vec<Trial> {
 }
 
 /// A guest that exports, and its control socket.
-struct Exporting {
+pub(super) struct Exporting {
     folder: TempDir,
     running: Running,
-    qmp: Client,
+    pub(super) qmp: Client,
 }
 
 impl Exporting {
     /// One that does nothing for long.
-    fn start(way: Way, options: &[&str]) -> Result<Exporting, Failed> {
+    pub(super) fn start(way: Way, options: &[&str]) -> Result<Exporting, Failed> {
         let idle = ["--mem", "32M", "--frames", "32M", "--append", "workload=spin scale=4000"];
         Exporting::with(way, &[&idle, options].concat())
     }
@@ -90,10 +91,14 @@ impl Exporting {
     }
 
     /// One more importer, once there is a place for it.
-    fn importer(&self) -> Result<Importer, Failed> {
+    pub(super) fn importer(&self) -> Result<Importer, Failed> {
+        self.importer_with(Manners::default())
+    }
+
+    pub(super) fn importer_with(&self, manners: Manners) -> Result<Importer, Failed> {
         let begun = Instant::now();
         loop {
-            match Importer::connect(&self.path(), Manners::default()) {
+            match Importer::connect(&self.path(), manners) {
                 Err(ImportError::Refused { code: Code::Limit, .. } | ImportError::Ended(_))
                     if begun.elapsed() < PATIENCE => {}
                 made => return Ok(made?),
@@ -117,7 +122,7 @@ impl Exporting {
     }
 
     /// Somebody who behaves is served, and the guest has come to no harm.
-    fn end(mut self) -> Verdict {
+    pub(super) fn end(mut self) -> Verdict {
         let importer = self.importer()?;
         let segment = importer.make(FIRST - PAGES, 4, false)?;
         let access = importer.get(segment, false)?;
@@ -223,39 +228,54 @@ fn mapped_windows() -> Verdict {
 }
 
 /// An importer by hand.
-struct Raw {
+pub(super) struct Raw {
     socket: OwnedFd,
+    /// What it may answer by: the first descriptor that came.
+    line: OnceLock<OwnedFd>,
 }
 
 impl Raw {
-    fn connect(path: &Path) -> Result<Raw, Failed> {
+    pub(super) fn connect(path: &Path) -> Result<Raw, Failed> {
         let socket = umbra::export::connect(path)?;
         rustix::net::sockopt::set_socket_timeout(
             &socket,
             rustix::net::sockopt::Timeout::Recv,
             Some(PATIENCE),
         )?;
-        Ok(Raw { socket })
+        Ok(Raw { socket, line: OnceLock::new() })
     }
 
-    fn hello(path: &Path) -> Result<Raw, Failed> {
+    pub(super) fn hello(path: &Path) -> Result<Raw, Failed> {
         let raw = Raw::connect(path)?;
         let reply = raw.ask(Request::Hello { least: 1, most: VERSION })?;
         ensure!(matches!(reply, Reply::Welcome { .. }), "no welcome: {reply:?}");
         Ok(raw)
     }
 
-    fn send(&self, bytes: &[u8]) -> Verdict {
+    pub(super) fn send(&self, bytes: &[u8]) -> Verdict {
         rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
+    /// Says something by the line.
+    pub(super) fn answer(&self, bytes: &[u8]) -> Verdict {
+        let line = self.line.get().ok_or("nobody has welcomed it")?;
+        rustix::net::send(line, bytes, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
     /// The next message; `None` once it is cut off.
-    fn hear(&self) -> Result<Option<Reply>, Failed> {
-        let mut buffer = [0; MESSAGE_MAX];
-        match rustix::net::recv(&self.socket, &mut buffer, RecvFlags::empty()) {
-            Ok((0, _)) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => Ok(None),
-            Ok((read, _)) => Ok(Some(Reply::parse(&buffer[..read]).map_err(|why| why.to_string())?.1)),
+    pub(super) fn hear(&self) -> Result<Option<Reply>, Failed> {
+        match umbra::export::receive(&self.socket) {
+            Ok(message) => Ok(message.map(|(_, reply, descriptor)| {
+                if let Some(descriptor) = descriptor {
+                    self.line.get_or_init(|| descriptor);
+                }
+                reply
+            })),
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+                Ok(None)
+            }
             Err(error) => Err(format!("neither a word nor an end: {error}").into()),
         }
     }
@@ -325,7 +345,7 @@ fn silent() -> Verdict {
         match stays {
             true => {
                 let Some(Reply::Invalidate { order, .. }) = told else { return Err("not told".into()) };
-                raw.send(&Request::Ack { order }.encode(0))?;
+                raw.answer(&Request::Ack { order }.encode(0))?;
                 let again = raw.ask(Request::Remove { segment: 99 })?;
                 ensure!(matches!(again, Reply::Refused { code: Code::Unknown, .. }), "{again:?}");
             }
@@ -347,7 +367,7 @@ fn lying() -> Verdict {
         let liar = scope.spawn(|| -> Verdict {
             let told = raw.hear()?;
             let Some(Reply::Invalidate { order, .. }) = told else { return Err("not told".into()) };
-            raw.send(&Request::Ack { order }.encode(0))
+            raw.answer(&Request::Ack { order }.encode(0))
         });
         guest.page_out(PAGE)?;
         liar.join().map_err(|_| "the liar has panicked")?
@@ -507,7 +527,7 @@ fn nonsense() -> Verdict {
         ("two hellos", vec![&hello, &hello], Code::Malformed),
         ("half a message", vec![&hello, &ack[..17]], Code::Malformed),
         ("a long message", vec![&hello, &long], Code::Malformed),
-        ("an answer to nothing", vec![&hello, &ack], Code::Malformed),
+        ("an answer that is not by the line", vec![&hello, &ack], Code::Malformed),
         ("another version", vec![&no_version], Code::Version),
     ];
     for (what, messages, wants) in cases {

@@ -1,5 +1,13 @@
 //! `umbra measure`: what it counts is what the MMU counts, and its phases are parts of the whole. No time is judged.
 
+use std::collections::BTreeMap;
+use std::fs;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use hdrhistogram::Histogram;
+use hdrhistogram::serialization::Deserializer;
+use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
 use libtest_mimic::{Failed, Trial};
 use serde_json::Value;
 
@@ -15,6 +23,8 @@ pub fn cases() -> Vec<Trial> {
     };
     let alone = [
         case("measure_of_another_guest_takes_no_contents", &[], other_guest),
+        case("measure_of_importers_is_the_same_in_every_file", &[], importers),
+        case("measure_of_stopped_importers_takes_their_deadline", &[], stopped),
         case("measure_refuses_what_makes_no_sense_before_the_run", &[], refused),
     ];
     [SOFT, KVM].into_iter().map(measured).chain(alone).collect()
@@ -27,6 +37,13 @@ fn measure(way: Way, options: &[&str]) -> Result<(Outcome, Value), Failed> {
     let run = umbra(["measure"].iter().chain(way.options).chain(&times).chain(options))?;
     let text = std::fs::read_to_string(json)?;
     Ok((run, serde_json::from_str(&text).unwrap_or(Value::Null)))
+}
+
+/// The same, with importers that have so long to answer.
+fn measure_importers(options: &[&str], deadline: &str) -> Result<(Outcome, Value), Failed> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("export").to_string_lossy().into_owned();
+    measure(SOFT, &[options, &["--export", &socket, "--export-deadline", deadline]].concat())
 }
 
 fn number(value: &Value, field: &str) -> Result<u64, Failed> {
@@ -105,6 +122,87 @@ fn other_guest() -> Verdict {
     check_sums(&report)
 }
 
+/// Two importers have half of the pages that are taken.
+fn importers() -> Verdict {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (page, files, kept) = (path("measured.html"), path("files"), path("kept.json"));
+    let files_of = ["--html", &page, "--hgrm", &files];
+    let (run, report) =
+        measure_importers(&[&["--importers", "0,2", "--rate", "200/s"], &files_of[..]].concat(), "60s")?;
+    ensure!(run.end == End::Status(0), "expected 0:\n{run}");
+    check_sums(&report)?;
+    for (name, importers) in [("told-0", 0), ("told-2", 2)] {
+        let group = list(&report, "told")?.iter().find(|one| one["cause"] == name);
+        let group = group.ok_or_else(|| format!("no {name} in {report:#}"))?;
+        let invalidations = number(group, "invalidations")?;
+        ensure!(invalidations > 0 && number(group, "told")? == importers * invalidations, "{group:#}");
+    }
+    let page = fs::read_to_string(page)?;
+    ensure!(page.contains("<svg") && page.contains("told-2"), "nothing is drawn");
+    ensure!(!page.contains("src=") && !page.contains("@import"), "the page fetches");
+    let mut logged = logged(&fs::read(format!("{files}/intervals.hlog"))?)?;
+    for groups in ["causes", "told"] {
+        for group in list(&report, groups)? {
+            for phase in list(group, "phases")? {
+                let of = (group["cause"].as_str(), phase["name"].as_str(), number(phase, "count")?);
+                let (Some(group), Some(phase), count) = of else { return Err("no names".into()) };
+                if count == 0 {
+                    continue;
+                }
+                let distribution = fs::read_to_string(format!("{files}/{group}.{phase}.hgrm"))?;
+                let total = distribution.split("Total count    =").nth(1).map(|rest| rest.replace(']', ""));
+                let total = total.and_then(|rest| rest.lines().next()?.trim().parse().ok());
+                ensure!(total == Some(count), "{group}.{phase}.hgrm has {total:?}, not {count}");
+                let log = logged.remove(&format!("{group}.{phase}"));
+                ensure!(log == Some(count), "intervals.hlog has {log:?} of {group}.{phase}, not {count}");
+            }
+        }
+    }
+    fs::write(&kept, report.to_string())?;
+    let compared = umbra(["measure", "--compare", &kept, &kept])?;
+    ensure!(compared.end == End::Status(0), "expected 0:\n{compared}");
+    let said = format!("{}{}", String::from_utf8_lossy(&compared.stdout), compared.stderr);
+    let rows: Vec<_> = said.lines().filter(|line| line.starts_with("told-2 ")).collect();
+    ensure!(said.contains("asked for the same") && rows.len() > 5, "{compared}");
+    ensure!(rows.iter().all(|row| row.contains("1.00x") && !row.contains("1.01x")), "{compared}");
+    Ok(())
+}
+
+/// By tag: how many values an interval log has, as HdrHistogram's own reader has it.
+fn logged(log: &[u8]) -> Result<BTreeMap<String, u64>, Failed> {
+    let mut counts = BTreeMap::new();
+    for entry in IntervalLogIterator::new(log) {
+        let entry = entry.map_err(|why| format!("intervals.hlog: {why:?}"))?;
+        if let LogEntry::Interval(one) = entry {
+            let bytes = STANDARD.decode(one.encoded_histogram())?;
+            let histogram: Histogram<u64> = Deserializer::new()
+                .deserialize(&mut &bytes[..])
+                .map_err(|why| format!("intervals.hlog: {why:?}"))?;
+            let tag = one.tag().map(|tag| tag.as_str().to_owned()).unwrap_or_default();
+            *counts.entry(tag).or_default() += histogram.len();
+        }
+    }
+    Ok(counts)
+}
+
+fn stopped() -> Verdict {
+    const DEADLINE: u64 = 20_000_000;
+    let (run, report) = measure_importers(
+        &["--importers", "2", "--stop-importers", "--untouched", "--rate", "20/s", "--causes", "discard"],
+        "20ms",
+    )?;
+    ensure!(run.end == End::Status(0), "expected 0:\n{run}");
+    let [group] = &list(&report, "told")?[..] else { return Err(format!("{report:#}").into()) };
+    let told = number(group, "told")?;
+    ensure!(told >= 2 && number(group, "late")? == told, "who is stopped has answered: {group:#}");
+    let phase = list(group, "phases")?.iter().find(|phase| phase["name"] == "importers");
+    let phase = phase.ok_or_else(|| format!("no importers in {group:#}"))?;
+    // A histogram keeps three digits.
+    ensure!(number(phase, "min")? >= DEADLINE * 999 / 1000, "they were not given their time: {phase:#}");
+    Ok(())
+}
+
 fn refused() -> Verdict {
     for options in [
         &["--causes", "discard", "--append", "workload=mm"][..],
@@ -115,6 +213,7 @@ fn refused() -> Verdict {
         &["--pages", "513"],
         &["--for", "10ms"],
         &["--mem", "2M"],
+        &["--deterministic"],
     ] {
         let run = umbra(["measure"].iter().chain(options))?;
         ensure!(run.end == status::USAGE, "{options:?}: expected {:?}:\n{run}", status::USAGE);

@@ -125,6 +125,12 @@ fn pressed() -> Verdict {
         pass,
         &["WouldBlock", "pages in "],
     )?;
+    expect(
+        &guest.press("page-out 16M 64K --atomic")?,
+        pass,
+        &["page-out: ", "in 1 round, WouldBlock 0 times"],
+    )?;
+    expect(&guest.press("page-out 8M 4M")?, pass, &["page-out: ", "in 1 round, WouldBlock 0 times"])?;
     expect(&guest.press("balloon 24M")?, pass, &["balloon: from 32M to 24M in "])?;
     let deaf_guest = Running::start_deaf()?;
     for line in ["balloon --wave 16M..24M --period 200ms --for 400ms", "balloon 16M --timeout 400ms"] {
@@ -133,6 +139,7 @@ fn pressed() -> Verdict {
         ensure!(deaf.stderr.contains("the guest does not answer"), "it should say why:\n{deaf}");
     }
     expect_sentence(&guest.press("frames 1M")?, &["frames 1M", "smallest budget"])?;
+    expect_sentence(&guest.press("frames 1G")?, &["frames 1G", "largest budget"])?;
     expect_sentence(&guest.press("balloon 64M")?, &["balloon 64M", "32M of memory"])
 }
 
@@ -148,6 +155,7 @@ fn refused() -> Verdict {
         "balloon 8M --plot -",
         "discard 1 4K",
         "discard 0 4K --every 1s",
+        "discard 16M 0",
         "frames 12M --timeout 0s",
     ] {
         let run = press(nobody, line)?;

@@ -72,7 +72,7 @@ pub fn cases() -> Vec<Trial> {
 }
 
 /// Runs a guest with a summary in JSON.
-fn run(way: Way, append: &str, options: &[&str]) -> Result<(Outcome, Value), Failed> {
+pub fn run(way: Way, append: &str, options: &[&str]) -> Result<(Outcome, Value), Failed> {
     let json = file_of(b"")?;
     let path = json.path().to_string_lossy().into_owned();
     let args = [&["--append", append, "--json", &path], options].concat();
@@ -87,7 +87,8 @@ fn mostly_low() -> Verdict {
     passes(SOFT, "workload=reclaim ram=64 scale=20", &options).map(drop)
 }
 
-fn number(summary: &Value, field: &str) -> u64 {
+/// A figure of the memory, 0 where there is none.
+pub fn number(summary: &Value, field: &str) -> u64 {
     summary.pointer(&format!("/memory/{field}")).and_then(Value::as_u64).unwrap_or(0)
 }
 
@@ -226,6 +227,15 @@ fn refused() -> Verdict {
     expect_sentence(&SOFT.run(&["--frames", "1M"])?, &["--frames", "at 0s", "at least"])?;
     expect_sentence(&SOFT.run(&["--frames", "8M@0s,1M@5s"])?, &["--frames", "at 5s", "at least"])?;
     expect_sentence(&SOFT.run(&["--frames", "8M", "--low", "8M"])?, &["--frames", "low memory"])?;
+    // Not what was asked for, and no less than that without a word.
+    expect_sentence(
+        &SOFT.run(&["--mem", "32M", "--frames", "64M"])?,
+        &["--frames", "at 0s", "more than there are"],
+    )?;
+    expect_sentence(
+        &SOFT.run(&["--mem", "32M", "--frames", "16M@0s,1G@5s"])?,
+        &["--frames", "at 5s", "at most"],
+    )?;
     for options in [&["--swap", "8M"][..], &["--frames", "8M,4M"], &["--frames", "8M", "--swap-fault", "x@1"]]
     {
         let run = SOFT.run(options)?;

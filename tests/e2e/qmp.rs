@@ -14,11 +14,11 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::umbra::{KVM, SOFT, Way, judge, limit, status, umbra};
+use super::umbra::{KVM, SOFT, Way, file_of, judge, limit, status, umbra_heard};
 use crate::ensure;
 use crate::support::host::{self, Need};
-use crate::support::process::{self, Outcome};
-use crate::support::{Verdict, case};
+use crate::support::process::{self, Outcome, Said};
+use crate::support::{Verdict, case, image};
 
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -28,9 +28,9 @@ pub fn cases() -> Vec<Trial> {
     let driven = [KVM, SOFT]
         .map(|way| case(format!("qmp_drives_a_running_guest_{}", way.name), way.needs, move || driven(way)));
     let mut cases = Vec::from(driven);
+    cases.push(case("qmp_drives_three_vcpus_of_which_one_runs", &[], several));
     cases.push(case("qmp_time_stands_still_with_the_guest", &[], time_stands_still));
     cases.push(case("qmp_end_of_a_guest_is_told", &[], end_is_told));
-    cases.push(case("qmp_reset_ends_the_run", &[], reset));
     cases.push(case("qmp_package_of_qemu_drives_a_running_guest", &[Need::Qmp], by_package));
     cases
 }
@@ -38,6 +38,7 @@ pub fn cases() -> Vec<Trial> {
 /// A guest that runs beside the test.
 pub(super) struct Running {
     folder: TempDir,
+    said: Said,
     run: thread::JoinHandle<Result<Outcome, Failed>>,
 }
 
@@ -49,27 +50,29 @@ impl Running {
         let limit = format!("{}s", limit().as_secs() - 30);
         let mut args = vec!["run".to_owned(), "--qmp".into(), socket, "--timeout".into(), limit];
         args.extend(way.options.iter().chain(options).map(|word| (*word).to_owned()));
-        Ok(Running { folder, run: thread::spawn(move || umbra(args)) })
+        let said = Said::default();
+        let heard = said.clone();
+        Ok(Running { folder, said, run: thread::spawn(move || umbra_heard(args, &heard)) })
+    }
+
+    /// What the guest has said so far.
+    pub(super) fn said(&self) -> String {
+        self.said.text()
+    }
+
+    /// Waits until the guest has said `words` so many times.
+    pub(super) fn hear(&self, words: &str, times: usize) -> Verdict {
+        let begun = Instant::now();
+        while self.said().matches(words).count() < times {
+            let waits = begun.elapsed() < PATIENCE && !self.run.is_finished();
+            ensure!(waits, "'{words}' was not said {times} times:\n{}", self.said());
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     pub(super) fn client(&self) -> Result<Client, Failed> {
-        let path = self.folder.path().join("s");
-        let begun = Instant::now();
-        let stream = loop {
-            match UnixStream::connect(&path) {
-                Ok(stream) => break stream,
-                Err(_) if begun.elapsed() < PATIENCE && !self.run.is_finished() => {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => return Err(format!("nobody listens: {error}").into()),
-            }
-        };
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut client = Client { input: BufReader::new(stream.try_clone()?), stream };
-        let greeting = client.receive()?;
-        ensure!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "no greeting: {greeting}");
-        client.call("qmp_capabilities", json!({}))?;
-        Ok(client)
+        Client::connect(&self.folder.path().join("s"), || !self.run.is_finished())
     }
 
     pub(super) fn end(self) -> Result<Outcome, Failed> {
@@ -83,6 +86,24 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// One of the guest behind `path`, once it listens; it is waited for while it `lives`.
+    pub(super) fn connect(path: &Path, mut lives: impl FnMut() -> bool) -> Result<Client, Failed> {
+        let begun = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(_) if begun.elapsed() < PATIENCE && lives() => thread::sleep(Duration::from_millis(1)),
+                Err(error) => return Err(format!("nobody listens: {error}").into()),
+            }
+        };
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut client = Client { input: BufReader::new(stream.try_clone()?), stream };
+        let greeting = client.receive()?;
+        ensure!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "no greeting: {greeting}");
+        client.call("qmp_capabilities", json!({}))?;
+        Ok(client)
+    }
+
     pub(super) fn receive(&mut self) -> Result<Value, Failed> {
         let mut line = String::new();
         self.input.read_line(&mut line)?;
@@ -100,6 +121,17 @@ impl Client {
         let mut answer = self.receive()?;
         ensure!(answer.get("return").is_some(), "{command}: {answer}");
         Ok(answer["return"].take())
+    }
+
+    /// What a command comes to, an error too, whatever events come before.
+    pub(super) fn outcome(&mut self, command: &str, arguments: Value) -> Result<Value, Failed> {
+        self.send(command, arguments)?;
+        loop {
+            let answer = self.receive()?;
+            if answer.get("event").is_none() {
+                return Ok(answer);
+            }
+        }
     }
 
     fn ask(&mut self, command: &str) -> Result<Value, Failed> {
@@ -123,7 +155,7 @@ impl Client {
 }
 
 /// Processor time of a thread, in ticks.
-fn spent(thread: &Value) -> Result<u64, Failed> {
+pub(super) fn spent(thread: &Value) -> Result<u64, Failed> {
     let stat = fs::read_to_string(format!("/proc/{thread}/stat"))?;
     let (_, fields) = stat.rsplit_once(')').ok_or("no stat")?;
     let fields: Vec<u64> = fields.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect();
@@ -155,6 +187,62 @@ fn driven(way: Way) -> Verdict {
     client.ask("quit")?;
     let end = client.event("SHUTDOWN")?;
     ensure!(end["data"] == json!({"guest": false, "reason": "host-qmp-quit"}), "another end: {end}");
+    let run = running.end()?;
+    ensure!(run.end == status::QUIT, "quit ends with another status:\n{run}");
+    Ok(())
+}
+
+/// One spins, one is halted for good, and one waits for a start-up: all stand still and answer.
+fn several() -> Verdict {
+    let guest = [image::start_second_cpu(), image::spin()].concat();
+    let image = file_of(&image::multiboot(&guest))?;
+    let path = image.path().to_str().ok_or("a name that is not UTF-8")?;
+    let running = Running::start(SOFT, &["--vcpus", "3", path])?;
+    let mut client = running.client()?;
+    let threads = |client: &mut Client| -> Result<Vec<Value>, Failed> {
+        let cpus = client.ask("query-cpus-fast")?;
+        let list = cpus.as_array().ok_or("no list of vCPUs")?;
+        let indexes: Vec<_> = list.iter().map(|cpu| cpu["cpu-index"].as_u64()).collect();
+        ensure!(indexes == [Some(0), Some(1), Some(2)], "not three vCPUs: {cpus}");
+        Ok(list.iter().map(|cpu| cpu["thread-id"].clone()).collect())
+    };
+    let runs_on = |thread: &Value, from: u64| -> Verdict {
+        let begun = Instant::now();
+        while spent(thread)? < from + 5 {
+            ensure!(begun.elapsed() < PATIENCE, "the first vCPU does not run");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    let ids = loop {
+        let ids = threads(&mut client)?;
+        if ids.iter().all(|id| *id != json!(0)) {
+            break ids;
+        }
+    };
+    ensure!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2], "vCPUs share a thread: {ids:?}");
+    runs_on(&ids[0], 0)?;
+    client.told("stop", "STOP")?;
+    let before = spent(&ids[0])?;
+    for vcpu in 0..3 {
+        let explained = client.call("x-explain", json!({"gva": 0x8000, "vcpu": vcpu}))?;
+        ensure!(explained["vcpu"] == vcpu && explained["lines"].is_array(), "no explanation: {explained}");
+    }
+    client.send("x-explain", json!({"gva": 0x8000, "vcpu": 3}))?;
+    let refused = client.receive()?;
+    let words = refused["error"]["desc"].as_str().unwrap_or_default();
+    ensure!(words.contains("no vCPU 3") && words.contains("has 3"), "another refusal: {refused}");
+    thread::sleep(Duration::from_millis(200));
+    ensure!(spent(&ids[0])? <= before + 5, "the first vCPU ran while it stood still");
+    client.told("cont", "RESUME")?;
+    runs_on(&ids[0], before)?;
+    ensure!(threads(&mut client)? == ids, "the vCPUs have other threads");
+    // Running or not, halted or not, each answers.
+    for vcpu in 0..3 {
+        client.call("x-explain", json!({"gva": 0x8000, "vcpu": vcpu}))?;
+    }
+    client.ask("quit")?;
+    client.event("SHUTDOWN")?;
     let run = running.end()?;
     ensure!(run.end == status::QUIT, "quit ends with another status:\n{run}");
     Ok(())
@@ -211,17 +299,6 @@ fn end_is_told() -> Verdict {
     running.end().map(drop)
 }
 
-fn reset() -> Verdict {
-    let running = Running::start(SOFT, &["--append", "workload=spin scale=4000"])?;
-    let mut client = running.client()?;
-    client.ask("system_reset")?;
-    let end = client.event("SHUTDOWN")?;
-    ensure!(end["data"]["reason"] == "host-qmp-system-reset", "another end: {end}");
-    let run = running.end()?;
-    ensure!(run.end == status::QUIT && run.stderr.contains("reset by the operator"), "another end:\n{run}");
-    Ok(())
-}
-
 /// What the package's own client makes of us. It checks each message's shape itself.
 const SCRIPT: &str = r#"
 import asyncio, sys
@@ -240,7 +317,7 @@ async def connect(path):
 
 async def main(path):
     qmp = await connect(path)
-    with qmp.listener(("STOP", "RESUME", "SHUTDOWN")) as events:
+    with qmp.listener(("STOP", "RESUME", "RESET", "SHUTDOWN")) as events:
         names = {command["name"] for command in await qmp.execute("query-commands")}
         assert {"stop", "cont", "quit", "x-memory"} <= names, names
         await qmp.execute("stop")
@@ -255,6 +332,11 @@ async def main(path):
         assert await qmp.execute("balloon", {"value": actual}) == {}
         answers = await asyncio.gather(*(qmp.execute("query-name") for _ in range(100)))
         assert answers == [{"name": "packaged"}] * 100, answers
+        assert await qmp.execute("system_reset") == {}
+        reset = await events.get()
+        assert reset["event"] == "RESET", reset
+        assert reset["data"] == {"guest": False, "reason": "host-qmp-system-reset"}, reset
+        assert (await qmp.execute("query-status"))["status"] == "prelaunch"
         await qmp.execute("cont")
         assert (await events.get())["event"] == "RESUME"
         await qmp.execute("quit")

@@ -84,7 +84,7 @@ fn check_series(summary: &Value) -> Verdict {
         ensure!(values.len() == at.len(), "{name} has {} values of {}", values.len(), at.len());
         ensure!(!COUNTS.contains(name) || values.is_sorted(), "{name} counts backwards: {values:?}");
     }
-    for name in ["guest_free", "guest_swap_ins"] {
+    for name in ["guest_free", "guest_swap_ins", "guest_swapped"] {
         // The guest says it in its own time.
         let values = summary["series"][name].as_array();
         let said = |value: &Value| value.is_null() || value.is_u64();
@@ -97,6 +97,8 @@ fn check_series(summary: &Value) -> Verdict {
         let last = column(summary, name)?.last().copied();
         ensure!(last > Some(0), "{name} is {last:?} at the end: no pressure");
     }
+    let host = column(summary, "host_backs")?;
+    ensure!(host.iter().all(|pages| (1..=2048).contains(pages)), "the host backs {host:?}, of 2048");
     let refaults = column(summary, "refaults")?.last().copied();
     let total = summary["memory"]["refaults"].as_u64();
     ensure!(refaults <= total, "the series has {refaults:?} refaults, the whole run {total:?}");

@@ -1,6 +1,11 @@
-//! A soak of hostile images: noise with tables of noise, the built-in guest with bytes changed, bytes without sense.
+//! Soaks: a guest under all that pressure can do, and hostile images.
 //!
-//! Every run must end in a documented way, without a panic, soon after its time limit, and within its address space.
+//! *The guest*: 4 CPUs with sticky TLBs, the oracle on, as always; 4 importers that come and go, one of them at times by a signal;
+//! waves of the budget and of the balloon. No violation, no wrong byte, and at the end nothing is left: see `chaos`.
+//! `UMBRA_SECONDS=1800 cargo test --test e2e soak_of_a_guest` goes on for so long.
+//!
+//! *Hostile images*: noise with tables of noise, the built-in guest with bytes changed, bytes without sense. Every run
+//! must end in a documented way, without a panic, soon after its time limit, and within its address space.
 //! `UMBRA_IMAGES=n` runs n images each way, `UMBRA_SEED=n` begins elsewhere. A failure prints its seed, and leaves the
 //! image behind.
 
@@ -11,6 +16,7 @@ use std::time::Duration;
 use libtest_mimic::{Failed, Trial};
 use umbra_guest::{PAGER, PAGER_PLAIN};
 
+use super::chaos::{self, Plan};
 use super::umbra::{Way, file_of, judge, program, status, ways};
 use crate::ensure;
 use crate::support::noise::Noise;
@@ -29,11 +35,19 @@ pub fn cases() -> Vec<Trial> {
     let soak = |way: Way| {
         case(format!("{}_hostile_images_end_in_a_known_way", way.name), way.needs, move || soak(way))
     };
-    ways().map(soak).collect()
+    let guest =
+        case("soft_sticky_soak_of_a_guest_with_importers_and_pressure_returns_everything", &[], guest);
+    ways().map(soak).chain([guest]).collect()
 }
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// `UMBRA_SEED` chooses what happens.
+fn guest() -> Verdict {
+    let time = Duration::from_secs(number("UMBRA_SECONDS", 4));
+    chaos::run(Plan { vcpus: 4, importers: 4, hostile: false, time }, number("UMBRA_SEED", 1))
 }
 
 fn soak(way: Way) -> Verdict {

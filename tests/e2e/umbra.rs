@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 
 use crate::support::host::Need;
 use crate::support::image;
-use crate::support::process::{self, End, Outcome};
+use crate::support::process::{self, End, Outcome, Said};
 
 /// The exit statuses that are Umbra's own; `umbra --help` and the manual have the table.
 pub mod status {
@@ -34,6 +34,8 @@ pub mod status {
     pub const QUIT: End = End::Status(14);
     /// Umbra missed a TLB flush.
     pub const INCOHERENT: End = End::Status(16);
+    /// The guest missed a TLB flush.
+    pub const GUEST_TLB: End = End::Status(18);
 }
 
 /// Longer than any run here takes, also on a busy machine; the rig runs ten times slower, and slower still where both of its
@@ -49,7 +51,12 @@ pub fn program() -> OsString {
 
 /// Runs `umbra` with `args` and gives what a user sees.
 pub fn umbra<I: IntoIterator<Item: AsRef<OsStr>>>(args: I) -> Result<Outcome, Failed> {
-    judge(process::run(Command::new(program()).args(args), limit())?)
+    umbra_heard(args, &Said::default())
+}
+
+/// The same for whoever listens to what it says meanwhile.
+pub fn umbra_heard<I: IntoIterator<Item: AsRef<OsStr>>>(args: I, said: &Said) -> Result<Outcome, Failed> {
+    judge(process::run_heard(Command::new(program()).args(args), limit(), said)?)
 }
 
 /// Gives the outcome back unless it shows something that must never happen.

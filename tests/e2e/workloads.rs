@@ -70,12 +70,20 @@ pub fn cases() -> Vec<Trial> {
         let name = format!("{}_twin_that_damages_a_byte_fails_by_umbras_own_witness", way.name);
         trials.push(case(name, way.needs, move || twin(way)));
     }
+    for way in ways() {
+        let name = format!("{}_disks_of_each_kind_do_what_they_say", way.name);
+        trials.push(case(name, way.needs, move || disks(way)));
+    }
     trials.extend([
+        case("soft_free_pages_that_are_reported_are_the_hosts_again", &[], || reported(SOFT)),
+        case("kvm_free_pages_that_are_reported_are_the_hosts_again", &[Need::Kvm], || reported(KVM)),
+        case("peer_free_pages_are_reported", &[Need::Qemu], peer_reported),
         case("image_from_a_file_is_the_built_in_one", &[Need::Kvm], from_file),
         case("image_without_the_note_is_interpreted_and_native_says_what_it_may_miss", &[Need::Kvm], plain),
         case("unknown_words_end_with_the_status_of_a_bad_command_line", &[], unknown_words),
         case("timer_interrupts_as_often_as_asked", &[], timer_rate),
         case("reclaim_counts_and_contents_are_those_of_the_disks", &[], disks_agree),
+        case("peer_disks_of_each_kind", &[Need::Qemu], peer_disks),
         case("reclaim_twin_whose_pages_come_back_as_zeros_or_as_others_is_caught", &[], lost_pages),
         case("reclaim_twin_that_allocates_under_a_lock_without_its_scope_is_caught", &[], no_scope),
         case("reclaim_with_too_little_swap_kills_the_largest_and_no_other", &[], too_little_swap),
@@ -297,7 +305,7 @@ fn no_scope() -> Verdict {
 
 /// Swap and memory together hold less than the processes want.
 fn too_little_swap() -> Verdict {
-    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "1M")?;
+    let run = reclaim_of(PAGER, "workload=reclaim pace=slow", "512K")?;
     let lines = run.result_lines();
     let process =
         |line: &String, before: &str| Some(line.strip_prefix(before)?.split(' ').next()?.to_owned());
@@ -382,9 +390,105 @@ fn disks_agree() -> Verdict {
     Ok(())
 }
 
+const PAGE: usize = 4096;
+/// Of the disk that may only be read, and of those of the other that `workload=disk` discards and makes zeros.
+const RO_PAGES: usize = 8;
+const DISCARDED: u64 = 512;
+const ZEROED: std::ops::Range<usize> = 256..512;
+
+/// A disk whose words are 0, 1, 2.., as the guest expects it of one named `ro`.
+fn counting_disk() -> Vec<u8> {
+    (0..(RO_PAGES * PAGE / 4) as u32).flat_map(u32::to_le_bytes).collect()
+}
+
+/// Discard, zeroes, the name, and a disk that may only be read: by the guest, by what Umbra counts, and by what the files have.
+fn disks(way: Way) -> Verdict {
+    let folder = tempfile::tempdir()?;
+    let path = |name| folder.path().join(name).to_string_lossy().into_owned();
+    let (json, swap, ro) = (path("summary.json"), path("swap.img"), path("ro.img"));
+    fs::write(&swap, vec![0xa5; 1024 * PAGE])?;
+    fs::write(&ro, counting_disk())?;
+    let (swap_disk, ro_disk) = (format!("{swap},id=swap"), format!("{ro},ro,id=ro"));
+    let args =
+        ["--disk", &swap_disk, "--disk", &ro_disk, "--append", "workload=disk scale=1", "--json", &json];
+    let run = way.run(&args)?;
+    ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
+    // Zeroes it does not offer, and is not asked for them.
+    let line = format!("pager: disk ro pages={RO_PAGES} errors=1 wrong=0");
+    ensure!(run.result_lines().contains(&line), "there is no '{line}':\n{run}");
+    let summary: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json)?)?;
+    let (swap_counts, ro_counts) = (&summary["disks"][0], &summary["disks"][1]);
+    for (counts, kind, field, want) in [
+        (swap_counts, "discard", "requests", 1),
+        (swap_counts, "discard", "sectors", DISCARDED * 8),
+        (swap_counts, "write_zeroes", "requests", 1),
+        (swap_counts, "write_zeroes", "sectors", ZEROED.len() as u64 * 8),
+        (swap_counts, "write_zeroes", "errors", 0),
+        (ro_counts, "write", "errors", 1),
+        (ro_counts, "write_zeroes", "requests", 0),
+        (ro_counts, "read", "sectors", 2 * 8 * RO_PAGES as u64),
+    ] {
+        let got = counts[kind][field].as_u64();
+        ensure!(got == Some(want), "{kind}.{field} is {got:?}, not {want}: {counts}");
+    }
+    ensure!(fs::read(&ro)? == counting_disk(), "the disk that may only be read has changed");
+    let contents = fs::read(&swap)?;
+    let zeros = |page: usize| contents[page * PAGE..(page + 1) * PAGE].iter().all(|byte| *byte == 0);
+    let pages: Vec<usize> = (0..1024).filter(|page| zeros(*page)).collect();
+    ensure!(pages == ZEROED.collect::<Vec<_>>(), "other pages are zeros: {pages:?}");
+    Ok(())
+}
+
+fn peer_disks() -> Verdict {
+    let (image, ro) = (file_of(PAGER)?, file_of(&counting_disk())?);
+    let run = qemu::run_with_read_only(image.path(), "workload=disk scale=1", "64M", ro.path())?;
+    ensure!(run.end == End::Status(1), "the guest did not pass:\n{run}");
+    let read = |line: &String| line.starts_with(&format!("pager: disk ro pages={RO_PAGES} errors="));
+    // Zeroes it offers there all the same, and refuses.
+    let said = run.result_lines().into_iter().find(read).ok_or_else(|| format!("no disk ro:\n{run}"))?;
+    ensure!(number(&said, "errors")? <= 2 && number(&said, "wrong")? == 0, "{said}");
+    Ok(())
+}
+
+/// Pages that `workload=report` has written to, freed and reported.
+const REPORTED: u64 = 512;
+/// Free frames that Umbra keeps for the next taker, at most.
+const KEPT: u64 = 64;
+/// Frames that the guest may have come to use while its free ones went: tables, a stack.
+const OTHERS: u64 = 8;
+
+/// Nothing else gives frames back in such a run: where the host comes to back fewer, it is for the reports.
+fn reported(way: Way) -> Verdict {
+    let json = file_of(b"")?;
+    let path = json.path().to_string_lossy().into_owned();
+    let run = way.run(&["--append", "workload=report", "--json", &path])?;
+    ensure!(run.end == End::Status(0), "the guest did not pass:\n{run}");
+    let summary: serde_json::Value = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let told = summary["balloon"]["reported"].as_u64().unwrap_or(0);
+    let causes = summary["memory"]["invalidations"].as_array();
+    let taken = causes.into_iter().flatten().find(|cause| cause["cause"] == "discard");
+    let taken = taken.and_then(|cause| cause["pages"].as_u64()).unwrap_or(0);
+    ensure!(told >= taken && taken >= REPORTED, "{told} pages reported, of which {taken} had frames:\n{run}");
+    let back = summary["memory"]["given_back"].as_u64().unwrap_or(0);
+    ensure!(back >= REPORTED - KEPT, "{taken} pages were taken, and {back} frames given back:\n{run}");
+    let host = summary["series"]["host_backs"].as_array();
+    let host: Vec<u64> = host.into_iter().flatten().filter_map(serde_json::Value::as_u64).collect();
+    let drop = host.iter().enumerate().map(|(at, most)| most - host[at..].iter().min().unwrap_or(most)).max();
+    // Other frames come into use meanwhile, and hide as many.
+    let seen = drop.unwrap_or(0) + OTHERS;
+    ensure!(seen >= REPORTED - KEPT, "{back} frames were given back, and the host has backed {host:?}");
+    Ok(())
+}
+
+fn peer_reported() -> Verdict {
+    let image = file_of(PAGER)?;
+    let run = qemu::run(image.path(), "workload=report", "64M")?;
+    ensure!(run.end == End::Status(1), "the guest did not pass:\n{run}");
+    Ok(())
+}
+
 /// Pages of the guest's file system that have a block, their sum, and the sum that its superblock says; file.c has the layout.
 fn file_sum(disk: &[u8]) -> Result<(usize, u32, u32), Failed> {
-    const PAGE: usize = 4096;
     let words = |page: usize| {
         let bytes = &disk[page * PAGE..(page + 1) * PAGE];
         bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("4"))).collect::<Vec<_>>()

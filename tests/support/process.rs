@@ -7,6 +7,7 @@ use std::fmt;
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -77,19 +78,41 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// What a child has said on a pipe so far.
+#[derive(Clone, Debug, Default)]
+pub struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl Said {
+    /// All of it, as text.
+    pub fn text(&self) -> String {
+        self.with(|bytes| String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    fn with<R>(&self, call: impl FnOnce(&mut Vec<u8>) -> R) -> R {
+        call(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// Runs `command` without standard input until it ends or `limit` is over.
 pub fn run(command: &mut Command, limit: Duration) -> Result<Outcome, String> {
+    run_heard(command, limit, &Said::default())
+}
+
+/// The same for whoever listens to its standard output meanwhile.
+pub fn run_heard(command: &mut Command, limit: Duration, said: &Said) -> Result<Outcome, String> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let shown = show(command);
     let begun = Instant::now();
     let mut child = command.spawn().map_err(|error| format!("cannot start {shown}: {error}"))?;
-    let stdout = drain(child.stdout.take(), begun);
-    let stderr = drain(child.stderr.take(), begun);
+    let errors = Said::default();
+    let stdout = drain(child.stdout.take(), begun, said.clone());
+    let stderr = drain(child.stderr.take(), begun, errors.clone());
     let end = wait(&mut child, begun + limit).map_err(|error| format!("cannot await {shown}: {error}"))?;
     let took = begun.elapsed();
-    let (stdout, first_byte) = stdout.join().expect("a reader of a pipe does not panic");
-    let (stderr, _) = stderr.join().expect("a reader of a pipe does not panic");
-    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+    let first_byte = stdout.join().expect("a reader of a pipe does not panic");
+    stderr.join().expect("a reader of a pipe does not panic");
+    let stdout = said.with(|bytes| bytes.clone());
+    let stderr = errors.with(|bytes| String::from_utf8_lossy(bytes).into_owned());
     Ok(Outcome { command: shown, end, stdout, stderr, took, first_byte })
 }
 
@@ -120,20 +143,23 @@ fn end_of(status: ExitStatus) -> End {
     }
 }
 
-/// Reads a pipe to its end in a thread; gives what it kept and when the first byte came.
+/// Reads a pipe to its end in a thread, and keeps what it says; gives when the first byte came.
 fn drain<R: Read + Send + 'static>(
     pipe: Option<R>,
     begun: Instant,
-) -> JoinHandle<(Vec<u8>, Option<Duration>)> {
+    said: Said,
+) -> JoinHandle<Option<Duration>> {
     thread::spawn(move || {
-        let (mut kept, mut first) = (Vec::new(), None);
-        let Some(mut pipe) = pipe else { return (kept, first) };
+        let mut first = None;
+        let mut pipe = pipe?;
         let mut chunk = [0; 4096];
         while let Ok(n @ 1..) = pipe.read(&mut chunk) {
             first.get_or_insert_with(|| begun.elapsed());
-            let room = KEPT_MAX - kept.len();
-            kept.extend_from_slice(&chunk[..n.min(room)]);
+            said.with(|kept| {
+                let room = KEPT_MAX - kept.len();
+                kept.extend_from_slice(&chunk[..n.min(room)]);
+            });
         }
-        (kept, first)
+        first
     })
 }

@@ -23,6 +23,17 @@ pub fn run(image: &Path, cmdline: &str, mem: &str) -> Result<Outcome, String> {
 
 /// The same with a further option for the drives behind its disks.
 pub fn run_with_disks(image: &Path, cmdline: &str, mem: &str, option: &str) -> Result<Outcome, String> {
+    run_with(image, cmdline, mem, option, &[])
+}
+
+/// The same with a third disk, named `ro`, of which the guest may only read `file`.
+pub fn run_with_read_only(image: &Path, cmdline: &str, mem: &str, file: &Path) -> Result<Outcome, String> {
+    let drive = format!("if=none,id=ro,format=raw,readonly=on,file={}", file.display());
+    let more = ["-drive", &drive, "-device", "virtio-blk-device,drive=ro,serial=ro"];
+    run_with(image, cmdline, mem, "cache=unsafe,discard=unmap", &more)
+}
+
+fn run_with(image: &Path, cmdline: &str, mem: &str, option: &str, more: &[&str]) -> Result<Outcome, String> {
     let files = DISKS.map(|(_, bytes)| disk(bytes));
     let mut command = Command::new("qemu-system-i386");
     // The default CPU model has neither NX nor SMEP, which Umbra's CPU has.
@@ -37,6 +48,7 @@ pub fn run_with_disks(image: &Path, cmdline: &str, mem: &str, option: &str) -> R
         command.arg("-device").arg(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
     command.args(["-device", "virtio-balloon-device,deflate-on-oom=on,free-page-reporting=on"]);
+    command.args(more);
     command.arg("-kernel").arg(image).args(["-append", cmdline]);
     process::run(&mut command, LIMIT)
 }

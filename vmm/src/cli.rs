@@ -9,7 +9,7 @@ use umbra_mmu::{Rule, Rules, TlbKind};
 use crate::board;
 use crate::boot::notes::Notes;
 use crate::import::ImportArgs;
-use crate::measure::MeasureArgs;
+use crate::measure::{ImporterArgs, MeasureArgs};
 use crate::pressure::PressureArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
@@ -26,7 +26,9 @@ use crate::vm::budget::{Schedule, parse_schedule};
     version,
     after_help = "Exit status: 0 when the guest ended with 0 and every witness agrees, (v << 1) | 1 when it ended with v;\n\
                   2 usage, 4 input or host, 6 Umbra could not go on, 8 a witness contradicts the guest, 10 timeout,\n\
-                  12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush, 18 Umbra's threads wait for each other (--deterministic). Of pressure: 10 not reached in time, 14 interrupted.\n\n\
+                  12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush,\n\
+                  18 the guest missed one (--check-guest-tlb), 20 Umbra's threads wait for each other (--deterministic).\n\
+                  Of pressure: 10 not reached in time, 14 interrupted.\n\n\
                   Set UMBRA_LOG=debug for what Umbra does in detail."
 )]
 pub struct Cli {
@@ -86,6 +88,9 @@ pub enum Command {
     ///   umbra measure --append 'workload=kmap scale=4000' --causes page-out,reclaim
     #[command(verbatim_doc_comment)]
     Measure(Box<MeasureArgs>),
+    /// An importer of a measurement, which starts it.
+    #[command(name = crate::measure::COMMAND, hide = true)]
+    MeasuredImporter(ImporterArgs),
 }
 
 /// Which backend runs the guest.
@@ -190,6 +195,11 @@ pub struct RunArgs {
     /// How the TLB of interpreted code forgets.
     #[arg(long, value_enum, default_value = "sized")]
     pub tlb: Tlb,
+    /// Find TLB flushes that the guest's kernel misses: before each access, ask a model of the guest's own TLBs whether it may still use
+    /// a translation that the kernel has taken away. Needs the soft backend, and is several times as slow. A certain miss ends the
+    /// run with status 18; suspects are counted.
+    #[arg(long)]
+    pub check_guest_tlb: bool,
     /// How vCPUs are made to forget pages that go to swap, where the backend is kvm.
     #[arg(long, value_enum, default_value = "auto")]
     pub shootdown: Shootdown,
@@ -266,6 +276,9 @@ pub struct RunArgs {
     /// Write what happens to FILE, a line each, with its virtual time in nanoseconds and whose doing it was.
     #[arg(long, value_name = "FILE", requires = "deterministic")]
     pub event_log: Option<PathBuf>,
+    /// Importers are told and awaited one after the other, to see what it would cost.
+    #[arg(skip)]
+    pub export_in_turn: bool,
     /// The guest's name, for those who ask by QMP.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -26,6 +27,9 @@ fn main() -> ExitCode {
         Command::Pressure(args) => press(&args),
         Command::Import(args) => import(&args),
         Command::Measure(args) => measure(&args, &screen),
+        Command::MeasuredImporter(args) => {
+            measure::serve(&args).map_or_else(|error| refuse(&error), |()| Status::Pass.code())
+        }
     };
     ExitCode::from(code)
 }
@@ -55,7 +59,9 @@ fn run(args: &RunArgs, screen: &vm::Screen) -> u8 {
     if summary.guest_exit != Some(0) {
         say!("{}", summary.end);
     }
-    say!("{summary}");
+    for line in summary.to_string().lines() {
+        say!("{line}");
+    }
     // A sink that fails keeps nothing from the other.
     let written = [
         json.as_mut().map_or(Ok(()), |json| json.write(&summary)),
@@ -146,6 +152,9 @@ fn import(args: &ImportArgs) -> u8 {
 }
 
 fn measure(args: &MeasureArgs, screen: &vm::Screen) -> u8 {
+    if let Some([a, b]) = args.compare.as_deref() {
+        return compare(a, b);
+    }
     let order = match args.order() {
         Ok(order) => order,
         Err(error) => {
@@ -161,12 +170,24 @@ fn measure(args: &MeasureArgs, screen: &vm::Screen) -> u8 {
     if let Err(error) = signals::catch() {
         return refuse(&error);
     }
-    let (report, status) = match measure::run(&order, screen, &signals::count) {
+    let (measured, status) = match measure::run(&order, screen, &signals::count) {
         Ok(measured) => measured,
         Err(error) => return refuse(&error),
     };
-    say!("{report}");
-    files.write(&report).map_or_else(|error| refuse(&error), |()| status.code())
+    say!("{}", measured.report);
+    files.write(&measured).map_or_else(|error| refuse(&error), |()| status.code())
+}
+
+/// Two measurements beside each other, on standard output.
+fn compare(a: &Path, b: &Path) -> u8 {
+    match measure::compare::read(a).and_then(|first| Ok((first, measure::compare::read(b)?))) {
+        Ok((first, second)) => {
+            // A reader that has gone is no reason to fail.
+            let _ = write!(io::stdout(), "{}", measure::compare::Comparison::new(&first, &second));
+            Status::Pass.code()
+        }
+        Err(error) => refuse(&error),
+    }
 }
 
 /// Says why, with those causes that the message does not name itself.

@@ -1,4 +1,4 @@
-//! Memory over time as a picture: the SVG of `--plot`, of a run or of `umbra pressure`.
+//! Pictures: the SVG of `--plot`, of a run or of `umbra pressure`, which has memory over time; and charts for whoever has other values.
 //!
 //! Story: two panels over one axis of time. The upper one has memory in MiB, the lower one what happened in a second. Host and
 //! guest are in one picture; what a guest does not say has no curve. The picture stands alone: no script, no font, no other file; its colours follow the reader's scheme.
@@ -27,6 +27,11 @@ const TITLE_MAX: usize = 100;
 /// From here on a number is written with an exponent.
 const PLAIN_MAX: f64 = 1e7;
 
+/// Edges of a chart's only panel.
+const CHART: (f64, f64) = (76.0, 540.0);
+/// Colours of a chart; the names of more lines than that have the first ones again.
+const COLOURS: usize = 10;
+
 const STYLE: &str = "\
 svg{color-scheme:light dark;background:#fff;font:12px system-ui,sans-serif}
 .paper{fill:#fff}text{fill:#24292f}.title{font-size:16px;font-weight:600}
@@ -35,14 +40,25 @@ svg{color-scheme:light dark;background:#fff;font:12px system-ui,sans-serif}
 .resident{stroke:#0969da}.swapped,.swap-outs{stroke:#bc4c00}.free{stroke:#1a7f37}
 .budget{stroke:#57606a;stroke-dasharray:8 4}.refaults{stroke:#8250df}.invalidations{stroke:#0a7c86}
 .backed{stroke:#953800;stroke-dasharray:2 4}.balloon,.stalls{stroke:#cf222e}
+.would-blocks{stroke:#cf222e;stroke-dasharray:2 4}.guest-swapped{stroke:#bc4c00;stroke-dasharray:6 4}
 .guest-free,.guest-swap-ins{stroke:#116329;stroke-dasharray:6 4}
+.c0{stroke:#0969da}.c1{stroke:#bc4c00}.c2{stroke:#1a7f37}.c3{stroke:#8250df}.c4{stroke:#0a7c86}
+.c5{stroke:#cf222e}.c6{stroke:#953800}.c7{stroke:#57606a}.c8{stroke:#bf3989}.c9{stroke:#4d2d00}
+.bar.c0{fill:#0969da}.bar.c1{fill:#bc4c00}.bar.c2{fill:#1a7f37}.bar.c3{fill:#8250df}.bar.c4{fill:#0a7c86}
+.bar.c5{fill:#cf222e}.bar.c6{fill:#953800}.bar.c7{fill:#57606a}.bar.c8{fill:#bf3989}.bar.c9{fill:#4d2d00}
 @media(prefers-color-scheme:dark){
+.c9{stroke:#d4a72c}.bar.c9{fill:#d4a72c}
 svg{background:#0d1117}.paper{fill:#0d1117}text{fill:#e6edf3}
 .grid{stroke:#30363d}.frame{stroke:#8b949e}
-.resident{stroke:#58a6ff}.swapped,.swap-outs{stroke:#f0883e}.free{stroke:#3fb950}
+.resident{stroke:#58a6ff}.swapped,.swap-outs,.guest-swapped{stroke:#f0883e}.free{stroke:#3fb950}
 .budget{stroke:#8b949e}.refaults{stroke:#bc8cff}.invalidations{stroke:#39c5cf}
-.backed{stroke:#ffa657}.balloon,.stalls{stroke:#ff7b72}.guest-free,.guest-swap-ins{stroke:#7ee787}}
+.backed{stroke:#ffa657}.balloon,.stalls,.would-blocks{stroke:#ff7b72}.guest-free,.guest-swap-ins{stroke:#7ee787}}
 ";
+
+/// Adds to a picture. A string takes everything.
+macro_rules! draw {
+    ($picture:expr, $($part:tt)*) => { let _ = writeln!($picture.0, $($part)*); };
+}
 
 /// Draws `samples` of a whole run, which are in order of time.
 pub fn svg(samples: &[Sample], title: &str) -> String {
@@ -62,10 +78,81 @@ pub fn svg_since(samples: &[Sample], title: &str, beginning: &str) -> String {
     picture.0
 }
 
+/// A picture of one panel. Places in it are parts of its width and height, from its lower left corner; what is beyond an edge is on it.
+#[derive(Clone, Debug, Default)]
+pub struct Chart {
+    /// What it is of.
+    pub title: String,
+    /// What goes across, and along.
+    pub axes: (String, String),
+    /// Where the grid has lines across, with their words.
+    pub across: Vec<(f64, String)>,
+    /// The same along.
+    pub along: Vec<(f64, String)>,
+    /// Lines, with what the legend calls them.
+    pub lines: Vec<(String, Vec<(f64, f64)>)>,
+    /// Bars: what the legend calls them, and for each its left, right, lower and upper edge.
+    pub bars: Vec<(String, Vec<[f64; 4]>)>,
+}
+
+/// Draws it.
+pub fn chart(chart: &Chart) -> String {
+    let mut picture = Picture(String::new());
+    picture.begin(&chart.title);
+    let ((left, right), (top, bottom)) = (SIDES, CHART);
+    let part = |part: f64| if part.is_finite() { part.clamp(0.0, 1.0) } else { 0.0 };
+    let x = |at: f64| left + part(at) * (right - left);
+    let y = |at: f64| bottom - part(at) * (bottom - top);
+    for (at, label) in &chart.along {
+        draw!(picture, r#"<path class="grid" d="M{left:.1} {:.1}H{right:.1}"/>"#, y(*at));
+        picture.text((left - 8.0, y(*at) + 4.0), r#"text-anchor="end""#, label);
+    }
+    for (at, label) in &chart.across {
+        draw!(picture, r#"<path class="grid" d="M{:.1} {top:.1}V{bottom:.1}"/>"#, x(*at));
+        picture.text((x(*at), bottom + 18.0), r#"text-anchor="middle""#, label);
+    }
+    let (width, height, middle) = (right - left, bottom - top, f64::midpoint(top, bottom));
+    draw!(picture, r#"<rect class="frame" x="{left}" y="{top}" width="{width}" height="{height}"/>"#);
+    let turned = format!(r#"text-anchor="middle" transform="rotate(-90 18 {middle})""#);
+    picture.text((18.0, middle), &turned, &chart.axes.1);
+    let center = f64::midpoint(left, right);
+    picture.text((center, bottom + 42.0), r#"text-anchor="middle""#, &chart.axes.0);
+    if chart.lines.is_empty() && chart.bars.is_empty() {
+        picture.text((center, middle), r#"text-anchor="middle""#, "no samples");
+    }
+    for (n, (_, bars)) in chart.bars.iter().enumerate() {
+        for [from, to, low, high] in bars {
+            let (width, height) = (x(*to) - x(*from), y(*low) - y(*high));
+            let (class, x, y) = (COLOUR_CLASSES[n % COLOURS], x(*from), y(*high));
+            draw!(
+                picture,
+                r#"<rect class="bar {class}" x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{height:.1}"/>"#
+            );
+        }
+    }
+    let curves = chart.bars.iter().map(|(name, _)| (name, None));
+    let curves = curves.chain(chart.lines.iter().map(|(name, points)| (name, Some(points))));
+    let curves: Vec<Curve<'_>> = (0..)
+        .zip(curves)
+        .map(|(n, (name, points))| Curve {
+            name,
+            class: COLOUR_CLASSES[n % COLOURS],
+            points: points.cloned().unwrap_or_default(),
+        })
+        .collect();
+    curves.iter().for_each(|curve| picture.curve(curve, |(at, value)| (x(at), y(value))));
+    picture.legend(&curves, top - 14.0);
+    picture.0.push_str("</svg>\n");
+    picture.0
+}
+
+/// Their classes in [`STYLE`].
+const COLOUR_CLASSES: [&str; COLOURS] = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9"];
+
 /// A value over time, in seconds.
-struct Curve {
+struct Curve<'a> {
     /// What the legend calls it.
-    name: &'static str,
+    name: &'a str,
     /// Its class in [`STYLE`].
     class: &'static str,
     points: Vec<(f64, f64)>,
@@ -74,10 +161,10 @@ struct Curve {
 struct Panel {
     edges: (f64, f64),
     unit: &'static str,
-    curves: Vec<Curve>,
+    curves: Vec<Curve<'static>>,
 }
 
-fn memory(samples: &[Sample]) -> Vec<Curve> {
+fn memory(samples: &[Sample]) -> Vec<Curve<'static>> {
     const PER_MIB: f64 = ((1 << 20) / PAGE_SIZE) as f64;
     let curve = |name, class, value: fn(&Sample) -> Option<u64>| {
         let point = |sample: &Sample| Some((sample.at.as_secs_f64(), value(sample)? as f64 / PER_MIB));
@@ -90,17 +177,18 @@ fn memory(samples: &[Sample]) -> Vec<Curve> {
         curve("swapped", "swapped", |sample| Some(sample.swapped.into())),
         curve("free", "free", |sample| Some(sample.frames_free.into())),
         budget,
-        curve("host backs", "backed", |sample| Some(sample.frames_used.into())),
+        curve("host backs", "backed", |sample| sample.host_backs),
     ];
     let guest = [
         curve("balloon", "balloon", |sample| Some(sample.balloon_actual.into())),
         curve("guest's free", "guest-free", |sample| sample.guest_free),
+        curve("guest's swapped", "guest-swapped", |sample| sample.guest_swapped),
     ];
     host.into_iter().chain(said(guest)).collect()
 }
 
-/// Those of a guest's own curves that it says anything of.
-fn said<const N: usize>(curves: [Curve; N]) -> impl Iterator<Item = Curve> {
+/// Those of the curves in which anything happens, or that the guest says anything of.
+fn said<const N: usize>(curves: [Curve<'static>; N]) -> impl Iterator<Item = Curve<'static>> {
     // A balloon that holds nothing all the time is none.
     curves.into_iter().filter(|curve| curve.points.iter().any(|point| point.1 > 0.0))
 }
@@ -111,7 +199,7 @@ fn steps(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.first().copied().into_iter().chain(risers).collect()
 }
 
-fn rates(samples: &[Sample]) -> Vec<Curve> {
+fn rates(samples: &[Sample]) -> Vec<Curve<'static>> {
     let curve = |name, class, value: fn(Rates) -> Option<f64>| {
         // A rate holds for the time that it was taken over.
         let points = samples.windows(2).flat_map(|pair| {
@@ -127,8 +215,10 @@ fn rates(samples: &[Sample]) -> Vec<Curve> {
         curve("invalidations/s", "invalidations", |rates| Some(rates.invalidations)),
         curve("stalls/s", "stalls", |rates| Some(rates.stalls)),
     ];
+    // Where nobody asks without sleep, there is nothing to say of it.
+    let atomic = [curve("WouldBlocks/s", "would-blocks", |rates| Some(rates.would_blocks))];
     let guest = [curve("guest's swap-ins/s", "guest-swap-ins", |rates| rates.guest_swap_ins)];
-    host.into_iter().chain(said(guest)).collect()
+    host.into_iter().chain(said(atomic)).chain(said(guest)).collect()
 }
 
 /// An axis from 0 on.
@@ -175,11 +265,6 @@ impl Axis {
 
 struct Picture(String);
 
-/// Adds to a picture. A string takes everything.
-macro_rules! draw {
-    ($picture:expr, $($part:tt)*) => { let _ = writeln!($picture.0, $($part)*); };
-}
-
 impl Picture {
     fn begin(&mut self, title: &str) {
         let (width, height) = SIZE;
@@ -223,7 +308,7 @@ impl Picture {
         self.legend(&panel.curves, top - 14.0);
     }
 
-    fn curve(&mut self, curve: &Curve, place: impl Fn((f64, f64)) -> (f64, f64)) {
+    fn curve(&mut self, curve: &Curve<'_>, place: impl Fn((f64, f64)) -> (f64, f64)) {
         let placed = curve.points.iter().map(|point| place(*point)).map(|(x, y)| (tenths(x), tenths(y)));
         let mut kept: Vec<(i64, i64)> = Vec::new();
         for point in placed {
@@ -245,7 +330,7 @@ impl Picture {
         draw!(self, r#"<path class="curve {}" d="{path}"/>"#, curve.class);
     }
 
-    fn legend(&mut self, curves: &[Curve], y: f64) {
+    fn legend(&mut self, curves: &[Curve<'_>], y: f64) {
         let mut x = SIDES.0;
         let width = LEGEND.min((SIDES.1 - SIDES.0) / curves.len().max(1) as f64);
         for curve in curves {
@@ -282,7 +367,7 @@ fn units(tenths: i64) -> f64 {
 }
 
 /// `text` as XML has it; what it cannot have at all becomes U+FFFD.
-fn escaped(text: &str) -> String {
+pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -382,13 +467,17 @@ mod tests {
     fn a_guest_has_the_curves_that_it_says_something_of() {
         let silent = svg(&[at(0), at(1000)], "silent");
         let document = Document::parse(&silent).expect("XML");
-        for class in ["balloon", "guest-free", "guest-swap-ins"] {
+        for class in ["balloon", "guest-free", "guest-swap-ins", "guest-swapped", "would-blocks"] {
             assert!(paths(&document, class).is_empty(), "{class}");
         }
         let sample = |n: u64| Sample {
             balloon_actual: 256 * n as u32,
             guest_free: Some(512),
             guest_swap_ins: Some(100 * n),
+            guest_swapped: Some(768),
+            host_backs: Some(1024),
+            frames_used: 1536,
+            would_blocks: n,
             gate_waits: n,
             page_waits: n,
             ..at(1000 * n)
@@ -397,12 +486,15 @@ mod tests {
         check(&text);
         assert!(text.contains("time since the command (s)"));
         let document = Document::parse(&text).expect("XML");
-        for class in ["balloon", "guest-free", "guest-swap-ins", "stalls", "backed"] {
+        let own = ["balloon", "guest-free", "guest-swap-ins", "guest-swapped"];
+        for class in own.into_iter().chain(["stalls", "would-blocks", "backed"]) {
             assert_eq!(paths(&document, class).len(), 2, "{class}");
         }
         // 1 MiB a second, of 8: from below to a quarter.
         assert_eq!(numbers(paths(&document, "balloon")[0])[..2], [84.0, 306.0]);
         assert_eq!(numbers(paths(&document, "balloon")[0]).last(), Some(&248.5));
+        // What the host says, 4 MiB, and not what it may be backing, 6.
+        assert_eq!(numbers(paths(&document, "backed")[0]).last(), Some(&191.0));
     }
 
     #[test]
@@ -448,6 +540,40 @@ mod tests {
         assert_eq!(name, "a<b>&\"c'\u{fffd}\u{fffd}\u{fffd} ]]><script>x</script>");
         let long = "x".repeat(5000);
         assert!(svg(&[], &long).contains(&format!(">{}\u{2026}<", "x".repeat(TITLE_MAX - 1))));
+    }
+
+    #[test]
+    fn a_chart_has_what_it_is_given_in_sight_whatever_that_is() {
+        let tick = |at, words: &str| (at, words.to_owned());
+        let of = Chart {
+            title: "a<b>".into(),
+            axes: ("across & over".into(), "along".into()),
+            across: vec![tick(0.0, "none"), tick(1.0, "all")],
+            along: vec![tick(0.5, "half")],
+            lines: vec![(
+                "steps".into(),
+                vec![(0.0, 0.0), (0.5, 2.0), (f64::NAN, f64::INFINITY), (1.0, 0.25)],
+            )],
+            bars: vec![
+                ("low".into(), vec![[0.1, 0.2, 0.0, 0.5]]),
+                ("high".into(), vec![[0.1, 0.2, 0.5, 7.0]]),
+            ],
+        };
+        let text = chart(&of);
+        let document = Document::parse(&text).unwrap_or_else(|error| panic!("{error}:\n{text}"));
+        assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+        for word in ["across &amp; over", "along", "none", "half", "steps", "low", "high"] {
+            assert!(text.contains(&format!(">{word}<")), "{word} is missing:\n{text}");
+        }
+        let number =
+            |node: Node, name| node.attribute(name).and_then(|n| n.parse::<f64>().ok()).expect("a number");
+        let bars: Vec<_> = document.descendants().filter(|node| has_class(node, "bar")).collect();
+        // The lower half, and from there to the edge, beyond which nothing is.
+        let edges: Vec<_> = bars.iter().map(|bar| (number(*bar, "y"), number(*bar, "height"))).collect();
+        assert_eq!(edges, [(308.0, 232.0), (76.0, 232.0)]);
+        let points = numbers(paths(&document, "c2")[0]);
+        assert_eq!((points[..2].to_vec(), points[2..4].to_vec()), (vec![84.0, 540.0], vec![480.0, 76.0]));
+        assert!(chart(&Chart::default()).contains("no samples"));
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub enum Status {
     Deadlock,
     /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
     Incoherent,
+    /// The guest has missed a flush of a TLB of its own: `--check-guest-tlb` is certain.
+    GuestTlb,
 }
 
 impl Status {
@@ -44,7 +46,8 @@ impl Status {
             Status::Reset => 12,
             Status::Quit => 14,
             Status::Incoherent => 16,
-            Status::Deadlock => 18,
+            Status::GuestTlb => 18,
+            Status::Deadlock => 20,
         }
     }
 
@@ -52,7 +55,7 @@ impl Status {
     pub fn verdict(self) -> &'static str {
         match self {
             Status::Pass => "PASS",
-            Status::Guest(_) | Status::Witness => "FAIL",
+            Status::Guest(_) | Status::Witness | Status::GuestTlb => "FAIL",
             Status::Timeout => "TIMEOUT",
             Status::Reset => "RESET",
             Status::Quit => "QUIT",
@@ -82,6 +85,7 @@ mod tests {
             Status::Reset,
             Status::Quit,
             Status::Incoherent,
+            Status::GuestTlb,
             Status::Deadlock,
         ];
         for (at, status) in ours.iter().enumerate() {

@@ -1,7 +1,8 @@
 //! Swap in a file.
 //!
-//! Story: `--swap FILE` makes a sparse file for the run. Its name is taken away as soon as it is open, so that nothing is
-//! left behind however the run ends; what is not wanted any more is punched out of it.
+//! Story: `--swap FILE` makes a sparse file for the run. It never has a name, so that nothing is left behind however and whenever
+//! the run ends; where the filesystem makes no files without one, its name is taken away as soon as it is open. What is not wanted
+//! any more is punched out of it.
 //!
 //! `--swap-fault` puts a device in front that fails where it is told to: for seeing what comes of it.
 //!
@@ -14,6 +15,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use umbra_mmu::PAGE_SIZE;
 use umbra_mmu::swap::{SwapDevice, SwapSlot};
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
@@ -37,18 +40,41 @@ pub struct SwapFile {
 }
 
 impl SwapFile {
-    /// Makes the file at `path`, for `slots` pages, and takes its name away.
+    /// Makes the file that `path` stands for, for `slots` pages, without the name.
     ///
     /// # Errors
     ///
     /// When there is something at `path`, or it cannot be made.
     pub fn create(path: &Path, slots: u32) -> Result<SwapFile, SwapFileError> {
         let failed = |what| move |source| SwapFileError { what, path: path.to_owned(), source };
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-        let file = file.map_err(failed("making"))?;
-        std::fs::remove_file(path).map_err(failed("taking the name away from"))?;
+        let file = match nameless(path).map_err(failed("making"))? {
+            Some(file) => file,
+            None => {
+                let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+                let file = file.map_err(failed("making"))?;
+                std::fs::remove_file(path).map_err(failed("taking the name away from"))?;
+                file
+            }
+        };
         file.set_len(u64::from(slots) * PAGE_SIZE).map_err(failed("sizing"))?;
         Ok(SwapFile { file, slots })
+    }
+}
+
+/// A file where `path` says, but for the name; `None` where the filesystem has no such files.
+fn nameless(path: &Path) -> io::Result<Option<File>> {
+    const MODE: u32 = 0o600;
+    if path.symlink_metadata().is_ok() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    let Some(_) = path.file_name() else { return Ok(None) };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(folder, flags, Mode::from_raw_mode(MODE)) {
+        Ok(file) => Ok(Some(file.into())),
+        // Old kernels take the flag for one that they know.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -167,6 +193,22 @@ mod tests {
         swap.discard(98..100);
         assert!(blocks() < before, "{} blocks after, {before} before", blocks());
         assert!(swap.read(SwapSlot(99), &mut back).is_err(), "beyond its end");
+    }
+
+    #[test]
+    fn a_swap_file_has_no_name_at_any_moment() {
+        use rustix::fs::inotify;
+        let directory = tempfile::tempdir().expect("a directory");
+        let watch = inotify::init(inotify::CreateFlags::NONBLOCK).expect("a watch");
+        inotify::add_watch(&watch, directory.path(), inotify::WatchFlags::CREATE).expect("a watch");
+        let path = directory.path().join("swap");
+        SwapFile::create(&path, 1).expect("made");
+        let mut space = [std::mem::MaybeUninit::uninit(); 512];
+        let seen = inotify::Reader::new(&watch, &mut space).next().map(|_| ());
+        assert_eq!(seen, Err(Errno::AGAIN), "a killed run would leave it behind");
+        std::fs::write(&path, "mine").expect("written");
+        let refused = SwapFile::create(&path, 1).expect_err("it is there");
+        assert!(refused.to_string().contains("does not exist"), "{refused}");
     }
 
     #[test]

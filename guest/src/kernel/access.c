@@ -189,7 +189,8 @@ static bool slot_open(struct upt *upt)
 static void slot_close(void)
 {
     u32 table = upt_unlink(slot.upt, TEST_BASE);
-    invlpg(slot.va);
+    if (flush_kept(FLUSH_ACCESS_CLOSE))
+        invlpg(slot.va);
     frame_put(table);
     frame_put(slot.page_frame);
 }
@@ -248,7 +249,7 @@ static void set_root(pte_t root)
     if (!paging.pae || slot.upt->pdpt[TEST_BASE >> 30] == root)
         return;
     slot.upt->pdpt[TEST_BASE >> 30] = root;
-    flush_not_global(); /* the CPU reads it at MOV CR3 only */
+    flush_not_global(FLUSH_ACCESS_POINTERS); /* the CPU reads it at MOV CR3 only */
 }
 
 static void slot_write(const struct access_setup *setup)
@@ -260,7 +261,8 @@ static void slot_write(const struct access_setup *setup)
     table_set(table, table_index(slot.va), setup->table);
     kunmap_local(table);
     set_root(setup->root);
-    invlpg(slot.va);
+    if (flush_kept(FLUSH_ACCESS_SLOT))
+        invlpg(slot.va);
 }
 
 static void slot_read(struct access_outcome *outcome)

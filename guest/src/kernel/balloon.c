@@ -42,7 +42,7 @@
 
 enum { INFLATE, DEFLATE, STATS, QUEUES };
 
-#define STATS_COUNT 6
+#define STATS_COUNT 7
 struct stat {
     u16 tag;
     u64 value;
@@ -55,6 +55,8 @@ struct stat {
 #define STAT_MINOR_FAULTS 3
 #define STAT_FREE 4
 #define STAT_TOTAL 5
+/* Of our own, and passed over by who does not know it: bytes of swap in use. */
+#define STAT_SWAPPED 0xf000
 
 static struct {
     struct virtio_device *device;
@@ -271,6 +273,7 @@ static void offer_stats(void)
         {STAT_MINOR_FAULTS, space_faults - waited},
         {STAT_FREE, (u64)frames_free() << PAGE_SHIFT},
         {STAT_TOTAL, (u64)(frames_total() - balloon.held) << PAGE_SHIFT},
+        {STAT_SWAPPED, (u64)swap_slots_used() << PAGE_SHIFT},
     };
     for (u32 i = 0; i < STATS_COUNT; i++)
         balloon.stats[i] = stats[i];

@@ -22,6 +22,10 @@
 #define FEATURE_RO (1u << 5)
 #define FEATURE_FLUSH (1u << 9)
 #define FEATURE_DISCARD (1u << 13)
+#define FEATURE_WRITE_ZEROES (1u << 14)
+
+/* Of a range: its room on the medium may be given back. */
+#define RANGE_UNMAP 1u
 
 #define STATUS_OK 0
 #define STATUS_PENDING 0xff
@@ -38,6 +42,7 @@ struct header {
 
 static const u32 types[BLK_OPERATIONS] = {
     [BLK_READ] = 0, [BLK_WRITE] = 1, [BLK_FLUSH] = 4, [BLK_IDENTIFY] = 8, [BLK_DISCARD] = 11,
+    [BLK_WRITE_ZEROES] = 13,
 };
 
 struct blk_request {
@@ -222,15 +227,24 @@ bool blk_flush(struct blk *disk)
     return blk_wait(offer(prepare(disk, BLK_FLUSH, 0, 0), NULL, 0, false));
 }
 
-bool blk_discard(struct blk *disk, u32 page, u32 pages)
+static bool over_range(struct blk *disk, enum blk_operation operation, u32 page, u32 pages, u32 flags)
 {
-    if (!(disk->features & FEATURE_DISCARD))
-        return true;
-    struct blk_request *request = prepare(disk, BLK_DISCARD, 0, pages);
+    struct blk_request *request = prepare(disk, operation, 0, pages);
     request->header.range.sector = (u64)page * SECTORS_PER_PAGE;
     request->header.range.sectors = pages * SECTORS_PER_PAGE;
+    request->header.range.flags = flags;
     struct virtq_part range = part_of(&request->header.range, sizeof(request->header.range));
     return blk_wait(offer(request, &range, 1, false));
+}
+
+bool blk_discard(struct blk *disk, u32 page, u32 pages)
+{
+    return !(disk->features & FEATURE_DISCARD) || over_range(disk, BLK_DISCARD, page, pages, 0);
+}
+
+bool blk_write_zeroes(struct blk *disk, u32 page, u32 pages)
+{
+    return disk->features & FEATURE_WRITE_ZEROES && over_range(disk, BLK_WRITE_ZEROES, page, pages, RANGE_UNMAP);
 }
 
 static bool identify(struct blk *disk)
@@ -249,7 +263,7 @@ bool blk_attach(struct virtio_device *device)
         return false;
     struct blk *disk = &disks[disk_count];
     disk->device = device;
-    u32 wanted = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD;
+    u32 wanted = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
     if (!virtio_negotiate(device, wanted, &disk->features) || !virtq_init(device, 0, &disk->queue))
         return false;
     if (disk->queue.size < PARTS_MAX) {

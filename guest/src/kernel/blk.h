@@ -11,7 +11,7 @@ struct virtio_device;
 #define BLK_PAGES_MAX 32
 #define SECTORS_PER_PAGE 8
 
-enum blk_operation { BLK_READ, BLK_WRITE, BLK_FLUSH, BLK_IDENTIFY, BLK_DISCARD, BLK_OPERATIONS };
+enum blk_operation { BLK_READ, BLK_WRITE, BLK_FLUSH, BLK_IDENTIFY, BLK_DISCARD, BLK_WRITE_ZEROES, BLK_OPERATIONS };
 
 /* What went over a disk, as the disk itself should have it. */
 struct blk_counts {
@@ -50,5 +50,7 @@ bool blk_transfer_kernel(struct blk *disk, enum blk_operation operation, u32 pag
 bool blk_flush(struct blk *disk);
 /* `pages` pages from `page` on are not wanted any more. A hint: true where the disk does not take it. */
 bool blk_discard(struct blk *disk, u32 page, u32 pages);
+/* `pages` pages from `page` on are zeros; false where the disk cannot do that by itself. */
+bool blk_write_zeroes(struct blk *disk, u32 page, u32 pages);
 
 #endif

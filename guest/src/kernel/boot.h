@@ -20,6 +20,8 @@
     X(RECLAIM, "reclaim") \
     X(DISK, "disk")  \
     X(SHOOT, "shoot") \
+    X(AGE, "age")    \
+    X(REPORT, "report") \
     X(OOPS, "oops")
 
 enum workload {
@@ -69,6 +71,7 @@ struct options {
     u32 ram;    /* MiB that the kernel uses of what there is; 0: the workload decides */
     enum pace pace;
     u32 allow;  /* set of enum quirk */
+    u32 omit;   /* set of enum flush (omit.h) */
 };
 
 struct memory_range {

@@ -4,6 +4,7 @@
  * build. Holds: this file is linked at its physical address and so calls nothing outside itself. */
 #include "boot.h"
 #include "layout.h"
+#include "omit.h"
 #include "paging.h"
 
 static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
@@ -72,16 +73,28 @@ static bool quirk_named(const char *name, u32 length, u32 *quirks)
     return false;
 }
 
+static bool flush_named(const char *name, u32 length, u32 *flushes)
+{
+#define X(id, text, what)                                                       \
+    if (length == sizeof(text) - 1 && value_of(name, text) == name + length) {  \
+        *flushes |= 1u << FLUSH_##id;                                           \
+        return true;                                                            \
+    }
+    FLUSHES(X)
+#undef X
+    return false;
+}
+
 /* Names with a comma between two. */
-static bool parse_quirks(const char *value, u32 *quirks)
+static bool parse_names(const char *value, bool (*named)(const char *name, u32 length, u32 *set), u32 *set)
 {
     u32 left = word_length(value);
-    *quirks = 0;
+    *set = 0;
     while (1) {
         u32 length = 0;
         while (length < left && value[length] != ',')
             length++;
-        if (!quirk_named(value, length, quirks))
+        if (!named(value, length, set))
             return false;
         if (length == left)
             return true;
@@ -129,7 +142,9 @@ static bool parse_word(const char *word, struct options *options)
     if ((value = value_of(word, "pace=")))
         return parse_pace(value, &options->pace);
     if ((value = value_of(word, "allow=")))
-        return parse_quirks(value, &options->allow);
+        return parse_names(value, quirk_named, &options->allow);
+    if ((value = value_of(word, "omit=")))
+        return parse_names(value, flush_named, &options->omit);
     return false;
 }
 
@@ -156,6 +171,7 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->cpus = 0;
     options->pace = PACE_AUTO;
     options->allow = 0;
+    options->omit = 0;
     bool first = true;
     while (*line) {
         u32 length = word_length(line);

@@ -132,7 +132,8 @@ static SELDOM enum fault_result fix_write(const struct space *space, struct leaf
         copy_shared(own, shared);
     list_page(space, page, own);
     upt_change(leaf, writable(pte_make(own, entry & ~PTE_FRAME)));
-    invlpg(page);
+    if (flush_kept(FLUSH_COPY))
+        invlpg(page);
     swap_put(shared);
     return FAULT_FIXED;
 }

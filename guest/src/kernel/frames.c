@@ -2,7 +2,8 @@
  *
  * Story: a machine may have gigabytes that a run never touches, so nothing here is proportional to memory. Each zone has a
  * frontier; frames beyond it have no entry in the table and were never touched. An allocation takes the free list's
- * head, else moves the frontier one frame and makes the frame's entry, backing the table's page first if need be.
+ * head, else that of the frames that the host has been told are free, else moves the frontier one frame and makes the frame's
+ * entry, backing the table's page first if need be.
  *
  *   low    [end of kernel image, lowmem)        high   [lowmem, end of RAM)
  *
@@ -23,6 +24,7 @@ struct frontier {
     u32 first, end;  /* the zone's bounds */
     u32 range, next; /* where the frontier is: a memory range and a frame in it */
     u32 free;        /* head of the free list */
+    u32 told;        /* of that of free frames which the host knows of, and may have taken what was behind them */
     u32 in_use;
     u32 available;   /* beyond the frontier, and on the free list */
 };
@@ -109,9 +111,10 @@ void frames_init(void)
 
 static u32 alloc_from(struct frontier *zone)
 {
-    u32 frame = zone->free;
+    u32 *list = zone->free != FRAME_NONE ? &zone->free : &zone->told;
+    u32 frame = *list;
     if (frame != FRAME_NONE) {
-        zone->free = table[frame].link;
+        *list = table[frame].link;
         zone->available--;
     } else {
         frame = frontier_advance(zone);
@@ -153,7 +156,6 @@ static void free_frame(u32 frame)
         lru_remove_held(frame);
     struct frontier *zone = &zones[zone_of(frame)];
     table[frame].link = zone->free;
-    table[frame].reported = false;
     zone->free = frame;
     zone->in_use--;
     zone->available++;
@@ -180,24 +182,27 @@ void frame_put(u32 frame)
     pages_give();
 }
 
-/* Those before it on the list are the newest: what lies behind a reported one has been reported, mostly. */
 u32 frames_take_unreported(u32 *frames, u32 most)
 {
     u32 count = 0;
-    const struct frontier *zone = &zones[ZONE_HIGH];
+    struct frontier *zone = &zones[ZONE_HIGH];
     pages_take();
-    while (count < most && zone->free != FRAME_NONE && !table[zone->free].reported)
-        frames[count++] = alloc_from(&zones[ZONE_HIGH]);
+    while (count < most && zone->free != FRAME_NONE)
+        frames[count++] = alloc_from(zone);
     pages_give();
     return count;
 }
 
 void frames_put_reported(const u32 *frames, u32 count)
 {
+    struct frontier *zone = &zones[ZONE_HIGH];
     for (u32 i = 0; i < count; i++) {
         pages_take();
         frame_put_held(frames[i]);
-        table[frames[i]].reported = true;
+        ASSERT(zone->free == frames[i]);
+        zone->free = table[frames[i]].link;
+        table[frames[i]].link = zone->told;
+        zone->told = frames[i];
         pages_give();
     }
 }

@@ -18,8 +18,7 @@ struct frame {
     u32 index; /* of such a page: its number among the pages of the address spaces, or of the file */
     u32 slot;  /* its slot in swap and one more, or 0 (swap.h) */
     u32 space; /* of an anonymous page: whose table was the last to get it, as a place to look first (rmap.c) */
-    bool reported; /* on the free list, and the host knows */
-};
+} __attribute__((aligned(32)));
 
 _Static_assert(sizeof(struct frame) == 32, "the frame table has room for FRAMES_MAX of them");
 

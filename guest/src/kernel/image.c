@@ -35,6 +35,7 @@ PROGRAM(fpu, "fpu")
 PROGRAM(fpu_fresh, "fpu_fresh")
 PROGRAM(reclaim, "reclaim")
 PROGRAM(shoot, "shoot")
+PROGRAM(age, "age")
 
 static bool map_segment(struct space *space, const struct program *program, const struct elf_segment *segment)
 {

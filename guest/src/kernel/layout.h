@@ -44,7 +44,7 @@
 #define LOWMEM_MIN 4
 #define LOWMEM_MAX 512
 
-/* MiB that the kernel uses of what there is, with workload=reclaim: so that a slow CPU, or another one, fills it twice in seconds. */
+/* MiB that the kernel uses of what there is, with workload=reclaim: so that a slow CPU, or another one, fills it more than once in seconds. */
 #define RAM_OF_RECLAIM_SLOW 9
 #define RAM_OF_RECLAIM_FAST 10
 

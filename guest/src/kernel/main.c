@@ -62,6 +62,10 @@ static void run(enum workload workload)
         work_disk();
     if (workload == WORKLOAD_SHOOT)
         work_shoot();
+    if (workload == WORKLOAD_AGE)
+        work_age();
+    if (workload == WORKLOAD_REPORT)
+        work_report();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

@@ -19,3 +19,4 @@ program_\name\()_elf_end:
     program fpu_fresh
     program reclaim
     program shoot
+    program age

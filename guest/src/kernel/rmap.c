@@ -60,7 +60,8 @@ static pte_t visit_one(struct space *space, u32 frame, change_t change)
     return maps ? entry : 0;
 }
 
-/* Without a lock: others may add one at any time after. Mappings, if nobody else holds the page but who asks and the cache: at least as many as there are. */
+/* Without a lock: others may add one at any time after. Mappings, if nobody else holds the page but who asks and the cache: at
+ * least as many as there are. */
 static u32 mappings(u32 frame) { return frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame)); }
 
 /* All bits that the entries had, together. */

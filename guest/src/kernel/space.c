@@ -167,8 +167,8 @@ static void zap_finish(struct zap *zap)
 {
     if (tlb_is_loaded(zap->space->upt.cr3)) {
         if (zap->count > ZAP_SINGLE_FLUSHES_MAX)
-            flush_not_global();
-        else
+            flush_not_global(FLUSH_ZAP_MANY);
+        else if (flush_kept(FLUSH_ZAP_FEW))
             for (u32 i = 0; i < zap->count; i++)
                 invlpg(zap->va[i]);
     } else if (smp) {
@@ -389,6 +389,6 @@ bool space_fork(struct space *parent, struct space *child)
         ok = fork_region(parent, child, &parent->regions[i]);
     }
     if (tlb_is_loaded(parent->upt.cr3))
-        flush_not_global();
+        flush_not_global(FLUSH_FORK);
     return ok;
 }

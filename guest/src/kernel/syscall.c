@@ -11,6 +11,7 @@
 #include "fpu.h"
 #include "frames.h"
 #include "reclaim.h"
+#include "rmap.h"
 #include "swap.h"
 #include "syscalls.h"
 #include "task.h"
@@ -112,6 +113,33 @@ static u32 sys_witness(u32 name_address, u32 start, u32 pages)
     return published ? 0 : SYS_ERROR;
 }
 
+/* Who waits in SYS_AWAIT_AGE. */
+static u8 aged;
+
+/* As reclaim does, for workload `age`. */
+static u32 sys_age(u32 start, u32 pages)
+{
+    u32 used = 0;
+    if (start % PAGE_SIZE || pages > USER_END / PAGE_SIZE || !in_user_half(start, pages * PAGE_SIZE))
+        return SYS_ERROR;
+    for (u32 i = 0; i < pages; i++) {
+        u32 frame = upt_frame_at(&current->space.upt, start + i * PAGE_SIZE);
+        if (frame == FRAME_NONE || frame == zero_frame)
+            continue;
+        frame_get(frame);
+        used += (rmap_take_used(frame) & PTE_A) != 0;
+        swap_put(frame);
+    }
+    task_wake(&aged);
+    return used;
+}
+
+static u32 sys_await_age(void)
+{
+    task_wait_on(&aged);
+    return 0;
+}
+
 /* What a fork takes: tables and directories. */
 #define FORK_ROOM 16
 
@@ -159,6 +187,8 @@ static u32 call(struct trap_frame *frame)
     case SYS_AUDIT: return audit();
     case SYS_FILE_SYNC: return file_sync() ? 0 : SYS_ERROR;
     case SYS_CPUS: return (u32)(cpus_end - cpus);
+    case SYS_AGE: return sys_age(frame->ebx, frame->ecx);
+    case SYS_AWAIT_AGE: return sys_await_age();
     case SYS_MEET: return task_meet(frame->ebx);
     default: return SYS_ERROR;
     }

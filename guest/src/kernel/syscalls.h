@@ -26,6 +26,8 @@
 #define SYS_FILE_RESERVE 21 /* page of the file; 0 when it has its place on the disk */
 #define SYS_AUDIT 22      /* how much of what reclaim keeps does not hold (audit.c) */
 #define SYS_MEET 23       /* 1, or 0 only to ask; how many of its parent's children have met so, or ended */
+#define SYS_AGE 24        /* start, pages; takes A from whoever maps these pages' frames. How many had it */
+#define SYS_AWAIT_AGE 25  /* until somebody has done that */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0

@@ -474,7 +474,7 @@ static void halt_without_lock(void)
     halt();
     self->halted = false;
     fence();
-    tlb_refresh();
+    tlb_refresh(FLUSH_REFRESH_HALT);
     tasks_lock_take();
     self->idle = false;
 }

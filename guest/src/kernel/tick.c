@@ -21,11 +21,14 @@ void tick_init(void)
 
 void tick(void)
 {
-    ticks++;
-    balloon_tick();
+    /* Stamped, then counted: another CPU may look in between. */
+    u32 next = ticks + 1;
     u32 *page = kmap_local(stamp_frame, "tick");
-    page[ticks % (PAGE_SIZE / 4)] = ticks;
+    page[next % (PAGE_SIZE / 4)] = next;
     kunmap_local(page);
+    barrier();
+    ticks = next;
+    balloon_tick();
 }
 
 bool tick_stamp_holds(void)

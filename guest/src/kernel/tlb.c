@@ -30,6 +30,7 @@
 #include "cpu.h"
 #include "irq.h"
 #include "kpt.h"
+#include "omit.h"
 
 u32 flushes_sent;
 
@@ -52,11 +53,12 @@ void tlb_load(u32 root)
     write_cr3(root);
 }
 
-void flush_not_global(void)
+void flush_not_global(enum flush flush)
 {
     struct cpu *self = cpu_self();
     self->stale = false;
-    write_cr3(self->loaded_root);
+    if (flush_kept(flush))
+        write_cr3(self->loaded_root);
 }
 
 /* True where it halts, and will look at `stale` before it does anything else. */
@@ -84,22 +86,26 @@ static void note(struct cpu *self, struct cpu *other, u32 page)
 void tlb_drop(u32 root, u32 page)
 {
     struct cpu *self = cpu_self();
-    if (self->loaded_root == root)
-        invlpg(page);
-    else if (smp)
+    if (self->loaded_root == root) {
+        if (flush_kept(FLUSH_DROP_LOCAL))
+            invlpg(page);
+    } else if (smp && flush_kept(FLUSH_DROP_REMOTE)) {
         for (struct cpu *other = cpus; other < cpus_end; other++)
             if (other->loaded_root == root)
                 note(self, other, page);
+    }
 }
 
 void tlb_age(u32 root, u32 page)
 {
-    if (tlb_is_loaded(root))
-        invlpg(page);
-    else if (smp)
+    if (tlb_is_loaded(root)) {
+        if (flush_kept(FLUSH_AGE_LOCAL))
+            invlpg(page);
+    } else if (smp && flush_kept(FLUSH_AGE_REMOTE)) {
         for (struct cpu *other = cpus; other < cpus_end; other++)
             if (other->loaded_root == root)
                 other->stale = true;
+    }
 }
 
 static void ask(struct flush_request *request, struct cpu *other)
@@ -115,11 +121,11 @@ static void ask(struct flush_request *request, struct cpu *other)
 static void shoot_down(struct cpu *self)
 {
     for (struct cpu *other = cpus; other < cpus_end; other++)
-        if (self->flush[other->index].count)
+        if (self->flush[other->index].count && flush_kept(FLUSH_FINISH))
             ask(&self->flush[other->index], other);
     for (struct cpu *other = cpus; other < cpus_end; other++) {
         struct flush_request *request = &self->flush[other->index];
-        while (request->wanted) {
+        while (request->wanted && flush_kept(FLUSH_FINISH_WAIT)) {
             tlb_serve(self);
             pause();
         }
@@ -136,8 +142,8 @@ void tlb_finish(void)
 void flush_not_global_everywhere(void)
 {
     struct cpu *self = cpu_self();
-    flush_not_global();
-    for (struct cpu *other = cpus; other < cpus_end; other++)
+    flush_not_global(FLUSH_POOL_LOCAL);
+    for (struct cpu *other = cpus; other < cpus_end && flush_kept(FLUSH_POOL_REMOTE); other++)
         if (other != self && !leave_to(other))
             self->flush[other->index].count = FLUSH_PAGES_MAX + 1;
     tlb_finish();
@@ -145,11 +151,13 @@ void flush_not_global_everywhere(void)
 
 static void serve(struct cpu *self, struct flush_request *request)
 {
-    if (request->count > FLUSH_PAGES_MAX)
-        write_cr3(self->loaded_root);
-    else
+    if (request->count > FLUSH_PAGES_MAX) {
+        if (flush_kept(FLUSH_SERVE_ALL))
+            write_cr3(self->loaded_root);
+    } else if (flush_kept(FLUSH_SERVE_PAGES)) {
         for (u32 i = 0; i < request->count; i++)
             invlpg(request->pages[i]);
+    }
     self->flushes++;
     barrier();
     request->wanted = false;

@@ -3,6 +3,7 @@
 #define TLB_H
 
 #include "cpus.h"
+#include "omit.h"
 
 /* Loads CR3 unless it holds `root` already. Loading forgets all but global translations. */
 void tlb_load(u32 root);
@@ -11,9 +12,9 @@ void tlb_load(u32 root);
 static inline bool tlb_is_loaded(u32 root) { return cpu_self()->loaded_root == root; }
 bool tlb_is_loaded_anywhere(u32 root);
 
-/* Forgets all but global translations here; in PAE also reads the four top entries again. */
-void flush_not_global(void);
-/* The same on every CPU. */
+/* Forgets all but global translations here; in PAE also reads the four top entries again. Its name is for going without. */
+void flush_not_global(enum flush flush);
+/* The same on every CPU, for the pool. */
 void flush_not_global_everywhere(void);
 
 /* A page's entry in the space of `root` has been taken away: forgotten here at once, elsewhere by tlb_finish. */
@@ -32,10 +33,10 @@ static inline void tlb_serve(struct cpu *self)
         tlb_serve_all(self);
 }
 /* At a trap, and for a CPU that goes on after it has halted. */
-static inline void tlb_refresh(void)
+static inline void tlb_refresh(enum flush flush)
 {
     if (cpu_self()->stale)
-        flush_not_global();
+        flush_not_global(flush);
 }
 
 /* Requests sent to other CPUs. */

@@ -63,8 +63,10 @@ static bool answer(u32 vector)
 {
     if (vector != VECTOR_LOOK && vector != VECTOR_FLUSH)
         return false;
-    if (vector == VECTOR_FLUSH)
+    if (vector == VECTOR_FLUSH) {
         tlb_serve(cpu_self());
+        tlb_refresh(FLUSH_REFRESH_TRAP);
+    }
     apic_end_of_interrupt();
     return true;
 }
@@ -159,7 +161,7 @@ static __attribute__((noinline)) void handle_among_others(struct trap_frame *fra
 {
     if (answer(frame->vector))
         return;
-    tlb_refresh();
+    tlb_refresh(FLUSH_REFRESH_TRAP);
     handle(frame);
 }
 

@@ -87,7 +87,7 @@ static u32 directory_of(struct upt *upt, u32 va, bool create)
         return FRAME_NONE;
     table_enter(true, upt->pdpt, va >> 30, pte_make(frame, PTE_P));
     if (tlb_is_loaded(upt->cr3))
-        flush_not_global();
+        flush_not_global(FLUSH_POINTERS);
     return frame;
 }
 

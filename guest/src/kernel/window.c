@@ -16,6 +16,7 @@
 #include "cpu.h"
 #include "frames.h"
 #include "kpt.h"
+#include "omit.h"
 
 static u32 high_water;
 
@@ -27,7 +28,8 @@ static inline void slot_clear(u32 address) { table_clear(paging.pae, top_tables,
 static inline __attribute__((always_inline)) void slot_map(u32 address, u32 frame)
 {
     table_enter(paging.pae, top_tables, top_index(address), pte_make(frame, kpt_data_bits()));
-    invlpg(address);
+    if (flush_kept(FLUSH_WINDOW))
+        invlpg(address);
 }
 
 /* A slot deeper than any before; in an interrupt, any beyond the deepest of a task. */

@@ -14,6 +14,8 @@ void work_fpu(void);
 void work_reclaim(void);
 void work_disk(void);
 void work_shoot(void);
+void work_age(void);
+void work_report(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

@@ -2,7 +2,10 @@
  *
  *   write    pages with marks of their own, as many as a request takes at a time; flushed
  *   random   pages read one by one, each compared with its mark: timed
- *   discard  half of them discarded, written anew, and all read in large requests */
+ *   discard  half of them discarded, written anew
+ *   zeroes   a quarter of them made zeros by the disk; all read in large requests
+ *   ro       where there is a disk of that name, which may only be read: its words are 0, 1, 2.. from its beginning to its end,
+ *            also after a write to it, which it refuses */
 #include "blk.h"
 #include "boot.h"
 #include "check.h"
@@ -74,6 +77,53 @@ static bool read_random(struct blk *disk, u32 reads)
     return ok;
 }
 
+/* One word of 16 of each page, from another one on in each. */
+static bool read_zeroes(struct blk *disk, u32 first, u32 end)
+{
+    bool ok = true;
+    for (; first < end; first += BLK_PAGES_MAX) {
+        ok &= blk_transfer(disk, BLK_READ, first, frames, BLK_PAGES_MAX);
+        for (u32 i = 0; i < BLK_PAGES_MAX; i++) {
+            const u32 *words = kmap_local(frames[i], "disk, zeroes");
+            u32 any = 0;
+            for (u32 at = i % 16; at < WORDS; at += 16)
+                any |= words[at];
+            kunmap_local(words);
+            wrong += any != 0;
+        }
+    }
+    return ok;
+}
+
+static bool read_counting(struct blk *disk, u32 pages)
+{
+    bool ok = blk_transfer(disk, BLK_READ, 0, frames, pages);
+    for (u32 i = 0; i < pages; i++) {
+        const u32 *words = kmap_local(frames[i], "disk, ro");
+        u32 differ = 0;
+        for (u32 at = 0; at < WORDS; at++)
+            differ |= words[at] ^ (i * WORDS + at);
+        kunmap_local(words);
+        wrong += differ != 0;
+    }
+    return ok;
+}
+
+static void read_only(void)
+{
+    struct blk *disk = blk_find("ro");
+    if (!disk)
+        return;
+    u32 pages = min_u32(blk_pages(disk), BLK_PAGES_MAX);
+    check(blk_read_only(disk), "the disk that calls itself ro says that it is");
+    check(read_counting(disk, pages), "it can be read");
+    fill(frames[0], 1, 2);
+    check(!blk_transfer(disk, BLK_WRITE, 0, frames, 1), "it refuses a write");
+    check(!blk_write_zeroes(disk, 0, 1), "it does not write zeroes either");
+    check(read_counting(disk, pages), "it can be read after that");
+    printk("pager: disk ro pages=%u errors=%u wrong=%u\n", pages, blk_counts(disk)->errors, wrong);
+}
+
 static bool take_frames(void)
 {
     for (u32 i = 0; i < BLK_PAGES_MAX; i++)
@@ -95,9 +145,13 @@ void work_disk(void)
     stopwatch_stop("disk.random");
     check(blk_discard(disk, PAGES / 2, PAGES / 2), "the disk takes a discard");
     check(write_all(disk, PAGES / 2, 1), "what was discarded can be written");
-    check(read_all(disk, 0, PAGES / 2, 0) && read_all(disk, PAGES / 2, PAGES, 1), "the disk gives all pages back");
+    check(blk_write_zeroes(disk, PAGES / 4, PAGES / 4), "the disk makes zeros of pages");
+    check(read_zeroes(disk, PAGES / 4, PAGES / 2), "the disk gives zeros");
+    check(read_all(disk, 0, PAGES / 4, 0) && read_all(disk, PAGES / 2, PAGES, 1), "the disk gives all other pages back");
+    check(!blk_find("nobody"), "no disk has another's name");
     check(wrong == 0, "every page is as it was written");
     printk("pager: disk pages=%u reads=%u wrong=%u\n", PAGES, reads, wrong);
+    read_only();
     for (u32 i = 0; i < BLK_PAGES_MAX; i++)
         frame_put(frames[i]);
 }

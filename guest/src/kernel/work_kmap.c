@@ -5,6 +5,7 @@
  *   order    a release out of order, and one without a mapping, are refused
  *   alias    one frame through both, each sees the other's stores
  *   pool     more frames than slots, so that sweeps must free idle ones
+ *   share    threads take slots in turn, on all CPUs: each sweep by one is a sweep for all
  *   full     every slot held: taking one more fails, or sleeps until one is released
  *   switch   two threads hold windows on the same slots and take turns
  *
@@ -154,6 +155,36 @@ static void test_pool(void)
            pool_counts.sweeps, pool_counts.reclaimed, wrong);
 }
 
+#define SHARERS 4
+
+static u32 share_errors;
+
+/* Each has every fourth frame, and goes on where there is a CPU for it. */
+static void sharer(u32 which)
+{
+    u32 wrong = 0;
+    for (u32 round = 0; round < 2; round++)
+        for (u32 i = which; i < frame_count; i += SHARERS) {
+            u32 *page = kmap(frames[i]);
+            wrong += !holds(page, i + 1);
+            kunmap(page);
+            schedule();
+        }
+    share_errors += wrong;
+}
+
+static void test_share(void)
+{
+    u32 status;
+    share_errors = 0;
+    for (u32 which = 0; which < SHARERS; which++)
+        check(task_start_thread("sharer", sharer, which) != NULL, "a thread starts");
+    for (u32 which = 0; which < SHARERS; which++)
+        check(task_wait_child(&status) != 0, "the thread ends");
+    check(share_errors == 0, "the pool shows each thread its own frames");
+    printk("pager: kmap share threads=%u wrong=%u\n", SHARERS, share_errors);
+}
+
 static void waiter(u32 frame)
 {
     u32 *page = kmap(frame);
@@ -240,6 +271,7 @@ void work_kmap(void)
         test_order();
         test_alias();
         test_pool();
+        test_share();
         test_full();
         test_switch();
         check(tick_stamp_holds(), "ticks stamp their page");

@@ -11,6 +11,7 @@
 #include "cpu.h"
 #include "frames.h"
 #include "kpt.h"
+#include "omit.h"
 #include "process.h"
 #include "stopwatch.h"
 #include "string.h"
@@ -62,7 +63,8 @@ static inline __attribute__((always_inline)) void turn(bool pae, u32 round, u32 
         if (*word != value)
             note_wrong();
         table_clear(pae, top_tables, top_index(STORM_BASE) + slot);
-        invlpg((u32)word);
+        if (flush_kept(FLUSH_STORM))
+            invlpg((u32)word);
     }
 }
 

@@ -1,8 +1,8 @@
 /* Program `reclaim`: more memory than there is.
  *
- *   workers    one process for each pattern of access, with twice the machine's memory between them; each page carries the
- *              number of its last version in 32 words, which are compared at every touch; with work=N each touch also reads the
- *              whole page N times, as a process would that has use for what it keeps
+ *   workers    one process for each pattern of access, with twice the machine's memory between them, and one and a half times on a
+ *              slow CPU; each page carries the number of its last version in 32 words, which are compared at every touch;
+ *              with work=N each touch also reads the whole page N times, as a process would that has use for what it keeps
  *   common     pages that all have from the parent, read by all and written by each: shared in swap, and copied
  *   file       two processes with a shared file, each the other's neighbour; a third that cuts it off and makes it longer again
  *
@@ -12,11 +12,8 @@
 
 #define BASE 0x40000000u
 #define COMMON 0x30000000u
-#define COMMON_PAGES 16
 #define FILE_BASE 0x80000000u
 #define FILE_AGAIN 0x90000000u
-#define FILE_PAGES 96
-#define FILE_STEADY 64 /* pages that are never cut off */
 #define FILE_WRITERS 2
 #define RESERVED_STEP 4 /* one page of so many of a writer's gets its place on the disk before it is written out */
 #define WITNESSED 8
@@ -29,9 +26,17 @@
 #define NEXT 0x27d4eb2fu /* from word to word */
 #define STATUS_WRONG 1
 
-/* Percent of its pages that a worker touches between the first time and the last. */
-#define FAST_SHARE 100
-#define SLOW_SHARE 30
+/* How much a CPU has time for. */
+static const struct amounts {
+    u32 memory;       /* of all workers, in percent of the machine's */
+    u32 touches;      /* percent of its pages that a worker touches between the first time and the last */
+    u32 common;       /* pages */
+    u32 file, steady; /* pages, and those of them that are never cut off */
+} fast_amounts = {200, 100, 16, 96, 64}, slow_amounts = {150, 10, WITNESSED, 48, 32};
+
+static const struct amounts *amounts;
+
+static bool fast(void) { return amounts == &fast_amounts; }
 
 static u32 wrong, work;
 
@@ -143,7 +148,7 @@ static void touch(struct walk *walk, u8 *versions, u32 key)
 
 static void use_common(u32 key, u32 seed)
 {
-    for (u32 page = 0; page < COMMON_PAGES; page++) {
+    for (u32 page = 0; page < amounts->common; page++) {
         verify(COMMON, page, seed, 0);
         if ((page + key) % 3 == 0)
             stamp(COMMON, page, key, 1);
@@ -152,7 +157,7 @@ static void use_common(u32 key, u32 seed)
 
 static void verify_common(u32 key, u32 seed)
 {
-    for (u32 page = 0; page < COMMON_PAGES; page++)
+    for (u32 page = 0; page < amounts->common; page++)
         if ((page + key) % 3 == 0)
             verify(COMMON, page, key, 1);
         else
@@ -193,7 +198,7 @@ static void worker(enum pattern pattern, u32 pages, u32 touches, u32 seed)
 
 /* Writes every second page of what is never cut off, again and again, and looks at what it wrote before. Some of these get their place
  * on the disk at once, on a CPU that has time for it, the others when they are written out. */
-static void file_writer(u32 which, u32 rounds, u32 seed, bool fast)
+static void file_writer(u32 which, u32 rounds, u32 seed)
 {
     u32 key = seed + 100 + which;
     bool reserved = true;
@@ -201,13 +206,13 @@ static void file_writer(u32 which, u32 rounds, u32 seed, bool fast)
     meet(1);
     expect(file_map(FILE_BASE) == 0, "a writer has the file");
     for (u32 round = 0; round < rounds; round++)
-        for (u32 page = which; page < FILE_STEADY; page += FILE_WRITERS) {
+        for (u32 page = which; page < amounts->steady; page += FILE_WRITERS) {
             if (round)
                 verify(FILE_BASE, page, key, round - 1);
             else
                 verify_zero(FILE_BASE, page);
             stamp(FILE_BASE, page, key, round);
-            if (fast && round == 0 && page / FILE_WRITERS % RESERVED_STEP == 0)
+            if (fast() && round == 0 && page / FILE_WRITERS % RESERVED_STEP == 0)
                 reserved &= file_reserve(page) == 0;
             take_turns(page);
         }
@@ -217,7 +222,7 @@ static void file_writer(u32 which, u32 rounds, u32 seed, bool fast)
 
 /* Writes beyond that, cuts it off, and finds zeros there when the file is longer again. In between, while all others are
  * at work, the kernel's audit has its turn, on a CPU that has time for it. */
-static void file_cutter(u32 rounds, u32 seed, bool fast)
+static void file_cutter(u32 rounds, u32 seed)
 {
     tally_forget();
     meet(1);
@@ -225,18 +230,18 @@ static void file_cutter(u32 rounds, u32 seed, bool fast)
     expect(file_map(FILE_AGAIN) == SYS_ERROR, "a page of the file has one place in a process");
     expect(unmap(FILE_BASE, PAGE_SIZE) == SYS_ERROR, "the file is unmapped as a whole, or not");
     for (u32 round = 0; round < rounds; round++) {
-        for (u32 page = FILE_STEADY; page < FILE_PAGES; page++) {
+        for (u32 page = amounts->steady; page < amounts->file; page++) {
             verify_zero(FILE_BASE, page);
             stamp(FILE_BASE, page, seed, round);
             take_turns(page);
         }
-        expect(file_truncate(FILE_STEADY) == 0, "the file is cut off");
-        expect(!fast || audit() == 0, "the kernel's audit finds nothing");
+        expect(file_truncate(amounts->steady) == 0, "the file is cut off");
+        expect(!fast() || audit() == 0, "the kernel's audit finds nothing");
         yield();
-        expect(file_truncate(FILE_PAGES) == 0, "the file is made longer");
+        expect(file_truncate(amounts->file) == 0, "the file is made longer");
     }
     expect(unmap(FILE_BASE, FILE_PAGES_MAX * PAGE_SIZE) == 0 && file_map(FILE_AGAIN) == 0, "the file can move");
-    verify_zero(FILE_AGAIN, FILE_STEADY);
+    verify_zero(FILE_AGAIN, amounts->steady);
     leave("what was cut off reads as zeros");
 }
 
@@ -252,7 +257,7 @@ static void fork_workers(u32 pages, u32 touches, u32 seed)
     }
 }
 
-static void fork_file_users(u32 rounds, u32 seed, bool fast)
+static void fork_file_users(u32 rounds, u32 seed)
 {
     for (u32 which = 0; which <= FILE_WRITERS; which++) {
         u32 pid = fork();
@@ -260,9 +265,9 @@ static void fork_file_users(u32 rounds, u32 seed, bool fast)
         if (pid != 0)
             continue;
         if (which < FILE_WRITERS)
-            file_writer(which, rounds, seed, fast);
+            file_writer(which, rounds, seed);
         else
-            file_cutter(rounds, seed, fast);
+            file_cutter(rounds, seed);
     }
 }
 
@@ -280,18 +285,19 @@ static u32 wait_for_all(void)
 u32 program_main(u32 seed, u32 scale, u32 flags)
 {
     work = flags >> FLAGS_WORK_SHIFT;
-    u32 pages = memory() * 2 / PATTERNS, rounds = 2 + scale / 200;
-    u32 touches = pages * scale / 100 * (flags & FLAG_FAST ? FAST_SHARE : SLOW_SHARE) / 100;
-    expect(map(COMMON, COMMON_PAGES * PAGE_SIZE) == 0, "there is memory for all");
-    for (u32 page = 0; page < COMMON_PAGES; page++)
+    amounts = flags & FLAG_FAST ? &fast_amounts : &slow_amounts;
+    u32 pages = memory() * amounts->memory / 100 / PATTERNS, rounds = 2 + scale / 200;
+    u32 touches = pages * scale / 100 * amounts->touches / 100;
+    expect(map(COMMON, amounts->common * PAGE_SIZE) == 0, "there is memory for all");
+    for (u32 page = 0; page < amounts->common; page++)
         stamp(COMMON, page, seed, 0);
-    expect(file_truncate(FILE_PAGES) == 0, "the file has its pages");
+    expect(file_truncate(amounts->file) == 0, "the file has its pages");
     stopwatch_start("reclaim", "touches", PATTERNS * (2 * pages + touches));
     fork_workers(pages, touches, seed);
-    fork_file_users(rounds, seed, flags & FLAG_FAST);
+    fork_file_users(rounds, seed);
     u32 ended = wait_for_all();
     stopwatch_stop("reclaim");
-    for (u32 page = 0; page < COMMON_PAGES; page++)
+    for (u32 page = 0; page < amounts->common; page++)
         verify(COMMON, page, seed, 0);
     expect(wrong == 0, "the parent's pages are as they were");
     expect(witness("reclaim.common", COMMON, WITNESSED) == 0, "pages are published");

@@ -42,6 +42,8 @@ static inline u32 file_map(u32 start) { return system_call(SYS_FILE_MAP, start, 
 static inline u32 file_truncate(u32 pages) { return system_call(SYS_FILE_TRUNCATE, pages, 0, 0); }
 static inline u32 file_reserve(u32 page) { return system_call(SYS_FILE_RESERVE, page, 0, 0); }
 static inline u32 audit(void) { return system_call(SYS_AUDIT, 0, 0, 0); }
+static inline u32 age(void *start, u32 pages) { return system_call(SYS_AGE, (u32)start, pages, 0); }
+static inline void await_age(void) { system_call(SYS_AWAIT_AGE, 0, 0, 0); }
 static inline u32 file_sync(void) { return system_call(SYS_FILE_SYNC, 0, 0, 0); }
 static inline void sleep(u32 ticks) { system_call(SYS_SLEEP, ticks, 0, 0); }
 

@@ -40,6 +40,18 @@
 //!
 //! Twin: the stamp is what the clock was before the store. A flush that came between covers it, and the walk after that
 //! read the old spte.
+//!
+//! **The bus.** One vCPU has locked it for an access that is a load and a store; another makes its own in the guest.
+//!
+//! ```text
+//! vCPU                                  whoever locks the bus
+//! mode := in guest                      bus := locked
+//! bus locked? outside again; wait       mode = in guest? wait
+//! word += 1                             load the word; store it + 1
+//! mode := outside                       bus := free
+//! ```
+//!
+//! Twins: the bus is not looked at, or before the mode is stored; nobody is waited for.
 
 use super::*;
 use crate::interleave::{Frame, explore};
@@ -306,4 +318,69 @@ fn a_flush_covers_only_what_it_came_after() {
 #[should_panic(expected = "the frame is")]
 fn twin_a_stamp_from_before_the_store() {
     explore(None, || flush_and_walk(stamp_from_before));
+}
+
+fn enter_without_the_bus(ledger: &Coherence) -> bool {
+    ledger.set_inside(&ledger.vcpus[0]);
+    false
+}
+
+fn enter_after_the_bus(ledger: &Coherence) -> bool {
+    while ledger.bus.load(Ordering::SeqCst) {
+        thread::yield_now();
+    }
+    enter_without_the_bus(ledger)
+}
+
+fn lock(ledger: &Coherence) -> BusLock<'_> {
+    ledger.lock_bus(1)
+}
+
+fn lock_at_once(ledger: &Coherence) -> BusLock<'_> {
+    ledger.bus.store(true, Ordering::SeqCst);
+    BusLock(ledger)
+}
+
+/// Two locked additions to a word, one of which is none to the hardware.
+fn add_by_the_bus(enter: fn(&Coherence) -> bool, lock: fn(&Coherence) -> BusLock<'_>) {
+    let world = Arc::new((Coherence::new(2, Box::new(NoVcpus)), AtomicU32::new(0)));
+    let vcpu = {
+        let world = world.clone();
+        thread::spawn(move || {
+            let (ledger, word) = &*world;
+            let _ = enter(ledger);
+            word.fetch_add(1, Ordering::SeqCst);
+            ledger.leave_guest(0);
+        })
+    };
+    let (ledger, word) = &*world;
+    let bus = lock(ledger);
+    let old = word.load(Ordering::Acquire);
+    word.store(old + 1, Ordering::Release);
+    drop(bus);
+    vcpu.join().unwrap();
+    assert_eq!(word.load(Ordering::SeqCst), 2, "an addition is lost");
+}
+
+#[test]
+fn a_locked_bus_is_nobody_elses() {
+    explore(None, || add_by_the_bus(enter, lock));
+}
+
+#[test]
+#[should_panic(expected = "an addition is lost")]
+fn twin_entering_without_a_look_at_the_bus() {
+    explore(None, || add_by_the_bus(enter_without_the_bus, lock));
+}
+
+#[test]
+#[should_panic(expected = "an addition is lost")]
+fn twin_the_bus_looked_at_before_the_mode_is_stored() {
+    explore(None, || add_by_the_bus(enter_after_the_bus, lock));
+}
+
+#[test]
+#[should_panic(expected = "an addition is lost")]
+fn twin_the_bus_taken_without_waiting() {
+    explore(None, || add_by_the_bus(enter, lock_at_once));
 }

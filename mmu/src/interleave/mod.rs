@@ -11,12 +11,14 @@
 //!
 //! | module | protocol |
 //! |---|---|
-//! | `coherence::interleave` | shootdown and entry, a removal without a stamp, a stamp's fence |
+//! | `coherence::interleave` | shootdown and entry, a removal without a stamp, a stamp's fence, a locked bus |
 //! | `bucket::interleave` | the gate, two removals of one leaf |
+//! | `external::interleave` | an importer that attaches, and whoever takes the page; the fence; late answers |
 //! | pages | a page that is mapped, filled, stored to or brought in, and whoever takes it |
 //! | pins | a window mapping and whoever moves the page |
 //! | gate_wait | sleeping at a closed gate |
 //! | marks | a store to a frame that becomes a page table |
+//! | barrier | a store to a frame that code is decoded from |
 //!
 //! Holds: what a model asserts, in every order of its threads' steps and for every store that a load may still see. The
 //! seven largest are bounded to four or five preemptions. With `LOOM_MAX_PREEMPTIONS=100` four of them too are explored to the
@@ -28,6 +30,7 @@
 //! [`crate::sync`]'s `weak`; hardware's own page walks and flushes are loads and stores here, and the flush is as strong
 //! as the read-modify-write that took its epoch.
 
+mod barrier;
 mod gate_wait;
 mod marks;
 mod pages;
@@ -35,10 +38,15 @@ mod pins;
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
+/// Steps of one run, at most.
+const STEPS_MAX: usize = 20_000;
+
 /// Runs `model` in every order; if there are too many, in those with at most so many preemptions.
 pub(crate) fn explore(preemptions: impl Into<Option<usize>>, model: impl Fn() + Send + Sync + 'static) {
     let mut bounds = loom::model::Builder::new();
     bounds.preemption_bound = bounds.preemption_bound.or(preemptions.into());
+    // Steps of one run: a model that is set up on a thread of its own has them counted from the first.
+    bounds.max_branches = bounds.max_branches.max(STEPS_MAX);
     let runs = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
     let begun = std::time::Instant::now();
     let count = runs.clone();

@@ -102,6 +102,17 @@ impl Mmu {
         self.roots.lock().roots.iter().filter(|r| r.key.is_some()).map(|r| r.tables).collect()
     }
 
+    /// Unlinks every root that no vCPU has loaded: none of them is found again. Their tables serve others, after a flush.
+    pub(crate) fn unlink_roots(&self) {
+        let mut roots = self.roots.lock();
+        for victim in 0..roots.roots.len() {
+            let root = &roots.roots[victim];
+            if root.loaded == 0 && root.key.is_some() {
+                self.unlink_root(&mut roots, victim);
+            }
+        }
+    }
+
     fn load_root(&self, key: RootKey, own: u32) -> Option<RootRef> {
         loop {
             match self.search_root(key) {

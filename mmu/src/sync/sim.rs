@@ -544,7 +544,7 @@ pub fn point() {
 pub fn work(nanos: u64) {
     with(|sim, me| {
         let mut inner = sim.lock();
-        inner.now += nanos;
+        inner.now = inner.now.saturating_add(nanos);
         inner.got_on();
         sim.take_turn(me, inner);
     });
@@ -554,7 +554,7 @@ pub fn work(nanos: u64) {
 pub fn spin(what: &'static str) -> bool {
     let spins = |sim: &Arc<Sim>, me| {
         let mut inner = sim.lock();
-        inner.now += SPIN_NANOS;
+        inner.now = inner.now.saturating_add(SPIN_NANOS);
         let progress = inner.progress;
         inner.set(me, State::Spins { what, progress });
         sim.take_turn(me, inner);
@@ -569,9 +569,9 @@ pub fn pause() -> bool {
     is_on
 }
 
-/// Sleeps until `key` is woken, or for `limit`. What the caller sleeps for it has looked at with nothing in between. False on
-/// threads of no simulation.
-fn block(key: usize, what: &'static str, limit: Option<u64>) -> bool {
+/// Sleeps until `key` is woken, or for `limit`, without `held`. What the caller sleeps for it has looked at with nothing in between:
+/// it holds what a thread that is no actor needs to change that. False on threads of no simulation.
+fn block(key: usize, what: &'static str, limit: Option<u64>, held: impl Sized) -> bool {
     let blocks = |sim: &Arc<Sim>, me| {
         let mut inner = sim.lock();
         inner.got_on();
@@ -580,6 +580,7 @@ fn block(key: usize, what: &'static str, limit: Option<u64>) -> bool {
             let _ = write!(line, "waits for {what}");
         });
         inner.set(me, State::Sleeps { what, key, until });
+        drop(held);
         sim.take_turn(me, inner);
     };
     with(blocks).is_some()
@@ -595,14 +596,14 @@ fn wake(key: usize) {
 
 /// Sleeps for so long, in virtual time. False on threads of no simulation, which have not slept.
 pub fn sleep(time: Duration, what: &'static str) -> bool {
-    block(NOBODY, what, Some(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)))
+    block(NOBODY, what, Some(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)), ())
 }
 
 /// A device's transfer: sleeps for as long as the seed says.
 pub fn transfer() {
     if let Some(pace) = pace() {
         let nanos = choose(pace.transfer_nanos_max).unwrap_or(0);
-        block(NOBODY, "a transfer", Some(nanos));
+        block(NOBODY, "a transfer", Some(nanos), ());
     }
 }
 
@@ -636,7 +637,7 @@ pub fn register(name: &str) -> Option<Ticket> {
 /// Sleeps until that actor of this thread's simulation has ended.
 pub fn await_end(actor: &ActorId) {
     while has_ended(actor) == Some(false) {
-        block(key_of_end(actor.0), "the end of a thread", None);
+        block(key_of_end(actor.0), "the end of a thread", None, ());
     }
 }
 
@@ -670,8 +671,7 @@ impl Bed {
         what: &'static str,
     ) -> MutexGuard<'a, T> {
         if is_on() {
-            drop(guard);
-            block(self.key(), what, None);
+            block(self.key(), what, None, guard);
             return lock(mutex);
         }
         self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
@@ -680,7 +680,7 @@ impl Bed {
     /// On a thread of a simulation: sleeps until notified or until `until`, in virtual nanoseconds, with nothing held.
     pub fn wait_until(&self, until: Option<u64>, what: &'static str) {
         let now = now().unwrap_or(0);
-        block(self.key(), what, until.map(|until| until.saturating_sub(now)));
+        block(self.key(), what, until.map(|until| until.saturating_sub(now)), ());
     }
 
     /// Wakes all who sleep here.
@@ -820,6 +820,43 @@ mod tests {
         await_end(&id);
         drop(actor);
         thread.join().expect("no panic");
+    }
+
+    /// As a signal's may come, which is no actor's.
+    #[test]
+    fn a_wake_by_another_thread_just_before_the_sleep_is_not_lost() {
+        const ROUNDS: u32 = 1000;
+        let sim = Sim::new(11, None, Box::new(|_| ()));
+        let shared = Arc::new((Mutex::new(0), Bed::default()));
+        let ours = Arc::clone(&shared);
+        let other = thread::spawn(move || {
+            let mut count = 0;
+            while count < 2 * ROUNDS {
+                let mut shared = ours.0.lock().expect("no panic");
+                if *shared % 2 == 1 {
+                    *shared += 1;
+                    ours.1.notify_all();
+                }
+                count = *shared;
+            }
+        });
+        let actor = sim.enter("main");
+        let (id, sleeper) = start("sleeper", move || {
+            for _ in 0..ROUNDS {
+                let mut count = lock(&shared.0);
+                *count += 1;
+                while *count % 2 == 1 {
+                    count = shared.1.wait(&shared.0, count, "an answer");
+                }
+            }
+        });
+        let begun = std::time::Instant::now();
+        while has_ended(&id) == Some(false) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the sleeper sleeps on");
+            sleep(Duration::from_micros(1), "the sleeper");
+        }
+        drop(actor);
+        [sleeper, other].into_iter().for_each(|thread| thread.join().expect("no panic"));
     }
 
     #[test]

@@ -146,13 +146,20 @@ fn step(machine: &MmapRegion, at: Cached, va: u32, level: u32, status: u64) -> O
     #[cfg(shuttle)]
     shuttle::thread::sleep(std::time::Duration::ZERO);
     let index = u64::from(va) >> (12 + 9 * (level - 1)) & 511;
-    let entry = word(machine, at.base + 8 * index).load(Ordering::Acquire);
-    if entry & P == 0 {
-        return None;
-    }
+    let word = word(machine, at.base + 8 * index);
+    // A goes into the entry that was read or into none: where it has changed a CPU looks again, and never marks one that is absent.
+    let entry = loop {
+        let entry = word.load(Ordering::Acquire);
+        if entry & P == 0 {
+            return None;
+        }
+        let marked = || word.compare_exchange(entry, entry | A, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if entry & A != 0 || marked() {
+            break entry;
+        }
+    };
     assert!(entry & PS == 0 || level == 1, "no large shadow pages yet: {entry:#x} at level {level}");
     assert_eq!(entry & status, status, "A of a link and D of a leaf are preset: {entry:#x} at level {level}");
-    word(machine, at.base + 8 * index).fetch_or(A, Ordering::AcqRel);
     assert_eq!(entry & !(ADDRESS | XD) & 0xfff0_0000_0000_0000, 0, "reserved bits in {entry:#x}");
     let rights = Rights {
         write: at.rights.write && entry & RW != 0,

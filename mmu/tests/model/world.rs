@@ -369,7 +369,8 @@ impl World {
 
     /// The VMM cuts or raises the budget, and has the background bring it about.
     pub fn set_budget(&mut self, over: u32) {
-        self.mmu.set_budget(self.mmu.budget_min() + over).expect("not under the least");
+        let frames = (self.mmu.budget_min() + over).min(self.mmu.budget_max());
+        self.mmu.set_budget(frames).expect("within the bounds");
         while self.mmu.background_round().expect("swap has room") {}
         self.owners.clear();
     }

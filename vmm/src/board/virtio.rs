@@ -397,9 +397,14 @@ impl VirtioSlots {
         VirtioSlots { slots: std::array::from_fn(|_| None), lines: 0, told: 0 }
     }
 
-    /// Every device as after power-up; one in a worker's hands, once that has let go.
+    /// Every device as after power-up, but for what the host has written to its configuration; one in a worker's hands, once that
+    /// has let go.
     pub(super) fn reset(&mut self) {
-        self.slots.iter_mut().flatten().for_each(|slot| slot.reset());
+        for slot in self.slots.iter_mut().flatten() {
+            let (first, end) = slot.spec.config_writable;
+            slot.config[first..end].copy_from_slice(&slot.spec.config[first..end]);
+            slot.reset();
+        }
         (self.lines, self.told) = (0, 0);
     }
 

@@ -2,17 +2,25 @@
 //! the check, and no event loop and no threads.
 //!
 //! Holds: it panics exactly if the exporter breaks its word.
+//!
+//! What it can be refused with, and how: each way in which bytes are no message (cut, bent, raw); *unknown*, *beyond*, *rights* and *limit*
+//! by what is asked; *held* by a page that the guest watches; *short* by a swap device that fails. Not here: *version*, the other
+//! uses of *malformed* (a second hello, an answer that is not by the line) and of *limit* (connections, requests), which are the
+//! socket's (tests/e2e/export.rs has each), and *host*.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use umbra_mmu::external::ImporterId;
 use umbra_mmu::frames::Host;
-use umbra_mmu::swap::MemorySwap;
-use umbra_mmu::{Config, Gfn, Machine, Mfn, Mmu, NoVcpus};
+use umbra_mmu::swap::{MemorySwap, SwapDevice, SwapSlot};
+use umbra_mmu::{Config, Gfn, Machine, Mfn, Mmu, NoVcpus, Vcpu};
 
 use super::ByHub;
 use super::hub::Hub;
@@ -31,10 +39,49 @@ struct Peer {
     importer: ImporterId,
     session: Session,
     far: OwnedFd,
+    line: OwnedFd,
+}
+
+/// Swap in memory, until it fails.
+#[derive(Debug)]
+struct Failing(MemorySwap, Arc<AtomicBool>);
+
+impl Failing {
+    fn check(&self) -> io::Result<()> {
+        match self.1.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("it was told to")),
+            false => Ok(()),
+        }
+    }
+}
+
+impl SwapDevice for Failing {
+    fn slots(&self) -> u32 {
+        self.0.slots()
+    }
+
+    fn write(&self, first: SwapSlot, pages: &[u8]) -> io::Result<()> {
+        self.check()?;
+        self.0.write(first, pages)
+    }
+
+    fn read(&self, first: SwapSlot, pages: &mut [u8]) -> io::Result<()> {
+        self.check()?;
+        self.0.read(first, pages)
+    }
+
+    fn discard(&self, slots: Range<u32>) {
+        self.0.discard(slots);
+    }
 }
 
 /// Importers, and the guest whose memory they want.
 pub struct Exchange {
+    vcpu: Vcpu,
+    watched: BTreeSet<Gfn>,
+    swap_fails: Arc<AtomicBool>,
+    /// With what requests were refused.
+    refused: BTreeSet<u32>,
     mmu: Arc<Mmu>,
     segments: Arc<Segments>,
     hub: Arc<Hub>,
@@ -59,7 +106,7 @@ impl Exchange {
     /// When the host has no memory or no descriptors.
     pub fn new(importers: usize) -> io::Result<Exchange> {
         let pool = Arc::new(Pool::with_homes(FRAMES, PAGES.into()).map_err(io::Error::other)?);
-        let hub = Hub::new(Duration::from_nanos(1), ExportPolicy::Keep);
+        let hub = Hub::new(Duration::from_nanos(1), ExportPolicy::Keep, false)?;
         let config = Config {
             low_pages: 4,
             shadow_pages_max: 64,
@@ -67,13 +114,18 @@ impl Exchange {
             homes: true,
             ..Config::of_pages(PAGES)
         };
+        let swap_fails = Arc::new(AtomicBool::new(false));
+        let swap = Failing(MemorySwap::new(PAGES), Arc::clone(&swap_fails));
         let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(NoVcpus))
-            .with_swap(Box::new(MemorySwap::new(PAGES)))
+            .with_swap(Box::new(swap))
             .with_external(Box::new(ByHub(Arc::clone(&hub))))
             .with_host(Box::new(PoolHost(Arc::clone(&pool))));
         let mmu = Arc::new(mmu);
         let segments = Arc::new(Segments::new(Arc::clone(&mmu), pool, None));
-        let mut exchange = Exchange { mmu, segments, hub, peers: Vec::new() };
+        let vcpu = mmu.vcpu(0);
+        let (watched, refused) = (BTreeSet::new(), BTreeSet::new());
+        let mut exchange =
+            Exchange { vcpu, watched, swap_fails, refused, mmu, segments, hub, peers: Vec::new() };
         for _ in 0..importers {
             let peer = exchange.peer()?;
             exchange.peers.push(peer);
@@ -84,12 +136,12 @@ impl Exchange {
     fn peer(&self) -> io::Result<Peer> {
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        let importer = self.hub.welcome(Arc::new(near), None);
+        let (importer, line) = self.hub.welcome(Arc::new(near), None)?;
         let session = Session::new(importer, Arc::clone(&self.mmu), Arc::clone(&self.segments));
-        Ok(Peer { importer, session, far })
+        Ok(Peer { importer, session, far, line })
     }
 
-    /// An importer sends a message. What is said to it is checked for being messages; who breaks the protocol is replaced.
+    /// An importer sends a message, by its line if it is an acknowledgement. What is said to it is checked for being messages; who breaks the protocol is replaced.
     ///
     /// # Errors
     ///
@@ -100,11 +152,15 @@ impl Exchange {
         let stays = match Request::parse(bytes) {
             Err(why) => {
                 assert!(!why.to_string().is_empty());
+                assert!(!self.answer(at, bytes), "an importer stays that has said {bytes:?}");
                 false
             }
-            Ok((_, Request::Ack { order })) => self.hub.ack(peer.importer, order).is_ok(),
+            Ok((_, Request::Ack { .. })) => self.answer(at, bytes),
             Ok((tag, request)) => {
                 let (reply, _) = peer.session.serve(request);
+                if let Reply::Refused { code, .. } = &reply {
+                    self.refused.insert(*code as u32);
+                }
                 let message = reply.encode(tag);
                 assert_eq!(Reply::parse(&message), Ok((tag, reply)));
                 self.hub.send(peer.importer, &message)
@@ -116,6 +172,15 @@ impl Exchange {
             self.peers[at] = self.peer()?;
         }
         Ok(())
+    }
+
+    /// An importer says something by its line. False if it is parted with for it.
+    fn answer(&self, at: usize, bytes: &[u8]) -> bool {
+        let peer = &self.peers[at];
+        let said = rustix::net::send(&peer.line, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        assert!(said.is_ok(), "a line has no room for {} bytes", bytes.len());
+        self.hub.listen(Duration::ZERO);
+        self.hub.socket(peer.importer).is_some()
     }
 
     /// An importer hears what there is.
@@ -132,17 +197,38 @@ impl Exchange {
     /// A page is taken away.
     pub fn page_out(&self, page: u32) {
         let done = self.mmu.page_out(None, &[Gfn(page % PAGES)]);
-        assert!(done.is_ok(), "swap in memory failed: {done:?}");
+        assert!(done.is_ok() || self.has_failed(), "swap in memory failed: {done:?}");
         (0..self.peers.len()).for_each(|at| self.listen(at));
     }
 
-    /// Everybody goes: nothing must be left of them.
+    /// The guest has a descriptor table in a page, or none any more.
+    pub fn watch(&mut self, page: u32) {
+        let gfn = Gfn(page % PAGES);
+        if self.watched.remove(&gfn) {
+            self.mmu.unwatch(gfn);
+        } else if self.mmu.watch(&self.vcpu, gfn) == Ok(true) {
+            self.watched.insert(gfn);
+        }
+        (0..self.peers.len()).for_each(|at| self.listen(at));
+    }
+
+    /// Swap fails from now on, which is the end of a run.
+    pub fn fail_swap(&self) {
+        self.swap_fails.store(true, Ordering::Relaxed);
+    }
+
+    fn has_failed(&self) -> bool {
+        self.swap_fails.load(Ordering::Relaxed)
+    }
+
+    /// Everybody goes: nothing must be left of them, but a segment whose pages swap keeps from leaving.
     pub fn end(mut self) {
         let findings = self.mmu.audit();
         assert!(findings.is_empty(), "{findings:?}");
         self.hub.close();
         self.peers.clear();
-        let (pages, segments) = (self.mmu.imported_pages(), self.segments.count());
+        let segments = if self.has_failed() { 0 } else { self.segments.count() };
+        let pages = self.mmu.imported_pages();
         assert_eq!((pages, segments, self.hub.importers()), (0, 0, 0), "something is left");
         let findings = self.mmu.audit();
         assert!(findings.is_empty(), "{findings:?}");
@@ -151,6 +237,9 @@ impl Exchange {
 
 #[cfg(test)]
 mod tests {
+    use umbra_mmu::PAGE_SIZE;
+
+    use super::super::protocol::Code;
     use super::*;
 
     #[test]
@@ -169,6 +258,47 @@ mod tests {
         exchange.page_out(9);
         assert_eq!((exchange.mmu.imported_pages(), exchange.hub.counts().told), (7, 2));
         exchange.send(1, b"nonsense").expect("descriptors");
+        exchange.end();
+    }
+    #[test]
+    fn an_exchange_is_refused_in_every_way_but_the_sockets_own() {
+        let mut exchange = Exchange::new(1).expect("a guest");
+        let say = |exchange: &mut Exchange, request: Request| {
+            exchange.send(0, &request.encode(1)).expect("descriptors");
+        };
+        exchange.watch(9);
+        let fault = |first| Request::Fault { attachment: 2, first, pages: 1, write: false };
+        for request in [
+            Request::Hello { least: 1, most: 1 },
+            Request::Make { first: 8, pages: 8, write: false },
+            Request::Get { segment: 1, write: true },
+            Request::Get { segment: 1, write: false },
+            Request::Attach { access: 1, first: 8, pages: 8 },
+            fault(9),
+            fault(10),
+            fault(16),
+            Request::Detach { attachment: 77 },
+        ] {
+            say(&mut exchange, request);
+        }
+        // Zeros would not be written.
+        crate::virtio::fuzz::poke(&exchange.mmu, 10 * PAGE_SIZE, b"words");
+        exchange.page_out(10);
+        exchange.fail_swap();
+        say(&mut exchange, fault(10));
+        for _ in 0..=super::super::session::ACCESSES_MAX {
+            say(&mut exchange, Request::Get { segment: 1, write: false });
+        }
+        let all = [
+            Code::Malformed,
+            Code::Unknown,
+            Code::Beyond,
+            Code::Rights,
+            Code::Limit,
+            Code::Held,
+            Code::Short,
+        ];
+        assert_eq!(exchange.refused, all.map(|code| code as u32).into());
         exchange.end();
     }
 }

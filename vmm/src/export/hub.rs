@@ -1,36 +1,49 @@
 //! Whom the exporter can reach, who has been told, and who has answered.
 //!
-//! Story: whoever takes pages away tells importers by [`External::tell`], from its own thread, without a wait; the event loop
-//! hears their answers ([`Hub::ack`]) and their ends ([`Hub::part`]), and [`External::wait`] returns when nobody is left who could
-//! answer in time. What happens then to those who have not is [`ExportPolicy`]'s: the page is gone from them either way.
+//! Story: whoever takes pages away tells importers by [`External::tell`], from its own thread, without a wait. Each importer has a
+//! line to answer by, which is a socket of its own, so that who waits in [`External::wait`] hears the answers itself: another thread
+//! between them would double the time. Of several that wait one listens, for all, and the next when it goes. The event loop
+//! sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what happens then to those who
+//! have not is [`ExportPolicy`]'s: the page is gone from them either way.
 //!
 //! Holds: INV-HUB-1, who parts has answered everything. INV-HUB-2, nobody waits beyond the deadline of the last who was told.
-//! INV-HUB-3, a message that finds no room parts its importer: nobody here waits for a reader.
+//! INV-HUB-3, a message that finds no room parts its importer: nobody here waits for a reader. INV-HUB-4, while anybody waits one
+//! of them listens, or is about to look whether it must.
 //!
-//! Locks: one, a leaf, held for look-ups; no message is sent with it held.
+//! Locks: one, a leaf, held for look-ups; no message is sent or waited for with it held.
 //!
-//! Limits: [`UNANSWERED_MAX`] unanswered messages for each importer.
+//! Limits: [`UNANSWERED_MAX`] unanswered messages for each importer. What comes on a line while nobody waits stays there.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::net::{SendFlags, Shutdown};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
 use rustix::process::Signal;
 use umbra_mmu::Gfn;
 use umbra_mmu::external::{Answers, External, ImporterId};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::protocol::Reply;
+use super::protocol::{Code, Reply, Request};
+use super::refused;
 use crate::cli::ExportPolicy;
 
 /// Messages that an importer may leave unanswered, before it is taken for one that never will.
 pub const UNANSWERED_MAX: usize = 256;
+/// Lines that are heard at a time.
+const HEARD_MAX: usize = 16;
+/// What stands for the one that listens being called, among the numbers of importers.
+const CALL: u64 = u64::MAX;
 
 /// An importer that has been welcomed.
 #[derive(Debug)]
 struct Peer {
     socket: Arc<OwnedFd>,
+    /// What it answers by.
+    line: Arc<OwnedFd>,
     /// Its process, if it is known.
     process: Option<OwnedFd>,
     /// What it has been told and has not answered, in time or late.
@@ -48,6 +61,8 @@ struct Round {
 struct State {
     peers: BTreeMap<ImporterId, Peer>,
     rounds: BTreeMap<u64, Round>,
+    /// Somebody listens.
+    listens: bool,
     /// The last number given out.
     last: u32,
     counts: Counts,
@@ -72,19 +87,34 @@ pub struct Counts {
 #[derive(Debug)]
 pub struct Hub {
     state: Mutex<State>,
+    /// What those sleep on who wait and do not listen.
     answered: Condvar,
+    /// All lines, and the call.
+    lines: Epoll,
+    /// Calls the one that listens.
+    call: EventFd,
     deadline: Duration,
     policy: ExportPolicy,
+    /// Each is awaited before the next one is told.
+    in_turn: bool,
 }
 
 /// An importer said that it had given up what it was not asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NotAsked;
+struct NotAsked;
 
 impl Hub {
-    /// One that gives importers so long to answer.
-    pub fn new(deadline: Duration, policy: ExportPolicy) -> Arc<Hub> {
-        Arc::new(Hub { state: Mutex::default(), answered: Condvar::new(), deadline, policy })
+    /// One that gives importers so long to answer. `in_turn`: each is awaited before the next is told, only to see what that
+    /// would cost.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no descriptors for it.
+    pub fn new(deadline: Duration, policy: ExportPolicy, in_turn: bool) -> io::Result<Arc<Hub>> {
+        let (lines, call) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
+        lines.ctl(ControlOperation::Add, call.as_raw_fd(), EpollEvent::new(EventSet::IN, CALL))?;
+        let (state, answered) = (Mutex::default(), Condvar::new());
+        Ok(Arc::new(Hub { state, answered, lines, call, deadline, policy, in_turn }))
     }
 
     /// How long importers have to answer.
@@ -92,14 +122,27 @@ impl Hub {
         self.deadline
     }
 
-    /// Welcomes an importer: its number.
-    pub fn welcome(&self, socket: Arc<OwnedFd>, process: Option<OwnedFd>) -> ImporterId {
+    /// Welcomes an importer: its number, and its end of the line to answer by.
+    ///
+    /// # Errors
+    ///
+    /// When the host has no descriptors for it.
+    pub fn welcome(
+        &self,
+        socket: Arc<OwnedFd>,
+        process: Option<OwnedFd>,
+    ) -> io::Result<(ImporterId, OwnedFd)> {
+        let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+        let (line, theirs) = rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None)?;
         let mut state = self.state();
         state.last += 1;
         let importer = ImporterId(state.last);
+        let event = EpollEvent::new(EventSet::IN, importer.0.into());
+        self.lines.ctl(ControlOperation::Add, line.as_raw_fd(), event)?;
         state.counts.welcomed += 1;
-        state.peers.insert(importer, Peer { socket, process, unanswered: VecDeque::new() });
-        importer
+        let peer = Peer { socket, line: Arc::new(line), process, unanswered: VecDeque::new() };
+        state.peers.insert(importer, peer);
+        Ok((importer, theirs))
     }
 
     /// Sends a message; where there is no room for it the importer is parted with. False if it was, or has gone.
@@ -116,19 +159,48 @@ impl Hub {
         self.state().peers.get(&importer).map(|peer| Arc::clone(&peer.socket))
     }
 
-    /// An importer has answered.
-    ///
-    /// # Errors
-    ///
-    /// When it was not asked, or has answered already.
-    pub fn ack(&self, importer: ImporterId, order: u64) -> Result<(), NotAsked> {
+    /// Hears what comes by the lines within `time`: one message of each that has any, and no more than [`HEARD_MAX`] in all.
+    pub(super) fn listen(&self, time: Duration) {
+        let mut events = [EpollEvent::default(); HEARD_MAX];
+        let millis = time.as_nanos().div_ceil(1_000_000).try_into().unwrap_or(i32::MAX);
+        // Interrupted: whoever waits comes again.
+        let ready = self.lines.wait(millis, &mut events).unwrap_or(0);
+        for event in &events[..ready] {
+            match u32::try_from(event.data()) {
+                Ok(importer) => self.hear(ImporterId(importer)),
+                Err(_) => drop(self.call.read()),
+            }
+        }
+    }
+
+    /// A message of an importer's line. Who says anything but what it was asked for is parted with.
+    fn hear(&self, importer: ImporterId) {
+        let line = self.state().peers.get(&importer).map(|peer| Arc::clone(&peer.line));
+        let Some(line) = line else { return };
+        let mut buffer = [0; Request::ACK_BYTES + 1];
+        let why = match rustix::net::recv(&*line, &mut buffer, RecvFlags::DONTWAIT) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
+            Ok((0, _)) | Err(_) => return self.part(importer),
+            Ok((read, _)) => match Request::parse(&buffer[..read]) {
+                Ok((_, Request::Ack { order })) => match self.ack(importer, order) {
+                    Ok(()) => return,
+                    Err(NotAsked) => "what was given up had not been asked for, or twice".to_owned(),
+                },
+                Ok(_) => "the line is for acknowledgements, and nothing else".to_owned(),
+                Err(why) => why.to_string(),
+            },
+        };
+        self.send(importer, &refused(Code::Malformed, &why).encode(0));
+        self.part(importer);
+    }
+
+    /// An importer has answered. Who waits looks by itself.
+    fn ack(&self, importer: ImporterId, order: u64) -> Result<(), NotAsked> {
         let mut state = self.state();
         let peer = state.peers.get_mut(&importer).ok_or(NotAsked)?;
         let at = peer.unanswered.iter().position(|asked| *asked == order).ok_or(NotAsked)?;
         peer.unanswered.remove(at);
         state.answer(order, importer);
-        drop(state);
-        self.answered.notify_all();
         Ok(())
     }
 
@@ -137,8 +209,14 @@ impl Hub {
         let mut state = self.state();
         let Some(peer) = state.peers.remove(&importer) else { return };
         peer.unanswered.iter().for_each(|order| state.answer(*order, importer));
+        let listens = state.listens;
         drop(state);
         self.answered.notify_all();
+        if listens {
+            // It is full only if it calls already.
+            let _ = self.call.write(1);
+        }
+        let _ = self.lines.ctl(ControlOperation::Delete, peer.line.as_raw_fd(), EpollEvent::default());
         // The event loop sees it, and so does the importer.
         let _ = rustix::net::shutdown(&*peer.socket, Shutdown::Both);
     }
@@ -178,6 +256,30 @@ impl Hub {
         drop(state);
         log::info!("importer {} has not answered in {:?}, and is parted with", importer.0, self.deadline);
         self.part(importer);
+    }
+
+    /// Returns when nobody of those told at `order` so far is left who could answer in time.
+    fn await_all(&self, order: u64) {
+        loop {
+            let mut state = self.state();
+            let next =
+                state.rounds.get(&order).and_then(|round| round.waiting.iter().map(|(_, at)| *at).min());
+            let Some(next) = next else { return };
+            let left = next.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(state);
+                let late = self.take_late(order, Instant::now());
+                late.into_iter().for_each(|importer| self.punish(importer));
+            } else if state.listens {
+                drop(self.answered.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner));
+            } else {
+                state.listens = true;
+                drop(state);
+                self.listen(left);
+                self.state().listens = false;
+                self.answered.notify_all();
+            }
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -221,103 +323,196 @@ impl External for Hub {
         drop(state);
         let pages = pages.iter().map(|gfn| gfn.0).collect();
         self.send(importer, &Reply::Invalidate { order, pages }.encode(0));
+        if self.in_turn {
+            self.await_all(order);
+        }
     }
 
     fn wait(&self, order: u64) -> Answers {
-        loop {
-            let state = self.state();
-            let next =
-                state.rounds.get(&order).and_then(|round| round.waiting.iter().map(|(_, at)| *at).min());
-            let Some(next) = next else { break };
-            let left = next.saturating_duration_since(Instant::now());
-            if !left.is_zero() {
-                drop(self.answered.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner));
-                continue;
-            }
-            drop(state);
-            let late = self.take_late(order, Instant::now());
-            late.into_iter().for_each(|importer| self.punish(importer));
-        }
+        self.await_all(order);
         self.state().rounds.remove(&order).map(|round| round.answers).unwrap_or_default()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
+    use rustix::net::socketpair;
 
     use super::*;
 
-    fn pair() -> (Arc<OwnedFd>, OwnedFd) {
-        let kind = SocketType::SEQPACKET;
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).expect("sockets");
-        (Arc::new(ours), theirs)
+    /// The far ends of an importer.
+    struct Far {
+        importer: ImporterId,
+        socket: OwnedFd,
+        line: OwnedFd,
     }
 
-    fn hub(policy: ExportPolicy) -> Arc<Hub> {
-        Hub::new(Duration::from_millis(20), policy)
+    impl Far {
+        fn of(hub: &Hub) -> Far {
+            let kind = SocketType::SEQPACKET;
+            let (ours, socket) =
+                socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).expect("sockets");
+            let (importer, line) = hub.welcome(Arc::new(ours), None).expect("a line");
+            Far { importer, socket, line }
+        }
+
+        fn hear(&self, flags: RecvFlags) -> Option<Reply> {
+            let mut buffer = [0; 256];
+            let (read, _) = rustix::net::recv(&self.socket, &mut buffer, flags).ok()?;
+            Some(Reply::parse(&buffer[..read]).expect("a message").1)
+        }
+
+        fn say(&self, bytes: &[u8]) {
+            rustix::net::send(&self.line, bytes, SendFlags::NOSIGNAL).expect("room");
+        }
+
+        fn ack(&self, order: u64) {
+            self.say(&Request::Ack { order }.encode(0));
+        }
+    }
+
+    fn hub_for(deadline: Duration, policy: ExportPolicy) -> Arc<Hub> {
+        Hub::new(deadline, policy, false).expect("descriptors")
+    }
+
+    /// One that waits for longer than a test takes.
+    fn patient() -> Arc<Hub> {
+        hub_for(Duration::from_secs(60), ExportPolicy::Keep)
     }
 
     #[test]
     fn whoever_is_told_is_waited_for_until_it_answers() {
-        let hub = Hub::new(Duration::from_secs(60), ExportPolicy::Keep);
-        let (ours, theirs) = pair();
-        let importer = hub.welcome(ours, None);
-        hub.tell(5, importer, &[Gfn(7), Gfn(9)]);
-        let mut buffer = [0; 64];
-        let (read, _) = rustix::net::recv(&theirs, &mut buffer, RecvFlags::empty()).expect("a message");
-        let told = Reply::parse(&buffer[..read]);
-        assert_eq!(told, Ok((0, Reply::Invalidate { order: 5, pages: vec![7, 9] })));
-        assert_eq!(hub.ack(importer, 6), Err(NotAsked));
+        let hub = patient();
+        let far = Far::of(&hub);
+        hub.tell(5, far.importer, &[Gfn(7), Gfn(9)]);
+        let told = far.hear(RecvFlags::empty());
+        assert_eq!(told, Some(Reply::Invalidate { order: 5, pages: vec![7, 9] }));
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| hub.wait(5));
-            assert_eq!(hub.ack(importer, 5), Ok(()));
+            far.ack(5);
             let answers = waits.join().expect("no panic");
-            assert_eq!(answers, Answers { slowest: Some(importer), late: 0 });
+            assert_eq!(answers, Answers { slowest: Some(far.importer), late: 0 });
         });
-        assert_eq!(hub.ack(importer, 5), Err(NotAsked), "once");
         assert_eq!(hub.wait(5), Answers::default(), "nobody is left to wait for");
     }
 
     #[test]
-    fn who_has_gone_has_answered() {
-        let hub = Hub::new(Duration::from_secs(60), ExportPolicy::Keep);
-        let (ours, _theirs) = pair();
-        let importer = hub.welcome(ours, None);
-        hub.tell(5, importer, &[Gfn(7)]);
+    fn who_says_what_it_was_not_asked_for_is_parted_with() {
+        let hub = patient();
+        let ack = |order| Request::Ack { order }.encode(0);
+        let other = Request::Remove { segment: 1 }.encode(0);
+        for said in [&ack(6)[..], &ack(5)[..20], b"x", &[0; 300], &other] {
+            let far = Far::of(&hub);
+            hub.tell(5, far.importer, &[Gfn(7)]);
+            far.say(said);
+            assert_eq!(hub.wait(5).late, 0, "{said:?}");
+            assert_eq!(hub.importers(), 0, "{said:?}");
+            assert!(matches!(far.hear(RecvFlags::empty()), Some(Reply::Invalidate { .. })));
+            let last = far.hear(RecvFlags::empty());
+            assert!(matches!(last, Some(Reply::Refused { code: Code::Malformed, .. })), "{last:?}");
+        }
+        let far = Far::of(&hub);
+        hub.tell(5, far.importer, &[Gfn(7)]);
+        far.ack(5);
+        hub.wait(5);
+        far.ack(5);
+        hub.listen(Duration::ZERO);
+        assert_eq!(hub.importers(), 0, "twice");
+        let far = Far::of(&hub);
+        hub.tell(5, far.importer, &[Gfn(7)]);
+        drop(far.line);
+        assert_eq!((hub.wait(5).late, hub.importers()), (0, 0), "it can answer no more");
+    }
+
+    /// The one that listens hears answers for others; when it goes, another listens.
+    #[test]
+    fn many_that_wait_are_all_answered() {
+        let hub = patient();
+        let fars = [(); 4].map(|()| Far::of(&hub));
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| hub.wait(5));
-            hub.part(importer);
-            assert_eq!(waits.join().expect("no panic").late, 0);
+            for order in 0..8 {
+                let (hub, fars) = (&hub, &fars);
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let order = round * 8 + order;
+                        fars.iter().for_each(|far| hub.tell(order, far.importer, &[Gfn(7)]));
+                        assert_eq!(hub.wait(order).late, 0, "nobody is called in vain");
+                    }
+                });
+            }
+            for far in &fars {
+                scope.spawn(move || {
+                    for _ in 0..1600 {
+                        match far.hear(RecvFlags::empty()) {
+                            Some(Reply::Invalidate { order, .. }) => far.ack(order),
+                            other => panic!("told {other:?}"),
+                        }
+                    }
+                });
+            }
         });
-        hub.tell(6, importer, &[Gfn(7)]);
+        assert_eq!((hub.importers(), hub.state().rounds.len()), (4, 0));
+    }
+
+    #[test]
+    fn in_turn_each_is_awaited_before_the_next_is_told() {
+        let hub = Hub::new(Duration::from_secs(60), ExportPolicy::Keep, true).expect("descriptors");
+        let fars = [(); 2].map(|()| Far::of(&hub));
+        std::thread::scope(|scope| {
+            let tells = scope.spawn(|| fars.iter().for_each(|far| hub.tell(5, far.importer, &[Gfn(7)])));
+            for far in &fars {
+                assert!(far.hear(RecvFlags::empty()).is_some());
+                assert!(fars.iter().all(|far| far.hear(RecvFlags::DONTWAIT).is_none()), "one at a time");
+                far.ack(5);
+            }
+            tells.join().expect("no panic");
+        });
+        assert_eq!(hub.wait(5), Answers { slowest: Some(fars[1].importer), late: 0 });
+    }
+
+    #[test]
+    fn who_has_gone_has_answered() {
+        let hub = patient();
+        let far = Far::of(&hub);
+        hub.tell(5, far.importer, &[Gfn(7)]);
+        std::thread::scope(|scope| {
+            // Two, of whom one listens.
+            let waits = [(); 2].map(|()| scope.spawn(|| hub.wait(5)));
+            while !hub.state().listens {
+                std::thread::yield_now();
+            }
+            hub.part(far.importer);
+            for waits in waits {
+                assert_eq!(waits.join().expect("no panic").late, 0);
+            }
+        });
+        hub.tell(6, far.importer, &[Gfn(7)]);
         assert_eq!((hub.wait(6), hub.importers()), (Answers::default(), 0));
     }
 
     #[test]
     fn who_is_late_is_dealt_with_by_the_policy() {
         for (policy, stays) in [(ExportPolicy::Keep, 1), (ExportPolicy::Drop, 0), (ExportPolicy::Kill, 0)] {
-            let hub = hub(policy);
-            let (ours, _theirs) = pair();
-            let importer = hub.welcome(ours, None);
-            hub.tell(5, importer, &[Gfn(7)]);
-            assert_eq!(hub.wait(5), Answers { slowest: Some(importer), late: 1 }, "{policy:?}");
+            let hub = hub_for(Duration::from_millis(20), policy);
+            let far = Far::of(&hub);
+            hub.tell(5, far.importer, &[Gfn(7)]);
+            assert_eq!(hub.wait(5), Answers { slowest: Some(far.importer), late: 1 }, "{policy:?}");
             assert_eq!(hub.importers(), stays, "{policy:?}");
             if stays == 1 {
-                assert_eq!(hub.ack(importer, 5), Ok(()), "late, and no harm");
+                far.ack(5);
+                hub.listen(Duration::ZERO);
+                assert_eq!(hub.importers(), 1, "late, and no harm");
             }
         }
     }
 
     #[test]
     fn who_does_not_read_is_parted_with_and_nobody_waits() {
-        let hub = Hub::new(Duration::from_secs(600), ExportPolicy::Keep);
-        let (ours, _theirs) = pair();
-        let importer = hub.welcome(ours, None);
+        let hub = hub_for(Duration::from_secs(600), ExportPolicy::Keep);
+        let far = Far::of(&hub);
         let pages = [Gfn(7); 512];
         let full = (0..10_000).find(|order| {
-            hub.tell(*order, importer, &pages);
+            hub.tell(*order, far.importer, &pages);
             hub.importers() == 0
         });
         assert_eq!(hub.wait(full.expect("a socket has no room for so much")).late, 0);

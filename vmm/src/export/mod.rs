@@ -6,8 +6,8 @@
 //! ```text
 //!   importer ---- requests ----> event loop ----> the importer's thread: Session ----> mmu: import_page
 //!            <--- replies ------------------------------'
-//!            ---- ack ---------> event loop ----> Hub ----.
-//!            <--- invalidate -------------------- Hub <---+--- whoever takes pages away: reclaim, balloon, ..
+//!            <--- invalidate -------------------- Hub <------- whoever takes pages away: reclaim, balloon, ..
+//!            ---- ack, by its line -------------> Hub -------> the same
 //! ```
 //!
 //! | file | its job |
@@ -32,6 +32,7 @@ mod session;
 
 use std::fs;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -41,8 +42,8 @@ use std::thread::JoinHandle;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use rustix::process::PidfdFlags;
 use umbra_mmu::Mmu;
@@ -181,9 +182,8 @@ impl ExportSocket {
             (Stage::New, Request::Hello { least, most }) => self.welcome(at, tag, least..=most),
             (Stage::New, _) => Err(malformed(&"the first message is a hello")),
             (Stage::Welcome(..), Request::Hello { .. }) => Err(malformed(&"there is one hello")),
-            (Stage::Welcome(importer, _), Request::Ack { order }) => {
-                let heard = self.exporter.hub.ack(*importer, order);
-                heard.map_err(|_| malformed(&"what was given up had not been asked for, or twice"))
+            (Stage::Welcome(..), Request::Ack { .. }) => {
+                Err(malformed(&"acknowledgements go by the line that came with the welcome"))
             }
             (Stage::Welcome(_, requests), request) => match requests.try_send((tag, request)) {
                 Ok(()) => Ok(()),
@@ -213,7 +213,10 @@ impl ExportSocket {
         }
         let socket = Arc::clone(&self.clients[at].socket);
         let hub = &self.exporter.hub;
-        let importer = hub.welcome(Arc::clone(&socket), process_of(&socket));
+        let no_host = |error: io::Error| {
+            Parting::Told(Code::Host, format!("the host has nothing left for it: {error}"))
+        };
+        let (importer, line) = hub.welcome(Arc::clone(&socket), process_of(&socket)).map_err(no_host)?;
         let deadline_micros = u32::try_from(hub.deadline().as_micros()).unwrap_or(u32::MAX);
         let requests_max = REQUESTS_MAX as u32;
         let welcome =
@@ -226,12 +229,11 @@ impl ExportSocket {
             Ok(worker) => self.workers.push(worker),
             Err(error) => {
                 hub.part(importer);
-                return Err(Parting::Told(Code::Host, format!("the host has no thread for it: {error}")));
+                return Err(no_host(error));
             }
         }
         self.clients[at].stage = Stage::Welcome(importer, requests);
-        hub.send(importer, &welcome.encode(tag));
-        Ok(())
+        send_with(&socket, &welcome.encode(tag), &line).map(drop).map_err(|_| Parting::Gone)
     }
 
     /// Ends a connection. What its importer had is taken back by its thread, which ends for want of requests.
@@ -311,7 +313,7 @@ fn serve_all(exporter: &Exporter, importer: ImporterId, requests: &Receiver<(u64
 
 /// Sends a message with a descriptor.
 fn send_with(socket: &OwnedFd, message: &[u8], descriptor: &OwnedFd) -> rustix::io::Result<usize> {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [descriptor.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
@@ -350,6 +352,38 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::net::connect(&socket, &address)?;
     Ok(socket)
+}
+
+/// The next message at an importer's end of a connection: its tag, what it says, and the descriptor that came with it; `None` at the
+/// end. Sleeps until there is one.
+///
+/// # Errors
+///
+/// What the host says, or that it is no message.
+pub fn receive(socket: &OwnedFd) -> io::Result<Option<(u64, Reply, Option<OwnedFd>)>> {
+    let mut buffer = [0; MESSAGE_MAX + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        let mut into = [io::IoSliceMut::new(&mut buffer)];
+        match rustix::net::recvmsg(socket, &mut into, &mut control, flags) {
+            Err(rustix::io::Errno::INTR) => {}
+            received => break received?,
+        }
+    };
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut descriptor = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            descriptor = descriptors.last();
+        }
+    }
+    let (tag, reply) =
+        Reply::parse(&buffer[..received.bytes]).map_err(|why| io::Error::other(why.to_string()))?;
+    Ok(Some((tag, reply, descriptor)))
 }
 
 /// Listens at `path`, where only this user may connect from the first moment on.

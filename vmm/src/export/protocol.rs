@@ -358,6 +358,9 @@ fn halves(value: u64) -> [u32; 2] {
 }
 
 impl Request {
+    /// Bytes of an acknowledgement.
+    pub const ACK_BYTES: usize = HEADER + 8;
+
     /// The message and its tag.
     ///
     /// # Errors

@@ -18,20 +18,20 @@ pub mod command;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
+use rustix::net::SendFlags;
 
 pub use area::{PAGE, Rights};
 pub use command::{ImportArgs, Report};
 
-use crate::export::protocol::{Code, FAULT_MAX, MESSAGE_MAX, Reply, Request, VERSION};
+use crate::export::protocol::{Code, FAULT_MAX, Reply, Request, VERSION};
+use crate::export::receive;
 use area::Area;
 
 /// How long a question and its answer may take.
@@ -86,7 +86,7 @@ pub struct Manners {
 pub struct Stats {
     /// Requests to give pages up.
     pub invalidations: u64,
-    /// Pages that they named and that were mapped.
+    /// Pages that they named and that were granted.
     pub pages: u64,
     /// The longest that an answer took, from the message's arrival on.
     pub answer_max: Duration,
@@ -106,6 +106,8 @@ struct Mailbox {
 #[derive(Debug)]
 struct Shared {
     socket: OwnedFd,
+    /// What we answer by, once we are welcome.
+    line: OnceLock<OwnedFd>,
     manners: Manners,
     mailbox: Mutex<Mailbox>,
     arrived: Condvar,
@@ -157,13 +159,15 @@ impl Importer {
     pub fn connect(path: &Path, manners: Manners) -> Result<Importer, ImportError> {
         let socket = crate::export::connect(path)
             .map_err(|source| ImportError::Connect { path: path.to_owned(), source })?;
+        let (line, arrived) = (OnceLock::new(), Condvar::new());
         let (mailbox, areas) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { socket, manners, mailbox, arrived: Condvar::new(), areas });
+        let shared = Arc::new(Shared { socket, line, manners, mailbox, arrived, areas });
         let listens = Arc::clone(&shared);
         let listener = std::thread::Builder::new().name("importer".into()).spawn(move || listens.listen())?;
         let mut importer = Importer { shared, listener: Some(listener), number: 0, deadline: Duration::ZERO };
         match importer.shared.ask(&Request::Hello { least: VERSION, most: VERSION })? {
-            (Reply::Welcome { importer: number, deadline_micros, .. }, _) => {
+            (Reply::Welcome { importer: number, deadline_micros, .. }, Some(line)) => {
+                importer.shared.line.get_or_init(|| line);
                 importer.number = number;
                 importer.deadline = Duration::from_micros(deadline_micros.into());
                 Ok(importer)
@@ -237,7 +241,7 @@ impl Importer {
         let offset = first.checked_sub(access.first);
         let offset =
             offset.ok_or_else(|| ImportError::Protocol("an attachment before its segment".into()))?;
-        let area = Arc::new(Area::new(access.file.try_clone()?, first, offset, pages)?);
+        let area = Arc::new(Area::new(access.file.try_clone()?, first, offset, pages, access.write)?);
         let mut areas = self.shared.areas();
         areas.retain(|area| area.strong_count() > 0);
         areas.push(Arc::downgrade(&area));
@@ -294,7 +298,7 @@ impl Access {
 }
 
 impl Attachment {
-    /// Has pages granted and mapped, from `first` on: how many of `pages` were.
+    /// Has pages granted, from `first` on: how many of `pages` were.
     ///
     /// # Errors
     ///
@@ -306,7 +310,7 @@ impl Attachment {
         let (reply, _) = self.shared.ask(&request)?;
         let Reply::Granted { order, pages: granted } = reply else { return Err(unexpected(&reply)) };
         let granted = granted.min(pages);
-        self.area.grant(first, granted, rights, order)?;
+        self.area.grant(first, granted, rights, order);
         Ok(granted)
     }
 
@@ -341,9 +345,9 @@ impl Attachment {
         self.shared.do_it(&Request::GiveUp { attachment: self.number, first, pages })
     }
 
-    /// Pages that are mapped now.
-    pub fn mapped(&self) -> usize {
-        self.area.mapped()
+    /// Pages that are granted now.
+    pub fn granted(&self) -> usize {
+        self.area.granted()
     }
 
     fn with(&self, frame: u32, rights: Rights, mut touch: impl FnMut() -> bool) -> Result<(), ImportError> {
@@ -365,7 +369,7 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // Unmapped before it is said; the area itself goes with the last who listens.
+        // Given up before it is said; the area itself goes with the last who listens.
         let frames: Vec<u32> = (self.first..self.first + self.pages).collect();
         if self.area.take_away(&frames, 0).is_ok() {
             let _ = self.shared.do_it(&Request::Detach { attachment: self.number });
@@ -391,7 +395,7 @@ impl Shared {
             tag
         };
         // What was said before the end is read by the listener: a failure here says less.
-        let sent = self.send(&request.encode(tag));
+        let sent = rustix::net::send(&self.socket, &request.encode(tag), SendFlags::NOSIGNAL);
         let until = Instant::now() + if sent.is_ok() { PATIENCE } else { Duration::from_secs(1) };
         let mut mailbox = self.mailbox();
         loop {
@@ -409,7 +413,7 @@ impl Shared {
             if left.is_zero() {
                 mailbox.replies.remove(&tag);
                 return Err(ImportError::Ended(match sent {
-                    Ok(()) => format!("no answer in {PATIENCE:?}"),
+                    Ok(_) => format!("no answer in {PATIENCE:?}"),
                     Err(error) => error.to_string(),
                 }));
             }
@@ -418,15 +422,10 @@ impl Shared {
         }
     }
 
-    fn send(&self, message: &[u8]) -> io::Result<()> {
-        rustix::net::send(&self.socket, message, SendFlags::NOSIGNAL)?;
-        Ok(())
-    }
-
     /// The listener's thread.
     fn listen(&self) {
         let why = loop {
-            match self.receive() {
+            match receive(&self.socket) {
                 Ok(Some((tag, reply, file))) => {
                     if let Err(error) = self.heed(tag, reply, file) {
                         break error.to_string();
@@ -466,41 +465,19 @@ impl Shared {
         if !self.manners.ack_delay.is_zero() {
             std::thread::sleep(self.manners.ack_delay);
         }
-        self.send(&Request::Ack { order }.encode(0))?;
+        {
+            // Before it is said: whoever sees what comes of it finds it counted.
+            let stats = &mut self.mailbox().stats;
+            stats.invalidations += 1;
+            stats.pages += u64::from(pages);
+        }
+        let line = self.line.get().ok_or_else(|| io::Error::other("pages are wanted before a welcome"))?;
+        rustix::net::send(line, &Request::Ack { order }.encode(0), SendFlags::NOSIGNAL)?;
         let took = began.elapsed();
         let stats = &mut self.mailbox().stats;
-        stats.invalidations += 1;
-        stats.pages += u64::from(pages);
         stats.answer_sum += took;
         stats.answer_max = stats.answer_max.max(took);
         Ok(())
-    }
-
-    /// The next message; `None` at the end.
-    fn receive(&self) -> io::Result<Option<(u64, Reply, Option<OwnedFd>)>> {
-        let mut buffer = [0; MESSAGE_MAX + 1];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::CMSG_CLOEXEC;
-        let received = loop {
-            let mut into = [IoSliceMut::new(&mut buffer)];
-            match rustix::net::recvmsg(&self.socket, &mut into, &mut control, flags) {
-                Err(rustix::io::Errno::INTR) => {}
-                received => break received?,
-            }
-        };
-        if received.bytes == 0 {
-            return Ok(None);
-        }
-        let mut file = None;
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-                file = descriptors.last();
-            }
-        }
-        let (tag, reply) =
-            Reply::parse(&buffer[..received.bytes]).map_err(|why| io::Error::other(why.to_string()))?;
-        Ok(Some((tag, reply, file)))
     }
 
     fn mailbox(&self) -> MutexGuard<'_, Mailbox> {

@@ -4,7 +4,7 @@ use iced_x86::Instruction;
 
 use super::alu::{self, Binary, Outcome};
 use super::flags::Flags;
-use super::operand::{EAX, EBX, ECX, EDX, in_memory, width_of};
+use super::operand::{EAX, EBX, ECX, EDX, in_memory, is_locked, width_of};
 use super::{Bus, Core, Exception, Exec, Flow, Width, decimal, ensure};
 use crate::cpu::eflags::{AF, PF, SF, ZF};
 
@@ -115,7 +115,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         let (expected, wanted) = (pair(gpr[EDX], gpr[EAX]), pair(gpr[ECX], gpr[EBX]));
         let (seg, offset) = self.effective(i);
         let swap = &mut |old| if old == expected { wanted } else { old };
-        let old = self.update(seg, offset, Width::B8, swap)?;
+        let old = self.update(seg, offset, Width::B8, is_locked(i), swap)?;
         if old == expected {
             self.cpu.eflags |= ZF;
         } else {

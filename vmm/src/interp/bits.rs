@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, OpKind};
 
 use super::flags::{ARITHMETIC, Flags};
-use super::operand::{address_mask, in_memory, width_of};
+use super::operand::{address_mask, in_memory, is_locked, width_of};
 use super::{Bus, Core, Exec, Flow, Width};
 use crate::cpu::eflags::{CF, PF, ZF};
 
@@ -60,7 +60,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
         if change == BitChange::Keep {
             return self.load(seg, offset, width);
         }
-        let old = self.update(seg, offset, width, &mut |old| u64::from(change.apply(old as u32, bit)))?;
+        let change = &mut |old| u64::from(change.apply(old as u32, bit));
+        let old = self.update(seg, offset, width, is_locked(i), change)?;
         Ok(old as u32)
     }
 

@@ -81,7 +81,7 @@ pub trait Bus {
     fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError>;
 
     /// Reads, applies `change` and writes back, atomically with regard to other CPUs where the access lies within
-    /// a page; write permission is checked first. `change` may run more than once. Returns the old value.
+    /// an aligned 8-byte word; write permission is checked first. `change` may run more than once. Returns the old value.
     fn update(
         &mut self,
         gva: Gva,
@@ -89,6 +89,17 @@ pub trait Bus {
         user: bool,
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, BusError>;
+
+    /// [`Bus::update`], atomically wherever it lies: an access that is locked.
+    fn update_locked(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        self.update(gva, width, user, change)
+    }
 
     /// Checks that `length` bytes could be accessed, setting A (and D for a write), touching nothing else. For
     /// instructions of several accesses that must not stop half way: after a probe the same instruction's accesses

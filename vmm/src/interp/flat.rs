@@ -316,7 +316,7 @@ impl CodeBus for FlatBus {
         false
     }
 
-    fn begin(&mut self, step: u64) {
+    fn begin(&mut self, step: u64, _eip: u32) {
         self.step = step;
     }
 

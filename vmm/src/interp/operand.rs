@@ -3,7 +3,7 @@
 //! Holds: the decoder has made sure that the operand is of a kind its handler expects; an unexpected one reads as
 //! zero and a write to it is dropped, which debug builds assert never to happen.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use umbra_mmu::Gva;
 
 use super::{Bus, Core, Exec, Width};
@@ -109,6 +109,11 @@ pub(super) fn in_memory(instruction: &Instruction, op: u32) -> bool {
     instruction.op_kind(op) == OpKind::Memory
 }
 
+/// True where the access to memory that it changes is locked: by its prefix, and XCHG's always.
+pub(super) fn is_locked(instruction: &Instruction) -> bool {
+    instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg
+}
+
 /// The mask of the memory operand's address size.
 pub(super) fn address_mask(instruction: &Instruction) -> u32 {
     let base = instruction.memory_base();
@@ -180,7 +185,7 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     /// Reads operand `op`, changes it and writes it back; returns what it was. Where it is in memory this is one
-    /// atomic access that needs write permission from the start, LOCK or not.
+    /// access that needs write permission from the start, LOCK or not.
     pub(super) fn modify(
         &mut self,
         instruction: &Instruction,
@@ -190,7 +195,8 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     ) -> Exec<u32> {
         if in_memory(instruction, op) {
             let (seg, offset) = self.effective(instruction);
-            let old = self.update(seg, offset, width, &mut |old| u64::from(change(old as u32)))?;
+            let locked = is_locked(instruction);
+            let old = self.update(seg, offset, width, locked, &mut |old| u64::from(change(old as u32)))?;
             return Ok(old as u32);
         }
         let register = instruction.op_register(op);

@@ -80,17 +80,21 @@ impl<B: Bus + ?Sized> Core<'_, B> {
     }
 
     /// Reads, changes and writes back a scalar; returns what it was. `change` may be called more than once, and
-    /// is given and returns values within `width`.
+    /// is given and returns values within `width`. `locked` as [`is_locked`](super::operand::is_locked) says.
     pub(super) fn update(
         &mut self,
         seg: Seg,
         offset: u32,
         width: Width,
+        locked: bool,
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Exec<u64> {
         let gva = self.linear(seg, offset, width, AccessKind::Write)?;
         let user = self.user();
-        let old = self.bus.update(gva, width, user, change)?;
+        let old = match locked {
+            true => self.bus.update_locked(gva, width, user, change)?,
+            false => self.bus.update(gva, width, user, change)?,
+        };
         self.watch(gva, width.bytes(), true);
         Ok(old)
     }

@@ -1,4 +1,4 @@
-//! Memory that is mapped over part of a region, and taken away again: the homes of exported pages, and an importer's pages.
+//! Memory that is mapped over part of a region, and taken away again: the homes of exported pages.
 //!
 //! Story: address space is reserved once, as a region that nobody can touch. What is mapped over it comes and goes, and the region's
 //! end takes all of it along.
@@ -15,10 +15,8 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 pub enum Shows<'a> {
     /// Nothing: a touch of it is a crash.
     Nothing,
-    /// A file from this byte on, to be read.
-    Read(&'a File, u64),
-    /// The same, to be written too.
-    Write(&'a File, u64),
+    /// A file from this byte on, to be read and written.
+    Memory(&'a File, u64),
 }
 
 /// Address space of `bytes`, which shows nothing.
@@ -44,8 +42,7 @@ pub fn show(region: &MmapRegion, offset: usize, length: usize, what: Shows<'_>) 
     let anonymous = libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let (protection, flags, file, from) = match what {
         Shows::Nothing => (libc::PROT_NONE, anonymous, -1, 0),
-        Shows::Read(file, from) => (libc::PROT_READ, 0, file.as_raw_fd(), from),
-        Shows::Write(file, from) => (libc::PROT_READ | libc::PROT_WRITE, 0, file.as_raw_fd(), from),
+        Shows::Memory(file, from) => (libc::PROT_READ | libc::PROT_WRITE, 0, file.as_raw_fd(), from),
     };
     let at = region.as_ptr().wrapping_add(offset).cast();
     let from = libc::off_t::try_from(from).map_err(io::Error::other)?;

@@ -11,9 +11,9 @@
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
-mod advise;
+pub(crate) mod advise;
 #[allow(unsafe_code)]
-pub mod homes;
+mod homes;
 #[allow(unsafe_code)]
 mod mapped;
 
@@ -147,7 +147,7 @@ impl Pool {
             return Err(refused(io::ErrorKind::InvalidInput.into()));
         }
         let (offset, length) = (first.at(0).0 as usize, pages as usize * PAGE_SIZE as usize);
-        let shows = file.map_or(Shows::Nothing, |file| Shows::Write(file, 0));
+        let shows = file.map_or(Shows::Nothing, |file| Shows::Memory(file, 0));
         homes::show(&self.region, offset, length, shows).map_err(refused)?;
         if let Some(views) = &self.views {
             views.set_homes(first, pages, file);
@@ -279,7 +279,7 @@ fn map(frames: u64, homes: u64) -> Result<(Arc<File>, Arc<MmapRegion>), PoolErro
         let all =
             usize::try_from(bytes.saturating_add(homes.saturating_mul(PAGE_SIZE))).unwrap_or(usize::MAX);
         let region = homes::reserve(all).map_err(|source| PoolError::Map { frames, source })?;
-        let shown = homes::show(&region, 0, bytes as usize, Shows::Write(&file, 0));
+        let shown = homes::show(&region, 0, bytes as usize, Shows::Memory(&file, 0));
         shown.map_err(|source| PoolError::File { frames, source })?;
         return Ok((file, Arc::new(region)));
     }

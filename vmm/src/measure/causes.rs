@@ -35,6 +35,8 @@ pub enum Asked {
     Budget,
     /// The least recently used go to swap, as many.
     Reclaim,
+    /// Importers lose them, and the guest keeps them where they are. Needs --importers.
+    Revoke,
 }
 
 /// What a start came to.
@@ -55,6 +57,7 @@ impl Asked {
             Asked::Balloon => "balloon",
             Asked::Budget => "budget",
             Asked::Reclaim => "reclaim",
+            Asked::Revoke => "revoke",
         }
     }
 
@@ -70,6 +73,7 @@ impl Asked {
             Asked::PageOut => Cause::PageOut,
             Asked::Balloon => Cause::Balloon,
             Asked::Budget | Asked::Reclaim => Cause::Reclaim,
+            Asked::Revoke => Cause::Revoke,
         }
     }
 
@@ -86,6 +90,10 @@ impl Asked {
             Asked::PageOut => mmu.page_out(None, pages).map(|_| Came::Done),
             Asked::Reclaim => reclaim(mmu, pages.len() as u32),
             Asked::Budget => Ok(cut(beside, pages.len() as u32)),
+            Asked::Revoke => {
+                mmu.revoke(pages);
+                Ok(Came::Done)
+            }
         }
     }
 }
@@ -150,6 +158,11 @@ impl Targets {
     /// Whichever have frames and may go to swap.
     pub fn resident() -> Targets {
         Targets { range: None, cursor: 0 }
+    }
+
+    /// The first of a range of pages and how many there are, if they are one.
+    pub fn as_range(&self) -> Option<(u32, u32)> {
+        self.range
     }
 
     /// True once the guest has all of them: it is under way.

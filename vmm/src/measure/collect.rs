@@ -26,9 +26,10 @@ pub struct Phase {
 }
 
 /// The phases of an invalidation, in order; the last is all of it.
-pub const PHASES: [Phase; 6] = [
+pub const PHASES: [Phase; 7] = [
     Phase { name: "gate", nanos: |record| record.gate },
     Phase { name: "unmap", nanos: |record| record.unmap },
+    Phase { name: "tell", nanos: |record| record.tell },
     Phase { name: "shootdown", nanos: |record| record.shootdown },
     Phase { name: "external", nanos: |record| record.external },
     Phase { name: "finish", nanos: |record| record.finish },
@@ -41,6 +42,10 @@ pub const TOTAL: &str = "total";
 pub const SERVICE: &str = "service";
 /// From when it should have begun to its end.
 pub const RESPONSE: &str = "response";
+/// The total of those invalidations for which some vCPU had to be kicked.
+pub const KICKED: &str = "kicked";
+/// From the first importer's being told to the last one's answer, vCPUs flushing meanwhile; of those that had to be told.
+pub const IMPORTERS: &str = "importers";
 /// The group and the measure of a vCPU's sleeps at gates.
 pub const VCPUS: &str = "vcpus";
 /// See [`VCPUS`].
@@ -126,6 +131,8 @@ pub enum By {
     Asked(Asked),
     /// Those that came by themselves.
     Other(Cause),
+    /// The same that starts have made, by how many importers were told.
+    Told(u32),
     /// vCPUs.
     Vcpus,
     /// What it could not do without.
@@ -138,6 +145,7 @@ impl By {
         match self {
             By::Asked(asked) => asked.name().into(),
             By::Other(cause) => format!("other-{}", cause.name()),
+            By::Told(count) => format!("told-{count}"),
             By::Vcpus => VCPUS.into(),
             By::Floors => "floor".into(),
         }
@@ -157,6 +165,10 @@ pub struct Sums {
     pub freed: u64,
     /// Kicks.
     pub kicked: u64,
+    /// Importers told.
+    pub told: u64,
+    /// Those of them that did not answer in their time.
+    pub late: u64,
 }
 
 /// Measures of one cause, or of something else.
@@ -191,6 +203,16 @@ impl Group {
         sums.skipped += u64::from(record.skipped);
         sums.freed += u64::from(record.freed);
         sums.kicked += u64::from(record.kicked);
+        sums.told += u64::from(record.told);
+        sums.late += u64::from(record.late);
+        let outside = record.tell + record.shootdown + record.external;
+        for (name, counts, nanos) in
+            [(KICKED, record.kicked > 0, record.total), (IMPORTERS, record.told > 0, outside)]
+        {
+            if let Some(measure) = self.measure(name).filter(|_| counts) {
+                measure.record(nanos);
+            }
+        }
         for (phase, measure) in PHASES.iter().zip(&mut self.measures) {
             measure.record((phase.nanos)(record));
         }
@@ -210,11 +232,24 @@ pub struct Ended {
     pub ended: u64,
 }
 
+/// How often an importer was the slowest, and for how long it had to be waited for then, beyond the vCPUs.
+#[derive(Clone, Debug)]
+pub struct Slowest {
+    /// Its number.
+    pub importer: u32,
+    /// The waits.
+    pub waits: Measure,
+}
+
 /// All that was measured.
 #[derive(Clone, Debug, Default)]
 pub struct Collected {
     /// In the order in which they came first.
     pub groups: Vec<Group>,
+    /// Importers that were the slowest of those told.
+    pub slowest: Vec<Slowest>,
+    /// Records are counted by how many importers were told, too.
+    pub by_told: bool,
     /// Records that were lost before they were taken.
     pub records_lost: u64,
     /// Waits at gates that were.
@@ -227,7 +262,8 @@ impl Collected {
         let at = self.groups.iter().position(|group| group.by == by).unwrap_or_else(|| {
             let phases = PHASES.iter().map(|phase| phase.name);
             let names: Vec<&'static str> = match by {
-                By::Asked(_) => phases.chain([SERVICE, RESPONSE]).collect(),
+                By::Asked(_) => phases.chain([KICKED, IMPORTERS, SERVICE, RESPONSE]).collect(),
+                By::Told(_) => phases.chain([KICKED, IMPORTERS]).collect(),
                 By::Other(_) => phases.collect(),
                 By::Vcpus => vec![GATE_SLEEP],
                 By::Floors => Vec::new(),
@@ -244,6 +280,10 @@ impl Collected {
             let ours = during.filter(|one| one.asked.recorded() == record.cause && record.at >= one.began);
             let by = ours.map_or(By::Other(record.cause), |one| By::Asked(one.asked));
             self.group(by).add(record);
+            if self.by_told && ours.is_some() {
+                self.group(By::Told(record.told)).add(record);
+                self.slowest(record);
+            }
         }
         if !taken.waits.is_empty() {
             let sleeps = &mut self.group(By::Vcpus).measures[0];
@@ -251,6 +291,15 @@ impl Collected {
         }
         self.records_lost += taken.records_lost;
         self.waits_lost += taken.waits_lost;
+    }
+
+    fn slowest(&mut self, record: &Record) {
+        let Some(importer) = record.slowest.map(|importer| importer.0) else { return };
+        let at = self.slowest.iter().position(|one| one.importer == importer).unwrap_or_else(|| {
+            self.slowest.push(Slowest { importer, waits: Measure::new("waited-for") });
+            self.slowest.len() - 1
+        });
+        self.slowest[at].waits.record(record.external);
     }
 
     /// A start has ended.
@@ -285,6 +334,11 @@ impl Collected {
                 let name = measure.name;
                 measure.end_interval(at, lasted, |histogram| keep(&by, name, histogram));
             }
+        }
+        for one in &mut self.slowest {
+            let by = format!("importer-{}", one.importer);
+            let name = one.waits.name;
+            one.waits.end_interval(at, lasted, |histogram| keep(&by, name, histogram));
         }
     }
 }
@@ -329,16 +383,58 @@ mod tests {
         let names: Vec<_> = group.measures.iter().map(|measure| measure.name).collect();
         assert_eq!(
             names,
-            ["gate", "unmap", "shootdown", "external", "finish", "total", "service", "response"]
+            [
+                "gate",
+                "unmap",
+                "tell",
+                "shootdown",
+                "external",
+                "finish",
+                "total",
+                "kicked",
+                "importers",
+                "service",
+                "response"
+            ]
         );
         let sum = |measure: &Measure| {
             measure.all.iter_recorded().map(|v| v.value_iterated_to() * v.count_at_value()).sum::<u64>()
         };
         let sums: Vec<u64> = group.measures.iter().map(sum).collect();
-        assert_eq!(sums[..6], [4950, 9900, 14850, 19800, 24750, 74250 + 1000]);
-        assert_eq!(sums[6..], [300, 350]);
-        let counts = Sums { invalidations: 100, pages: 200, skipped: 0, freed: 200, kicked: 100 };
+        assert_eq!(sums[..7], [4950, 9900, 0, 14850, 19800, 24750, 74250 + 1000]);
+        assert_eq!(sums[7..], [75250, 0, 300, 350], "all were kicked, nobody was told");
+        let counts = Sums { invalidations: 100, pages: 200, freed: 200, kicked: 100, ..Sums::default() };
         assert_eq!(group.sums, counts);
+    }
+
+    #[test]
+    fn importers_are_counted_by_how_many_were_told_and_the_slowest_by_name() {
+        let mut all = Collected { by_told: true, ..Collected::default() };
+        let start = Ended { asked: Asked::Revoke, intended: 100, began: 100, ended: 400 };
+        let told = |told, slowest: u32| Record {
+            tell: 7,
+            told,
+            late: 1,
+            slowest: Some(umbra_mmu::external::ImporterId(slowest)),
+            kicked: 0,
+            ..record(Cause::Revoke, 200, [1, 1, 10, 100, 1])
+        };
+        let alone = Record { kicked: 0, ..record(Cause::Revoke, 200, [1; 5]) };
+        all.take(&taken(vec![told(2, 5), told(2, 5), told(4, 6), alone]), Some(&start));
+        // What no start has made is nobody's.
+        all.take(&taken(vec![told(8, 9)]), None);
+        all.end_interval(0, 1000, |_, _, _| ());
+        let mut count = |by, name| all.group(by).measure(name).map(|one| (one.all.len(), one.all.max()));
+        assert_eq!(count(By::Asked(Asked::Revoke), IMPORTERS), Some((3, 117)));
+        assert_eq!(count(By::Told(2), IMPORTERS), Some((2, 117)));
+        assert_eq!(count(By::Told(0), IMPORTERS), Some((0, 0)));
+        assert_eq!(count(By::Told(0), TOTAL).map(|one| one.0), Some(1));
+        assert_eq!(count(By::Told(2), KICKED), Some((0, 0)));
+        let sums = all.group(By::Told(2)).sums;
+        assert_eq!((sums.told, sums.late), (4, 2));
+        let slowest: Vec<_> = all.slowest.iter().map(|one| (one.importer, one.waits.all.len())).collect();
+        assert_eq!(slowest, [(5, 2), (6, 1)]);
+        assert!(!all.groups.iter().any(|group| group.by == By::Told(8)));
     }
 
     #[test]

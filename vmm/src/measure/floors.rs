@@ -5,6 +5,9 @@
 //! | kick | `Coherence::shoot_down`, nothing having been removed: every vCPU that runs guest code leaves it, and flushes |
 //! | notifier | `madvise(MADV_DONTNEED)` of a frame that vCPUs use, where the host knows of all their translations |
 //! | punch | a hole of one page in a file in memory that nobody maps |
+//! | importers-N | N processes that have nothing to do with the guest are told, then awaited, as importers are |
+//! | importers-N-in-turn | each is awaited before the next is told |
+//! | deadline | not measured: how long stopped importers are waited for |
 //!
 //! Story: between two intervals of a measurement a few of each are timed, with a pause before, so that vCPUs are back in the
 //! guest. A kick for which nobody had to be kicked does not count.
@@ -21,6 +24,7 @@ use umbra_mmu::p2m::PageState;
 
 use super::causes::Targets;
 use super::collect::Collected;
+use super::importers::{Bare, IMPORTERS_MAX};
 use crate::machine::memory_file;
 use crate::vm::Beside;
 
@@ -37,11 +41,26 @@ pub const KICK: &str = "kick";
 pub const NOTIFIER: &str = "notifier";
 /// The bare hole.
 pub const PUNCH: &str = "punch";
+/// What stopped importers are given.
+pub const DEADLINE: &str = "deadline";
+
+/// Two names for each count.
+macro_rules! names {
+    ($($count:literal)*) => { [$((concat!("importers-", $count), concat!("importers-", $count, "-in-turn"))),*] };
+}
+
+/// The floors of so many importers, told first and in turn.
+pub const OUTSIDE: [(&str, &str); IMPORTERS_MAX as usize + 1] =
+    names!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16);
 
 /// Measures them.
 #[derive(Debug)]
 pub struct Floors {
     file: File,
+    /// Processes that only answer.
+    pub bare: Bare,
+    /// How many of them are told, each measured.
+    pub counts: Vec<u32>,
 }
 
 impl Floors {
@@ -51,7 +70,8 @@ impl Floors {
     ///
     /// When the host has none.
     pub fn new() -> io::Result<Floors> {
-        Ok(Floors { file: memory_file(c"umbra-floor", PAGE_SIZE)? })
+        let file = memory_file(c"umbra-floor", PAGE_SIZE)?;
+        Ok(Floors { file, bare: Bare::default(), counts: Vec::new() })
     }
 
     /// A round of each, into `all`.
@@ -80,6 +100,19 @@ impl Floors {
                 all.floor(PUNCH, nanos);
             }
         });
+        for count in &self.counts {
+            let (first, in_turn) = OUTSIDE[*count as usize];
+            rounds(beside, || {
+                if let (nanos, true) = timed(|| self.bare.round_trip(*count)) {
+                    all.floor(first, nanos);
+                }
+            });
+            rounds(beside, || {
+                if let (nanos, true) = timed(|| self.bare.round_trip_in_turn(*count)) {
+                    all.floor(in_turn, nanos);
+                }
+            });
+        }
     }
 }
 

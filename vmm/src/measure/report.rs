@@ -10,8 +10,8 @@ use umbra_mmu::records::{Cause, Totals};
 
 use super::Order;
 use super::causes::Asked;
-use super::collect::{self, By, Group, Measure, RESPONSE, SERVICE, TOTAL};
-use super::floors::{KICK, NOTIFIER, PUNCH};
+use super::collect::{self, By, Group, IMPORTERS, KICKED, Measure, RESPONSE, SERVICE, Slowest, TOTAL};
+use super::floors::{DEADLINE, KICK, NOTIFIER, OUTSIDE, PUNCH};
 use super::session::{Findings, Stop};
 use crate::vm::Summary;
 
@@ -39,6 +39,12 @@ pub struct Report {
     pub floors: Vec<Times>,
     /// Those that were asked for, then those that came by themselves.
     pub causes: Vec<CauseReport>,
+    /// The same as `causes` has for starts, by how many importers were told; empty where none were asked for.
+    #[serde(default)]
+    pub told: Vec<CauseReport>,
+    /// Those importers that were the slowest of those told, and how long they were waited for then beyond the vCPUs.
+    #[serde(default)]
+    pub slowest: Vec<Times>,
     /// Sleeps of vCPUs at the gates of pages that were changing hands.
     pub gate_sleeps: Times,
     /// What was lost before it could be counted.
@@ -66,6 +72,21 @@ pub struct Setting {
     pub rate: u32,
     /// Pages of a start.
     pub pages: u32,
+    /// How many importers had the pages, in turn.
+    #[serde(default)]
+    pub importers: Vec<u32>,
+    /// How long they took to answer, in nanoseconds.
+    #[serde(default)]
+    pub ack_delay: u64,
+    /// Each was awaited before the next was told.
+    #[serde(default)]
+    pub in_turn: bool,
+    /// They were stopped.
+    #[serde(default)]
+    pub stopped: bool,
+    /// No vCPU touched the pages.
+    #[serde(default)]
+    pub untouched: bool,
 }
 
 /// Starts of an open schedule.
@@ -113,7 +134,25 @@ pub struct Times {
     pub over: Vec<Ratio>,
     /// The same by interval, where there was anything.
     pub intervals: Vec<Slice>,
+    /// The percentile curve.
+    #[serde(default)]
+    pub curve: Vec<Point>,
 }
+
+/// A point of a percentile curve.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// So many, of one.
+    pub quantile: f64,
+    /// Were as short.
+    pub nanos: u64,
+}
+
+/// Where curves have points: a point for each half of what is left.
+const CURVE: [f64; 17] = [
+    0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9999, 0.999_95,
+    0.999_99, 1.0,
+];
 
 /// A ratio to a floor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -156,6 +195,12 @@ pub struct CauseReport {
     pub freed: u64,
     /// Kicks.
     pub kicked: u64,
+    /// Importers told.
+    #[serde(default)]
+    pub told: u64,
+    /// Those of them that did not answer in their time.
+    #[serde(default)]
+    pub late: u64,
     /// Starts that could not have what they were to have.
     pub failed: u64,
     /// Why the last of them could not.
@@ -180,13 +225,20 @@ pub struct MmuTotals {
 }
 
 /// Which floors a phase stands on.
-fn floors_of(phase: &str, by: By) -> &'static [&'static str] {
-    match (phase, by) {
+fn floors_of(phase: &str, by: By) -> Vec<&'static str> {
+    let floors: &[&str] = match (phase, by) {
         ("shootdown" | TOTAL, _) => &[KICK, NOTIFIER],
+        (KICKED, _) => &[KICK],
+        (IMPORTERS, By::Told(count)) => match OUTSIDE.get(count as usize) {
+            // The first of them is what is told first and awaited after.
+            Some((first, _)) => return vec![first, DEADLINE],
+            None => &[],
+        },
         // Frames go back to the host before the call ends.
         (SERVICE, By::Asked(Asked::Discard | Asked::Balloon)) => &[KICK, NOTIFIER, PUNCH],
         _ => &[],
-    }
+    };
+    floors.to_vec()
 }
 
 impl Times {
@@ -213,6 +265,10 @@ impl Times {
             max: all.max(),
             over: Vec::new(),
             intervals: filled.map(slice).collect(),
+            curve: match all.is_empty() {
+                true => Vec::new(),
+                false => CURVE.map(|quantile| Point { quantile, nanos: at(quantile) }).to_vec(),
+            },
         }
     }
 
@@ -238,7 +294,7 @@ impl CauseReport {
         let phase = |measure| {
             let times = Times::of(measure);
             let names = floors_of(&times.name, group.by);
-            times.stand_on(floors, names)
+            times.stand_on(floors, &names)
         };
         CauseReport {
             cause: group.by.name(),
@@ -248,6 +304,8 @@ impl CauseReport {
             skipped: group.sums.skipped,
             freed: group.sums.freed,
             kicked: group.sums.kicked,
+            told: group.sums.told,
+            late: group.sums.late,
             failed: group.failed.0,
             failed_why: group.failed.1.map(Into::into),
             phases: group.measures.iter().map(phase).collect(),
@@ -270,6 +328,14 @@ impl Report {
         let others = groups.iter().filter(|group| matches!(group.by, By::Other(_)));
         let report = |group| CauseReport::of(group, findings.lasted, &floors);
         let causes = asked.chain(others).map(report).collect();
+        let count = |group: &&Group| match group.by {
+            By::Told(count) => Some(count),
+            _ => None,
+        };
+        let mut told: Vec<&Group> = groups.iter().filter(|group| count(group).is_some()).collect();
+        told.sort_by_key(count);
+        let told = told.into_iter().map(report).collect();
+        let slowest = findings.all.slowest.iter().map(|one| of_importer(one, &findings.importers)).collect();
         let none = Measure::new(collect::GATE_SLEEP);
         let gate_sleeps = Times::of(of(By::Vcpus).map_or(&none, |group| &group.measures[0]));
         Report {
@@ -277,7 +343,7 @@ impl Report {
             version: summary.version.into(),
             setting: Setting::of(order, findings),
             complete: findings.why == Stop::Done,
-            end: end(findings.why, summary),
+            end: end(findings, summary),
             nanos: findings.lasted,
             starts: Starts {
                 planned: findings.starts.planned,
@@ -286,6 +352,8 @@ impl Report {
             },
             floors,
             causes,
+            told,
+            slowest,
             gate_sleeps,
             lost: Lost { records: findings.all.records_lost, waits: findings.all.waits_lost },
             mmu: totals(&findings.totals),
@@ -309,12 +377,46 @@ impl Setting {
             causes: order.causes.iter().map(|asked| asked.name().into()).collect(),
             rate: order.rate,
             pages: order.pages,
+            importers: order.importers.clone(),
+            ack_delay: order.ack_delay.as_nanos() as u64,
+            in_turn: order.in_turn,
+            stopped: order.stop_importers,
+            untouched: order.settled.as_range() != order.targets.as_range()
+                && order.targets.as_range().map(|range| range.0)
+                    != order.settled.as_range().map(|range| range.0),
         }
     }
 }
 
-fn end(why: Stop, summary: &Summary) -> String {
-    match why {
+/// By its place among the importers, the first being 1.
+fn of_importer(one: &Slowest, numbers: &[u32]) -> Times {
+    let at = numbers.iter().position(|number| *number == one.importer);
+    let name = at.map_or(format!("number {}", one.importer), |at| format!("importer {}", at + 1));
+    Times { name, ..Times::of(&one.waits) }
+}
+
+impl Setting {
+    /// Importers, in words.
+    pub fn of_importers(&self) -> String {
+        let counts: Vec<String> = self.importers.iter().map(u32::to_string).collect();
+        let how = match (self.stopped, self.in_turn) {
+            (true, _) => ", stopped",
+            (_, true) => ", each awaited before the next is told",
+            _ => ", all told and then all awaited",
+        };
+        let delay = if self.ack_delay > 0 {
+            format!(", answering after {}", show(self.ack_delay))
+        } else {
+            String::new()
+        };
+        let whose = if self.untouched { ", of pages that no vCPU touches" } else { "" };
+        format!("importers in turn: {}{delay}{how}{whose}", counts.join(", "))
+    }
+}
+
+fn end(findings: &Findings, summary: &Summary) -> String {
+    match findings.why {
+        Stop::NoImporters => findings.trouble.clone().unwrap_or_else(|| "there were no importers".into()),
         Stop::Done => "all of it was measured".into(),
         Stop::Interrupted => "it was interrupted".into(),
         Stop::GuestEnded => format!("the guest's run ended: {}", summary.end),
@@ -360,6 +462,9 @@ impl fmt::Display for Report {
             setting.pages,
             setting.rate
         )?;
+        if !setting.importers.is_empty() {
+            writeln!(f, "{}", setting.of_importers())?;
+        }
         head(f, "cause", "phase")?;
         for cause in &self.causes {
             cause
@@ -368,6 +473,13 @@ impl fmt::Display for Report {
                 .filter(|times| times.count > 0)
                 .try_for_each(|times| row(f, &cause.cause, times))?;
         }
+        for told in &self.told {
+            told.phases
+                .iter()
+                .filter(|times| times.count > 0)
+                .try_for_each(|times| row(f, &told.cause, times))?;
+        }
+        self.slowest.iter().try_for_each(|times| row(f, "slowest", times))?;
         if self.gate_sleeps.count > 0 {
             row(f, collect::VCPUS, &self.gate_sleeps)?;
         }
@@ -379,7 +491,7 @@ impl fmt::Display for Report {
 fn head(f: &mut fmt::Formatter<'_>, cause: &str, phase: &str) -> fmt::Result {
     writeln!(
         f,
-        "{cause:<20} {phase:<10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}  median over floor",
+        "{cause:<20} {phase:<12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}  median over floor",
         "count", "p50", "p90", "p99", "p99.9", "max"
     )
 }
@@ -387,7 +499,7 @@ fn head(f: &mut fmt::Formatter<'_>, cause: &str, phase: &str) -> fmt::Result {
 fn row(f: &mut fmt::Formatter<'_>, cause: &str, times: &Times) -> fmt::Result {
     let over: Vec<_> = times.over.iter().map(|over| format!("{:.2} x {}", over.ratio, over.floor)).collect();
     let line = format!(
-        "{cause:<20} {:<10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}  {}",
+        "{cause:<20} {:<12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}  {}",
         times.name,
         times.count,
         show(times.p50),
@@ -425,6 +537,10 @@ impl Report {
                 )?;
             }
         }
+        if let Some(slowest) = self.slowest.iter().max_by_key(|one| one.count) {
+            let all: u64 = self.slowest.iter().map(|one| one.count).sum();
+            writeln!(f, "slowest: {}, {} times of {all}", slowest.name, slowest.count)?;
+        }
         let Starts { planned, begun, late } = self.starts;
         writeln!(
             f,
@@ -440,5 +556,91 @@ impl Report {
             )?;
         }
         write!(f, "{}", self.end)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// One of a run that was measured, in small.
+    pub(in super::super) fn example() -> Report {
+        let times = |name: &str, count: u64| Times {
+            name: name.into(),
+            count,
+            min: 100,
+            mean: 1000.5,
+            p50: 1000,
+            p90: 2000,
+            p99: 3000,
+            p999: 4000,
+            max: 5000,
+            over: vec![Ratio { floor: "kick".into(), ratio: 1.5 }],
+            intervals: (0..4)
+                .map(|n| Slice { at: n * 1_000_000, count: 9, p50: 1000 + n, p99: 3000, max: 5000 })
+                .collect(),
+            curve: CURVE
+                .map(|quantile| Point { quantile, nanos: 1000 + (quantile * 4000.0) as u64 })
+                .to_vec(),
+        };
+        let cause = |cause: &str| CauseReport {
+            cause: cause.into(),
+            invalidations: 36,
+            rate: 9.0,
+            pages: 36,
+            skipped: 0,
+            freed: 36,
+            kicked: 3,
+            told: 8,
+            late: 0,
+            failed: 0,
+            failed_why: None,
+            phases: ["gate", "unmap", "tell", "shootdown", "external", "finish", "total", "importers"]
+                .map(|name| times(name, 36))
+                .to_vec(),
+        };
+        Report {
+            schema: SCHEMA,
+            version: "1".into(),
+            setting: Setting {
+                guest: "touch".into(),
+                backend: "soft".into(),
+                shootdown: "kick".into(),
+                vcpus: 2,
+                mem: 64 << 20,
+                causes: vec!["revoke".into()],
+                rate: 1000,
+                pages: 1,
+                importers: vec![1, 8],
+                ack_delay: 1_000_000,
+                in_turn: false,
+                stopped: false,
+                untouched: true,
+            },
+            complete: true,
+            end: "all of it was measured".into(),
+            nanos: 4_000_000_000,
+            starts: Starts { planned: 40, begun: 36, late: 1 },
+            floors: vec![times("kick", 5)],
+            causes: vec![cause("revoke")],
+            told: vec![cause("told-1"), cause("told-8")],
+            slowest: vec![times("importer 3", 8), times("importer 1", 2)],
+            gate_sleeps: times("gate-sleep", 1),
+            lost: Lost::default(),
+            mmu: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn words_name_the_slowest_importer_and_how_they_were_told() {
+        let text = example().to_string();
+        for part in [
+            "importers in turn: 1, 8, answering after 1.00ms, all told and then all awaited, of pages that no vCPU touches",
+            "slowest: importer 3, 8 times of 10",
+            "told-8",
+            "1.50 x kick",
+        ] {
+            assert!(text.contains(part), "{part}:\n{text}");
+        }
     }
 }

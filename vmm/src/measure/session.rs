@@ -4,10 +4,12 @@
 //! do so for the time of the measurement, in intervals; before each a round of floors is measured. After each start the MMU's
 //! records are taken: those that it left are its own. Ctrl-C, or the guest's end, ends it early, with what there is.
 //!
+//! Where there are importers, the time is in pieces: before each, importers have all pages that are taken in it, and as many of them as
+//! it is the turn of. That is not counted, and no start is late for it.
+//!
 //! Holds: records are taken at least every [`TAKE`], so that none is lost while fewer than `RECORDS_MAX` come in that time.
 
 use std::io::{self, IsTerminal};
-use std::num::NonZeroU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,8 +19,12 @@ use umbra_mmu::records::{Cause, Totals};
 use super::Order;
 use super::causes::{Came, Targets};
 use super::collect::{Collected, Ended};
-use super::floors::Floors;
+use super::files::IntervalLog;
+use super::floors::{DEADLINE, Floors};
+use super::importers::{Bare, Folder, Importers, Trouble};
+use super::precise_sleep;
 use super::schedule::{Counts, Schedule};
+use crate::cli::RunArgs;
 use crate::pressure::progress::Progress;
 use crate::units::format_duration;
 use crate::vm::{Beside, Companion, process_start};
@@ -32,6 +38,8 @@ const INTERVALS_MIN: u32 = 4;
 const INTERVAL: Duration = Duration::from_millis(250);
 /// How long a guest may take until it has its pages.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
+/// Starts that importers who are stopped may leave unanswered.
+const STOPPED_STARTS: u64 = 64;
 
 /// Why a measurement ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +53,8 @@ pub enum Stop {
     GuestEnded,
     /// The guest has not come to its pages.
     NotSettled,
+    /// Importers could not be had.
+    NoImporters,
 }
 
 /// What was found.
@@ -52,6 +62,12 @@ pub enum Stop {
 pub struct Findings {
     /// Why it ended.
     pub why: Stop,
+    /// What was wrong with importers.
+    pub trouble: Option<String>,
+    /// Their numbers.
+    pub importers: Vec<u32>,
+    /// All histograms by interval, as HdrHistogram's log has them, where somebody wants it.
+    pub log: Vec<u8>,
     /// How long was measured, in nanoseconds, the rounds of floors not among it.
     pub lasted: u64,
     /// The histograms.
@@ -70,7 +86,9 @@ pub struct Findings {
 pub struct Session<'a> {
     order: &'a Order,
     interrupts: &'a (dyn Fn() -> u32 + Sync),
-    floors: Floors,
+    floors: Option<Floors>,
+    /// Where the export socket is, if it is ours alone.
+    folder: Option<Folder>,
     /// What came of it, once it has been made.
     pub findings: Option<Findings>,
 }
@@ -82,24 +100,26 @@ impl<'a> Session<'a> {
     ///
     /// When the host has no file in memory for the floors.
     pub fn new(order: &'a Order, interrupts: &'a (dyn Fn() -> u32 + Sync)) -> io::Result<Session<'a>> {
-        Ok(Session { order, interrupts, floors: Floors::new()?, findings: None })
+        let own = !order.importers.is_empty() && order.run.export.is_none();
+        let folder = own.then(Folder::new).transpose()?;
+        Ok(Session { order, interrupts, floors: Some(Floors::new()?), folder, findings: None })
+    }
+
+    /// How the guest runs.
+    pub fn run(&self) -> RunArgs {
+        let export = self.folder.as_ref().map(Folder::socket).or_else(|| self.order.run.export.clone());
+        RunArgs { export, ..self.order.run.clone() }
     }
 }
 
 impl Companion for Session<'_> {
     fn work(&mut self, beside: &Beside) {
         precise_sleep();
-        let mut run = Run::new(self, beside);
+        let floors = self.floors.take();
+        let mut run = Run::new(self, beside, floors);
         let why = run.whole();
         self.findings = Some(run.findings(why));
         beside.finish();
-    }
-}
-
-/// Has this thread woken when its time has come, and not some time after. Where the host does not do so, starts are later.
-fn precise_sleep() {
-    if let Err(error) = rustix::thread::set_current_timer_slack(NonZeroU64::new(1)) {
-        log::warn!("the host's timers are as exact as they are: {error}");
     }
 }
 
@@ -108,10 +128,16 @@ struct Run<'a> {
     session: &'a Session<'a>,
     beside: &'a Beside,
     targets: Targets,
+    floors: Option<Floors>,
+    importers: Importers,
+    trouble: Option<String>,
+    log: Option<IntervalLog>,
     all: Collected,
     starts: Counts,
     /// Whose turn it is.
     turn: usize,
+    /// And how many importers have the pages.
+    step: usize,
     lasted: u64,
     /// The MMU's totals when it began.
     before: [Totals; Cause::ALL.len()],
@@ -129,16 +155,21 @@ fn nanos(time: Duration) -> u64 {
 }
 
 impl<'a> Run<'a> {
-    fn new(session: &'a Session<'a>, beside: &'a Beside) -> Run<'a> {
+    fn new(session: &'a Session<'a>, beside: &'a Beside, floors: Option<Floors>) -> Run<'a> {
         // A line of `--status` has the terminal for itself.
         let shows = io::stderr().is_terminal() && !session.order.run.status;
         Run {
             session,
             beside,
             targets: session.order.targets.clone(),
+            floors,
+            importers: Importers::default(),
+            trouble: None,
+            log: session.order.hgrm.is_some().then(IntervalLog::new),
             all: Collected::default(),
             starts: Counts::default(),
             turn: 0,
+            step: 0,
             lasted: 0,
             before: Default::default(),
             progress: shows.then(Progress::on_stderr),
@@ -148,19 +179,52 @@ impl<'a> Run<'a> {
 
     fn whole(&mut self) -> Stop {
         let order = self.session.order;
-        if let Err(why) = self.settle() {
+        if let Err(why) = self.settle().and_then(|()| self.start_importers()) {
             return why;
         }
         let warm_up = self.stretch(nanos(order.warm_up));
         (self.all, self.starts, self.lasted) = Default::default();
+        self.all.by_told = !order.importers.is_empty();
         self.before = self.beside.mmu.records().take_all().totals;
         warm_up.err().unwrap_or_else(|| self.intervals().err().unwrap_or(Stop::Done))
+    }
+
+    /// Starts as many as have pages at once at most, and as many that have none.
+    fn start_importers(&mut self) -> Result<(), Stop> {
+        let order = self.session.order;
+        let Some(most) = order.importers.iter().max().copied() else { return Ok(()) };
+        let (Some(export), Some(range)) = (self.session.run().export, self.targets.as_range()) else {
+            return Err(Stop::NoImporters);
+        };
+        let mut look = || self.look().is_ok();
+        let started =
+            Importers::start(most, &export, range, order.ack_delay, &mut look).and_then(|importers| {
+                // Stopped ones answer nobody: there is nothing to compare them with.
+                let bare = if order.stop_importers { 0 } else { most };
+                Ok((importers, Bare::start(bare, order.ack_delay, &mut look)?))
+            });
+        let (importers, bare) = started.map_err(|trouble| self.lost(&trouble))?;
+        self.importers = importers;
+        if let Some(floors) = self.floors.as_mut().filter(|_| !order.stop_importers) {
+            floors.bare = bare;
+            floors.counts = order.importers.iter().copied().filter(|count| *count > 0).collect();
+        }
+        Ok(())
+    }
+
+    /// Importers are of no use: why it ends.
+    fn lost(&mut self, trouble: &Trouble) -> Stop {
+        if let Err(why) = self.look() {
+            return why;
+        }
+        self.trouble = Some(trouble.to_string());
+        Stop::NoImporters
     }
 
     /// Waits until the guest has its pages.
     fn settle(&mut self) -> Result<(), Stop> {
         let end = Instant::now() + SETTLE_MAX;
-        while !self.targets.are_resident(&self.beside.mmu) {
+        while !self.session.order.settled.are_resident(&self.beside.mmu) {
             self.look()?;
             if Instant::now() > end {
                 return Err(Stop::NotSettled);
@@ -176,10 +240,17 @@ impl<'a> Run<'a> {
         let count = count.clamp(INTERVALS_MIN, INTERVALS_MAX);
         let each = nanos(lasts) / u64::from(count);
         for _ in 0..count {
-            self.session.floors.round(self.beside, &mut self.targets, &mut self.all);
-            let (at, began) = (self.lasted, now());
+            if let Some(floors) = &self.floors {
+                // The guest's own pages: importers' are not in the way, nor taken.
+                let mut targets = self.session.order.settled.clone();
+                floors.round(self.beside, &mut targets, &mut self.all);
+            }
+            if self.session.order.stop_importers {
+                self.all.floor(DEADLINE, nanos(self.session.order.run.export_deadline));
+            }
+            let at = self.lasted;
             let end = self.stretch(each);
-            self.end_interval(at, now() - began);
+            self.end_interval(at, self.lasted - at);
             end?;
         }
         Ok(())
@@ -187,17 +258,61 @@ impl<'a> Run<'a> {
 
     fn end_interval(&mut self, at: u64, lasted: u64) {
         self.take(None);
-        self.lasted += lasted;
-        self.all.end_interval(at, lasted, |_, _, _| ());
+        let log = &mut self.log;
+        self.all.end_interval(at, lasted, |group, measure, histogram| {
+            if let Some(log) = log {
+                log.add(group, measure, at, lasted, histogram);
+            }
+        });
     }
 
-    /// The causes take their turns for so long.
+    /// The causes take their turns for so long, which is counted.
     fn stretch(&mut self, lasts: u64) -> Result<(), Stop> {
-        let mut schedule = Schedule::new(now(), self.session.order.rate, lasts);
-        let over = schedule.over().max(now().saturating_add(lasts));
-        let done = self.follow(&mut schedule, over);
-        self.starts = self.starts.plus(schedule.counts());
-        done
+        let mut left = lasts;
+        while left > 0 {
+            let piece = self.piece(left);
+            self.have_pages()?;
+            let (began, planned) = (now(), self.session.order.rate);
+            let mut schedule = Schedule::new(began, planned, piece);
+            let over = schedule.over().max(began.saturating_add(piece));
+            let done = self.follow(&mut schedule, over);
+            self.importers.go_on();
+            self.starts = self.starts.plus(schedule.counts());
+            self.lasted += now() - began;
+            done?;
+            left -= piece;
+        }
+        Ok(())
+    }
+
+    /// How much of `left` can be done before importers must have their pages again.
+    fn piece(&self, left: u64) -> u64 {
+        let order = self.session.order;
+        let Some((_, pages)) = self.targets.as_range().filter(|_| !order.importers.is_empty()) else {
+            return left;
+        };
+        let starts = u64::from((pages / order.pages).max(1));
+        let starts = if order.stop_importers { starts.min(STOPPED_STARTS) } else { starts };
+        (starts * nanos(Duration::from_secs(1)) / u64::from(order.rate.max(1))).clamp(1, left)
+    }
+
+    /// As many importers as it is the turn of have all pages, when this returns.
+    fn have_pages(&mut self) -> Result<(), Stop> {
+        let order = self.session.order;
+        let (Some(range), false) = (self.targets.as_range(), order.importers.is_empty()) else {
+            return Ok(());
+        };
+        let count = order.importers[self.step % order.importers.len()];
+        self.step += 1;
+        let importers = std::mem::take(&mut self.importers);
+        let have = importers.have(count, range, &mut || self.look().is_ok());
+        self.importers = importers;
+        if order.stop_importers {
+            self.importers.stop();
+        }
+        // What that took is not ours.
+        self.take(None);
+        have.map_err(|trouble| self.lost(&trouble))
     }
 
     fn follow(&mut self, schedule: &mut Schedule, over: u64) -> Result<(), Stop> {
@@ -281,6 +396,7 @@ impl<'a> Run<'a> {
         let taken = self.beside.mmu.records().take_all();
         self.all.take(&taken, None);
         self.all.end_interval(self.lasted, 0, |_, _, _| ());
+        let importers = self.importers.numbers();
         let mut totals = taken.totals;
         for (after, before) in totals.iter_mut().zip(&self.before) {
             after.count -= before.count;
@@ -291,6 +407,9 @@ impl<'a> Run<'a> {
         }
         Findings {
             why,
+            trouble: self.trouble,
+            importers,
+            log: self.log.map(IntervalLog::into_bytes).unwrap_or_default(),
             lasted: self.lasted,
             all: self.all,
             starts: self.starts,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use umbra_mmu::PAGE_SIZE;
 
-use super::plan::{STEP, Shape, Span, parse_pages, parse_span};
+use super::plan::{STEP, Shape, Span, SpanError, parse_pages, parse_span};
 use crate::cli::parse_plot;
 use crate::units::{format_duration, parse_duration, parse_size};
 
@@ -40,7 +40,9 @@ pub enum Pressure {
     /// Give the guest and its tables SIZE of machine memory.
     Frames(LevelArgs),
     /// Discard guest pages: they read as zeros from then on, whatever the guest has there.
-    Discard(DiscardArgs),
+    Discard(PagesArgs),
+    /// Have guest pages go to swap, those that can be had.
+    PageOut(PagesArgs),
 }
 
 /// A size over time.
@@ -66,16 +68,16 @@ pub struct LevelArgs {
     pub lasts: Option<Duration>,
 }
 
-/// Pages to discard.
+/// Pages to take.
 #[derive(Args, Clone, Debug)]
-pub struct DiscardArgs {
+pub struct PagesArgs {
     /// Where they begin: a guest-physical address, a whole number of pages, decimal or 0x hexadecimal.
     #[arg(value_parser = parse_gpa)]
     pub gpa: u64,
     /// How many bytes: whole pages.
-    #[arg(value_parser = parse_pages)]
+    #[arg(value_parser = parse_length)]
     pub bytes: u64,
-    /// Do not sleep: where it would have to, it says WouldBlock.
+    /// Do not sleep, nor write to swap: where it would have to, it says WouldBlock.
     #[arg(long)]
     pub atomic: bool,
     /// Do it again and again, once in this time.
@@ -84,6 +86,13 @@ pub struct DiscardArgs {
     /// For how long.
     #[arg(long = "for", value_name = "DURATION", value_parser = parse_duration, requires = "every")]
     pub lasts: Option<Duration>,
+}
+
+fn parse_length(text: &str) -> Result<u64, String> {
+    parse_pages(text).map_err(|error| match error {
+        SpanError::Zero => format!("'{text}' is no page at all; write a size that is not 0"),
+        other => other.to_string(),
+    })
 }
 
 fn parse_gpa(text: &str) -> Result<u64, String> {
@@ -118,9 +127,38 @@ impl Level {
     }
 }
 
-/// Pages to discard, once or again and again.
+/// What becomes of pages that are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Discards {
+pub enum Way {
+    /// They read as zeros.
+    Discard,
+    /// They go to swap.
+    PageOut,
+}
+
+impl Way {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Discard => "discard",
+            Way::PageOut => "page-out",
+        }
+    }
+
+    /// As the control socket has it, and what its answer calls the pages that have been taken.
+    pub fn command(self) -> (&'static str, &'static str) {
+        match self {
+            Way::Discard => ("x-discard", "/discarded"),
+            Way::PageOut => ("x-page-out", "/freed"),
+        }
+    }
+}
+
+/// Pages to take, once or again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taking {
+    /// What becomes of them.
+    pub way: Way,
     /// Where they begin.
     pub gpa: u64,
     /// How many bytes.
@@ -136,8 +174,8 @@ pub struct Discards {
 pub enum Task {
     /// A size over time.
     Level(Level, Shape),
-    /// Discards.
-    Discard(Discards),
+    /// Pages are taken.
+    Take(Taking),
 }
 
 /// All that the command line asks for.
@@ -162,7 +200,8 @@ impl PressureArgs {
         let task = match &self.what {
             Pressure::Balloon(level) => Task::Level(Level::Balloon, level.shape()?),
             Pressure::Frames(level) => Task::Level(Level::Frames, level.shape()?),
-            Pressure::Discard(discard) => Task::Discard(discard.discards()?),
+            Pressure::Discard(pages) => Task::Take(pages.taking(Way::Discard)?),
+            Pressure::PageOut(pages) => Task::Take(pages.taking(Way::PageOut)?),
         };
         let length = task.length();
         let timeout = self.timeout.unwrap_or(length.saturating_add(TIMEOUT));
@@ -182,7 +221,7 @@ impl Task {
     pub fn length(&self) -> Duration {
         match self {
             Task::Level(_, shape) => shape.length(),
-            Task::Discard(discards) => discards.again.map_or(Duration::ZERO, |(_, lasts)| lasts),
+            Task::Take(taking) => taking.again.map_or(Duration::ZERO, |(_, lasts)| lasts),
         }
     }
 }
@@ -221,8 +260,8 @@ fn wave(span: Span, period: Duration, lasts: Duration) -> Result<Shape, String> 
     Ok(Shape::Wave { span, period, lasts })
 }
 
-impl DiscardArgs {
-    fn discards(&self) -> Result<Discards, String> {
+impl PagesArgs {
+    fn taking(&self, way: Way) -> Result<Taking, String> {
         let again = self.every.zip(self.lasts);
         if let Some((every, lasts)) = again
             && (every.is_zero() || lasts < every)
@@ -232,7 +271,7 @@ impl DiscardArgs {
         if self.gpa.checked_add(self.bytes).is_none() {
             return Err("GPA and BYTES go beyond what an address can be".into());
         }
-        Ok(Discards { gpa: self.gpa, bytes: self.bytes, atomic: self.atomic, again })
+        Ok(Taking { way, gpa: self.gpa, bytes: self.bytes, atomic: self.atomic, again })
     }
 }
 
@@ -271,7 +310,8 @@ mod tests {
             ("--qmp s balloon --wave 12M..24M --period 1s --for 4s", Task::Level(Level::Balloon, wave)),
             (
                 "discard 0x1000000 64K --atomic --every 100ms --for 1s --qmp s",
-                Task::Discard(Discards {
+                Task::Take(Taking {
+                    way: Way::Discard,
                     gpa: 16 * MIB,
                     bytes: 65536,
                     atomic: true,
@@ -280,7 +320,23 @@ mod tests {
             ),
             (
                 "--qmp s discard 16M 4096",
-                Task::Discard(Discards { gpa: 16 * MIB, bytes: 4096, atomic: false, again: None }),
+                Task::Take(Taking {
+                    way: Way::Discard,
+                    gpa: 16 * MIB,
+                    bytes: 4096,
+                    atomic: false,
+                    again: None,
+                }),
+            ),
+            (
+                "--qmp s page-out 16M 4096 --atomic",
+                Task::Take(Taking {
+                    way: Way::PageOut,
+                    gpa: 16 * MIB,
+                    bytes: 4096,
+                    atomic: true,
+                    again: None,
+                }),
             ),
         ] {
             assert_eq!(task(line), want, "{line}");
@@ -324,6 +380,8 @@ mod tests {
             ("--qmp s discard 0x10 4K", "4 KiB page begins"),
             ("--qmp s discard 0xfg000 4K", "guest-physical"),
             ("--qmp s discard 0", "<BYTES>"),
+            ("--qmp s discard 16M 0", "'0' is no page at all"),
+            ("--qmp s page-out 0x10 4K", "4 KiB page begins"),
             ("--qmp s discard 0 4K --every 1s", "--for"),
             ("--qmp s discard 0 4K --every 2s --for 1s", "has room for"),
             ("--qmp s discard 0xfffffffffffff000 4K", "beyond"),

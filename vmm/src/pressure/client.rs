@@ -3,12 +3,13 @@
 //! Holds: nothing that a server sends is believed beyond its type; what is missing is a sentence, and sums saturate.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use umbra_mmu::PAGE_SIZE;
 
-use super::args::Level;
+use super::args::{Level, Taking};
+use super::clock::Clock;
 use crate::vm::Sample;
 use crate::vm::ask::{Connection, PATIENCE, Refused};
 
@@ -24,6 +25,8 @@ pub struct Seen {
     pub sample: Sample,
     /// The smallest budget, in frames.
     pub budget_min: u32,
+    /// The largest.
+    pub budget_max: u32,
     /// Frames that the host backs beyond the budget.
     pub over: u32,
     /// Pages on these lists that somebody holds in their frames.
@@ -89,9 +92,9 @@ pub fn bytes(pages: u32) -> u64 {
     u64::from(pages) * PAGE_SIZE
 }
 
-/// What came of one discard.
+/// What came of one request for pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Discarded {
+pub enum Taken {
     /// So many pages are gone, and so many are left to do.
     Pages(u64, u64),
     /// It would have had to sleep.
@@ -104,11 +107,12 @@ pub enum Discarded {
 pub struct Guest<'a> {
     connection: Connection<'a>,
     path: &'a Path,
-    begun: Instant,
+    clock: &'a dyn Clock,
+    begun: Duration,
     /// When its statistics are due.
     stats_due: Duration,
-    /// Free pages and swap-ins as it last said.
-    stats: Option<(Option<u64>, Option<u64>)>,
+    /// Free pages, swap-ins and swap in use as it last said.
+    stats: Option<[Option<u64>; 3]>,
 }
 
 impl Guest<'_> {
@@ -117,15 +121,15 @@ impl Guest<'_> {
     /// # Errors
     ///
     /// A sentence, as for all that follow: why there is no answer.
-    pub fn open(path: &Path, limit: Duration) -> Result<Guest<'_>, String> {
+    pub fn open<'a>(path: &'a Path, limit: Duration, clock: &'a dyn Clock) -> Result<Guest<'a>, String> {
         let connection = Connection::open(path, limit.min(PATIENCE), PATIENCE)?;
-        let (begun, stats_due) = (Instant::now(), Duration::ZERO);
-        Ok(Guest { connection, path, begun, stats_due, stats: None })
+        let (begun, stats_due) = (clock.now(), Duration::ZERO);
+        Ok(Guest { connection, path, clock, begun, stats_due, stats: None })
     }
 
     /// Since the connection was made.
     pub fn time(&self) -> Duration {
-        self.begun.elapsed()
+        self.clock.now().saturating_sub(self.begun)
     }
 
     /// Asks for a size in bytes, and gives what is to be reached then.
@@ -138,25 +142,23 @@ impl Guest<'_> {
             Level::Balloon => self.connection.call("balloon", &json!({ "value": size })).map(|_| size),
             Level::Frames => {
                 let answer = self.connection.call("x-frames", &json!({ "bytes": size }))?;
-                // No more than there is.
                 self.number(&answer, "/budget")
             }
         }
     }
 
-    /// Discards pages.
+    /// Takes `bytes` of the pages that `taking` is about, from `gpa` on.
     ///
     /// # Errors
     ///
     /// When there is no answer.
-    pub fn discard(&mut self, gpa: u64, bytes: u64, atomic: bool) -> Result<Discarded, String> {
-        let arguments = json!({"gpa": gpa, "bytes": bytes, "atomic": atomic});
-        match self.connection.try_call("x-discard", &arguments)? {
-            Ok(answer) => {
-                Ok(Discarded::Pages(self.number(&answer, "/discarded")?, self.number(&answer, "/left")?))
-            }
-            Err(Refused { class, .. }) if class == WOULD_BLOCK => Ok(Discarded::WouldBlock),
-            Err(Refused { desc, .. }) => Ok(Discarded::Refused(desc)),
+    pub fn take(&mut self, taking: &Taking, gpa: u64, bytes: u64) -> Result<Taken, String> {
+        let (command, taken) = taking.way.command();
+        let arguments = json!({"gpa": gpa, "bytes": bytes, "atomic": taking.atomic});
+        match self.connection.try_call(command, &arguments)? {
+            Ok(answer) => Ok(Taken::Pages(self.number(&answer, taken)?, self.number(&answer, "/left")?)),
+            Err(Refused { class, .. }) if class == WOULD_BLOCK => Ok(Taken::WouldBlock),
+            Err(Refused { desc, .. }) => Ok(Taken::Refused(desc)),
         }
     }
 
@@ -167,7 +169,7 @@ impl Guest<'_> {
     /// When there is no answer.
     pub fn is_paused(&mut self) -> Result<bool, String> {
         let answer = self.connection.call("query-status", &json!({}))?;
-        Ok(answer["status"] == "paused")
+        Ok(answer["running"] == false && answer["status"] != "shutdown")
     }
 
     /// It has sent statistics, as a guest with a driver for its balloon does.
@@ -194,7 +196,8 @@ impl Guest<'_> {
             let (target, actual) = (memory.saturating_sub(target), memory.saturating_sub(bytes(given)));
             Ok::<_, String>(Kept { target, actual, memory })
         });
-        let (guest_free, guest_swap_ins) = self.stats.unwrap_or_default();
+        let [guest_free, guest_swap_ins, guest_swapped] = self.stats.unwrap_or_default();
+        let host_frames = self.number(&memory, "/host/frames")?;
         let sample = Sample {
             at,
             budget: pages("/budget")?,
@@ -209,25 +212,29 @@ impl Guest<'_> {
             swap_writes: count("/memory/swap_writes")?,
             zero_drops: count("/memory/zero_drops")?,
             clean_drops: count("/memory/clean_drops")?,
-            invalidations: invalidations(&counters),
+            invalidations: of_all_causes(&counters, "count"),
+            would_blocks: of_all_causes(&counters, "would_block"),
             direct_reclaims: self.number(&memory, "/reclaim/direct")?,
             gate_waits: self.number(&memory, "/reclaim/gate-waits")?,
             page_waits: self.number(&memory, "/reclaim/page-waits")?,
             balloon_actual: given,
             guest_free,
             guest_swap_ins,
+            guest_swapped,
+            host_backs: Some(host_frames / PAGE_SIZE),
         };
         let dropped = sample.zero_drops.saturating_add(sample.clean_drops);
         Ok(Seen {
             sample,
             budget_min: pages("/budget-min")?,
+            budget_max: pages("/budget-max")?,
             over: pages("/reclaim/over-budget")?,
             pinned: pages("/pinned")?,
             dirty: pages("/dirty")?,
             listed: pages("/reclaim/inactive")?.saturating_add(pages("/reclaim/active")?),
             swap_slots: pages("/swap/slots")?,
             swap_in_memory: if memory["swap"]["in-memory"] == true { pages("/swap/used")? } else { 0 },
-            host_frames: self.number(&memory, "/host/frames")?,
+            host_frames,
             swap_failed: memory["reclaim"]["failed"] == true,
             wanted: memory["reclaim"]["wanted"] == true,
             evicted: sample.swap_outs.saturating_add(dropped),
@@ -243,7 +250,7 @@ impl Guest<'_> {
         self.stats_due = self.time() + STATS_PERIOD;
         if let Ok(answer) = self.connection.try_call("x-balloon-stats", &json!({}))? {
             let pages = |name: &str| answer[name].as_u64().map(|bytes| bytes / PAGE_SIZE);
-            self.stats = Some((pages("stat-free-memory"), pages("stat-swap-in")));
+            self.stats = Some(["stat-free-memory", "stat-swap-in", "x-stat-swapped"].map(pages));
         }
         Ok(())
     }
@@ -256,9 +263,9 @@ impl Guest<'_> {
     }
 }
 
-/// Of all causes.
-fn invalidations(counters: &Value) -> u64 {
+/// The sum of a count over all causes of invalidation.
+fn of_all_causes(counters: &Value, name: &str) -> u64 {
     let causes = counters.pointer("/memory/invalidations").and_then(Value::as_array);
-    let counts = causes.into_iter().flatten().filter_map(|cause| cause["count"].as_u64());
+    let counts = causes.into_iter().flatten().filter_map(|cause| cause[name].as_u64());
     counts.fold(0, u64::saturating_add)
 }

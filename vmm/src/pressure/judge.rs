@@ -101,12 +101,13 @@ fn judge_frames(evidence: &Evidence) -> Reason {
     let can_go = after.listed.saturating_sub(after.pinned);
     // A page that swap has a copy of needs no slot, so that only those in swap alone take up room.
     let room = after.swap_slots.saturating_sub(after.sample.swapped);
+    let has_room = after.dirty <= room || can_go.saturating_sub(after.dirty - room) >= after.over;
     match () {
         () if after.swap_failed => Reason::SwapFailed,
+        // It may be what is in the way: what it has in hand stays pinned for as long. Room in swap it would not make.
+        () if evidence.paused && evicted == 0 && has_room => Reason::Paused,
         () if after.pinned > 0 && can_go < after.over => Reason::Pinned(after.over, after.pinned),
-        () if after.dirty > room && can_go.saturating_sub(after.dirty - room) < after.over => {
-            Reason::NoRoom(after.over, after.dirty, room)
-        }
+        () if !has_room => Reason::NoRoom(after.over, after.dirty, room),
         () if refaults > 0 && refaults.saturating_mul(REFAULT_SHARE) >= evicted => {
             Reason::Refaulting(rate(refaults, took), rate(evicted, took))
         }
@@ -231,7 +232,20 @@ mod tests {
 
     #[test]
     fn each_reason_has_its_numbers() {
-        let table: [(&str, Evidence, Reason); 22] = [
+        let paused = |change: fn(&mut Seen)| Evidence { paused: true, ..frames(change) };
+        let table: [(&str, Evidence, Reason); 26] = [
+            ("nothing moves while the guest stands still", paused(|_| {}), Reason::Paused),
+            ("pins of a guest that stands still", paused(|seen| seen.pinned = 1950), Reason::Paused),
+            (
+                "no room, whether it stands still or not",
+                paused(|seen| (seen.sample.swapped, seen.dirty) = (4090, 1950)),
+                Reason::NoRoom(100, 1950, 6),
+            ),
+            (
+                "it stands still, and reclaim goes on",
+                paused(|seen| (seen.evicted, seen.sample.swap_outs) = (1000, 900)),
+                Reason::Writing(450, 100),
+            ),
             ("nothing moves", frames(|_| {}), Reason::Unknown(100, 0)),
             ("another budget", frames(|seen| seen.sample.budget = 256), Reason::Elsewhere(Some(MIB))),
             (

@@ -10,6 +10,7 @@
 //! | plan | what is asked over time |
 //! | client | the guest: what is set, what is seen |
 //! | watch | asking and looking, to the end |
+//! | clock | the time that it goes by |
 //! | judge | why it was not reached |
 //! | progress | how far it is |
 //!
@@ -20,6 +21,7 @@
 
 pub mod args;
 pub mod client;
+pub mod clock;
 pub mod judge;
 pub mod plan;
 pub mod progress;

@@ -4,11 +4,11 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::thread;
 use std::time::Duration;
 
-use super::args::{Discards, Level, Order, Task};
-use super::client::{Discarded, Guest, Seen, bytes};
+use super::args::{Level, Order, Taking, Task, Way};
+use super::client::{Guest, Seen, Taken, bytes};
+use super::clock::{Clock, HostClock};
 use super::judge::{Evidence, RECENT, Reason, judge};
 use super::plan::{STEP, Shape};
 use super::progress::Progress;
@@ -61,8 +61,18 @@ impl Report {
 ///
 /// A sentence where it could not be done: the guest is not there, refuses, or could never come to it.
 pub fn run(order: &Order, interrupts: &dyn Fn() -> u32) -> Result<Report, String> {
+    run_by(&HostClock::start(), order, interrupts)
+}
+
+/// The same by another clock; answers of the server are waited for by the host's.
+pub(super) fn run_by(
+    clock: &dyn Clock,
+    order: &Order,
+    interrupts: &dyn Fn() -> u32,
+) -> Result<Report, String> {
     let mut watch = Watch {
-        guest: Guest::open(order.socket, order.timeout)?,
+        guest: Guest::open(order.socket, order.timeout, clock)?,
+        clock,
         order,
         interrupts,
         progress: Progress::on_stderr(),
@@ -73,13 +83,14 @@ pub fn run(order: &Order, interrupts: &dyn Fn() -> u32) -> Result<Report, String
     };
     let (end, summary) = match order.task {
         Task::Level(level, shape) => watch.level(level, shape)?,
-        Task::Discard(discards) => watch.discard(&discards)?,
+        Task::Take(taking) => watch.take(&taking)?,
     };
     Ok(Report { end, summary, series: watch.finish() })
 }
 
 struct Watch<'a> {
     guest: Guest<'a>,
+    clock: &'a dyn Clock,
     order: &'a Order<'a>,
     interrupts: &'a dyn Fn() -> u32,
     progress: Progress,
@@ -158,7 +169,7 @@ impl Watch<'_> {
     /// Until the next look is due.
     fn sleep(&self) {
         let now = self.guest.time();
-        thread::sleep(next_multiple(now, STEP).saturating_sub(now));
+        self.clock.sleep(next_multiple(now, STEP).saturating_sub(now));
     }
 
     fn finish(mut self) -> Series {
@@ -323,28 +334,34 @@ impl Watch<'_> {
     /// The sentence of a failure in the middle, and what has become of the guest.
     fn undo_after(&mut self, level: Level, was: u64, why: String) -> String {
         let Some(asked) = self.asked else { return why };
+        let name = level.name();
         match self.guest.set(level, was) {
-            Ok(_) => format!("{why}; {} is set back to {}", level.name(), format_size(was)),
-            Err(_) => format!("{why}; {} was last asked for {}", level.name(), format_size(asked)),
+            Ok(_) => format!("{name} set back to {}, because of this: {why}", format_size(was)),
+            Err(_) => format!(
+                "{name} could not be set back to {}: {why}; before that {} was asked for",
+                format_size(was),
+                format_size(asked)
+            ),
         }
     }
 
-    fn discard(&mut self, discards: &Discards) -> Result<(End, String), String> {
+    fn take(&mut self, taking: &Taking) -> Result<(End, String), String> {
         let before = self.look()?;
         let memory = bytes(before.guest_pages);
-        if discards.gpa.saturating_add(discards.bytes) > memory {
+        if taking.gpa.saturating_add(taking.bytes) > memory {
             return Err(format!(
-                "discard: the memory of this guest ends at {memory:#x}, before the pages do"
+                "{}: the memory of this guest ends at {memory:#x}, before the pages do",
+                taking.way.name()
             ));
         }
         let begun = self.guest.time();
         let mut tally = Tally::default();
         let how = loop {
             tally.rounds += 1;
-            if !self.round(discards, begun, &mut tally)? {
+            if !self.round(taking, begun, &mut tally)? {
                 break if self.is_interrupted() { How::Interrupted } else { How::NoTime };
             }
-            let Some((every, lasts)) = discards.again else { break How::Reached };
+            let Some((every, lasts)) = taking.again else { break How::Reached };
             let due = next_multiple(self.guest.time().saturating_sub(begun), every);
             match self.wait_until(begun, due.min(lasts), &tally)? {
                 false => break How::Interrupted,
@@ -355,47 +372,59 @@ impl Watch<'_> {
         let last = self.look()?;
         let took = last.sample.at.saturating_sub(begun).as_secs_f64();
         let summary = format!(
-            "discard: {tally} in {took:.3}s; the host has back {}",
+            "{}: {tally} in {took:.3}s; the host has back {}",
+            taking.way.name(),
             given_back(before.backed(), last.backed())
         );
         let end = match (how, tally.refused) {
-            (How::Interrupted, _) => End::Interrupted("what is discarded stays so".into()),
-            (How::Reached, _) if tally.complete > 0 => End::Reached,
-            (How::Reached, (times, Some(why))) => {
-                End::NotReached(format!("{times} pieces were refused, the last: {why}"))
-            }
-            (How::Reached, _) => End::NotReached(
-                "WouldBlock: a vCPU is inside the guest, or somebody else has a page; leave out --atomic, or try again with \
-                 --every and --for"
-                    .into(),
+            (How::Interrupted, _) => End::Interrupted(
+                match taking.way {
+                    Way::Discard => "what is discarded stays so",
+                    Way::PageOut => "what is in swap comes back when it is wanted",
+                }
+                .into(),
             ),
-            (How::NoTime, _) => End::NotReached("not all pages were discarded in time; give it longer, with --timeout".into()),
+            (How::Reached, _) if tally.complete > 0 => End::Reached,
+            (How::Reached, (refused, Some(why))) => {
+                End::NotReached(format!("refused {}, the last: {why}", times(refused)))
+            }
+            (How::Reached, _) => {
+                let written =
+                    if taking.way == Way::PageOut { ", or a page would have to be written" } else { "" };
+                End::NotReached(format!(
+                    "WouldBlock: a vCPU is inside the guest, or somebody else has a page{written}; leave out --atomic, or try \
+                     again with --every and --for"
+                ))
+            }
+            (How::NoTime, _) => {
+                End::NotReached("there was no time for all pages; give it longer, with --timeout".into())
+            }
         };
         Ok((end, summary))
     }
 
-    /// Discards all of the range once; false where it was to stop before the end.
-    fn round(&mut self, discards: &Discards, begun: Duration, tally: &mut Tally) -> Result<bool, String> {
-        let (mut gpa, end) = (discards.gpa, discards.gpa.saturating_add(discards.bytes));
+    /// Takes all of the range once; false where it was to stop before the end.
+    fn round(&mut self, taking: &Taking, begun: Duration, tally: &mut Tally) -> Result<bool, String> {
+        let (mut gpa, end) = (taking.gpa, taking.gpa.saturating_add(taking.bytes));
         let mut blocked = false;
         while gpa < end {
             if self.is_interrupted() || self.guest.time().saturating_sub(begun) >= self.order.timeout {
                 return Ok(false);
             }
-            let in_pieces = discards.atomic || discards.again.is_some();
+            let in_pieces = taking.atomic || taking.again.is_some();
             let piece = if in_pieces { PIECE_BYTES.min(end - gpa) } else { end - gpa };
-            match self.guest.discard(gpa, piece, discards.atomic)? {
+            match self.guest.take(taking, gpa, piece)? {
                 // The server had no time for the rest.
-                Discarded::Pages(pages, left) => {
+                Taken::Pages(pages, left) => {
                     tally.pages = tally.pages.saturating_add(pages);
                     gpa = (gpa + piece).saturating_sub(left.saturating_mul(bytes(1)).min(piece));
                 }
-                Discarded::WouldBlock => {
+                Taken::WouldBlock => {
                     (tally.would_block, blocked) = (tally.would_block + 1, true);
                     gpa += piece;
                 }
-                Discarded::Refused(why) if discards.again.is_none() => return Err(why),
-                Discarded::Refused(why) => {
+                Taken::Refused(why) if taking.again.is_none() => return Err(why),
+                Taken::Refused(why) => {
                     (tally.refused, blocked) = ((tally.refused.0 + 1, Some(why)), true);
                     gpa += piece;
                 }
@@ -415,7 +444,7 @@ impl Watch<'_> {
             match due.saturating_sub(passed) {
                 _ if self.is_interrupted() => return Ok(false),
                 Duration::ZERO => return Ok(true),
-                left => thread::sleep(left.min(STEP)),
+                left => self.clock.sleep(left.min(STEP)),
             }
         }
     }
@@ -429,12 +458,17 @@ fn is_at(seen: &Seen, level: Level, goal: u64) -> bool {
 /// What a guest could never come to is refused before it is asked for.
 fn check(level: Level, shape: Shape, seen: &Seen) -> Result<(), String> {
     let (low, high) = shape.bounds();
-    let least = bytes(seen.budget_min);
+    let (least, most) = (bytes(seen.budget_min), bytes(seen.budget_max));
     match (level, seen.balloon) {
         (Level::Frames, _) if low < least => Err(format!(
             "frames {}: the smallest budget of this guest is {}",
             format_size(low),
             format_size(least)
+        )),
+        (Level::Frames, _) if high > most => Err(format!(
+            "frames {}: the machine of this guest has {}, which is its largest budget",
+            format_size(high),
+            format_size(most)
         )),
         (Level::Balloon, Some(balloon)) if high > balloon.memory => Err(format!(
             "balloon {}: this guest has {} of memory, and can keep no more",
@@ -453,7 +487,20 @@ fn given_back(before: u64, after: u64) -> String {
     }
 }
 
-/// What discards have come to.
+/// So many of them, in words.
+fn counted(count: u64, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
+fn times(count: u64) -> String {
+    match count {
+        1 => "once".into(),
+        count => format!("{count} times"),
+    }
+}
+
+/// What taking pages has come to.
 #[derive(Clone, Debug, Default)]
 struct Tally {
     pages: u64,
@@ -468,11 +515,11 @@ struct Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tally { pages, would_block, rounds, .. } = self;
-        let plural = if *rounds == 1 { "" } else { "s" };
-        write!(f, "{pages} pages in {rounds} round{plural}, WouldBlock {would_block} times")?;
+        let (pages, rounds) = (counted(*pages, "page"), counted(*rounds, "round"));
+        write!(f, "{pages} in {rounds}, WouldBlock {}", times(*would_block))?;
         match self.refused.0 {
             0 => Ok(()),
-            times => write!(f, ", refused {times} times"),
+            refused => write!(f, ", refused {}", times(refused)),
         }
     }
 }

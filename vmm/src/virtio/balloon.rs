@@ -56,6 +56,8 @@ const ACTUAL: usize = 4;
 const CONFIG_BYTES: usize = 8;
 
 const STAT_BYTES: usize = 10;
+/// A tag of our own.
+const STAT_SWAPPED: u64 = 0xf000;
 
 /// What a guest says of its memory. `None`: it does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -80,6 +82,8 @@ pub struct GuestStats {
     pub huge_page_allocations: Option<u64>,
     /// Huge pages that could not be.
     pub huge_page_failures: Option<u64>,
+    /// Bytes of its own swap in use. Not of VIRTIO: the built-in guest says so.
+    pub swapped: Option<u64>,
 }
 
 impl GuestStats {
@@ -96,6 +100,7 @@ impl GuestStats {
             ("stat-disk-caches", self.caches),
             ("stat-htlb-pgalloc", self.huge_page_allocations),
             ("stat-htlb-pgfail", self.huge_page_failures),
+            ("x-stat-swapped", self.swapped),
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
@@ -116,6 +121,7 @@ impl GuestStats {
                 7 => &mut stats.caches,
                 8 => &mut stats.huge_page_allocations,
                 9 => &mut stats.huge_page_failures,
+                STAT_SWAPPED => &mut stats.swapped,
                 _ => continue,
             };
             *place = Some(little_endian(value));
@@ -159,6 +165,12 @@ impl Shared {
     fn state(&self) -> MutexGuard<'_, BalloonState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn tell(&self, actual: u32) {
+        if let Some(tell) = self.on_change.get() {
+            tell(actual);
+        }
+    }
 }
 
 /// The host's side of a balloon.
@@ -174,6 +186,18 @@ impl Balloon {
     pub fn set_target(&self, pages: u32) {
         self.shared.state().target = pages;
         self.port.set_config(NUM_PAGES, &pages.to_le_bytes());
+    }
+
+    /// The guest has begun anew, with all of its memory: it has given nothing, and said nothing. The board has reset the device, and
+    /// its worker stands. What is asked of it stays asked.
+    pub fn reset(&self) {
+        let mut state = self.shared.state();
+        state.stats = None;
+        let before = std::mem::take(&mut state.actual);
+        drop(state);
+        if before != 0 {
+            self.shared.tell(0);
+        }
     }
 
     /// How it is now.
@@ -340,10 +364,8 @@ impl Device for BalloonDevice {
         let actual = [0, 1, 2, 3].map(|n| snapshot.config[ACTUAL + n]);
         let actual = u32::from_le_bytes(actual);
         let before = std::mem::replace(&mut self.shared.state().actual, actual);
-        if before != actual
-            && let Some(tell) = self.shared.on_change.get()
-        {
-            tell(actual);
+        if before != actual {
+            self.shared.tell(actual);
         }
     }
 

@@ -387,6 +387,10 @@ impl Device for Blk {
         HEADER_BYTES
     }
 
+    fn is_prompt(&self) -> bool {
+        self.disk.is_prompt()
+    }
+
     fn begin_round(&mut self, snapshot: &VirtioSnapshot) {
         self.write_through = snapshot.features & F_FLUSH == 0;
     }

@@ -236,6 +236,7 @@ pub struct Disk {
     medium: Box<dyn Medium>,
     sectors: u64,
     read_only: bool,
+    prompt: bool,
     id: String,
 }
 
@@ -296,12 +297,12 @@ impl Disk {
     /// When the host has no room for it.
     pub fn in_memory(bytes: u64, id: String) -> Result<Disk, DiskError> {
         let file = memory_file(c"umbra-disk", bytes).map_err(|source| DiskError::Memory { bytes, source })?;
-        Ok(Disk::new(Box::new(file), bytes / SECTOR_BYTES, false, id))
+        Ok(Disk { prompt: true, ..Disk::new(Box::new(file), bytes / SECTOR_BYTES, false, id) })
     }
 
     /// A disk on any medium.
     pub fn new(medium: Box<dyn Medium>, sectors: u64, read_only: bool, id: String) -> Disk {
-        Disk { medium, sectors, read_only, id }
+        Disk { medium, sectors, read_only, prompt: false, id }
     }
 
     /// Its capacity.
@@ -312,6 +313,11 @@ impl Disk {
     /// True if nobody may write to it.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// True if it never makes anybody wait: it is in memory.
+    pub fn is_prompt(&self) -> bool {
+        self.prompt
     }
 
     /// What it is called.

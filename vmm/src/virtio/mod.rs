@@ -1,8 +1,8 @@
 //! virtio devices: what serves the rings whose registers the board has.
 //!
-//! Story: a driver notifies, the board says so, and the device's worker wakes. It serves one request of each ring after the other
-//! until there is none. A request is served in sessions (`umbra_mmu::dma`), each of which has all its pages or waits with none,
-//! and none of which is open while a disk is waited for:
+//! Story: a driver notifies, the board says so, and the device's worker wakes, or the vCPU serves the device itself (`worker`). One
+//! request of each ring is served after the other until there is none. A request is served in sessions (`umbra_mmu::dma`), each of
+//! which has all its pages or waits with none, and none of which is open while a disk is waited for:
 //!
 //! ```text
 //!   parse      a session's plan takes the chain from the ring and says in owned words what it is; nothing stays pinned
@@ -81,6 +81,11 @@ pub trait Device: Send {
 
     /// Bytes that each request begins with, to be read with the chain; at most [`chain::HEADER_BYTES_MAX`].
     fn header_bytes(&self) -> usize;
+
+    /// Its requests wait for nothing but the guest's own pages, so that who notifies it may serve them too.
+    fn is_prompt(&self) -> bool {
+        false
+    }
 
     /// A round begins.
     fn begin_round(&mut self, _snapshot: &VirtioSnapshot) {}

@@ -2,11 +2,12 @@
 //!
 //! Story: the thread sleeps on its [`Bell`], which rings when the board has named its slot. It makes rounds then, each with the
 //! device in hand ([`Port::begin`]) and one request of each ring, until a round finds nothing. A reset by the driver so waits for
-//! one request of each ring at most.
+//! one request of each ring at most. A vCPU that has notified a device which is prompt makes the rounds itself, a few, where the
+//! thread is not at them: to wake it costs more than most requests.
 //!
 //! Holds: a ring begins anew when its driver has set it up anew, and goes when it is not ready.
 //!
-//! Locks: the bell's, which is a leaf. A round is made with nothing held.
+//! Locks: the bell's, which is a leaf. A round is made with nothing held but the worker's own, for which nobody waits but its thread.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -89,23 +90,25 @@ impl<D: Device> Worker<D> {
         &self.name
     }
 
-    /// Serves whenever the bell rings, until it is stopped.
+    /// Makes rounds until one finds nothing, `most` of them at most; true if there may be more. May sleep.
     ///
     /// # Errors
     ///
     /// When a page of the guest cannot be had: the run cannot go on.
-    pub fn run(&mut self, mmu: &Mmu, port: &impl Port, bell: &Bell) -> Result<(), Shortage> {
-        while bell.wait() {
-            while self.round(mmu, port)? && !bell.is_stopped() {}
+    pub fn rounds(&mut self, mmu: &Mmu, port: &impl Port, most: usize) -> Result<bool, Shortage> {
+        for _ in 0..most {
+            if !self.round(mmu, port)? {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// One request of each ring; true if there was any.
     ///
     /// # Errors
     ///
-    /// As [`Worker::run`].
+    /// As [`Worker::rounds`].
     pub fn round(&mut self, mmu: &Mmu, port: &impl Port) -> Result<bool, Shortage> {
         let Some(snapshot) = port.begin() else { return Ok(false) };
         self.adopt(&snapshot);

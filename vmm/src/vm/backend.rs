@@ -41,6 +41,14 @@ impl Plan {
     /// When KVM was asked for and cannot be used, or does not go with `--deterministic`.
     pub fn make(args: &RunArgs) -> Result<Plan, RunError> {
         let backend = args.backend;
+        if args.check_guest_tlb {
+            let why = || "backend=soft: --check-guest-tlb judges what is interpreted".to_owned();
+            return match backend {
+                cli::Backend::Kvm => Err(RunError::CheckNeedsSoft),
+                cli::Backend::Auto => Ok(Plan { chosen: Chosen::Soft, why: Some(why()) }),
+                cli::Backend::Soft => Ok(Plan { chosen: Chosen::Soft, why: None }),
+            };
+        }
         if args.deterministic {
             return match backend {
                 cli::Backend::Kvm => Err(RunError::NotDeterministic),

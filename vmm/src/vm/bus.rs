@@ -17,10 +17,11 @@
 //!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
+use umbra_mmu::guest_tlb::{Finding, GuestTlb, Memory, Paging, Site};
 use umbra_mmu::sync::sim;
 use umbra_mmu::{
-    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refill, Refusal,
-    Shortage, Vcpu, Violation,
+    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, PageFault, Refill,
+    Refusal, Rule, Shortage, Vcpu, Violation,
 };
 
 use super::devices::Devices;
@@ -28,7 +29,7 @@ use super::kick::Attention;
 use super::paging::mode_of;
 use crate::board::{Board, Nanos};
 use crate::cpu::{CpuModel, CpuState};
-use crate::interp::engine::CodeBus;
+use crate::interp::engine::{CodeBus, NO_TAG};
 use crate::interp::{Bus, BusError, Exception, Width};
 
 /// What an instruction did that its vCPU's loop must know.
@@ -44,6 +45,8 @@ pub struct Aftermath {
     pub shortage: Option<Shortage>,
     /// It was answered because the TLB is incoherent: the run must end.
     pub violation: Option<Box<Violation>>,
+    /// It was answered because the guest has certainly missed a flush of its own: the run must end.
+    pub finding: Option<Box<Finding>>,
     /// Full flushes of the software TLB on the way.
     pub flushes: u64,
     /// The FPU was used, or it was wanted and hardware has it: [`BusError::Again`] was answered.
@@ -76,6 +79,11 @@ pub struct GuestBus<'a> {
     time: Option<Nanos>,
     /// The step of a stretch of code that began last; `time` is from before the first.
     step: u64,
+    /// EIP of that step, or of one before it, and the instructions before the first: for the judge of the guest's flushes.
+    eip: u32,
+    executed: u64,
+    /// There is such a judge.
+    judged: bool,
     /// What ends a stretch of code early.
     attention: Option<Attention>,
     /// Hardware has the FPU's registers.
@@ -104,6 +112,9 @@ impl<'a> GuestBus<'a> {
             devices,
             time,
             step: 0,
+            eip: 0,
+            executed: 0,
+            judged: mmu.guest_tlb().is_some(),
             attention: None,
             fpu_in_hardware: false,
             pauses: 0,
@@ -129,7 +140,90 @@ impl<'a> GuestBus<'a> {
     /// A run of the engine is over: the next one counts its steps from now.
     pub fn settle(&mut self) {
         self.time = self.time.map(|_| self.time());
+        self.executed += self.step;
         self.step = 0;
+    }
+
+    /// So many instructions have been executed before this.
+    pub fn count_from(&mut self, executed: u64) {
+        self.executed = executed;
+    }
+
+    /// The guest was given an event.
+    pub fn event(&self) {
+        self.tell(|model, _, site| model.event(site.vcpu));
+    }
+
+    /// The guest has executed HLT.
+    pub fn halted(&self) {
+        self.tell(|model, memory, site| model.halted(memory, site));
+    }
+
+    /// Tells the model of the guest's own TLBs, where there is one.
+    fn tell<R>(&self, call: impl FnOnce(&GuestTlb, &Memory<'_>, Site) -> R) -> Option<R> {
+        let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
+        self.mmu.guest_tlb().map(|model| call(model, &memory, self.site()))
+    }
+
+    /// Where the guest is.
+    fn site(&self) -> Site {
+        Site { vcpu: self.vcpu.id(), eip: self.eip, instructions: self.executed + self.step }
+    }
+
+    /// Has the guest's own flushes judged before an access of so many bytes.
+    #[inline(always)]
+    fn judge(&mut self, gva: Gva, bytes: u32, access: Access) -> Result<(), BusError> {
+        if self.judged { self.judge_pages(gva, bytes, access) } else { Ok(()) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn judge_pages(&mut self, gva: Gva, bytes: u32, access: Access) -> Result<(), BusError> {
+        let last = gva.wrapping_add(bytes.max(1) - 1);
+        let pages = [Some(gva), (last.page() != gva.page()).then_some(last)];
+        let finding = self.tell(|model, memory, site| {
+            pages.into_iter().flatten().find_map(|at| model.access(memory, site, at, access))
+        });
+        match finding.flatten() {
+            None => Ok(()),
+            finding => {
+                self.aftermath.finding = finding;
+                Err(BusError::Again)
+            }
+        }
+    }
+
+    /// A store by the TLB has been made, all of it in one page.
+    #[inline(always)]
+    fn tell_of_store(&mut self, gva: Gva, bytes: u32, user: bool) {
+        if self.judged {
+            self.tell_place(gva, bytes, user);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tell_place(&mut self, gva: Gva, bytes: u32, user: bool) {
+        // A TLB that forgets at random may have, since.
+        let place = self.mmu.tlb_place(self.vcpu, gva, user);
+        let place = place.or_else(|| self.mmu.translate(self.vcpu, gva, Access::write(user)).ok());
+        place.iter().for_each(|gpa| self.tell_stored(*gpa, bytes, user));
+    }
+
+    fn tell_stored(&self, gpa: Gpa, bytes: u32, user: bool) {
+        self.tell(|model, memory, site| model.stored(memory, site, gpa, bytes, user));
+    }
+
+    /// The guest gets a page fault.
+    fn fault(&self, fault: PageFault) -> BusError {
+        self.tell(|model, _, site| model.faulted(site.vcpu, fault.gva));
+        fault.into()
+    }
+
+    /// Control registers or the privilege have changed.
+    fn tell_control(&self, new: &CpuState, flush: bool) {
+        let paging = || Paging::of(self.vcpu);
+        self.tell(|model, memory, site| model.control(memory, site, paging(), flush, new.cpl == 3));
     }
 
     /// Hardware has the FPU's registers: an instruction that wants them is answered [`BusError::Again`].
@@ -145,12 +239,17 @@ impl<'a> GuestBus<'a> {
     fn go_inside(&mut self) {
         if self.vcpu.tlb().is_some() {
             self.aftermath.flushes += u64::from(self.mmu.tlb_enter(self.vcpu));
+        } else {
+            // There is nothing here to flush: hardware does as it enters. But nobody has the bus.
+            self.mmu.coherence().enter_guest(self.vcpu.id());
         }
     }
 
     fn go_outside(&mut self) {
         if self.vcpu.tlb().is_some() {
             self.mmu.leave(self.vcpu);
+        } else {
+            self.mmu.coherence().leave_guest(self.vcpu.id());
         }
     }
 
@@ -174,12 +273,12 @@ impl<'a> GuestBus<'a> {
         }
         match self.mmu.tlb_refill(self.vcpu, gva, access) {
             Refill::Done => return Ok(Road::Again),
-            Refill::Guest(fault) => return Err(fault.into()),
+            Refill::Guest(fault) => return Err(self.fault(fault)),
             Refill::Beyond => {}
         }
         let done = self.outside(|mmu, vcpu| mmu.fault_sleeping(vcpu, gva, access));
         match done.map_err(|shortage| self.lack(shortage))? {
-            Outcome::Guest(fault) => Err(fault.into()),
+            Outcome::Guest(fault) => Err(self.fault(fault)),
             Outcome::Mmio(_) | Outcome::Emulate(_) => Ok(Road::Walk),
             _ => Ok(Road::Again),
         }
@@ -266,7 +365,7 @@ impl<'a> GuestBus<'a> {
         loop {
             match self.mmu.translate(self.vcpu, gva, access) {
                 Ok(gpa) => return Ok(gpa),
-                Err(Refusal::Fault(fault)) => return Err(fault.into()),
+                Err(Refusal::Fault(fault)) => return Err(self.fault(fault)),
                 Err(Refusal::Need(gfn)) => self.bring_in(gfn)?,
             }
         }
@@ -318,20 +417,31 @@ impl<'a> GuestBus<'a> {
     }
 
     /// After a store by walk. Who begins to watch a page reads it after that: either it sees the store, or this the watch.
-    fn note_store(&mut self, gpa: Gpa) {
+    fn note_store(&mut self, gpa: Gpa, width: Width) {
         self.aftermath.watched |= self.mmu.is_watched(gpa.gfn());
+        if self.judged {
+            self.tell_stored(gpa, width.bytes(), false);
+        }
     }
 
     fn store(&mut self, gpa: Gpa, width: Width, value: u64) -> Result<(), BusError> {
         loop {
             match self.mmu.store(self.vcpu.window(), gpa, width.into(), value) {
                 Ok(()) => {
-                    self.note_store(gpa);
+                    self.note_store(gpa, width);
                     return Ok(());
                 }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
                 Err(Beyond::Device(gpa)) => {
-                    self.board(|board, now, id| board.mmio_write(now, id, gpa, width, value));
+                    let id = self.vcpu.id();
+                    let noticed = self.devices.write_at(id, self.time(), |board, now| {
+                        board.mmio_write(now, id as usize, gpa, width, value);
+                    });
+                    if noticed != 0 {
+                        let devices = self.devices;
+                        let served = self.outside(|mmu, vcpu| devices.serve(vcpu.id(), mmu, noticed));
+                        served.map_err(|shortage| self.lack(shortage))?;
+                    }
                     return Ok(());
                 }
             }
@@ -404,7 +514,7 @@ impl GuestBus<'_> {
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, BusError> {
         let Places::One(gpa) = self.places(gva, width.bytes(), Access::write(user))? else {
-            // A split over two pages, which no lock of ours spans.
+            // Not locked, or partly a device's.
             let old = self.read(gva, width, Access::write(user))?;
             self.write(gva, width, change(old), Access::write(user))?;
             return Ok(old);
@@ -412,7 +522,7 @@ impl GuestBus<'_> {
         loop {
             match self.mmu.update(self.vcpu.window(), gpa, width.into(), change) {
                 Ok(old) => {
-                    self.note_store(gpa);
+                    self.note_store(gpa, width);
                     return Ok(old);
                 }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
@@ -421,6 +531,38 @@ impl GuestBus<'_> {
                     self.store(gpa, width, change(old))?;
                     return Ok(old);
                 }
+            }
+        }
+    }
+
+    /// A locked access that no aligned word holds: no other vCPU is at its own meanwhile.
+    fn update_with_bus(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        self.judge(gva, width.bytes(), Access::write(user))?;
+        loop {
+            let places = self.places(gva, width.bytes(), Access::write(user))?;
+            let done = self.outside(|mmu, vcpu| {
+                let _bus = mmu.coherence().lock_bus(vcpu.id());
+                match places {
+                    Places::One(gpa) => mmu.update(vcpu.window(), gpa, width.into(), change),
+                    Places::Two(first, second, _) => {
+                        mmu.update_across(vcpu.window(), first, second.gfn(), width.into(), change)
+                    }
+                }
+            });
+            match done {
+                Ok(old) => {
+                    (0..width.bytes()).for_each(|n| self.note_store(places.byte(n), Width::B1));
+                    return Ok(old);
+                }
+                Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
+                // A device's registers are nobody's to lock.
+                Err(Beyond::Device(_)) => return self.update_by_walk(gva, width, user, change),
             }
         }
     }
@@ -443,9 +585,10 @@ impl GuestBus<'_> {
     }
 }
 
-impl Bus for GuestBus<'_> {
+/// The common accesses. Where the guest's flushes are judged they have a way of their own: the quick one is as if nobody were.
+impl GuestBus<'_> {
     #[inline(always)]
-    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+    fn read_now(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
         if !in_one_page(gva, width.bytes()) {
             return self.read_by_walk(gva, width, access);
         }
@@ -456,13 +599,46 @@ impl Bus for GuestBus<'_> {
     }
 
     #[inline(always)]
-    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+    fn write_now(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
         if !in_one_page(gva, width.bytes()) {
             return self.write_by_walk(gva, width, value, access);
         }
         match self.mmu.tlb_store(self.vcpu, gva, width.into(), value, access.user) {
             Ok(()) => Ok(()),
             Err(miss) => self.write_after_miss(gva, width, value, access, miss),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_judged(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        self.judge_pages(gva, width.bytes(), access)?;
+        self.read_now(gva, width, access)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn write_judged(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        self.judge_pages(gva, width.bytes(), access)?;
+        self.write_now(gva, width, value, access)?;
+        if in_one_page(gva, width.bytes()) {
+            self.tell_place(gva, width.bytes(), access.user);
+        }
+        Ok(())
+    }
+}
+
+impl Bus for GuestBus<'_> {
+    #[inline(always)]
+    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        if self.judged { self.read_judged(gva, width, access) } else { self.read_now(gva, width, access) }
+    }
+
+    #[inline(always)]
+    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        match self.judged {
+            true => self.write_judged(gva, width, value, access),
+            false => self.write_now(gva, width, value, access),
         }
     }
 
@@ -473,11 +649,29 @@ impl Bus for GuestBus<'_> {
         user: bool,
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, BusError> {
+        self.judge(gva, width.bytes(), Access::write(user))?;
         let update = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_update(vcpu, gva, width.into(), user, change);
         match self.by_tlb(gva, width.bytes(), Access::write(user), update)? {
-            Some(old) => Ok(old),
+            Some(old) => {
+                self.tell_of_store(gva, width.bytes(), user);
+                Ok(old)
+            }
             None => self.update_by_walk(gva, width, user, change),
         }
+    }
+
+    fn update_locked(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        user: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        let alone = self.mmu.config().vcpus == 1 || !self.mmu.rules().keep(Rule::BusAtSplit);
+        if alone || gva.0 % 8 + width.bytes() <= 8 {
+            return self.update(gva, width, user, change);
+        }
+        self.update_with_bus(gva, width, user, change)
     }
 
     fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
@@ -494,14 +688,31 @@ impl Bus for GuestBus<'_> {
     }
 
     fn fill(&mut self, gva: Gva, width: Width, value: u64, count: u32, user: bool) -> bool {
-        self.mmu.tlb_fill(self.vcpu, gva, width.into(), value, count, user).is_ok()
+        let bytes = count * width.bytes();
+        if self.judge(gva, bytes, Access::write(user)).is_err() {
+            return false;
+        }
+        let done = self.mmu.tlb_fill(self.vcpu, gva, width.into(), value, count, user).is_ok();
+        if done {
+            self.tell_of_store(gva, bytes, user);
+        }
+        done
     }
 
     fn copy(&mut self, from: Gva, to: Gva, length: u32, user: bool) -> bool {
-        self.mmu.tlb_copy(self.vcpu, from, to, length, user) == Ok(true)
+        let judged = self.judge(from, length, Access::read(user));
+        if judged.and_then(|()| self.judge(to, length, Access::write(user))).is_err() {
+            return false;
+        }
+        let done = self.mmu.tlb_copy(self.vcpu, from, to, length, user) == Ok(true);
+        if done {
+            self.tell_of_store(to, length, user);
+        }
+        done
     }
 
     fn fetch(&mut self, gva: Gva, user: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
+        self.judge(gva, 1, Access::execute(user))?;
         let fetch = |mmu: &Mmu, vcpu: &Vcpu| mmu.tlb_fetch(vcpu, gva, user, buffer);
         match self.by_tlb(gva, 1, Access::execute(user), fetch)? {
             Some(length) => Ok(length),
@@ -523,6 +734,7 @@ impl Bus for GuestBus<'_> {
         } else {
             self.mmu.invalidate_page(self.vcpu, gva);
         }
+        self.tell(|model, _, site| model.invalidated(site, gva));
         let before = self.aftermath.invalidated.replace(gva);
         self.aftermath.descriptors |= before.is_some_and(|other| other.page() != gva.page());
     }
@@ -531,13 +743,17 @@ impl Bus for GuestBus<'_> {
         let mode = mode_of(new);
         // Most often it is the privilege alone, which goes with each access.
         if !flush && mode == self.vcpu.mode() && new.cr3 == self.vcpu.cr3() {
+            self.tell_control(new, false);
             return Ok(());
         }
         let wish = if flush { Flush::Yes } else { Flush::No };
         self.aftermath.descriptors |= flush;
         loop {
             match self.outside(|mmu, vcpu| mmu.set_paging(vcpu, mode, new.cr3, wish)) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.tell_control(new, flush);
+                    return Ok(());
+                }
                 Err(NotLoaded::Bad(_)) => return Err(BusError::Exception(Exception::gp(0))),
                 Err(NotLoaded::Need(gfn)) => self.bring_in(gfn)?,
             }
@@ -592,6 +808,7 @@ impl From<Width> for umbra_mmu::Width {
 
 impl CodeBus for GuestBus<'_> {
     fn code_frame(&mut self, gva: Gva, user: bool) -> Result<Option<CodeFrame>, BusError> {
+        self.judge(gva, 1, Access::execute(user))?;
         let mark = |mmu: &Mmu, vcpu: &Vcpu| mmu.code_frame(vcpu, gva, user);
         self.by_tlb(gva, 1, Access::execute(user), mark)
     }
@@ -603,7 +820,12 @@ impl CodeBus for GuestBus<'_> {
 
     #[inline(always)]
     fn translation_version(&self) -> u64 {
-        self.mmu.tlb_version(self.vcpu)
+        let version = self.mmu.tlb_version(self.vcpu);
+        // What the judge found to be so at an edit before may be found otherwise after the next.
+        if self.judged {
+            return version.wrapping_add(self.mmu.guest_tlb().map_or(0, GuestTlb::epoch));
+        }
+        version
     }
 
     #[inline(always)]
@@ -612,13 +834,13 @@ impl CodeBus for GuestBus<'_> {
     }
 
     #[inline(always)]
-    fn begin(&mut self, step: u64) {
-        self.step = step;
+    fn begin(&mut self, step: u64, eip: u32) {
+        (self.step, self.eip) = (step, eip);
     }
 
     #[inline(always)]
     fn quick_tag(&self, user: bool) -> u64 {
-        self.vcpu.tlb_tag(user)
+        if self.judged { NO_TAG } else { self.vcpu.tlb_tag(user) }
     }
 
     #[inline(always)]

@@ -30,10 +30,16 @@ struct Rig {
 
 impl Rig {
     fn with_frames(tlb: Tlb, frames: u32) -> Rig {
+        Rig::with(tlb, frames, 1)
+    }
+
+    /// Of so many vCPUs, of which all but the first are outside.
+    fn with(tlb: Tlb, frames: u32, vcpus: usize) -> Rig {
         let memory = MemoryMap::new(2 << 20).expect("a map");
-        let board = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
+        let board = BoardConfig { memory, vcpus, serial: Box::new(io::sink()), epoch_seconds: 0 };
         let devices = Devices::new(Board::new(board).expect("a board")).expect("a timer");
-        let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(PAGES) };
+        let of_pages = Config::of_pages(PAGES);
+        let config = Config { shadow_pages_max: 64, roots_max: 8, vcpus: vcpus as u32, ..of_pages };
         let mmu = Mmu::new(Machine::anonymous(frames), config, Box::new(NoVcpus));
         let vcpu = match tlb {
             Some(kind) => mmu.soft_vcpu(0, kind),
@@ -48,14 +54,18 @@ impl Rig {
 
     /// Two-level paging from page 1 by the table in page 2: linear page n is what `pages` says, in order.
     fn paged(tlb: Tlb, pages: &[u32]) -> Rig {
-        let mut rig = Rig::new(tlb);
+        Rig::new(tlb).with_pages(pages)
+    }
+
+    fn with_pages(mut self, pages: &[u32]) -> Rig {
+        let rig = &mut self;
         rig.poke(0x1000, 0x2000 | 7);
         for (index, gpte) in pages.iter().enumerate() {
             rig.poke(0x2000 + 4 * index as u32, *gpte);
         }
         let cpu = paging_cpu(0x1000, 0);
         rig.bus().set_paging(&cpu, true).expect("no PDPTEs to refuse");
-        rig
+        self
     }
 
     fn bus(&mut self) -> GuestBus<'_> {
@@ -89,6 +99,42 @@ fn a_store_over_two_pages_lands_in_the_frames_of_both() {
         let old = rig.bus().update(Gva(0xffd), Width::B4, false, &mut |old| old + 1);
         assert_eq!(old, Ok(0x4433_2211));
         assert_eq!(rig.bus().read(Gva(0xffd), Width::B4, READ), Ok(0x4433_2212));
+    }
+}
+
+/// By the bus, where no aligned word holds it.
+#[test]
+fn a_locked_access_is_made_wherever_it_lies() {
+    for tlb in TLBS {
+        // Two pages, one at two addresses, and one that is no memory.
+        let pages = [0x5003, 0x3003, 0x7003, 0x7003, PAGES << 12 | 3];
+        let mut rig = Rig::with(tlb, 256, 2).with_pages(&pages);
+        let mut add = |gva: u32, width: Width, before: u64| {
+            let mut bus = rig.bus();
+            bus.write(Gva(gva), width, before, WRITE).expect("mapped");
+            let old = bus.update_locked(Gva(gva), width, false, &mut |old| old + 0x0101);
+            (old.expect("mapped"), bus.read(Gva(gva), width, READ).expect("mapped"))
+        };
+        for gva in [0x8, 0x6, 0x3e, 0xffd, 0xfff, 0x2ffe] {
+            assert_eq!(add(gva, Width::B4, 0x1122_33ff), (0x1122_33ff, 0x1122_3500), "{tlb:?}: {gva:#x}");
+        }
+        for gva in [0x8, 0x3c, 0xff9, 0xfff, 0x2ffc] {
+            let (old, new) = (0x1122_3344_ffff_ffff, 0x1122_3345_0000_0100);
+            assert_eq!(add(gva, Width::B8, old), (old, new), "{tlb:?}: {gva:#x}");
+        }
+        assert_eq!(add(0x3ffe, Width::B4, 0).0, 0xffff_0000, "{tlb:?}: what is no memory reads as ones");
+    }
+}
+
+#[test]
+fn a_locked_access_whose_second_page_faults_changes_nothing_and_leaves_the_bus_free() {
+    for tlb in TLBS {
+        let mut rig = Rig::with(tlb, 256, 2).with_pages(&[0x5003, 0]);
+        let refused = rig.bus().update_locked(Gva(0xffe), Width::B4, false, &mut |old| old + 1);
+        let Err(BusError::Exception(fault)) = refused else { panic!("{refused:?}") };
+        assert_eq!((fault.cr2, fault.error), (Some(0x1000), Some(2)));
+        assert_eq!(rig.peek(0x5ffc), 0);
+        drop(rig.mmu.coherence().lock_bus(0));
     }
 }
 

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use umbra_mmu::sync::sim::{self, Bed};
+use umbra_mmu::{Mmu, Shortage};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::kick::Kick;
@@ -78,6 +79,19 @@ pub struct Devices {
     wakers: Box<[Waker]>,
     /// By slot: what the virtio devices' workers sleep on.
     bells: [OnceLock<Arc<Bell>>; VIRTIO_SLOTS],
+    /// By slot: the devices that who notifies them serves himself.
+    prompt: [OnceLock<Arc<dyn Prompt>>; VIRTIO_SLOTS],
+}
+
+/// A device whose requests the vCPU that notifies it serves itself.
+pub trait Prompt: Send + Sync {
+    /// Serves what there is, or has another do so. For the thread of `vcpu`, which is outside the guest; may sleep, for pages
+    /// of the guest's.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be had: the run cannot go on.
+    fn serve(&self, vcpu: u32, mmu: &Mmu, devices: &Devices) -> Result<(), Shortage>;
 }
 
 /// Guest time goes on.
@@ -130,6 +144,7 @@ impl Devices {
             in_hand: AtomicU32::new(0),
             wakers: (0..vcpus).map(|_| Waker::default()).collect(),
             bells: Default::default(),
+            prompt: Default::default(),
         })
     }
 
@@ -196,9 +211,11 @@ impl Devices {
         })
     }
 
-    /// It has ended one, and `call` tells the board. Whoever waits for the guest to stand still is told by its vCPUs.
-    pub fn end_round(&self, slot: usize, call: impl FnOnce(&mut Board, Nanos)) {
-        self.with(|board, now| {
+    /// It has ended one, and `call` tells the board; on the thread of `vcpu`, if that is any, which is not woken. Whoever waits for the
+    /// guest to stand still is told by its vCPUs.
+    pub fn end_round(&self, slot: usize, vcpu: Option<u32>, call: impl FnOnce(&mut Board, Nanos)) {
+        let caller = vcpu.map(|vcpu| vcpu as usize);
+        self.call_and_ring(caller, self.now(), |board, now| {
             call(board, now);
             self.in_hand.fetch_and(!(1 << slot), Ordering::SeqCst);
         });
@@ -218,22 +235,64 @@ impl Devices {
         debug_assert!(first.is_ok(), "a slot has one worker");
     }
 
+    /// Has [`Devices::write_at`] name the slot to whoever notifies it.
+    pub fn set_prompt(&self, slot: usize, device: Arc<dyn Prompt>) {
+        let first = self.prompt[slot].set(device);
+        debug_assert!(first.is_ok(), "a slot has one device");
+    }
+
     /// Calls the board with the time, then sets the alarm and wakes whom it concerns.
     pub fn with<R>(&self, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(None, self.now(), call)
+        self.call_and_ring(None, self.now(), call)
     }
 
     /// The same on the thread of `vcpu`, which is not woken: it looks at the board before it enters or sleeps.
     pub fn with_as<R>(&self, vcpu: u32, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(Some(vcpu as usize), self.now(), call)
+        self.call_and_ring(Some(vcpu as usize), self.now(), call)
     }
 
     /// The same at `now`, which the vCPU's own clock says: it lies behind guest time, and not far.
     pub fn with_at<R>(&self, vcpu: u32, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call(Some(vcpu as usize), now, call)
+        self.call_and_ring(Some(vcpu as usize), now, call)
     }
 
-    fn call<R>(&self, caller: Option<usize>, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
+    /// The same for a write to a device. Slots that it notifies and the caller is to serve, by [`Devices::serve`].
+    pub fn write_at(&self, vcpu: u32, now: Nanos, write: impl FnOnce(&mut Board, Nanos)) -> u32 {
+        let ((), notifies) = self.call(Some(vcpu as usize), now, write);
+        let is_prompt = |slot: &usize| notifies & 1 << slot != 0 && self.prompt[*slot].get().is_some();
+        let prompt = (0..VIRTIO_SLOTS).filter(is_prompt).fold(0, |slots, slot| slots | 1 << slot);
+        self.ring_bells(notifies & !prompt);
+        prompt
+    }
+
+    /// Serves the devices of `slots`, on the thread of `vcpu`, which is outside the guest. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// When a page of the guest cannot be had: the run cannot go on.
+    pub fn serve(&self, vcpu: u32, mmu: &Mmu, slots: u32) -> Result<(), Shortage> {
+        let named = self.prompt.iter().enumerate().filter(|(slot, _)| slots & 1 << slot != 0);
+        named.filter_map(|(_, device)| device.get()).try_for_each(|device| device.serve(vcpu, mmu, self))
+    }
+
+    fn call_and_ring<R>(
+        &self,
+        caller: Option<usize>,
+        now: Nanos,
+        call: impl FnOnce(&mut Board, Nanos) -> R,
+    ) -> R {
+        let (result, notifies) = self.call(caller, now, call);
+        self.ring_bells(notifies);
+        result
+    }
+
+    /// What `call` returns, and the slots whose devices it has notified.
+    fn call<R>(
+        &self,
+        caller: Option<usize>,
+        now: Nanos,
+        call: impl FnOnce(&mut Board, Nanos) -> R,
+    ) -> (R, u32) {
         let mut state = lock(&self.state);
         let now = now.max(state.latest);
         state.latest = now;
@@ -246,10 +305,7 @@ impl Devices {
                 waker.wake();
             }
         }
-        if notifies != 0 {
-            self.ring_bells(notifies);
-        }
-        result
+        (result, notifies)
     }
 
     /// Has a vCPU look once more whether anything could still wake one, where all sleep. Each that comes to sleep later looks
@@ -262,6 +318,9 @@ impl Devices {
     }
 
     fn ring_bells(&self, slots: u32) {
+        if slots == 0 {
+            return;
+        }
         let named = self.bells.iter().enumerate().filter(|(slot, _)| slots & 1 << slot != 0);
         named.filter_map(|(_, bell)| bell.get()).for_each(|bell| bell.ring());
     }
@@ -383,8 +442,12 @@ mod tests {
     const VECTOR: u64 = 0x40;
 
     fn devices() -> Arc<Devices> {
+        devices_of(1)
+    }
+
+    fn devices_of(vcpus: usize) -> Arc<Devices> {
         let memory = MemoryMap::new(2 << 20).expect("a map");
-        let config = BoardConfig { memory, vcpus: 1, serial: Box::new(io::sink()), epoch_seconds: 0 };
+        let config = BoardConfig { memory, vcpus, serial: Box::new(io::sink()), epoch_seconds: 0 };
         Arc::new(Devices::new(Board::new(config).expect("a board")).expect("a timer"))
     }
 
@@ -410,6 +473,79 @@ mod tests {
             let _ = tell.send(());
         });
         told
+    }
+
+    /// What has happened before a vCPU, the first of two, comes to sleep.
+    #[derive(Clone, Copy)]
+    enum Before {
+        /// The other has come to sleep, and an interrupt would wake it, or not.
+        OtherSleeps(bool),
+        OtherHasInterrupt,
+        OtherHasNmi,
+        OtherWasWoken,
+        HasInterrupt,
+        HasNmi,
+        TimerRuns,
+    }
+
+    impl Before {
+        fn happen(self, devices: &Devices) {
+            let interrupt = |target: u64, command: u64| {
+                // By the other's hand: the first one's own would need no waking.
+                devices.with_as(1, |board, now| {
+                    let apic = Gpa(0xfee0_0000);
+                    (0..2).for_each(|id| board.mmio_write(now, id, Gpa(apic.0 + 0xf0), Width::B4, 0x1ff));
+                    board.mmio_write(now, 1, Gpa(apic.0 + 0x310), Width::B4, target << 24);
+                    board.mmio_write(now, 1, Gpa(apic.0 + 0x300), Width::B4, command);
+                });
+            };
+            match self {
+                Before::OtherSleeps(open) => drop(devices.nap(1, open)),
+                Before::OtherHasInterrupt => interrupt(1, 0x4000 | VECTOR),
+                Before::OtherHasNmi => interrupt(1, 0x4400),
+                Before::OtherWasWoken => {
+                    devices.waker(1).wake();
+                    devices.sleep(1);
+                }
+                Before::HasInterrupt => interrupt(0, 0x4000 | VECTOR),
+                Before::HasNmi => interrupt(0, 0x4400),
+                Before::TimerRuns => start_timer(devices, 1 << 17, 1 << 30),
+            }
+        }
+    }
+
+    #[test]
+    fn a_nap_is_for_ever_only_where_nobody_is_left_to_end_it() {
+        use Before::*;
+        let (open, shut) = (true, false);
+        let table: &[(&[Before], bool, Nap)] = &[
+            // The other runs, and may send something.
+            (&[], open, Nap::Until),
+            (&[], shut, Nap::Until),
+            (&[OtherSleeps(open), OtherWasWoken], shut, Nap::Until),
+            // Nobody runs, and nothing is to come.
+            (&[OtherSleeps(open)], open, Nap::ForEver),
+            (&[OtherSleeps(shut)], shut, Nap::ForEver),
+            (&[OtherSleeps(shut)], open, Nap::ForEver),
+            // Something is to come: it must find one who heeds it.
+            (&[TimerRuns, OtherSleeps(shut)], open, Nap::Until),
+            (&[TimerRuns, OtherSleeps(open)], shut, Nap::Until),
+            (&[TimerRuns, OtherSleeps(shut)], shut, Nap::ForEver),
+            // The other is about to wake.
+            (&[OtherSleeps(open), OtherHasInterrupt], shut, Nap::Until),
+            (&[OtherSleeps(shut), OtherHasInterrupt], shut, Nap::ForEver),
+            (&[OtherSleeps(shut), OtherHasNmi], shut, Nap::Until),
+            // This one has its own reason not to sleep.
+            (&[OtherSleeps(shut), HasInterrupt], open, Nap::None),
+            (&[OtherSleeps(shut), HasInterrupt], shut, Nap::ForEver),
+            (&[OtherSleeps(shut), HasNmi], shut, Nap::None),
+            (&[HasNmi], open, Nap::None),
+        ];
+        for (row, (before, open, nap)) in table.iter().enumerate() {
+            let devices = devices_of(2);
+            before.iter().for_each(|event| event.happen(&devices));
+            assert_eq!(devices.nap(0, *open), *nap, "row {row}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use umbra_mmu::guest_tlb::Finding;
 use umbra_mmu::{Shortage, Violation};
 
 use super::devices::Devices;
@@ -29,8 +30,8 @@ pub enum End {
     Quit,
     /// A signal asked for it: SIGINT or SIGTERM.
     Signal,
-    /// An operator asked for a reset, which ends the run.
-    HostReset,
+    /// A reset that an operator asked for could not be made.
+    NotReset(String),
     /// An instruction that the host's KVM trapped on and the interpreter does not know.
     Unknown {
         /// What and where.
@@ -51,6 +52,8 @@ pub enum End {
     Shortage(Shortage),
     /// A software TLB used a translation that should have been flushed.
     Incoherent(Box<Violation>),
+    /// The guest has used a translation that it should have flushed (`--check-guest-tlb`).
+    GuestTlb(Box<Finding>),
     /// One of Umbra's own threads has panicked.
     Panic {
         /// Which.
@@ -78,15 +81,15 @@ impl End {
             End::Board(BoardExit::ResetRequested { .. }) | End::TripleFault(_) | End::Init(_) => {
                 ("guest-reset", true)
             }
-            End::Stuck(_) => ("guest-panic", true),
+            End::Stuck(_) | End::GuestTlb(_) => ("guest-panic", true),
             End::Quit => ("host-qmp-quit", false),
-            End::HostReset => ("host-qmp-system-reset", false),
             // A time limit is what would come of `timeout` around the whole of it.
             End::Signal | End::Timeout(_) => ("host-signal", false),
             End::Unknown { .. }
             | End::Backend { .. }
             | End::Shortage(_)
             | End::Incoherent(_)
+            | End::NotReset(_)
             | End::Panic { .. } => ("host-error", false),
         }
     }
@@ -113,7 +116,7 @@ impl fmt::Display for End {
             End::Timeout(after) => write!(f, "the guest did not end within --timeout {after:?}"),
             End::Quit => write!(f, "ended by the operator"),
             End::Signal => write!(f, "ended by a signal"),
-            End::HostReset => write!(f, "reset by the operator; a reset ends the run"),
+            End::NotReset(why) => write!(f, "resetting the guest: {why}"),
             End::Unknown { instruction, trap, cpu } => {
                 write!(f, "{instruction}")?;
                 if let Some((vector, error)) = trap {
@@ -129,6 +132,7 @@ impl fmt::Display for End {
                     "{violation}\n  a TLB flush was missed; this is a mistake in Umbra, please report it"
                 )
             }
+            End::GuestTlb(finding) => write!(f, "{finding}"),
             End::Panic { thread, why } => write!(
                 f,
                 "Umbra's {thread} thread has panicked: {why}. The guest cannot go on without it; this is a mistake in \

@@ -8,16 +8,52 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use umbra_mmu::Mmu;
+use umbra_mmu::coherence::Removals;
+use umbra_mmu::{Mmu, Mpa, Rule};
 
+use super::vcpu::Core;
+use crate::cpu::CpuState;
 use crate::kvm::shootdown::Notifier;
-use crate::kvm::{KvmError, KvmVm};
+use crate::kvm::{KvmError, KvmVcpu, KvmVm};
 use crate::probe::Translation;
+
+/// A vCPU in hardware, as far as a flush is concerned: KVM's, or a double of it.
+pub trait Hardware {
+    /// Forgets every translation, and runs no guest code; `cpu` and `root` are what it is to run next. True where a kick came
+    /// meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As [`KvmVcpu::flush`].
+    fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError>;
+}
+
+impl Hardware for KvmVcpu {
+    fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
+        KvmVcpu::flush(self, cpu, root)
+    }
+}
+
+/// The host, where it takes translations away: its notifier, or a double of it.
+pub trait DropsRemoved: Send + Sync {
+    /// Forgets what was removed, on every vCPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Notifier::drop_removed`].
+    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError>;
+}
+
+impl DropsRemoved for Notifier {
+    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError> {
+        Notifier::drop_removed(self, removed)
+    }
+}
 
 /// Flushes the TLBs of one VM.
 pub struct Flusher {
     /// `None` where a flush at entry is enough.
-    notifier: Option<Notifier>,
+    notifier: Option<Box<dyn DropsRemoved>>,
     /// Held from the taking of a list of removals to their end: a vCPU that finds the list taken may only go on when they are over.
     dropping: Mutex<()>,
 }
@@ -25,24 +61,46 @@ pub struct Flusher {
 impl Flusher {
     /// Flushes as this host's KVM needs it.
     pub fn new(translation: Translation, vm: Arc<KvmVm>, mmu: &Mmu) -> Flusher {
-        if translation == Translation::FlushSuffices {
-            return Flusher { notifier: None, dropping: Mutex::default() };
+        match translation {
+            Translation::FlushSuffices => Flusher::by(None, mmu),
+            _ => Flusher::by(Some(Box::new(Notifier::new(vm))), mmu),
         }
-        mmu.coherence().log_removals();
-        Flusher { notifier: Some(Notifier::new(vm)), dropping: Mutex::default() }
     }
 
-    /// True when the vCPU itself must flush as it enters.
-    pub fn flushes_at_entry(&self) -> bool {
-        self.notifier.is_none()
+    /// Flushes by `notifier`, or at entry where there is none.
+    pub fn by(notifier: Option<Box<dyn DropsRemoved>>, mmu: &Mmu) -> Flusher {
+        if notifier.is_some() {
+            mmu.coherence().log_removals();
+        }
+        Flusher { notifier, dropping: Mutex::default() }
     }
 
-    /// What must be done before a vCPU enters that owes a flush, beside its own.
+    /// Makes the flush that the vCPU of `core`, which counts as inside the guest, owes, and says so at once: whoever waits for it
+    /// would else wait for the guest's next exit. True where a kick came meanwhile.
     ///
     /// # Errors
     ///
     /// When the host refuses.
-    pub fn before_entry(&self, mmu: &Mmu) -> Result<(), KvmError> {
+    pub fn flush(&self, core: &mut Core, hardware: &mut dyn Hardware, root: Mpa) -> Result<bool, KvmError> {
+        let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
+        let epoch = coherence.begin_flush();
+        let rules = core.mmu.rules();
+        if rules.keep(Rule::NotifierFlush) {
+            self.before_entry(&core.mmu)?;
+        }
+        let flushes = self.notifier.is_none() && rules.keep(Rule::FirmwareFlush);
+        let kicked = flushes && hardware.flush(&core.cpu, root)?;
+        if rules.keep(Rule::FlushBesideHardware) {
+            core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
+        }
+        coherence.end_flush(id, epoch);
+        core.hardware_owes_flush = false;
+        core.stats.flushes += 1;
+        Ok(kicked)
+    }
+
+    /// What must be done before a vCPU enters that owes a flush, beside its own.
+    fn before_entry(&self, mmu: &Mmu) -> Result<(), KvmError> {
         match &self.notifier {
             Some(notifier) => {
                 let _dropping = self.dropping.lock().unwrap_or_else(PoisonError::into_inner);

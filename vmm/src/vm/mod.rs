@@ -15,7 +15,8 @@
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | virtio | the disks and the balloon: their slots, their threads |
 //! | control, ask | the control socket and its client |
-//! | requests, stops | questions to a vCPU's thread; whether it is to stand still |
+//! | requests, stops | questions to a vCPU's thread; whether it is to stand still, or begin anew |
+//! | power | what a machine begins with, at first and at a reset |
 //! | serial | the guest's output |
 //! | series, live | what memory did over time; the line that shows it |
 //! | simulation | all of it in an order that a seed decides |
@@ -38,7 +39,10 @@ mod kick;
 mod live;
 mod memory;
 mod native;
+#[cfg(test)]
+mod omissions_tests;
 mod paging;
+mod power;
 mod reclaimer;
 mod requests;
 mod serial;
@@ -64,7 +68,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
 use umbra_mmu::sync::sim::{self, Ticket};
-use umbra_mmu::{BudgetTooSmall, Config, Context, Gfn, Gpa, LocalStack, Machine, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE};
 
 pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
@@ -76,9 +80,9 @@ pub use sink::{JsonSink, PlotSink};
 pub use summary::Summary;
 pub use vcpu::VcpuStats;
 
-use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError, firmware_tables};
+use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
-use crate::boot::{BootRequest, GuestMemorySink, Image, ImageError, MemoryError, Module};
+use crate::boot::{ImageError, MemoryError};
 use crate::cli::{RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
@@ -90,12 +94,12 @@ use crate::units::format_duration;
 use crate::virtio::disk::{Disk, DiskError, DiskSpec};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
-use control::{ANSWER_WAIT, Attempts, ControlSocket, Controls, News};
+use control::{ANSWER_WAIT, ControlSocket, Controls, News};
 use devices::Devices;
 use events::{EventLoop, Subscriber};
 use kick::Kicks;
 use live::LiveLine;
-use memory::BootMemory;
+use power::{Boot, Machine, PowerOn};
 use reclaimer::Reclaimer;
 use requests::Requests;
 use serial::{Console, FirstByte};
@@ -126,6 +130,11 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The guest's flushes are to be judged where hardware runs it.
+    #[error(
+        "--check-guest-tlb sees what is interpreted, and --backend kvm interprets none of it: use --backend soft"
+    )]
+    CheckNeedsSoft,
     /// A file is too large.
     #[error("{what} {path} is larger than {} MiB, the most that is loaded; is it a disk image?", FILE_BYTES_MAX >> 20)]
     TooLarge {
@@ -151,7 +160,7 @@ pub enum RunError {
         /// The step.
         at: Duration,
         /// Why.
-        source: BudgetTooSmall,
+        source: BudgetRefused,
     },
     /// The swap file cannot be made.
     #[error(transparent)]
@@ -243,6 +252,8 @@ struct Guest {
     devices: Arc<Devices>,
     first_byte: FirstByte,
     start: CpuState,
+    /// What makes it anew.
+    power: Arc<dyn PowerOn>,
     notes: Notes,
     runner: Runner,
     pool: Arc<Pool>,
@@ -287,11 +298,8 @@ impl Guest {
     fn build(args: &RunArgs, screen: &Screen, image: Option<&BuiltIn>) -> Result<Guest, RunError> {
         // What the operator may have got wrong comes first.
         let is_pager = args.image.is_none() && image.is_none();
-        let (name, bytes) = read_image(args, image)?;
-        let failed = |source| RunError::Image { name: name.clone(), source };
-        let image = Image::parse(&bytes).map_err(failed)?;
-        let modules = read_modules(args)?;
-        let memory = MemoryMap::new(args.mem)?;
+        let boot = Boot::read(args, image)?;
+        let (notes, memory) = (boot.notes()?, boot.memory());
         let disks = match is_pager && args.disk.is_empty() {
             true => Disk::open_all(&DiskSpec::built_in())?,
             false => Disk::open_all(&args.disk)?,
@@ -302,12 +310,14 @@ impl Guest {
         let overcommit = Overcommit::new(args);
         let config = config_of(args, &memory, &overcommit);
         let pool = Arc::new(build_pool(args, &plan, &config)?);
-        let runner = Runner::new(plan, &pool, args.vcpus, args.supervisor.interprets(image.notes()))?;
+        let runner = Runner::new(plan, &pool, args.vcpus, args.supervisor.interprets(&notes))?;
         let (devices, first_byte) = build_devices(args, memory, screen)?;
         (0..).zip(runner.kicks()).for_each(|(vcpu, kick)| devices.waker(vcpu).set_kicker(kick));
         let virtio = VirtioDevices::plug(disks, &devices);
-        let hub = args.export.is_some().then(|| Hub::new(args.export_deadline, args.export_policy));
+        let hub = || Hub::new(args.export_deadline, args.export_policy, args.export_in_turn);
+        let hub = args.export.is_some().then(hub).transpose().map_err(RunError::Setup)?;
         let mmu = build_mmu(config, &runner, &pool, hub.as_ref())?.with_rules(args.omit.unwrap_or_default());
+        let mmu = if args.check_guest_tlb { mmu.with_guest_tlb() } else { mmu };
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let exporter = hub.map(|hub| {
             let segments = Segments::new(Arc::clone(&mmu), Arc::clone(&pool), runner.vm());
@@ -318,21 +328,14 @@ impl Guest {
             mmu.make_device(gfn);
         });
 
-        // As QEMU and GRUB have it, the first word is the kernel's name.
-        let command_line = format!("{name} {}", args.append);
-        let modules: Vec<_> =
-            modules.iter().map(|(line, data)| Module { command_line: line, data }).collect();
-        let request = BootRequest { memory, command_line: command_line.trim_end(), modules: &modules };
-        let (at, tables) = firmware_tables(args.vcpus as usize);
-        let written = BootMemory::new(&mmu).write(Gpa(at.into()), &tables);
-        written.map_err(|source| RunError::Tables { at, bytes: tables.len(), source })?;
-        let entry = image.load(&mut BootMemory::new(&mmu), &request).map_err(failed)?;
-        let (notes, screen) = (*image.notes(), screen.clone());
+        let start = boot.load(&mmu)?;
+        let power = Machine::new(boot, virtio.balloon());
         Ok(Guest {
             mmu,
             devices,
             first_byte,
-            start: entry.cpu,
+            start,
+            power: Arc::new(power),
             notes,
             runner,
             pool,
@@ -341,7 +344,7 @@ impl Guest {
             overcommit,
             virtio,
             exporter,
-            screen,
+            screen: screen.clone(),
         })
     }
 
@@ -366,10 +369,11 @@ impl Guest {
             ending: ending.clone(),
             requests: Arc::new(Requests::new(args.vcpus)),
             stops: Arc::new(Stops::new(devices, Arc::clone(&news))),
+            power: Arc::clone(&self.power),
             watches: Arc::default(),
             threads: (0..args.vcpus).map(|_| AtomicI32::new(0)).collect(),
         };
-        let requests = Arc::clone(&around.requests);
+        let (requests, stops) = (Arc::clone(&around.requests), Arc::clone(&around.stops));
         let mut subscribers = self.subscribers(args, &around, &news)?;
         let recorder = self.recorder(args).filter(|_| !args.deterministic);
         if let Some(recorder) = &recorder {
@@ -407,7 +411,7 @@ impl Guest {
         // Before the witnesses are heard: they bring pages in.
         let series = recorder.map(|recorder| recorder.finish());
         let judged = judge(ways, &self.mmu, &self.notes, &self.first_byte, &end, &cores, guest_started);
-        Ok(Summary { series, disks, balloon, ..judged })
+        Ok(Summary { resets: stops.resets(), series, disks, balloon, ..judged })
     }
 
     /// What the event loop serves beside the board.
@@ -461,7 +465,7 @@ impl Guest {
             swap_in_memory: !matches!(args.swap, Some(Swap::File(_))),
             pool: Some(Arc::clone(&self.pool)),
             answer_wait: ANSWER_WAIT,
-            attempts: Attempts::default(),
+            exporter: self.exporter.clone(),
         }
     }
 
@@ -469,7 +473,10 @@ impl Guest {
     fn recorder(&self, args: &RunArgs) -> Option<Recorder> {
         let asked = args.status || args.plot.is_some() || args.json.is_some();
         let live = args.status.then(|| LiveLine::new(&self.screen));
-        asked.then(|| Recorder::start(Arc::clone(&self.mmu), self.virtio.balloon(), live))
+        asked.then(|| {
+            let (mmu, pool) = (Arc::clone(&self.mmu), Arc::clone(&self.pool));
+            Recorder::start(mmu, pool, self.virtio.balloon(), live)
+        })
     }
 }
 
@@ -478,7 +485,7 @@ fn run_vcpus(cores: &mut [Core], backends: &mut [Box<dyn Backend>], ending: &End
     thread::scope(|scope| {
         let mut vcpus = cores.iter_mut().zip(backends);
         let first = vcpus.next();
-        let mut actors = Vec::new();
+        let (mut actors, mut started) = (Vec::new(), Ok(()));
         for (core, backend) in vcpus {
             let name = format!("vcpu {}", core.mmu_vcpu.id());
             let ticket = sim::register(&name);
@@ -487,17 +494,18 @@ fn run_vcpus(cores: &mut [Core], backends: &mut [Box<dyn Backend>], ending: &End
                 let _actor = ticket.map(Ticket::enter);
                 run_vcpu(core, &mut **backend, ending);
             };
-            if let Err(error) = thread::Builder::new().name(name).spawn_scoped(scope, work) {
+            started = thread::Builder::new().name(name).spawn_scoped(scope, work).map(drop);
+            if started.is_err() {
                 ending.set(End::Quit);
-                return Err(error);
+                break;
             }
         }
-        if let Some((core, backend)) = first {
+        if let (Some((core, backend)), Ok(())) = (first, &started) {
             run_vcpu(core, &mut **backend, ending);
         }
         // The scope waits for threads, which in a simulation end when it is their turn.
         actors.iter().for_each(sim::await_end);
-        Ok(())
+        started
     })
 }
 
@@ -567,7 +575,7 @@ fn build_mmu(
         ..config
     };
     let kicks = Kicks::new(runner.kicks(), runner.notifier()).map_err(RunError::Setup)?;
-    let mmu = Mmu::new(Machine::new(pool.region()), config, Box::new(kicks))
+    let mmu = Mmu::new(umbra_mmu::Machine::new(pool.region()), config, Box::new(kicks))
         .with_clock(Box::new(HostClock))
         .with_host(Box::new(PoolHost(Arc::clone(pool))));
     let mmu = match hub {
@@ -607,6 +615,7 @@ fn judge(
         exit: status,
         guest_exit: end.guest_value(),
         end: end.to_string(),
+        resets: 0,
         regions,
         witness_error,
         audit,
@@ -614,6 +623,7 @@ fn judge(
         faults: faults.into(),
         vcpu: vcpu.into(),
         memory: summary::Memory::of(mmu),
+        guest_tlb: mmu.guest_tlb().map(|model| model.verdicts().into()),
         disks: Vec::new(),
         balloon: Default::default(),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
@@ -659,20 +669,6 @@ fn epoch_seconds() -> i64 {
         return simulation::EPOCH_SECONDS;
     }
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
-}
-
-fn read_image(args: &RunArgs, image: Option<&BuiltIn>) -> Result<(String, Vec<u8>), RunError> {
-    match (&args.image, image) {
-        (Some(path), _) => Ok((path.display().to_string(), read_file("image", path)?)),
-        (None, Some(image)) => Ok((image.name.into(), image.bytes.clone())),
-        (None, None) => Ok(("pager".into(), umbra_guest::PAGER.to_vec())),
-    }
-}
-
-/// Names and contents of the modules.
-fn read_modules(args: &RunArgs) -> Result<Vec<(String, Vec<u8>)>, RunError> {
-    let module = |path: &PathBuf| Ok((path.display().to_string(), read_file("module", path)?));
-    args.module.iter().map(module).collect()
 }
 
 fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, RunError> {

@@ -19,7 +19,7 @@
 
 use std::sync::Arc;
 
-use umbra_mmu::{Access, AccessKind, Gva, Mpa, Outcome, Rule};
+use umbra_mmu::{Access, AccessKind, Gva, Outcome};
 
 use super::bus::{Aftermath, FpuUse};
 use super::ending::End;
@@ -106,12 +106,12 @@ impl Native {
             Err(NotRefreshed::Kvm(error)) => return Some(refused(core, error)),
             Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
         }
-        let owes = core.mmu.enter(&core.mmu_vcpu) || core.hardware_owes_flush;
+        let owes = core.enter_hardware();
         if !core.tables.is_current() {
             core.mmu.leave_unrun(&core.mmu_vcpu);
             return None;
         }
-        let flushed = if owes { self.flush(core, root) } else { Ok(false) };
+        let flushed = if owes { self.flusher.flush(core, &mut self.kvm, root) } else { Ok(false) };
         let left = flushed.and_then(|kicked| match kicked {
             true => Ok(None),
             false => self.kvm.run_guest(&core.cpu, root).map(Some),
@@ -133,26 +133,6 @@ impl Native {
             Ok(KvmExit::Trap { vector, error, cr2 }) => self.on_trap(core, vector, error, cr2),
             Err(error) => Some(refused(core, error)),
         }
-    }
-
-    /// Flushes, and says so at once: whoever waits for it would else wait for the guest's next exit. True where a kick came
-    /// meanwhile.
-    fn flush(&mut self, core: &mut Core, root: Mpa) -> Result<bool, KvmError> {
-        let (id, coherence) = (core.mmu_vcpu.id(), core.mmu.coherence());
-        let epoch = coherence.begin_flush();
-        let rules = core.mmu.rules();
-        if rules.keep(Rule::NotifierFlush) {
-            self.flusher.before_entry(&core.mmu)?;
-        }
-        let flushes = self.flusher.flushes_at_entry() && rules.keep(Rule::FirmwareFlush);
-        let kicked = flushes && self.kvm.flush(&core.cpu, root)?;
-        if rules.keep(Rule::FlushBesideHardware) {
-            core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
-        }
-        coherence.end_flush(id, epoch);
-        core.hardware_owes_flush = false;
-        core.stats.flushes += 1;
-        Ok(kicked)
     }
 
     /// Decides what a trap of the hardware means.

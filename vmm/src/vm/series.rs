@@ -20,6 +20,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::events::add;
 use super::live::LiveLine;
+use crate::machine::Pool;
 use crate::virtio::balloon::{Balloon, BalloonState};
 
 /// From one sample to the next, at the beginning.
@@ -60,18 +61,24 @@ pub struct Sample {
     pub clean_drops: u64,
     /// Invalidations.
     pub invalidations: u64,
+    /// Times that somebody who may not sleep was told WouldBlock.
+    pub would_blocks: u64,
     /// Times that a vCPU had to reclaim for itself.
     pub direct_reclaims: u64,
     /// Times that a vCPU slept at the gate of a page that was changing hands.
     pub gate_waits: u64,
     /// Times that a vCPU waited for a page to be brought in; to reclaim for itself is one reason.
     pub page_waits: u64,
+    /// Pages of the guest's machine memory that the host says it backs. `None` where it cannot be asked.
+    pub host_backs: Option<u64>,
     /// Pages that the guest's balloon driver says it has given up, at that moment.
     pub balloon_actual: u32,
     /// Pages that the guest says nothing uses. `None` where it sends no statistics, as for the next one.
     pub guest_free: Option<u64>,
     /// Pages that the guest says it has read from a swap of its own, so far.
     pub guest_swap_ins: Option<u64>,
+    /// Pages of a swap of its own that it says are in use.
+    pub guest_swapped: Option<u64>,
 }
 
 impl Sample {
@@ -92,6 +99,7 @@ impl Sample {
             zero_drops: usage.zero_drops,
             clean_drops: usage.clean_drops,
             invalidations: usage.invalidations,
+            would_blocks: usage.would_blocks,
             direct_reclaims: usage.direct_reclaims,
             gate_waits: usage.gate_waits,
             page_waits: usage.page_waits,
@@ -111,6 +119,7 @@ impl Sample {
             balloon_actual: balloon.actual,
             guest_free: stats.free.map(|bytes| bytes / PAGE_SIZE),
             guest_swap_ins: stats.swap_in.map(|bytes| bytes / PAGE_SIZE),
+            guest_swapped: stats.swapped.map(|bytes| bytes / PAGE_SIZE),
             ..self
         }
     }
@@ -127,6 +136,8 @@ pub struct Rates {
     pub invalidations: f64,
     /// Waits of a vCPU: at the gate of a page, or for one to be brought in.
     pub stalls: f64,
+    /// WouldBlocks of whoever may not sleep.
+    pub would_blocks: f64,
     /// Pages that the guest has read from a swap of its own; `None` where it does not say.
     pub guest_swap_ins: Option<f64>,
 }
@@ -141,6 +152,7 @@ impl Rates {
             swap_outs: rate(before.swap_outs, after.swap_outs),
             invalidations: rate(before.invalidations, after.invalidations),
             stalls: rate(before.stalls(), after.stalls()),
+            would_blocks: rate(before.would_blocks, after.would_blocks),
             guest_swap_ins: before.guest_swap_ins.zip(after.guest_swap_ins).map(|(a, b)| rate(a, b)),
         })
     }
@@ -219,10 +231,11 @@ pub fn next_multiple(at: Duration, interval: Duration) -> Duration {
 /// A column's name in JSON, and its values; what nobody knows is null.
 type Column = (&'static str, fn(&Sample) -> Option<u64>);
 
-const COLUMNS: [Column; 20] = [
+const COLUMNS: [Column; 23] = [
     ("at_micros", |s| Some(u64::try_from(s.at.as_micros()).unwrap_or(u64::MAX))),
     ("budget", |s| Some(s.budget.into())),
     ("frames_used", |s| Some(s.frames_used.into())),
+    ("host_backs", |s| s.host_backs),
     ("frames_free", |s| Some(s.frames_free.into())),
     ("resident", |s| Some(s.resident.into())),
     ("swapped", |s| Some(s.swapped.into())),
@@ -234,12 +247,14 @@ const COLUMNS: [Column; 20] = [
     ("zero_drops", |s| Some(s.zero_drops)),
     ("clean_drops", |s| Some(s.clean_drops)),
     ("invalidations", |s| Some(s.invalidations)),
+    ("would_blocks", |s| Some(s.would_blocks)),
     ("direct_reclaims", |s| Some(s.direct_reclaims)),
     ("gate_waits", |s| Some(s.gate_waits)),
     ("page_waits", |s| Some(s.page_waits)),
     ("balloon_actual", |s| Some(s.balloon_actual.into())),
     ("guest_free", |s| s.guest_free),
     ("guest_swap_ins", |s| s.guest_swap_ins),
+    ("guest_swapped", |s| s.guest_swapped),
 ];
 
 impl Serialize for Series {
@@ -258,6 +273,7 @@ impl Serialize for Series {
 #[derive(Clone)]
 pub struct Recorder {
     mmu: Arc<Mmu>,
+    pool: Arc<Pool>,
     balloon: Balloon,
     started: Instant,
     state: Arc<Mutex<State>>,
@@ -272,10 +288,10 @@ struct State {
 
 impl Recorder {
     /// Takes the first sample. `live` is shown all of them.
-    pub fn start(mmu: Arc<Mmu>, balloon: Balloon, live: Option<LiveLine>) -> Recorder {
+    pub fn start(mmu: Arc<Mmu>, pool: Arc<Pool>, balloon: Balloon, live: Option<LiveLine>) -> Recorder {
         let state = State { series: Series::default(), live, ask: Duration::ZERO };
         let state = Arc::new(Mutex::new(state));
-        let recorder = Recorder { mmu, balloon, started: Instant::now(), state };
+        let recorder = Recorder { mmu, pool, balloon, started: Instant::now(), state };
         recorder.tick();
         recorder
     }
@@ -324,7 +340,8 @@ impl Recorder {
 
     fn sample(&self) -> Sample {
         let sample = Sample::of(&self.mmu.usage(), self.started.elapsed());
-        sample.with_balloon(&self.balloon.state())
+        let host_backs = self.pool.backed_bytes().ok().map(|bytes| bytes / PAGE_SIZE);
+        Sample { host_backs, ..sample.with_balloon(&self.balloon.state()) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -471,9 +488,11 @@ mod tests {
     fn a_guests_own_words_are_in_pages_and_absent_where_it_says_none() {
         let silent = at(0).with_balloon(&BalloonState { actual: 3, ..BalloonState::default() });
         assert_eq!((silent.balloon_actual, silent.guest_free, silent.guest_swap_ins), (3, None, None));
-        let stats = GuestStats { free: Some(8192), swap_in: Some(4096), ..GuestStats::default() };
+        let swapped = Some(5 * 4096);
+        let stats = GuestStats { free: Some(8192), swap_in: Some(4096), swapped, ..GuestStats::default() };
         let talks = at(0).with_balloon(&BalloonState { stats: Some(stats), ..BalloonState::default() });
-        assert_eq!((talks.guest_free, talks.guest_swap_ins), (Some(2), Some(1)));
+        let said = (talks.guest_free, talks.guest_swap_ins, talks.guest_swapped);
+        assert_eq!(said, (Some(2), Some(1), Some(5)));
     }
 
     #[test]

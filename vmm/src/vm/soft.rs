@@ -37,8 +37,10 @@ impl Soft {
         let (engine, attention, waiting) = (&mut self.engine, self.attention.clone(), core.waiting);
         let mut exceptions = 0;
         let mut user_faults = 0;
+        let executed = core.stats.interpreted;
         let (ran, after) = core.with_bus(Some(core.time), |cpu, bus| {
             bus.heed(attention);
+            bus.count_from(executed);
             let mut steps = 0;
             loop {
                 let ran = engine.run(cpu, bus, budget - steps, extent, waiting);
@@ -50,8 +52,12 @@ impl Soft {
                     if deliver(cpu, bus, Event::Exception(exception)) == Delivered::Handler {
                         exceptions += 1;
                         user_faults += u64::from(user_fault);
+                        bus.event();
                         continue;
                     }
+                }
+                if ran.last == Step::Halted {
+                    bus.halted();
                 }
                 return Ran { steps, last: ran.last };
             }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
+use umbra_mmu::guest_tlb::Verdicts;
 use umbra_mmu::records::Cause;
 use umbra_mmu::sync::sim::Logged;
 use umbra_mmu::{Context, FaultStats, Mmu};
@@ -131,6 +132,10 @@ pub struct Invalidations {
     pub nanos: u64,
     /// The longest.
     pub nanos_max: u64,
+    /// Requests of callers that may not sleep, whatever came of them.
+    pub atomic: u64,
+    /// Those of them that would have had to.
+    pub would_block: u64,
 }
 
 impl Invalidations {
@@ -149,6 +154,8 @@ impl Invalidations {
             importer_slowest: t.slowest.map(|importer| importer.0),
             nanos: t.nanos,
             nanos_max: t.nanos_max,
+            atomic: t.atomic,
+            would_block: t.would_block,
         }
     }
 }
@@ -184,6 +191,8 @@ pub struct Summary {
     pub guest_exit: Option<u32>,
     /// The end in words.
     pub end: String,
+    /// How often an operator has had the machine reset. What is counted here is counted over all of them.
+    pub resets: u64,
     /// Named regions and their hashes.
     pub regions: Vec<Witness>,
     /// Why the witnesses could not be heard, if they could not.
@@ -198,6 +207,8 @@ pub struct Summary {
     pub vcpu: Counts,
     /// Memory.
     pub memory: Memory,
+    /// What `--check-guest-tlb` found, but for what ended the run.
+    pub guest_tlb: Option<GuestFlushes>,
     /// Disks, in order.
     pub disks: Vec<DiskSummary>,
     /// The balloon.
@@ -259,6 +270,58 @@ impl From<FaultStats> for Faults {
             gate_waits: s.gate_waits,
             gate_nanos_max: s.gate_nanos_max,
         }
+    }
+}
+
+/// What was found of the guest's own flushes.
+#[derive(Clone, Debug, Serialize)]
+pub struct GuestFlushes {
+    /// Changes of page-table entries that were seen.
+    pub edits: u64,
+    /// Edits whose CPU let go while a translation was held that had lost its frame.
+    pub suspect_frames: u64,
+    /// The same, that had lost a right.
+    pub suspect_rights: u64,
+    /// The same, whose accessed or dirty bit was taken.
+    pub suspect_status: u64,
+    /// A table was taken out of its directory by a CPU that has flushed nothing since.
+    pub suspect_tables: u64,
+    /// PAE's pointers were stored to and not loaded.
+    pub suspect_pointers: u64,
+    /// The first of them, in words.
+    pub suspects: Vec<String>,
+}
+
+impl From<Verdicts> for GuestFlushes {
+    fn from(found: Verdicts) -> GuestFlushes {
+        let [suspect_frames, suspect_rights, suspect_status, suspect_tables, suspect_pointers] =
+            found.suspects;
+        let suspects = found.listed.iter().map(ToString::to_string).collect();
+        GuestFlushes {
+            edits: found.edits,
+            suspect_frames,
+            suspect_rights,
+            suspect_status,
+            suspect_tables,
+            suspect_pointers,
+            suspects,
+        }
+    }
+}
+
+impl fmt::Display for GuestFlushes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.suspects.iter().try_for_each(|suspect| writeln!(f, "suspect: {suspect}"))?;
+        write!(
+            f,
+            "guest TLB: edits={} suspect frames={} rights={} accessed or dirty={} tables={} pointers={}",
+            self.edits,
+            self.suspect_frames,
+            self.suspect_rights,
+            self.suspect_status,
+            self.suspect_tables,
+            self.suspect_pointers,
+        )
     }
 }
 
@@ -328,15 +391,36 @@ pub fn judge(end: &End, regions: &[Witness], witness_error: Option<&str>, audit:
         End::Board(BoardExit::DebugExit(value)) => Status::Guest(*value),
         End::Board(_) | End::TripleFault(_) | End::Init(_) | End::Stuck(_) => Status::Reset,
         End::Timeout(_) => Status::Timeout,
-        End::Quit | End::Signal | End::HostReset => Status::Quit,
-        End::Unknown { .. } | End::Backend { .. } | End::Shortage(_) | End::Panic { .. } => Status::Failure,
+        End::Quit | End::Signal => Status::Quit,
+        End::Unknown { .. }
+        | End::Backend { .. }
+        | End::Shortage(_)
+        | End::NotReset(_)
+        | End::Panic { .. } => Status::Failure,
         End::Incoherent(_) => Status::Incoherent,
+        End::GuestTlb(_) => Status::GuestTlb,
     };
     if !audit.is_empty() && status != Status::Incoherent {
         return Status::Failure;
     }
     let contradicted = witness_error.is_some() || regions.iter().any(|r| !r.agrees());
     if status == Status::Pass && contradicted { Status::Witness } else { status }
+}
+
+/// What came of requests that might not sleep: a line for each cause of which there were some.
+struct WithoutSleep<'a>(&'a Memory);
+
+impl fmt::Display for WithoutSleep<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for of in self.0.invalidations.iter().filter(|of| of.atomic > 0) {
+            writeln!(
+                f,
+                "{} without sleep: {} of {} would have blocked",
+                of.cause, of.would_block, of.atomic
+            )?;
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for Summary {
@@ -357,6 +441,10 @@ impl fmt::Display for Summary {
         for finding in &self.audit {
             writeln!(f, "audit: {finding}")?;
         }
+        if let Some(found) = &self.guest_tlb {
+            writeln!(f, "{found}")?;
+        }
+        write!(f, "{}", WithoutSleep(&self.memory))?;
         let good = self.regions.iter().filter(|r| r.agrees()).count();
         write!(
             f,
@@ -370,7 +458,8 @@ impl fmt::Display for Summary {
             self.vcpu.user_faults,
             self.memory.resident,
             Duration::from_micros(self.times.ended).as_secs_f64(),
-        )
+        )?;
+        if self.resets > 0 { write!(f, " resets={}", self.resets) } else { Ok(()) }
     }
 }
 
@@ -389,6 +478,20 @@ mod tests {
         assert_eq!(judge(&pass, &[region(1, 2)], None, &[]), Status::Witness);
         assert_eq!(judge(&pass, &[], Some("no table"), &[]), Status::Witness);
         assert_eq!(judge(&pass, &[], None, &["INV-X".into()]), Status::Failure);
+    }
+
+    #[test]
+    fn what_was_asked_without_sleep_is_in_the_summary_and_nothing_where_nobody_has() {
+        let config = umbra_mmu::Config { low_pages: 1, ..umbra_mmu::Config::of_pages(600) };
+        let mmu = Mmu::new(umbra_mmu::Machine::anonymous(1200), config, Box::new(umbra_mmu::NoVcpus));
+        let of = |mmu: &Mmu| WithoutSleep(&Memory::of(mmu)).to_string();
+        assert_eq!(of(&mmu), "");
+        let stack = umbra_mmu::LocalStack::new(Context::Host);
+        mmu.write_bytes(&stack, umbra_mmu::Gfn(9).at(0), &[1]).expect("a frame");
+        let pages = [umbra_mmu::Gfn(8), umbra_mmu::Gfn(9)];
+        mmu.page_out_atomic(None, &pages).expect_err("it would have to be written");
+        mmu.page_out_atomic(None, &pages[..1]).expect("there is nothing to do");
+        assert_eq!(of(&mmu), "page-out without sleep: 1 of 2 would have blocked\n");
     }
 
     #[test]

@@ -111,6 +111,12 @@ impl DescriptorTables {
         self.current = false;
     }
 
+    /// There are no tables any more: none of their pages is watched.
+    pub fn forget(&mut self, mmu: &Mmu) {
+        self.watched.drain(..).for_each(|gfn| self.watches.remove(mmu, gfn));
+        self.current = false;
+    }
+
     /// True when nobody has stored to any table since the copy was made. For a vCPU that counts as inside the guest.
     pub fn is_current(&self) -> bool {
         self.stores == self.watches.stores()

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! run: take the kick back --> ended? --> requests --> stopped? --> board: exit, NMI, interrupt --> halted? --> Backend::run
-//!        ^                                             stand                                        sleep        |
+//!        ^                                             stand, reset                                 sleep        |
 //!        +--------------------------------------------------------------------------------------------+----------+
 //! ```
 //!
@@ -24,8 +24,9 @@ use umbra_mmu::{FaultStats, Gpa, Mmu, Rule, Vcpu};
 use super::bus::{Aftermath, FpuUse, GuestBus};
 use super::devices::{Devices, Nap};
 use super::ending::{End, Ending};
+use super::power::PowerOn;
 use super::requests::Requests;
-use super::stops::Stops;
+use super::stops::{Duty, Stops};
 use super::tables::{DescriptorTables, Watches};
 use crate::board::{Nanos, Signals};
 use crate::cpu::{CpuState, eflags};
@@ -95,6 +96,8 @@ pub struct Surroundings {
     pub requests: Arc<Requests>,
     /// Whether the guest is to run.
     pub stops: Arc<Stops>,
+    /// What makes the machine anew.
+    pub power: Arc<dyn PowerOn>,
     /// The descriptor tables that native code loads from.
     pub watches: Arc<Watches>,
     /// The threads of the vCPUs, as the kernel counts them.
@@ -127,6 +130,7 @@ pub struct Core {
     ending: Ending,
     requests: Arc<Requests>,
     stops: Arc<Stops>,
+    power: Arc<dyn PowerOn>,
     threads: Arc<[AtomicI32]>,
     /// It does nothing before another CPU has sent it a start-up.
     waits_for_startup: bool,
@@ -137,7 +141,7 @@ pub struct Core {
 impl Core {
     /// A vCPU that will start as `start` says, or where another one has it start.
     pub fn new(start: Option<CpuState>, mmu_vcpu: Vcpu, around: Surroundings) -> Core {
-        let Surroundings { mmu, devices, ending, requests, stops, watches, threads } = around;
+        let Surroundings { mmu, devices, ending, requests, stops, power, watches, threads } = around;
         Core {
             waits_for_startup: start.is_none(),
             cpu: start.unwrap_or_else(|| CpuState::reset(mmu_vcpu.id())),
@@ -153,6 +157,7 @@ impl Core {
             ending,
             requests,
             stops,
+            power,
             threads,
             waiting: Waiting::default(),
         }
@@ -172,23 +177,53 @@ impl Core {
                 return self.mmu.rest(&self.mmu_vcpu);
             }
             self.requests.serve(&self.mmu, &self.mmu_vcpu);
-            if self.stops.stand(self.mmu_vcpu.id()) {
-                self.stand_still();
-                continue;
-            }
-            if let Some(end) = self.pass(backend) {
+            let id = self.mmu_vcpu.id();
+            let end = match self.stops.duty(id) {
+                Duty::Run => self.pass(backend),
+                Duty::Stand => {
+                    self.mmu.rest(&self.mmu_vcpu);
+                    self.devices.sleep(id);
+                    None
+                }
+                Duty::Forget => {
+                    self.forget();
+                    self.stops.has_forgotten(id);
+                    None
+                }
+                Duty::PowerOn => self.power_on(),
+            };
+            if let Some(end) = end {
                 self.ending.set(end);
             }
         }
     }
 
-    /// Outside the guest until somebody says otherwise.
-    fn stand_still(&mut self) {
-        self.mmu.rest(&self.mmu_vcpu);
-        while self.stops.stand(self.mmu_vcpu.id()) && !self.ending.is_set() {
-            self.requests.serve(&self.mmu, &self.mmu_vcpu);
-            self.devices.sleep(self.mmu_vcpu.id());
+    /// The CPU is as after a reset, and waits for a start-up; nothing of its paging or its tables is left.
+    fn forget(&mut self) {
+        self.mmu.reset_vcpu(&mut self.mmu_vcpu);
+        self.tables.forget(&self.mmu);
+        self.cpu = self.after_reset(CpuState::reset(self.mmu_vcpu.id()));
+        (self.fpu_in_hardware, self.fpu_wanted) = (false, false);
+        (self.waits_for_startup, self.waiting) = (true, Waiting::default());
+    }
+
+    /// The first vCPU makes the machine anew, and begins where that says.
+    fn power_on(&mut self) -> Option<End> {
+        match self.power.power_on(&self.mmu, &self.devices, &self.ending) {
+            Ok(start) => {
+                self.cpu = self.after_reset(start);
+                self.waits_for_startup = false;
+                self.stops.has_begun_anew();
+                None
+            }
+            Err(end) => Some(end),
         }
+    }
+
+    /// The time-stamp counter begins at 0, on all CPUs at once: guest time stands.
+    fn after_reset(&self, mut cpu: CpuState) -> CpuState {
+        cpu.msrs.tsc_offset = self.devices.now().0.wrapping_neg();
+        cpu
     }
 
     /// One round: what the board wants, then the guest, then what it left for.
@@ -333,6 +368,11 @@ impl Core {
         self.hardware_owes_flush |= after.flushes > 0 && self.mmu.rules().keep(Rule::HardwareOwesFlush);
     }
 
+    /// Inside the guest from now on, to be run by hardware; says whether that must flush first.
+    pub fn enter_hardware(&self) -> bool {
+        self.mmu.enter(&self.mmu_vcpu) || self.hardware_owes_flush
+    }
+
     /// Interprets the instruction at CS:EIP.
     pub fn interpret(&mut self) -> (Step, Aftermath) {
         self.stats.interpreted += 1;
@@ -353,7 +393,13 @@ impl Core {
         }
         loop {
             let time = self.own_time();
-            let (delivered, after) = self.with_bus(time, |cpu, bus| interp::deliver(cpu, bus, event));
+            let (delivered, after) = self.with_bus(time, |cpu, bus| {
+                let delivered = interp::deliver(cpu, bus, event);
+                if delivered == Delivered::Handler {
+                    bus.event();
+                }
+                delivered
+            });
             match delivered {
                 Delivered::Handler => return None,
                 Delivered::TripleFault => return Some(End::TripleFault(Box::new(self.cpu.clone()))),
@@ -382,9 +428,10 @@ impl Core {
 
 /// Why an instruction must be run again, where that is the end of the run.
 pub fn lacking(after: Aftermath) -> Option<End> {
-    match after.violation {
-        Some(violation) => Some(End::Incoherent(violation)),
-        None => after.shortage.map(End::Shortage),
+    match (after.violation, after.finding) {
+        (Some(violation), _) => Some(End::Incoherent(violation)),
+        (None, Some(finding)) => Some(End::GuestTlb(finding)),
+        (None, None) => after.shortage.map(End::Shortage),
     }
 }
 

@@ -17,6 +17,15 @@ const STARTUP: u32 = 0x4610;
 const NMI: u32 = 0x4400;
 const VECTOR: u32 = 0x4050;
 
+/// A machine whose first vCPU begins in flat code.
+struct Flat;
+
+impl PowerOn for Flat {
+    fn power_on(&self, _: &Mmu, _: &Devices, _: &Ending) -> Result<CpuState, End> {
+        Ok(CpuState::flat_protected_mode(CODE))
+    }
+}
+
 /// The second of two vCPUs, which runs flat code with interrupts on.
 fn second() -> Core {
     let memory = MemoryMap::new(MEMORY_BYTES_MIN).expect("a map");
@@ -34,6 +43,7 @@ fn second() -> Core {
         requests: Arc::new(Requests::new(2)),
         stops: Arc::new(Stops::new(Arc::clone(&devices), Arc::new(News::default()))),
         devices,
+        power: Arc::new(Flat),
         watches: Arc::default(),
         threads: (0..2).map(|_| AtomicI32::new(0)).collect(),
     };
@@ -89,4 +99,19 @@ fn a_start_up_for_a_cpu_that_runs_means_nothing() {
     send(&core, STARTUP);
     assert!(core.heed_board().is_none());
     assert_eq!((code_base(&core), core.cpu.eip), (0, CODE));
+}
+
+#[test]
+fn a_reset_leaves_nothing_of_a_cpu_and_has_the_others_wait_for_a_start_up() {
+    let mut core = second();
+    core.cpu.gpr[3] = 7;
+    core.waiting.nmi = true;
+    core.fpu_in_hardware = true;
+    core.forget();
+    let mut reset = CpuState::reset(1);
+    reset.msrs.tsc_offset = core.cpu.msrs.tsc_offset;
+    assert_eq!(core.cpu, reset);
+    assert!(core.waits_for_startup && !core.waiting.nmi && !core.fpu_in_hardware);
+    let tsc = core.devices.now().0.wrapping_add(core.cpu.msrs.tsc_offset);
+    assert!(tsc < 10_000_000_000, "the time-stamp counter begins anew: {tsc}");
 }

@@ -1,7 +1,8 @@
 //! The guest's virtio devices: their slots, their threads, and their way to the board.
 //!
 //! Story: disks are plugged in order into the first slots, the balloon behind them, before the guest runs. Each has a thread then,
-//! which sleeps until [`Devices`] rings its bell.
+//! which sleeps until [`Devices`] rings its bell. One that makes nobody wait ([`Device::is_prompt`]) is served by the vCPU that
+//! notifies it, and its thread has what that one leaves.
 //!
 //! Holds: a panic of such a thread, or a page that cannot be had, ends the run. A vCPU that waits for a device looks again once
 //! the device has nothing more to do, so that a wait for ever is seen.
@@ -11,14 +12,15 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use umbra_mmu::sync::sim;
-use umbra_mmu::{Mmu, PAGE_SIZE};
+use umbra_mmu::{Mmu, PAGE_SIZE, Shortage};
 
 use super::control::{BalloonControl, News};
-use super::devices::Devices;
+use super::devices::{Devices, Prompt};
 use super::ending::{End, Ending};
 use super::simulation;
 use crate::board::VirtioSnapshot;
@@ -31,13 +33,18 @@ use crate::virtio::{Device, Port};
 /// How long the end of the run waits for requests under way.
 pub const FINISH_MAX: Duration = Duration::from_secs(5);
 
+/// Rounds that a vCPU makes over a device that it has notified, before it leaves the rest to the device's thread.
+const ROUNDS_OF_A_VCPU: usize = 8;
+
 /// A slot of the board behind its lock.
-struct SlotPort {
-    devices: Arc<Devices>,
+struct SlotPort<D> {
+    devices: D,
     slot: usize,
+    /// Whose thread this is for: it is not woken.
+    vcpu: Option<u32>,
 }
 
-impl Port for SlotPort {
+impl<D: Deref<Target = Devices> + Send + Sync> Port for SlotPort<D> {
     fn begin(&self) -> Option<VirtioSnapshot> {
         let begun = self.devices.begin_round(self.slot);
         if begun.is_none() {
@@ -47,7 +54,7 @@ impl Port for SlotPort {
     }
 
     fn end(&self, used: bool, more: bool) {
-        self.devices.end_round(self.slot, |board, now| {
+        self.devices.end_round(self.slot, self.vcpu, |board, now| {
             if used {
                 board.virtio_used(now, self.slot);
             }
@@ -59,7 +66,7 @@ impl Port for SlotPort {
     }
 
     fn fail(&self) {
-        self.devices.end_round(self.slot, |board, now| {
+        self.devices.end_round(self.slot, self.vcpu, |board, now| {
             board.virtio_failed(now, self.slot);
             board.virtio_end(now, self.slot, false);
         });
@@ -73,9 +80,33 @@ impl Port for SlotPort {
 
 /// A device in its slot.
 struct Plugged<D> {
-    worker: Worker<D>,
-    port: Arc<SlotPort>,
+    worker: Arc<Mutex<Worker<D>>>,
+    port: Arc<SlotPort<Arc<Devices>>>,
     bell: Arc<Bell>,
+}
+
+/// The same for the vCPUs that notify it.
+struct Noticed<D> {
+    worker: Arc<Mutex<Worker<D>>>,
+    slot: usize,
+    bell: Arc<Bell>,
+}
+
+impl<D: Device> Prompt for Noticed<D> {
+    fn serve(&self, vcpu: u32, mmu: &Mmu, devices: &Devices) -> Result<(), Shortage> {
+        let more = match self.worker.try_lock() {
+            Ok(mut worker) => {
+                let port = SlotPort { devices, slot: self.slot, vcpu: Some(vcpu) };
+                worker.rounds(mmu, &port, ROUNDS_OF_A_VCPU)?
+            }
+            // Somebody is at it, and may be past what there is now; or a panic has ended the run.
+            Err(_) => true,
+        };
+        if more {
+            self.bell.ring();
+        }
+        Ok(())
+    }
 }
 
 impl<D: Device + 'static> Plugged<D> {
@@ -84,18 +115,31 @@ impl<D: Device + 'static> Plugged<D> {
         assert!(plugged, "virtio slot {slot} is free");
         let bell = Arc::new(Bell::default());
         devices.set_bell(slot, Arc::clone(&bell));
-        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot });
-        Plugged { worker: Worker::new(device, name), port, bell }
+        let prompt = device.is_prompt();
+        let worker = Arc::new(Mutex::new(Worker::new(device, name)));
+        if prompt {
+            let (worker, bell) = (Arc::clone(&worker), Arc::clone(&bell));
+            devices.set_prompt(slot, Arc::new(Noticed { worker, slot, bell }));
+        }
+        let port = Arc::new(SlotPort { devices: Arc::clone(devices), slot, vcpu: None });
+        Plugged { worker, port, bell }
     }
 
     fn start(self, thread: &'static str, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<Thread> {
-        let Plugged { mut worker, port, bell } = self;
+        let Plugged { worker, port, bell } = self;
         let (mmu, ending, own) = (Arc::clone(mmu), ending.clone(), Arc::clone(&bell));
-        let name = worker.name().to_owned();
+        let name = sim::lock(&worker).name().to_owned();
         let work = move || {
             ending.watch(thread, || {
-                if let Err(short) = worker.run(&mmu, &*port, &own) {
-                    ending.set(End::Shortage(short));
+                while own.wait() {
+                    // Each round by itself: a vCPU that comes meanwhile is not kept.
+                    while !own.is_stopped() {
+                        match sim::lock(&worker).rounds(&mmu, &*port, 1) {
+                            Ok(true) => {}
+                            Ok(false) => break,
+                            Err(short) => return ending.set(End::Shortage(short)),
+                        }
+                    }
                 }
             });
         };
@@ -150,7 +194,7 @@ impl VirtioDevices {
     /// When the host has no thread left.
     pub fn start(self, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<VirtioThreads> {
         let VirtioDevices { disks, balloon } = self;
-        let handles = disks.iter().map(|disk| disk.worker.device().handle()).collect();
+        let handles = disks.iter().map(|disk| sim::lock(&disk.worker).device().handle()).collect();
         let handle = host_side(&balloon);
         let mut threads = vec![balloon.start("balloon", mmu, ending)?];
         for disk in disks {
@@ -162,7 +206,7 @@ impl VirtioDevices {
 
 fn host_side(balloon: &Plugged<BalloonDevice>) -> Balloon {
     let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
-    balloon.worker.device().handle(port, Arc::clone(&balloon.bell))
+    sim::lock(&balloon.worker).device().handle(port, Arc::clone(&balloon.bell))
 }
 
 /// The balloon as the control socket has it: in bytes of what the guest keeps.
@@ -259,7 +303,7 @@ mod tests {
     use crate::interp::Width;
     use crate::virtio::disk::{DiskSource, DiskSpec, Medium};
     use crate::virtio::fuzz::{self, BUFFERS, Driver, Registers, WRITE};
-    use crate::vm::stops::Stops;
+    use crate::vm::stops::{Duty, Stops};
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -315,12 +359,24 @@ mod tests {
         }
     }
 
-    /// Offers a request to write a sector of the disk in slot 0, and notifies.
-    fn write_a_sector(run: &Run, driver: &mut Driver) {
+    /// Offers a request to write a sector of the disk in slot 0.
+    fn offer_a_write(run: &Run, driver: &mut Driver) {
         fuzz::poke(&run.mmu, BUFFERS, &[&1u32.to_le_bytes()[..], &[0; 12]].concat());
         let parts = [(BUFFERS, 16, 0), (BUFFERS + 0x1000, 512, 0), (BUFFERS + 0x2000, 1, WRITE)];
         driver.offer_chain(&run.mmu, 0, 1, &parts, false);
+    }
+
+    /// The same, and notifies.
+    fn write_a_sector(run: &Run, driver: &mut Driver) {
+        offer_a_write(run, driver);
         Slot(&run.devices, 0).write(0x50, 0);
+    }
+
+    /// Notifies as vCPU 0 does: what it is to serve itself.
+    fn notify_as_vcpu(run: &Run) -> u32 {
+        run.devices.write_at(0, run.devices.now(), |board, now| {
+            board.mmio_write(now, 0, Slot(&run.devices, 0).gpa(0x50), Width::B4, 0);
+        })
     }
 
     #[test]
@@ -353,6 +409,46 @@ mod tests {
         assert_eq!(Slot(&run.devices, 1).read(0x100), 5);
         let (disks, balloon) = run.threads.finish();
         assert_eq!((disks[0].write.requests, disks[0].write.errors, balloon.target), (99, 0, 5));
+    }
+
+    #[test]
+    fn a_vcpu_serves_a_disk_in_memory_itself_and_leaves_what_is_too_much_to_its_thread() {
+        let run = run(memory_disks(1));
+        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
+        driver.set_up(&run.mmu, &slot, 0, F_EVENT_IDX);
+        // A driver that begins concerns the thread.
+        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        for round in 1..100u16 {
+            offer_a_write(&run, &mut driver);
+            assert_eq!(notify_as_vcpu(&run), 1);
+            assert_eq!(driver.used(&run.mmu, 0).0, round - 1, "nobody else has been called");
+            run.devices.serve(0, &run.mmu, 1).expect("pages");
+            assert_eq!(driver.used(&run.mmu, 0).0, round, "it is done when this returns");
+            assert_eq!(slot.read(0x60), 1);
+            slot.write(0x64, 1);
+        }
+        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        for _ in 0..ROUNDS_OF_A_VCPU + 3 {
+            offer_a_write(&run, &mut driver);
+        }
+        assert_eq!(notify_as_vcpu(&run), 1);
+        run.devices.serve(0, &run.mmu, 1).expect("pages");
+        wait_for(|| driver.used(&run.mmu, 0).0 == 99 + ROUNDS_OF_A_VCPU as u16 + 3);
+        assert_eq!(run.threads.finish().0[0].write.requests, 99 + ROUNDS_OF_A_VCPU as u64 + 3);
+    }
+
+    #[test]
+    fn a_vcpu_neither_serves_nor_awaits_a_disk_that_may_take_its_time() {
+        let bell = Arc::new(Bell::default());
+        let run = run(held(&bell));
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        offer_a_write(&run, &mut driver);
+        assert_eq!(notify_as_vcpu(&run), 0);
+        wait_for(|| !run.devices.is_quiet());
+        bell.ring();
+        wait_for(|| driver.used(&run.mmu, 0).0 == 1);
+        run.threads.finish();
     }
 
     /// A medium that does this at each write, and has nothing.
@@ -394,6 +490,58 @@ mod tests {
         })
     }
 
+    /// The machine is not made anew before the request in hand is done; the one behind it is never served, nor is its ring known.
+    #[test]
+    fn a_reset_waits_for_the_request_in_hand_and_forgets_the_others() {
+        let bell = Arc::new(Bell::default());
+        let run = run(held(&bell));
+        let stops = Stops::new(Arc::clone(&run.devices), Arc::new(News::default()));
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, 0);
+        write_a_sector(&run, &mut driver);
+        wait_for(|| !run.devices.is_quiet());
+        write_a_sector(&run, &mut driver);
+        stops.want_reset(("host-qmp-system-reset", false));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(stops.duty(0), Duty::Stand, "a request is under way");
+        bell.ring();
+        wait_for(|| stops.duty(0) == Duty::Forget);
+        stops.has_forgotten(0);
+        run.mmu.forget_guest(0).expect("nobody holds a page");
+        run.devices.with(|board, now| board.reset(now));
+        stops.has_begun_anew();
+        bell.ring();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(Slot(&run.devices, 0).read(0x70), 0, "no driver has been here");
+        assert_eq!(run.mmu.usage().resident, 0, "memory was touched for the guest that is gone");
+        assert_eq!(run.threads.finish().0[0].write.requests, 1);
+    }
+
+    #[test]
+    fn a_balloon_is_empty_after_a_reset_and_what_is_asked_of_it_stays_asked() {
+        let run = run(Vec::new());
+        let changes = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let told = Arc::clone(&changes);
+        run.threads.balloon.on_change(Box::new(move |pages| told.lock().expect("no panic").push(pages)));
+        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
+        driver.set_up(&run.mmu, &slot, 0, 0);
+        run.threads.balloon.set_target(9);
+        slot.write(0x104, 5);
+        wait_for(|| run.threads.balloon.state().actual == 5);
+        wait_for(|| run.devices.is_quiet());
+        run.devices.with(|board, now| board.reset(now));
+        run.threads.balloon.reset();
+        assert_eq!((slot.read(0x100), slot.read(0x104)), (9, 0));
+        assert_eq!((run.threads.balloon.state().target, run.threads.balloon.state().actual), (9, 0));
+        assert_eq!(*changes.lock().expect("no panic"), [5, 0]);
+        // A driver that only gives the device up keeps what it has given.
+        driver.set_up(&run.mmu, &slot, 0, 0);
+        slot.write(0x104, 3);
+        slot.write(0x70, 0);
+        assert_eq!(slot.read(0x104), 3);
+        run.threads.finish();
+    }
+
     /// The request in hand is done, and no other begins until the guest goes on.
     #[test]
     fn a_guest_stands_when_its_devices_do_and_they_go_on_with_it() {
@@ -406,14 +554,14 @@ mod tests {
         write_a_sector(&run, &mut driver);
         wait_for(|| !run.devices.is_quiet());
         stops.want();
-        assert!(stops.stand(0) && !stops.is_standing(), "a request is under way");
+        assert!((stops.duty(0) != Duty::Run) && !stops.is_standing(), "a request is under way");
         assert!(!stops.wait(Duration::from_millis(20)));
         run.devices.sleep(0);
         bell.ring();
         // As a vCPU does, which the worker wakes.
         run.devices.sleep(0);
-        assert!(stops.stand(0));
-        wait_for(|| stops.stand(0) && stops.is_standing());
+        assert!((stops.duty(0) != Duty::Run));
+        wait_for(|| (stops.duty(0) != Duty::Run) && stops.is_standing());
         assert_eq!(driver.used(&run.mmu, 0).0, 1);
         write_a_sector(&run, &mut driver);
         bell.ring();
@@ -422,7 +570,7 @@ mod tests {
         stops.release();
         wait_for(|| driver.used(&run.mmu, 0).0 == 2);
         stops.want();
-        wait_for(|| stops.stand(0) && stops.is_standing());
+        wait_for(|| (stops.duty(0) != Duty::Run) && stops.is_standing());
         assert_eq!(run.threads.finish().0[0].write.requests, 2, "the end waits for no guest that stands");
     }
 

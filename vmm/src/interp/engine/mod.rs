@@ -57,9 +57,9 @@ pub trait CodeBus: Bus {
     /// True when somebody wants the vCPU to leave; asked once a block.
     fn is_wanted(&self) -> bool;
 
-    /// The run's step number `step` begins, counted from 1: told before anything that may read the time, and at the end of
-    /// the run.
-    fn begin(&mut self, step: u64);
+    /// The run's step number `step` begins, counted from 1, with the instruction at `eip`: told before anything that may read the
+    /// time, and at the end of the run.
+    fn begin(&mut self, step: u64, eip: u32);
 
     /// What accesses of privilege `user` are known by for [`CodeBus::quick_read`], [`NO_TAG`] where there is nothing; asked
     /// once a block.
@@ -162,7 +162,7 @@ impl Engine {
             };
         }
         if steps > 0 {
-            bus.begin(steps);
+            bus.begin(steps, cpu.eip);
         }
         Ran { steps, last }
     }
@@ -322,7 +322,7 @@ fn is_current<B: CodeBus>(block: &Block, bus: &B) -> bool {
 #[cold]
 fn left<B: CodeBus>(run: &mut Run<'_, B>, leave: Leave, steps: &mut u64) -> Step {
     *steps += 1;
-    run.core.bus.begin(*steps);
+    run.core.bus.begin(*steps, run.core.cpu.eip);
     run.core.stopped(leave)
 }
 
@@ -336,7 +336,7 @@ fn ends_there<B: CodeBus>(run: &mut Run<'_, B>, block: &Block, gva: Gva) -> bool
 /// One call of [`step`].
 fn single<B: CodeBus>(cpu: &mut CpuState, bus: &mut B, steps: &mut u64) -> Step {
     *steps += 1;
-    bus.begin(*steps);
+    bus.begin(*steps, cpu.eip);
     step(cpu, bus)
 }
 

@@ -143,7 +143,8 @@ impl<'a, B: CodeBus> Run<'a, B> {
 
     /// Tells the bus which step it is, before anything that may ask it for the time.
     pub fn tell(&mut self, op: &Op) {
-        self.core.bus.begin(self.steps + u64::from(op.number) + 1);
+        let eip = self.at(op.begin());
+        self.core.bus.begin(self.steps + u64::from(op.number) + 1, eip);
     }
 
     /// True while nobody has stored to the frame of the block.
@@ -222,7 +223,7 @@ impl<'a, B: CodeBus> Run<'a, B> {
         let offset = self.offset::<M>(op);
         if M == FULL {
             let seg = ALL_SEGMENTS[usize::from(op.seg)];
-            self.core.update(seg, offset, width::<W>(), &mut |old| u64::from(change(old as u32)))?;
+            self.core.update(seg, offset, width::<W>(), false, &mut |old| u64::from(change(old as u32)))?;
             return Ok(());
         }
         let old = self.quick_read::<W>(Gva(offset), Access::write(self.user))?;

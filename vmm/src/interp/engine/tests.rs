@@ -215,7 +215,7 @@ fn model(cpu: &mut CpuState, bus: &mut FlatBus, budget: u64, extent: Extent, wai
     let mut steps = 0;
     while steps < budget && extent.covers(cpu) && !waiting.can_be_taken(cpu) {
         steps += 1;
-        bus.begin(steps);
+        bus.begin(steps, cpu.eip);
         let last = step(cpu, bus);
         if last != Step::Done {
             return Ran { steps, last };

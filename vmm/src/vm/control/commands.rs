@@ -14,6 +14,7 @@ use super::protocol::{self, Answer, Class, Refusal};
 use super::{Controls, memory};
 use crate::vm::ending::End;
 use crate::vm::requests::Request;
+use crate::vm::stops::Gait;
 
 /// How long a vCPU may take to answer a question, or to stand still.
 pub const ANSWER_WAIT: Duration = Duration::from_secs(1);
@@ -101,7 +102,7 @@ pub const COMMANDS: &[Command] = &[
     command("x-explain", &[must("gva", Kind::Unsigned), may("vcpu", Kind::Unsigned)], How::Apart(explain)),
     command("x-frames", &[may("bytes", Kind::Unsigned)], How::AtOnce(memory::frames)),
     command("x-memory", &[], How::Apart(memory::memory)),
-    command("x-page-out", &RANGE, How::Apart(memory::page_out)),
+    command("x-page-out", &[RANGE[0], RANGE[1], may("atomic", Kind::Boolean)], How::Apart(memory::page_out)),
 ];
 
 /// The command of that name.
@@ -211,8 +212,11 @@ fn query_name(controls: &Controls, _: &Arguments) -> Answer {
 fn query_status(controls: &Controls, _: &Arguments) -> Answer {
     let status = match () {
         () if controls.ending.is_set() => "shutdown",
-        () if controls.stops.is_standing() => "paused",
-        () => "running",
+        () => match controls.stops.gait() {
+            Gait::Running => "running",
+            Gait::Paused => "paused",
+            Gait::Prelaunch => "prelaunch",
+        },
     };
     Ok(json!({"status": status, "running": status == "running"}))
 }
@@ -252,8 +256,9 @@ fn quit(controls: &Controls, _: &Arguments) -> Answer {
     Ok(json!({}))
 }
 
+/// Answered at once: RESET says when it is done.
 fn system_reset(controls: &Controls, _: &Arguments) -> Answer {
-    controls.ending.set(End::HostReset);
+    controls.stops.want_reset(("host-qmp-system-reset", false));
     Ok(json!({}))
 }
 

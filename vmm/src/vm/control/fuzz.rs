@@ -15,7 +15,7 @@ use super::commands::COMMANDS;
 use super::input::{Input, VALUE_MAX};
 use super::news::Item;
 use super::session::{Next, Session};
-use super::{Attempts, BalloonControl, Controls, News};
+use super::{BalloonControl, Controls, News};
 use crate::board::{Board, BoardConfig, MEMORY_BYTES_MIN, MemoryMap};
 use crate::vm::devices::Devices;
 use crate::vm::ending::Ending;
@@ -99,7 +99,7 @@ impl Conversations {
             pool: None,
             // Nobody is there to answer.
             answer_wait: Duration::ZERO,
-            attempts: Attempts::default(),
+            exporter: None,
         };
         Ok(Conversations { sessions: (0..clients).map(|_| Session::new()).collect(), controls })
     }

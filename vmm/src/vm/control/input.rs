@@ -5,13 +5,16 @@
 //!
 //! Holds: after an error the next `{`, or whatever follows the next control character, begins a new value. The byte 0xff is
 //! never right in UTF-8: it ends whatever there was, wherever it stands, and is itself an error. So a client that does not know what
-//! its predecessor has sent says 0xff, reads up to the error, and is understood from then on.
+//! its predecessor has sent says 0xff, reads up to the error, and is understood from then on. No object that is taken has a key twice.
 //!
 //! Limits: [`VALUE_MAX`] bytes and [`NESTING_MAX`] levels in a value.
 //!
 //! See: QEMU, qobject/json-lexer.c and json-streamer.c.
 
-use serde_json::Value;
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
 
 /// The longest value that a client may send.
 pub const VALUE_MAX: usize = 64 << 10;
@@ -202,10 +205,73 @@ impl Input {
 }
 
 fn parse(bytes: &[u8]) -> Result<Value, BadInput> {
-    match serde_json::from_slice::<Value>(bytes) {
-        Ok(value) if value.is_object() => Ok(value),
+    match serde_json::from_slice(bytes) {
+        Ok(Unique(value)) if value.is_object() => Ok(value),
         Ok(_) => Err(BadInput::NoObject),
         Err(error) => Err(BadInput::Syntax(error.to_string())),
+    }
+}
+
+/// A value in which no object has a key twice: `serde_json` would take the last, and QEMU refuses it.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Unique, D::Error> {
+        deserializer.deserialize_any(UniqueVisitor).map(Unique)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(Unique(value)) = seq.next_element()? {
+            values.push(value);
+        }
+        Ok(values.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut members = Map::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if members.contains_key(&key) {
+                return Err(A::Error::custom("duplicate key"));
+            }
+            let Unique(value) = map.next_value()?;
+            members.insert(key, value);
+        }
+        Ok(members.into())
     }
 }
 
@@ -258,6 +324,16 @@ mod tests {
         ] {
             assert_eq!(all(&[bad, b"{\"a\":1}"]), [error, good.clone()], "{bad:?}");
         }
+        for twice in [&b"{\"a\":1,\"a\":1}"[..], b"{\"b\":[{\"a\":1,\"\\u0061\":2}]}"] {
+            let found = all(&[twice, b"{\"a\":1}"]);
+            let words = "JSON parse error, duplicate key";
+            assert!(
+                matches!(&found[..], [Err(bad), Ok(_)] if bad.to_string().starts_with(words)),
+                "{twice:?}: {found:?}"
+            );
+        }
+        let apart = b"{\"a\":{\"a\":1},\"b\":[{\"a\":1},{\"a\":-2.5}]}";
+        assert_eq!(all(&[apart]), [Ok(json!({"a": {"a": 1}, "b": [{"a": 1}, {"a": -2.5}]}))]);
         for bad in [&b"{]"[..], b"{\"a\"}", b"{,}", b"{\"a\":nul}", b"{\"\xc3\x28\":1}", b"{\"a\":1e999}"] {
             let found = all(&[bad, b"{\"a\":1}"]);
             assert!(matches!(found[..], [Err(BadInput::Syntax(_)), Ok(_)]), "{bad:?}: {found:?}");

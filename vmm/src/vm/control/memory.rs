@@ -5,17 +5,17 @@
 //!
 //! Limits: [`WORK_MAX`] for a command, seen between pieces.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use umbra_mmu::discard::{Discard, NotDiscarded};
 use umbra_mmu::invalidation::May;
-use umbra_mmu::{Gfn, PAGE_SIZE, Shortage};
+use umbra_mmu::{BudgetRefused, Gfn, PAGE_SIZE, Shortage};
 
 use super::Controls;
 use super::commands::Arguments;
 use super::protocol::{Answer, Class, Refusal};
+use crate::export::Exporter;
 use crate::vm::ending::End;
 use crate::vm::summary::Memory;
 
@@ -26,15 +26,6 @@ const PIECE: u32 = 32;
 /// Pages of a piece where nothing may be waited for: one invalidation.
 const ATOMIC_PIECE: u32 = umbra_mmu::invalidation::BATCH_MAX as u32;
 
-/// Discards that might not sleep.
-#[derive(Debug, Default)]
-pub struct Attempts {
-    /// All of them.
-    atomic: AtomicU64,
-    /// Those that would have had to.
-    would_block: AtomicU64,
-}
-
 /// Queries the budget, or sets it.
 pub fn frames(controls: &Controls, arguments: &Arguments) -> Answer {
     if let Some(bytes) = arguments.unsigned("bytes") {
@@ -44,13 +35,13 @@ pub fn frames(controls: &Controls, arguments: &Arguments) -> Answer {
     Ok(json!({
         "budget": bytes(usage.budget),
         "budget-min": bytes(controls.mmu.budget_min()),
+        "budget-max": bytes(controls.mmu.budget_max()),
         "used": bytes(usage.frames_used),
         "free": bytes(usage.frames_free),
     }))
 }
 
 fn set_budget(controls: &Controls, bytes: u64) -> Result<(), Refusal> {
-    let least = controls.mmu.budget_min();
     if !bytes.is_multiple_of(PAGE_SIZE) {
         return Err(Refusal::generic("Parameter 'bytes' expects a multiple of 4096"));
     }
@@ -60,11 +51,24 @@ fn set_budget(controls: &Controls, bytes: u64) -> Result<(), Refusal> {
         ));
     }
     let frames = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
-    if let Some(wanted) = more_than_swap_has_room_for(controls, frames) {
+    // One that is too small anyway is refused for that.
+    if frames >= controls.mmu.budget_min()
+        && let Some(wanted) = more_than_swap_has_room_for(controls, frames)
+    {
         return Err(Refusal::generic(wanted));
     }
-    controls.mmu.set_budget(frames).map_err(|error| {
-        Refusal::generic(format!("{error}; the smallest possible is {} bytes", u64::from(least) * PAGE_SIZE))
+    controls.mmu.set_budget(frames).map_err(|refused| {
+        Refusal::generic(match refused {
+            BudgetRefused::TooSmall { least, .. } => format!(
+                "{bytes} bytes are too few for this guest: at least {}, for its low memory and its tables",
+                self::bytes(least)
+            ),
+            BudgetRefused::TooLarge { most, .. } => format!(
+                "{bytes} bytes are more than the machine has: at most {}, which all of this guest's memory and its tables have \
+                 room in",
+                self::bytes(most)
+            ),
+        })
     })
 }
 
@@ -76,9 +80,10 @@ fn more_than_swap_has_room_for(controls: &Controls, frames: u32) -> Option<Strin
     let least = in_use.saturating_sub(slots) + tables;
     (frames < least).then(|| {
         format!(
-            "the guest has {in_use} pages in use, and swap has {slots} slots: {frames} frames are too few; at least {} \
-             bytes are possible now, fewer with a larger --swap",
-            u64::from(least) * PAGE_SIZE
+            "the guest has {in_use} pages in use, and swap has {slots} slots: {} bytes are too few; at least {} are possible now, \
+             fewer with a larger --swap",
+            bytes(frames),
+            bytes(least)
         )
     })
 }
@@ -107,6 +112,7 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
         "frames-used": usage.frames_used,
         "budget": usage.budget,
         "budget-min": mmu.budget_min(),
+        "budget-max": mmu.budget_max(),
         "reclaim": {
             "wanted": pressure.wanted,
             "short": pressure.short,
@@ -136,7 +142,24 @@ pub fn memory(controls: &Controls, _: &Arguments) -> Answer {
             "idle": window.idle,
             "waiters": window.waiters,
         },
+        "export": controls.exporter.as_ref().map(exported),
     }))
+}
+
+/// Who imports, and what. May wait for a segment that is being made or removed.
+fn exported(exporter: &Exporter) -> Value {
+    let Exporter { mmu, segments, hub } = exporter;
+    let counts = hub.counts();
+    json!({
+        "importers": hub.importers(),
+        "segments": segments.count(),
+        "imported": mmu.imported_pages(),
+        "welcomed": counts.welcomed,
+        "told": counts.told,
+        "late": counts.late,
+        "dropped": counts.dropped,
+        "killed": counts.killed,
+    })
 }
 
 /// Umbra's whole memory, as the host counts it; it does not say where there is no /proc.
@@ -150,17 +173,13 @@ fn resident_bytes() -> Option<u64> {
 pub fn counters(controls: &Controls, _: &Arguments) -> Answer {
     let reclaim = controls.mmu.reclaim_stats();
     let memory = serde_json::to_value(Memory::of(&controls.mmu)).map_err(Refusal::generic)?;
-    let attempts = &controls.attempts;
     Ok(json!({
+        "resets": controls.stops.resets(),
         "memory": memory,
         "reclaim": {
             "scanned": reclaim.scanned,
             "reclaimed": reclaim.reclaimed,
             "unshadowed": reclaim.unshadowed,
-        },
-        "discard": {
-            "atomic": attempts.atomic.load(Ordering::Relaxed),
-            "would_block": attempts.would_block.load(Ordering::Relaxed),
         },
     }))
 }
@@ -172,24 +191,18 @@ pub fn discard(controls: &Controls, arguments: &Arguments) -> Answer {
         true => (May::NotSleep, ATOMIC_PIECE),
         false => (May::Sleep, PIECE),
     };
-    if may == May::NotSleep {
-        controls.attempts.atomic.fetch_add(1, Ordering::Relaxed);
-    }
     let done = pages.in_pieces(controls, piece, |first, last| {
         let discarded = controls.mmu.discard(None, first..last, Discard::Zero, may);
-        discarded.map(|()| last - first).map_err(|why| not_discarded(controls, why, first))
+        discarded.map(|()| last - first).map_err(|why| not_discarded(why, first))
     })?;
     Ok(json!({"discarded": done.worked, "left": done.left}))
 }
 
-fn not_discarded(controls: &Controls, why: NotDiscarded, first: u32) -> Refusal {
+fn not_discarded(why: NotDiscarded, first: u32) -> Refusal {
     let class = match why {
         NotDiscarded::WouldBlock(_) => Class::WouldBlock,
         NotDiscarded::Held { .. } => Class::Generic,
     };
-    if class == Class::WouldBlock {
-        controls.attempts.would_block.fetch_add(1, Ordering::Relaxed);
-    }
     let before = u64::from(first) * PAGE_SIZE;
     Refusal { class, desc: format!("{why}; all pages before {before:#x} are discarded") }
 }
@@ -197,6 +210,9 @@ fn not_discarded(controls: &Controls, why: NotDiscarded, first: u32) -> Refusal 
 /// Has pages go to swap, those that can be had.
 pub fn page_out(controls: &Controls, arguments: &Arguments) -> Answer {
     let pages = Pages::of(controls, arguments)?;
+    if arguments.flag("atomic") {
+        return page_out_atomic(controls, &pages);
+    }
     let done = pages.in_pieces(controls, PIECE, |first, last| {
         let gfns: Vec<Gfn> = (first..last).map(Gfn).collect();
         controls.mmu.page_out(None, &gfns).map_err(|failed| {
@@ -204,6 +220,19 @@ pub fn page_out(controls: &Controls, arguments: &Arguments) -> Answer {
                 Refusal::generic(format!("{} pages could not go to swap: {}", failed.pages, failed.why));
             controls.ending.set(End::Shortage(Shortage::Swap(failed)));
             refusal
+        })
+    })?;
+    Ok(json!({"freed": done.worked, "left": done.left}))
+}
+
+/// The same without sleep: pages that need no write.
+fn page_out_atomic(controls: &Controls, pages: &Pages) -> Answer {
+    let done = pages.in_pieces(controls, ATOMIC_PIECE, |first, last| {
+        let gfns: Vec<Gfn> = (first..last).map(Gfn).collect();
+        controls.mmu.page_out_atomic(None, &gfns).map_err(|why| {
+            let [from, to] = [first, last].map(|page| u64::from(page) * PAGE_SIZE);
+            let desc = format!("{why}; between {from:#x} and {to:#x} pages are left, and beyond that all");
+            Refusal { class: Class::WouldBlock, desc }
         })
     })?;
     Ok(json!({"freed": done.worked, "left": done.left}))

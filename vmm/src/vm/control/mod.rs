@@ -49,10 +49,11 @@ use vmm_sys_util::timerfd::TimerFd;
 
 pub use balloon::BalloonControl;
 pub use commands::ANSWER_WAIT;
-pub use memory::{Attempts, WORK_MAX};
+pub use memory::WORK_MAX;
 pub use news::News;
 pub use session::OUTPUT_MAX;
 
+use crate::export::Exporter;
 use crate::machine::Pool;
 
 use super::devices::Devices;
@@ -99,8 +100,8 @@ pub struct Controls {
     pub pool: Option<Arc<Pool>>,
     /// How long the vCPU may take to answer.
     pub answer_wait: Duration,
-    /// Discards that might not sleep.
-    pub attempts: Attempts,
+    /// Whoever imports guest memory, where it is exported.
+    pub exporter: Option<Exporter>,
 }
 
 /// The socket and its clients.

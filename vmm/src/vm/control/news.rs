@@ -77,6 +77,11 @@ impl News {
         self.push(Item::Frequent(protocol::event("BALLOON_CHANGE", Some(json!({ "actual": actual })))));
     }
 
+    /// The machine has been reset.
+    pub fn reset(&self, (reason, guest): (&'static str, bool)) {
+        self.event("RESET", Some(json!({"guest": guest, "reason": reason})));
+    }
+
     /// The run has ended.
     pub fn shutdown(&self, (reason, guest): (&'static str, bool)) {
         self.event("SHUTDOWN", Some(json!({"guest": guest, "reason": reason})));

@@ -12,6 +12,7 @@ use super::*;
 use crate::board::{Board, BoardConfig, MemoryMap};
 use crate::vm::ending::End;
 use crate::vm::events::{EventLoop, Subscriber};
+use crate::vm::stops::Duty;
 
 mod clients;
 mod memory;
@@ -77,7 +78,7 @@ impl Parts {
             swap_in_memory: true,
             pool: None,
             answer_wait: Duration::from_millis(300),
-            attempts: Attempts::default(),
+            exporter: None,
         }
     }
 }
@@ -131,8 +132,11 @@ impl Rig {
             let vcpu = parts.mmu.vcpu(0);
             while !parts.ending.is_set() {
                 parts.requests.serve(&parts.mmu, &vcpu);
-                parts.stops.stand(0);
-                parts.devices.sleep(0);
+                match parts.stops.duty(0) {
+                    Duty::Forget => parts.stops.has_forgotten(0),
+                    Duty::PowerOn => parts.stops.has_begun_anew(),
+                    Duty::Run | Duty::Stand => parts.devices.sleep(0),
+                }
             }
             parts.stops.end();
         })

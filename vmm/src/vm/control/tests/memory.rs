@@ -22,7 +22,19 @@ fn budget_is_shown_and_set_and_one_too_small_names_the_smallest() {
     let set = peer.with("x-frames", json!({"bytes": least}));
     assert_eq!(set["return"]["budget"], least);
     let answer = peer.with("x-frames", json!({"bytes": least - 4096}));
-    assert!(refused(&answer).1.contains(&least.to_string()), "{answer}");
+    assert_eq!(refused(&answer).1.matches(&least.to_string()).count(), 1, "{answer}");
+    let most = shown["budget-max"].as_u64().expect("a number");
+    assert_eq!(shown["budget"], most, "it has all of its machine from the beginning on");
+    // Swap has room enough for that; it is too small all the same.
+    let answer = peer.with("x-frames", json!({"bytes": 0}));
+    assert!(refused(&answer).1.contains(&format!("at least {least},")), "{answer}");
+    let answer = peer.with("x-frames", json!({"bytes": most + 4096}));
+    let words = format!("more than the machine has: at most {most},");
+    assert!(refused(&answer).1.contains(&words), "{answer}");
+    let answer = peer.with("x-frames", json!({"bytes": u64::MAX - 4095}));
+    assert!(refused(&answer).1.contains(&words), "{answer}");
+    assert_eq!(peer.with("x-frames", json!({"bytes": most}))["return"]["budget"], most);
+    assert_eq!(peer.with("x-frames", json!({"bytes": least}))["return"]["budget"], least);
     let answer = peer.with("x-frames", json!({"bytes": least + 1}));
     assert_eq!(refused(&answer).1, "Parameter 'bytes' expects a multiple of 4096");
     assert_eq!(rig.parts.mmu.usage().budget, (least / 4096) as u32);
@@ -42,7 +54,16 @@ fn discard_takes_contents_and_says_how_many() {
     let answer = peer.with("x-discard", json!({"gpa": 0, "bytes": 4 << 20, "atomic": true}));
     assert_eq!(answer["return"], json!({"discarded": 1024, "left": 0}));
     assert_eq!(rig.parts.mmu.usage().resident, 0);
-    assert_eq!(peer.ask("x-counters")["discard"], json!({"atomic": 1, "would_block": 0}));
+    assert_eq!(atomic(&mut peer, "discard"), (2, 0), "512 pages are one request");
+}
+
+/// Requests of a cause that might not sleep, and those of them that would have had to.
+fn atomic(peer: &mut Peer, cause: &str) -> (u64, u64) {
+    let counters = peer.ask("x-counters");
+    let causes = counters["memory"]["invalidations"].as_array().expect("causes");
+    let of = causes.iter().find(|of| of["cause"] == cause).expect("the cause");
+    let count = |name: &str| of[name].as_u64().expect("a number");
+    (count("atomic"), count("would_block"))
 }
 
 #[test]
@@ -86,6 +107,31 @@ fn pages_go_out_and_memory_says_where_they_are() {
     assert_eq!(counters["memory"]["swap_outs"], 64, "{counters}");
 }
 
+/// What has to be written stays where it is; what swap has a copy of, and zeros, go.
+#[test]
+fn an_atomic_page_out_writes_nothing_and_says_that_it_would_have_had_to() {
+    let rig = Rig::new();
+    fill(&rig, 100);
+    let mut peer = rig.negotiated();
+    let answer = peer.with("x-page-out", json!({"gpa": 0, "bytes": 64 * 4096, "atomic": true}));
+    assert_eq!(refused(&answer).0, "WouldBlock", "{answer}");
+    assert_eq!((rig.parts.mmu.usage().resident, atomic(&mut peer, "page-out")), (100, (1, 1)));
+    peer.with("x-page-out", json!({"gpa": 0, "bytes": 64 * 4096}));
+    (0..64).for_each(|page| rig.parts.mmu.bring_in(None, Gfn(page)).expect("frames are left"));
+    let written = rig.parts.mmu.usage().swap_outs;
+    let answer = peer.with("x-page-out", json!({"gpa": 0, "bytes": 64 * 4096, "atomic": true}));
+    assert_eq!(answer["return"], json!({"freed": 64, "left": 0}));
+    // The one that was written to since is left, and no other.
+    (0..64).for_each(|page| rig.parts.mmu.bring_in(None, Gfn(page)).expect("frames are left"));
+    rig.parts.mmu.write_bytes(&LocalStack::new(Context::Host), Gfn(9).at(0), &[3]).expect("a frame");
+    let answer = peer.with("x-page-out", json!({"gpa": 0, "bytes": 64 * 4096, "atomic": true}));
+    assert_eq!(refused(&answer).0, "WouldBlock", "{answer}");
+    let usage = rig.parts.mmu.usage();
+    assert_eq!((usage.resident, usage.swap_outs), (37, written));
+    assert_eq!(atomic(&mut peer, "page-out"), (3, 2));
+    assert_eq!(atomic(&mut peer, "discard"), (0, 0), "each cause has its own");
+}
+
 /// A vCPU that is inside the guest, and may have what it has mapped in its TLB, is nothing that an atomic discard waits for.
 #[test]
 fn atomic_discard_would_block_where_a_vcpu_is_inside() {
@@ -107,12 +153,16 @@ fn atomic_discard_would_block_where_a_vcpu_is_inside() {
     let arguments = json!({"gpa": 0, "bytes": 8 * 4096, "atomic": true});
     let answer = peer.with("x-discard", arguments.clone());
     assert_eq!(refused(&answer).0, "WouldBlock", "{answer}");
-    assert_eq!(peer.ask("x-counters")["discard"], json!({"atomic": 1, "would_block": 1}));
-    assert_eq!(mmu.usage().resident, 12);
+    assert_eq!(atomic(&mut peer, "discard"), (1, 1));
+    let answer = peer.with("x-page-out", arguments.clone());
+    assert_eq!(refused(&answer).0, "WouldBlock", "{answer}");
+    assert_eq!((mmu.usage().resident, atomic(&mut peer, "page-out")), (12, (1, 1)));
     mmu.coherence().leave_guest(0);
     assert_eq!(peer.with("x-discard", arguments)["return"]["discarded"], 8);
     // Nor are its tables, which would have to be taken out of the shadow first.
+    let answer = peer.with("x-page-out", json!({"gpa": 20 * 4096, "bytes": 2 * 4096, "atomic": true}));
+    assert_eq!((refused(&answer).0, mmu.usage().resident), ("WouldBlock", 4), "{answer}");
     let answer = peer.with("x-discard", json!({"gpa": 20 * 4096, "bytes": 2 * 4096, "atomic": true}));
     assert_eq!(refused(&answer).0, "WouldBlock", "{answer}");
-    assert_eq!(peer.ask("x-counters")["discard"], json!({"atomic": 3, "would_block": 2}));
+    assert_eq!(atomic(&mut peer, "discard"), (3, 2));
 }
