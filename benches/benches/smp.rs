@@ -1,4 +1,5 @@
-//! How a guest gains by a second CPU: whole runs of `umbra` on the soft backend, alternately with one vCPU and with two.
+//! How a guest gains by a second CPU: whole runs of `umbra` on the soft backend, by turns with one vCPU, with two, and two guests of
+//! one vCPU side by side, which is all that the host's second CPU can give.
 //!
 //! ```text
 //! cargo build --release && cargo bench --bench smp -- [work=N]
@@ -8,6 +9,8 @@
 //! |---|---|---|
 //! | reclaim_1, reclaim_2 | the time of workload `reclaim` between its two lines, by the guest's clock; the median | |
 //! | reclaim_gain | the first over the second | 1.7 |
+//! | reclaim_apart | the time of each of two guests that have nothing to do with each other | |
+//! | host_gain | what two such do in the time that one takes alone | |
 //!
 //! The guest is built in, or the image in `UMBRA_GUEST`, so that two kernels can be compared. `work=N` is the workload's own.
 //!
@@ -29,16 +32,23 @@ fn main() {
         return;
     };
     let append = format!("workload=reclaim {}", options.join(" "));
-    let mut times = [Vec::new(), Vec::new()];
+    let run = |vcpus| milliseconds(&umbra, vcpus, append.trim_end());
+    let (mut one, mut two, mut apart) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..if smoke { 1 } else { ROUNDS } {
-        for (vcpus, times) in ["1", "2"].into_iter().zip(&mut times) {
-            times.push(milliseconds(&umbra, vcpus, append.trim_end()));
-        }
+        one.push(run("1"));
+        two.push(run("2"));
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| run("1"));
+            apart.push(run("1"));
+            apart.push(other.join().expect("no panic"));
+        });
     }
-    let [one, two] = times.map(|times| quantile(&times, 0.5));
-    println!("reclaim_1    {one:.1} ms");
-    println!("reclaim_2    {two:.1} ms");
-    println!("reclaim_gain {:.2}", one / two);
+    let [one, two, apart] = [one, two, apart].map(|times| quantile(&times, 0.5));
+    println!("reclaim_1     {one:.1} ms");
+    println!("reclaim_2     {two:.1} ms");
+    println!("reclaim_gain  {:.2}", one / two);
+    println!("reclaim_apart {apart:.1} ms");
+    println!("host_gain     {:.2}", 2.0 * one / apart);
 }
 
 fn umbra() -> Option<PathBuf> {

@@ -61,8 +61,10 @@ struct Round {
 struct State {
     peers: BTreeMap<ImporterId, Peer>,
     rounds: BTreeMap<u64, Round>,
-    /// Somebody listens.
+    /// Somebody listens, or looks.
     listens: bool,
+    /// So many wait and do not listen.
+    others_wait: u32,
     /// The last number given out.
     last: u32,
     counts: Counts,
@@ -260,6 +262,7 @@ impl Hub {
 
     /// Returns when nobody of those told at `order` so far is left who could answer in time.
     fn await_all(&self, order: u64) {
+        let mut has_looked = false;
         loop {
             let mut state = self.state();
             let next =
@@ -271,15 +274,33 @@ impl Hub {
                 let late = self.take_late(order, Instant::now());
                 late.into_iter().for_each(|importer| self.punish(importer));
             } else if state.listens {
-                drop(self.answered.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner));
+                state.others_wait += 1;
+                let waited = self.answered.wait_timeout(state, left);
+                waited.unwrap_or_else(PoisonError::into_inner).0.others_wait -= 1;
             } else {
                 state.listens = true;
-                drop(state);
-                self.listen(left);
-                self.state().listens = false;
-                self.answered.notify_all();
+                if has_looked {
+                    drop(state);
+                    self.listen(left);
+                } else {
+                    self.look(order, state);
+                    has_looked = true;
+                }
+                let mut state = self.state();
+                state.listens = false;
+                if state.others_wait > 0 {
+                    self.answered.notify_all();
+                }
             }
         }
+    }
+
+    /// Hears those that are waited for at `order`: many have answered by the time that all have been told, and to look is less than
+    /// to listen.
+    fn look(&self, order: u64, state: MutexGuard<'_, State>) {
+        let waiting = state.rounds.get(&order).map(|round| round.waiting.clone()).unwrap_or_default();
+        drop(state);
+        waiting.into_iter().for_each(|(importer, _)| self.hear(importer));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

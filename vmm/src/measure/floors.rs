@@ -5,12 +5,13 @@
 //! | kick | `Coherence::shoot_down`, nothing having been removed: every vCPU that runs guest code leaves it, and flushes |
 //! | notifier | `madvise(MADV_DONTNEED)` of a frame that vCPUs use, where the host knows of all their translations |
 //! | punch | a hole of one page in a file in memory that nobody maps |
-//! | importers-N | N processes that have nothing to do with the guest are told, then awaited, as importers are |
+//! | importers-N | N processes that have nothing to do with the guest are told, then awaited; each drops a page of its own, as importers do |
 //! | importers-N-in-turn | each is awaited before the next is told |
 //! | deadline | not measured: how long stopped importers are waited for |
 //!
 //! Story: between two intervals of a measurement a few of each are timed, with a pause before, so that vCPUs are back in the
-//! guest. A kick for which nobody had to be kicked does not count.
+//! guest. The pause is that of the schedule: who was told a millisecond ago answers later than who has just answered, for caches
+//! and the host's CPUs forget. A kick for which nobody had to be kicked does not count.
 
 use std::fs::File;
 use std::io;
@@ -32,8 +33,9 @@ use crate::vm::Beside;
 const SAMPLES: u32 = 20;
 /// How long a round of one floor may take.
 const ROUND_MAX: Duration = Duration::from_millis(30);
-/// Before each.
-const PAUSE: Duration = Duration::from_micros(200);
+/// Before each, at least and at most.
+const PAUSE_MIN: Duration = Duration::from_micros(200);
+const PAUSE_MAX: Duration = Duration::from_millis(1);
 
 /// The bare kick.
 pub const KICK: &str = "kick";
@@ -57,33 +59,36 @@ pub const OUTSIDE: [(&str, &str); IMPORTERS_MAX as usize + 1] =
 #[derive(Debug)]
 pub struct Floors {
     file: File,
-    /// Processes that only answer.
+    /// Processes that drop a page and answer.
     pub bare: Bare,
     /// How many of them are told, each measured.
     pub counts: Vec<u32>,
+    /// Before each.
+    pause: Duration,
 }
 
 impl Floors {
-    /// With a file of its own.
+    /// With a file of its own, for `rate` invalidations a second.
     ///
     /// # Errors
     ///
     /// When the host has none.
-    pub fn new() -> io::Result<Floors> {
+    pub fn new(rate: u32) -> io::Result<Floors> {
         let file = memory_file(c"umbra-floor", PAGE_SIZE)?;
-        Ok(Floors { file, bare: Bare::default(), counts: Vec::new() })
+        let pause = (Duration::from_secs(1) / rate.max(1)).clamp(PAUSE_MIN, PAUSE_MAX);
+        Ok(Floors { file, bare: Bare::default(), counts: Vec::new(), pause })
     }
 
     /// A round of each, into `all`.
     pub fn round(&self, beside: &Beside, targets: &mut Targets, all: &mut Collected) {
-        rounds(beside, || {
+        self.rounds(beside, || {
             let (nanos, kicked) = timed(|| beside.mmu.coherence().shoot_down(None));
             if kicked > 0 {
                 all.floor(KICK, nanos);
             }
         });
         if let Some(notifier) = &beside.notifier {
-            rounds(beside, || {
+            self.rounds(beside, || {
                 let page = targets.next(&beside.mmu, 1).first().map(|gfn| beside.mmu.p2m().lookup(*gfn));
                 let Some(PageState::Resident(frame)) = page else { return };
                 if let (nanos, Ok(())) = timed(|| notifier.drop_frame(frame)) {
@@ -91,7 +96,7 @@ impl Floors {
                 }
             });
         }
-        rounds(beside, || {
+        self.rounds(beside, || {
             if self.file.write_all_at(&[1], 0).is_err() {
                 return;
             }
@@ -102,29 +107,29 @@ impl Floors {
         });
         for count in &self.counts {
             let (first, in_turn) = OUTSIDE[*count as usize];
-            rounds(beside, || {
+            self.rounds(beside, || {
                 if let (nanos, true) = timed(|| self.bare.round_trip(*count)) {
                     all.floor(first, nanos);
                 }
             });
-            rounds(beside, || {
+            self.rounds(beside, || {
                 if let (nanos, true) = timed(|| self.bare.round_trip_in_turn(*count)) {
                     all.floor(in_turn, nanos);
                 }
             });
         }
     }
-}
 
-/// Calls `once` a few times.
-fn rounds(beside: &Beside, mut once: impl FnMut()) {
-    let end = Instant::now() + ROUND_MAX;
-    for _ in 0..SAMPLES {
-        if Instant::now() >= end || beside.has_ended() {
-            return;
+    /// Calls `once` a few times.
+    fn rounds(&self, beside: &Beside, mut once: impl FnMut()) {
+        let end = Instant::now() + ROUND_MAX;
+        for _ in 0..SAMPLES {
+            if Instant::now() >= end || beside.has_ended() {
+                return;
+            }
+            thread::sleep(self.pause);
+            once();
         }
-        thread::sleep(PAUSE);
-        once();
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Story: this process starts them ([`Importers::start`]), each with one end of a socket for its standard input. Over it they are
 //! asked to have pages, before those are taken ([`Importers::have`]); what is measured is how they are told to give them up, over the
-//! export socket. Others that are *bare* have no page and no export socket, and send each message back at once: what N processes
-//! cost without a reverse map is the floor ([`Bare::round_trip`]).
+//! export socket. Others that are *bare* have no page of the guest's and no export socket. They drop a page of their own at each
+//! message, as they would have to with anybody's, and send it back: what N processes cost without a reverse map is the floor
+//! ([`Bare::round_trip`]).
 //!
 //! Holds: they end with this process, however it ends, stopped ones too; and nobody waits for one of them for longer than
 //! [`PATIENCE`], or than he likes.
@@ -19,10 +20,13 @@ use clap::Args;
 use rustix::net::sockopt::Timeout;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+use umbra_mmu::PAGE_SIZE;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use super::precise_sleep;
 use crate::export::protocol::FAULT_MAX;
 use crate::import::{Attachment, ImportError, Importer, Manners, Rights};
+use crate::machine::{advise::drop_translations, memory_file};
 
 /// The most importers of a measurement.
 pub const IMPORTERS_MAX: u32 = 16;
@@ -79,12 +83,19 @@ pub fn serve(args: &ImporterArgs) -> Result<(), ImportError> {
 }
 
 fn serve_bare(talk: &OwnedFd, delay: Duration) -> Result<(), ImportError> {
+    let file = FileOffset::new(memory_file(c"umbra-bare", PAGE_SIZE)?, 0);
+    let page = MmapRegion::<()>::from_file(file, PAGE_SIZE as usize).map_err(io::Error::other)?;
+    let page = page.as_volatile_slice();
+    let touch = || page.read_obj::<u8>(0).map_err(io::Error::other);
+    touch()?;
     send(talk, [0, 0])?;
     while let Some(message) = receive(talk)? {
+        drop_translations(&page)?;
         if !delay.is_zero() {
             std::thread::sleep(delay);
         }
         send(talk, message)?;
+        touch()?;
     }
     Ok(())
 }
@@ -305,7 +316,7 @@ impl Importers {
     }
 }
 
-/// Processes that only answer.
+/// Processes that drop a page and answer.
 #[derive(Debug, Default)]
 pub struct Bare {
     processes: Vec<Process>,

@@ -102,7 +102,7 @@ impl<'a> Session<'a> {
     pub fn new(order: &'a Order, interrupts: &'a (dyn Fn() -> u32 + Sync)) -> io::Result<Session<'a>> {
         let own = !order.importers.is_empty() && order.run.export.is_none();
         let folder = own.then(Folder::new).transpose()?;
-        Ok(Session { order, interrupts, floors: Some(Floors::new()?), folder, findings: None })
+        Ok(Session { order, interrupts, floors: Some(Floors::new(order.rate)?), folder, findings: None })
     }
 
     /// How the guest runs.
