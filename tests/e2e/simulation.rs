@@ -11,14 +11,19 @@ use crate::support::{Verdict, case};
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
-    vec![
+    let mut cases = vec![
         case("simulation_of_one_cpu_is_the_same_for_a_seed", &[], || same(&HELLO, &[1, 2, 3])),
         case("simulation_of_two_cpus_and_swap_is_the_same_for_a_seed", &[], || same(&SWAP, &[4])),
         case("simulation_of_two_cpus_and_disks_is_the_same_for_a_seed", &[], || same(&DISKS, &[5])),
         case("simulation_of_a_disk_in_a_file_is_the_same_for_a_seed", &[], disk_in_a_file),
         case("simulations_of_two_seeds_are_two", &[], differ),
         case("simulation_refuses_what_has_an_order_of_its_own", &[], refused),
-    ]
+    ];
+    // Only a build for tests can leave a rule out.
+    if std::env::var_os("UMBRA_BIN").is_none() {
+        cases.push(case("simulation_in_which_a_thread_waits_for_ever_says_who_waits_for_what", &[], deadlock));
+    }
+    cases
 }
 
 const HELLO: [&str; 2] = ["--append", "workload=hello"];
@@ -101,6 +106,20 @@ fn differ() -> Verdict {
         Ok(log_of(seed, &DISKS)?.0.into_iter().skip(1).filter_map(words).collect())
     };
     ensure!(order(6)? != order(7)?, "two seeds, one order");
+    Ok(())
+}
+
+/// A vCPU that is asleep is not asked to flush, and so never answers.
+fn deadlock() -> Verdict {
+    let simulated =
+        ["run", "--deterministic", "--seed", "1", "--tlb", "sticky", "--omit", "request-at-shootdown"];
+    let run = umbra(simulated.iter().chain(&SWAP))?;
+    ensure!(run.end == status::DEADLOCK, "expected {:?}:\n{run}", status::DEADLOCK);
+    for words in
+        ["everybody waits", "vcpu 0 waits for another to get on", "vcpu 1 waits for a wake", "with the seed"]
+    {
+        ensure!(run.stderr.contains(words), "the report should say {words:?}:\n{run}");
+    }
     Ok(())
 }
 
