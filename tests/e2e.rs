@@ -39,6 +39,8 @@ mod reset;
 mod rig;
 #[path = "e2e/series.rs"]
 mod series;
+#[path = "e2e/simulation.rs"]
+mod simulation;
 #[path = "e2e/smp.rs"]
 mod smp;
 #[path = "e2e/soak.rs"]
@@ -81,6 +83,7 @@ fn test() -> ExitCode {
         reset::cases(),
         rig::cases(),
         series::cases(),
+        simulation::cases(),
         smp::cases(),
         soak::cases(),
         workloads::cases(),

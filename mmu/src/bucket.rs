@@ -197,7 +197,7 @@ impl Buckets {
         self.traffic.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while is_shut() {
-            sleepers = sleepers.wait();
+            sleepers = sleepers.wait("a gate");
         }
         drop(sleepers);
         self.traffic.waiting.fetch_sub(1, Ordering::SeqCst);

@@ -1,7 +1,10 @@
 //! A short memory of what happened to which page: what `explain` shows as the last event, and the report of a missed flush as
 //! the trail.
 
+use std::fmt::Write;
+
 use crate::addr::Gva;
+use crate::sync::note;
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,9 @@ impl EventRing {
 
     #[inline]
     pub(crate) fn record(&mut self, gva: Gva, event: Event) {
+        note(|line| {
+            let _ = write!(line, "{event:?} {:#x}", gva.0);
+        });
         self.ring[self.next % RING] = (gva, Some(event));
         self.next = self.next.wrapping_add(1);
     }

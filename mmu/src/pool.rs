@@ -127,7 +127,7 @@ impl Pool {
         slots.stats.waits += u64::from(!is_so(&slots));
         while !is_so(&slots) {
             slots.stats.waiters += 1;
-            slots = slots.wait();
+            slots = slots.wait("a window slot");
             slots.stats.waiters -= 1;
         }
         slots

@@ -727,7 +727,7 @@ impl Mmu {
             if self.background.wanted.swap(false, Ordering::SeqCst) {
                 return true;
             }
-            stop = stop.wait();
+            stop = stop.wait("work");
         }
     }
 

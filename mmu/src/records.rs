@@ -11,11 +11,12 @@
 //! Limits: [`RECORDS_MAX`] records are kept, and as many waits; older ones go, and are counted.
 
 use std::collections::VecDeque;
+use std::fmt::Write;
 
 use crate::addr::Gfn;
 use crate::external::ImporterId;
 use crate::lock_order;
-use crate::sync::Lock;
+use crate::sync::{Lock, note};
 
 /// Records that wait to be taken, at most, and waits at gates.
 pub const RECORDS_MAX: usize = 4096;
@@ -276,6 +277,14 @@ impl Records {
     }
 
     pub(crate) fn push(&self, record: Record) {
+        note(|line| {
+            let Record { cause, first, last, asked, pages, freed, kicked, total, .. } = record;
+            let (cause, first, last) = (cause.name(), first.0, last.0);
+            let _ = write!(
+                line,
+                "{cause} {first:#x}..={last:#x}: {pages} of {asked} pages, {freed} frames free, {kicked} kicked, {total} ns"
+            );
+        });
         let mut kept = self.kept.lock();
         let totals = &mut kept.totals[record.cause as usize];
         totals.count += 1;
@@ -309,6 +318,9 @@ impl Records {
     }
 
     pub(crate) fn push_wait(&self, wait: GateWait) {
+        note(|line| {
+            let _ = write!(line, "was at the gate of {:#x} for {} ns", wait.gfn.0, wait.nanos);
+        });
         let mut kept = self.kept.lock();
         if kept.waits.len() == RECORDS_MAX {
             kept.waits.pop_front();

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use crate::addr::{Gfn, PAGE_SIZE};
 use crate::lock_order;
-use crate::sync::{AtomicU64, Lock, Ordering};
+use crate::sync::{self, AtomicU64, Lock, Ordering};
 
 /// A page's place on the swap device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -200,6 +200,7 @@ impl SwapMap {
     /// Writes pages to the slots from `first` on.
     pub fn write(&self, first: SwapSlot, pages: &[u8]) -> io::Result<()> {
         lock_order::assert_may_sleep();
+        sync::transfer();
         self.device.write(first, pages)?;
         self.writes.fetch_add(1, Ordering::Relaxed);
         self.pages_written.fetch_add(pages.len() as u64 / PAGE_SIZE, Ordering::Relaxed);
@@ -209,6 +210,7 @@ impl SwapMap {
     /// Reads pages from the slots from `first` on.
     pub fn read(&self, first: SwapSlot, pages: &mut [u8]) -> io::Result<()> {
         lock_order::assert_may_sleep();
+        sync::transfer();
         self.device.read(first, pages)?;
         self.reads.fetch_add(1, Ordering::Relaxed);
         self.pages_read.fetch_add(pages.len() as u64 / PAGE_SIZE, Ordering::Relaxed);

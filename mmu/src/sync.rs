@@ -17,10 +17,13 @@
 //! holders never sleep, and letting go of it is a plain store, which makes it half as dear as one that can wake a sleeper. It
 //! knows no poison: a panic is a bug that ends the run, and the guard's owner leaves nothing half done that matters after.
 
+#[cfg(not(any(loom, shuttle)))]
+pub mod sim;
 #[cfg(loom)]
 mod weak;
 
 use std::ops::{Deref, DerefMut};
+#[cfg(any(loom, shuttle))]
 use std::sync::PoisonError;
 
 #[cfg(loom)]
@@ -28,7 +31,9 @@ use loom::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(shuttle)]
 use shuttle::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(not(any(loom, shuttle)))]
-use std::sync::{Condvar, Mutex, MutexGuard};
+use sim::Bed as Condvar;
+#[cfg(not(any(loom, shuttle)))]
+use std::sync::{Mutex, MutexGuard};
 
 #[cfg(shuttle)]
 pub use shuttle::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
@@ -49,12 +54,25 @@ pub mod thread {
     #[cfg(shuttle)]
     pub use shuttle::thread::{JoinHandle, spawn, yield_now};
     #[cfg(not(any(loom, shuttle)))]
-    pub use std::thread::{JoinHandle, spawn, yield_now};
+    pub use std::thread::{JoinHandle, spawn};
+
+    /// Lets others run, for one who looks again then.
+    #[cfg(not(any(loom, shuttle)))]
+    pub fn yield_now() {
+        if !super::sim::spin("another to get on") {
+            std::thread::yield_now();
+        }
+    }
 
     /// Lets others run for a while, 100 microseconds or so.
     pub fn nap() {
         #[cfg(not(any(loom, shuttle)))]
-        std::thread::sleep(std::time::Duration::from_micros(100));
+        {
+            const NAP: std::time::Duration = std::time::Duration::from_micros(100);
+            if !super::sim::sleep(NAP, "a while to pass") {
+                std::thread::sleep(NAP);
+            }
+        }
         #[cfg(any(loom, shuttle))]
         yield_now();
     }
@@ -65,6 +83,11 @@ pub mod thread {
 #[inline]
 pub fn spin_until(mut done: impl FnMut() -> bool) -> bool {
     const LOOKS: u32 = if cfg!(any(loom, shuttle)) { 0 } else { 64 };
+    #[cfg(not(any(loom, shuttle)))]
+    if sim::is_on() {
+        // Nobody else runs meanwhile.
+        return done();
+    }
     for _ in 0..LOOKS {
         if done() {
             return true;
@@ -75,14 +98,31 @@ pub fn spin_until(mut done: impl FnMut() -> bool) -> bool {
 }
 
 /// Where another thread may come in: called before words of machine memory that threads race for, which shuttle does
-/// not see. Compiles to nothing elsewhere, but for tests that come in by themselves (`rules::at_point`).
+/// not see. Elsewhere it is for simulations ([`sim`]), and for tests that come in by themselves (`rules::at_point`).
 #[inline(always)]
 pub fn point() {
     #[cfg(all(feature = "omissions", debug_assertions))]
     crate::rules::pass_point();
+    #[cfg(not(any(loom, shuttle)))]
+    sim::point();
     // It has no time: to sleep is to let the scheduler choose, and no hint that this thread waits for something.
     #[cfg(shuttle)]
     shuttle::thread::sleep(std::time::Duration::ZERO);
+}
+
+/// Writes a line to the log of this thread's simulation, if it is in one.
+#[inline]
+pub fn note(say: impl FnOnce(&mut String)) {
+    #[cfg(not(any(loom, shuttle)))]
+    sim::note(say);
+    #[cfg(any(loom, shuttle))]
+    let _ = say;
+}
+
+/// A device's transfer begins: it takes its time in a simulation.
+pub fn transfer() {
+    #[cfg(not(any(loom, shuttle)))]
+    sim::transfer();
 }
 
 /// `count` atomics, or groups of them, all zero. They cost no memory before they are touched.
@@ -114,6 +154,18 @@ mod brief {
         #[cfg(any(loom, shuttle))]
         return mutex.lock().unwrap_or_else(super::PoisonError::into_inner);
         #[cfg(not(any(loom, shuttle)))]
+        mutex.try_lock().unwrap_or_else(|| wait(mutex))
+    }
+
+    /// Its holder never sleeps; in a simulation it may wait for its turn.
+    #[cfg(not(any(loom, shuttle)))]
+    #[cold]
+    fn wait<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
+        while super::sim::spin("a lock") {
+            if let Some(guard) = mutex.try_lock() {
+                return guard;
+            }
+        }
         mutex.lock()
     }
 }
@@ -214,8 +266,28 @@ impl<T> Monitor<T> {
     /// Takes the lock, waiting for its holder.
     pub fn lock(&self) -> MonitorGuard<'_, T> {
         let place = Place::take(self.level);
-        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        MonitorGuard { monitor: self, place, inner }
+        MonitorGuard { monitor: self, place, inner: self.take() }
+    }
+
+    #[cfg(not(any(loom, shuttle)))]
+    fn take(&self) -> MutexGuard<'_, T> {
+        sim::lock(&self.inner)
+    }
+
+    #[cfg(any(loom, shuttle))]
+    fn take(&self) -> MutexGuard<'_, T> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sleeps until notified, with the lock let go of.
+    #[cfg(not(any(loom, shuttle)))]
+    fn sleep<'a>(&'a self, inner: MutexGuard<'a, T>, what: &'static str) -> MutexGuard<'a, T> {
+        self.changed.wait(&self.inner, inner, what)
+    }
+
+    #[cfg(any(loom, shuttle))]
+    fn sleep<'a>(&'a self, inner: MutexGuard<'a, T>, _what: &'static str) -> MutexGuard<'a, T> {
+        self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wakes all who sleep here. Whoever changed what they sleep for without the lock takes it once before.
@@ -225,16 +297,17 @@ impl<T> Monitor<T> {
 }
 
 impl<'a, T> MonitorGuard<'a, T> {
-    /// Lets go of the lock, sleeps until notified, and takes the lock again. It may return for no reason: look again.
+    /// Lets go of the lock, sleeps until notified, and takes the lock again. It may return for no reason: look again. `what`
+    /// is waited for, in words.
     ///
     /// # Panics
     ///
     /// In debug builds if the thread holds a lock of this crate (INV-LOCK-2).
-    pub fn wait(self) -> MonitorGuard<'a, T> {
+    pub fn wait(self, what: &'static str) -> MonitorGuard<'a, T> {
         let MonitorGuard { monitor, place, inner } = self;
         drop(place);
         lock_order::assert_may_sleep();
-        let inner = monitor.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        let inner = monitor.sleep(inner, what);
         MonitorGuard { monitor, place: Place::take(monitor.level), inner }
     }
 }
@@ -267,7 +340,7 @@ mod tests {
         });
         let mut said = bed.lock();
         while !*said {
-            said = said.wait();
+            said = said.wait("a word");
         }
         drop(said);
         lock_order::assert_may_sleep();
@@ -280,6 +353,6 @@ mod tests {
     fn waiting_with_another_lock_held_is_caught() {
         let (outer, bed) = (Lock::new(lock_order::BUCKET, ()), Monitor::new(lock_order::SLEEPERS, ()));
         let _outer = outer.lock();
-        let _ = bed.lock().wait();
+        let _ = bed.lock().wait("nothing");
     }
 }

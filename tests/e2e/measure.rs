@@ -231,6 +231,7 @@ fn refused() -> Verdict {
         &["--pages", "513"],
         &["--for", "10ms"],
         &["--mem", "2M"],
+        &["--deterministic"],
     ] {
         let run = umbra(["measure"].iter().chain(options))?;
         ensure!(run.end == status::USAGE, "{options:?}: expected {:?}:\n{run}", status::USAGE);

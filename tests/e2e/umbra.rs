@@ -36,6 +36,8 @@ pub mod status {
     pub const INCOHERENT: End = End::Status(16);
     /// The guest missed a TLB flush.
     pub const GUEST_TLB: End = End::Status(18);
+    /// Umbra's threads wait for each other.
+    pub const DEADLOCK: End = End::Status(20);
 }
 
 /// Longer than any run here takes, also on a busy machine; the rig runs ten times slower, and slower still where both of its

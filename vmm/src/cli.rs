@@ -27,7 +27,8 @@ use crate::vm::budget::{Schedule, parse_schedule};
     after_help = "Exit status: 0 when the guest ended with 0 and every witness agrees, (v << 1) | 1 when it ended with v;\n\
                   2 usage, 4 input or host, 6 Umbra could not go on, 8 a witness contradicts the guest, 10 timeout,\n\
                   12 guest reset, 14 ended by an operator, 16 Umbra missed a TLB flush,\n\
-                  18 the guest missed one (--check-guest-tlb). Of pressure: 10 not reached in time, 14 interrupted.\n\n\
+                  18 the guest missed one (--check-guest-tlb), 20 Umbra's threads wait for each other (--deterministic).\n\
+                  Of pressure: 10 not reached in time, 14 interrupted.\n\n\
                   Set UMBRA_LOG=debug for what Umbra does in detail."
 )]
 pub struct Cli {
@@ -265,6 +266,16 @@ pub struct RunArgs {
     /// What becomes of an importer that took longer.
     #[arg(long, value_enum, default_value = "drop", requires = "export")]
     pub export_policy: ExportPolicy,
+    /// Run everything in an order that --seed decides, in virtual time: the same seed, program and input give the same run. With
+    /// the soft backend alone.
+    #[arg(long, conflicts_with_all = ["qmp", "export", "status", "plot"])]
+    pub deterministic: bool,
+    /// What decides the order.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "deterministic")]
+    pub seed: u64,
+    /// Write what happens to FILE, a line each, with its virtual time in nanoseconds and whose doing it was.
+    #[arg(long, value_name = "FILE", requires = "deterministic")]
+    pub event_log: Option<PathBuf>,
     /// Importers are told and awaited one after the other, to see what it would cost.
     #[arg(skip)]
     pub export_in_turn: bool,

@@ -24,6 +24,8 @@ pub enum Status {
     Reset,
     /// Ended by an operator.
     Quit,
+    /// A simulation came to where each of Umbra's threads waits for another.
+    Deadlock,
     /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
     Incoherent,
     /// The guest has missed a flush of a TLB of its own: `--check-guest-tlb` is certain.
@@ -45,6 +47,7 @@ impl Status {
             Status::Quit => 14,
             Status::Incoherent => 16,
             Status::GuestTlb => 18,
+            Status::Deadlock => 20,
         }
     }
 
@@ -56,7 +59,9 @@ impl Status {
             Status::Timeout => "TIMEOUT",
             Status::Reset => "RESET",
             Status::Quit => "QUIT",
-            Status::Usage | Status::Operator | Status::Failure | Status::Incoherent => "ERROR",
+            Status::Usage | Status::Operator | Status::Failure | Status::Incoherent | Status::Deadlock => {
+                "ERROR"
+            }
         }
     }
 }
@@ -81,6 +86,7 @@ mod tests {
             Status::Quit,
             Status::Incoherent,
             Status::GuestTlb,
+            Status::Deadlock,
         ];
         for (at, status) in ours.iter().enumerate() {
             assert!(status.code() != 0 && status.code() % 2 == 0);

@@ -9,7 +9,7 @@
 //! Limits: a table is forgotten when no directory known leads to it; a root, when user code has its page as data. All changes are
 //! forgotten where [`EDITED_MAX`] entries have some: of those before nothing is certain any more.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use super::{Paging, Site};
 use crate::access::{Access, AccessKind};
@@ -113,7 +113,7 @@ struct Table {
     /// A directory: the first page of what it maps.
     directory: Option<u32>,
     /// The directory entries that lead to it, and the first page of what it maps there.
-    parents: HashMap<u64, u32>,
+    parents: FxHashMap<u64, u32>,
 }
 
 /// A store that may have been an entry's, in a table that is not known yet.
@@ -179,9 +179,9 @@ pub(super) struct Taken {
 #[derive(Debug)]
 pub(super) struct Tables {
     pages: u32,
-    known: HashMap<u32, Table>,
-    edits: HashMap<u64, Vec<Edit>>,
-    facts: HashMap<u32, Facts>,
+    known: FxHashMap<u32, Table>,
+    edits: FxHashMap<u64, Vec<Edit>>,
+    facts: FxHashMap<u32, Facts>,
     recent: Box<[Option<Store>]>,
     pub edits_seen: u64,
     /// Frames that have become tables, or are none any more, since it was last asked.
@@ -192,9 +192,9 @@ impl Tables {
     pub fn new(pages: u32) -> Tables {
         Tables {
             pages,
-            known: HashMap::new(),
-            edits: HashMap::new(),
-            facts: HashMap::new(),
+            known: FxHashMap::default(),
+            edits: FxHashMap::default(),
+            facts: FxHashMap::default(),
             recent: vec![None; RECENT].into(),
             edits_seen: 0,
             news: Vec::new(),
@@ -347,7 +347,7 @@ impl Tables {
             }
         }
         self.facts_mut(gfn).table = Some((by.tick, by.site));
-        self.known.insert(gfn.0, Table { mode, entries, directory: None, parents: HashMap::new() });
+        self.known.insert(gfn.0, Table { mode, entries, directory: None, parents: FxHashMap::default() });
         self.news.push((gfn, true));
         true
     }

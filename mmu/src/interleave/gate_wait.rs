@@ -44,7 +44,7 @@ impl Gate {
             if !way.counts_first {
                 self.waiters.fetch_add(1, way.order);
             }
-            guard = guard.wait();
+            guard = guard.wait("a gate");
             if !way.counts_first {
                 self.waiters.fetch_sub(1, way.order);
             }

@@ -143,6 +143,9 @@ impl MeasureArgs {
     /// A sentence where that makes no sense.
     pub fn order(&self) -> Result<Order, String> {
         self.check_times()?;
+        if self.run.deterministic {
+            return Err("--deterministic: what is measured takes the host's time; leave it out".into());
+        }
         let (mut run, json) = (self.run.clone(), self.run.json.clone());
         run.json = None;
         let own = run.image.is_none() && run.append.is_empty();

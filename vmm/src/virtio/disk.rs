@@ -11,6 +11,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
+use umbra_mmu::sync::transfer;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use crate::machine::memory_file;
@@ -335,6 +336,7 @@ impl Disk {
     ///
     /// What the medium says.
     pub fn read(&self, sector: u64, buffer: &mut [u8]) -> io::Result<()> {
+        transfer();
         self.medium.read(sector * SECTOR_BYTES, buffer)
     }
 
@@ -345,6 +347,7 @@ impl Disk {
     /// What the medium says.
     pub fn write(&self, sector: u64, data: &[u8]) -> io::Result<()> {
         self.writable()?;
+        transfer();
         self.medium.write(sector * SECTOR_BYTES, data)
     }
 
@@ -354,6 +357,7 @@ impl Disk {
     ///
     /// What the medium says.
     pub fn sync(&self) -> io::Result<()> {
+        transfer();
         if self.read_only { Ok(()) } else { self.medium.sync() }
     }
 

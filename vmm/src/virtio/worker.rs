@@ -9,8 +9,9 @@
 //!
 //! Locks: the bell's, which is a leaf. A round is made with nothing held but the worker's own, for which nobody waits but its thread.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use umbra_mmu::sync::sim::Bed;
 use umbra_mmu::{Mmu, Shortage};
 
 use super::ring::{Ring, Trouble};
@@ -21,7 +22,7 @@ use crate::board::{QUEUES_MAX, VirtioSnapshot};
 #[derive(Debug, Default)]
 pub struct Bell {
     state: Mutex<BellState>,
-    changed: Condvar,
+    changed: Bed,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,7 +53,7 @@ impl Bell {
     pub fn wait(&self) -> bool {
         let mut state = self.lock();
         while !state.rung && !state.stopped {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.changed.wait(&self.state, state, "its bell");
         }
         state.rung = false;
         !state.stopped

@@ -38,7 +38,7 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// When KVM was asked for and cannot be used.
+    /// When KVM was asked for and cannot be used, or does not go with `--deterministic`.
     pub fn make(args: &RunArgs) -> Result<Plan, RunError> {
         let backend = args.backend;
         if args.check_guest_tlb {
@@ -47,6 +47,12 @@ impl Plan {
                 cli::Backend::Kvm => Err(RunError::CheckNeedsSoft),
                 cli::Backend::Auto => Ok(Plan { chosen: Chosen::Soft, why: Some(why()) }),
                 cli::Backend::Soft => Ok(Plan { chosen: Chosen::Soft, why: None }),
+            };
+        }
+        if args.deterministic {
+            return match backend {
+                cli::Backend::Kvm => Err(RunError::NotDeterministic),
+                _ => Ok(Plan { chosen: Chosen::Soft, why: None }),
             };
         }
         match (backend, (backend != cli::Backend::Soft).then(|| open_kvm(args))) {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use umbra_mmu::swap::{MemorySwap, SwapDevice};
+use umbra_mmu::sync::sim;
 use umbra_mmu::{Mmu, PAGE_SIZE};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -187,13 +188,22 @@ impl BudgetTimer {
         Ok(timer)
     }
 
+    /// When the next step is, in a simulation, whose clock takes it.
+    pub fn next(&self) -> Option<Duration> {
+        self.steps.last().map(|step| step.at)
+    }
+
     fn arm(&mut self) -> io::Result<()> {
+        if sim::is_on() {
+            return Ok(());
+        }
         let Some(next) = self.steps.last() else { return Ok(()) };
         let wait = next.at.saturating_sub(self.now);
         self.timer.reset(wait, None).map_err(io::Error::from)
     }
 
-    fn step(&mut self) {
+    /// Takes it.
+    pub fn step(&mut self) {
         let Some(step) = self.steps.pop() else { return };
         self.now = step.at;
         log::debug!("the budget is {} from {} on", format_size(step.bytes), format_duration(step.at));

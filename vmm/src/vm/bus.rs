@@ -22,6 +22,7 @@
 mod judge;
 
 use umbra_mmu::guest_tlb::Finding;
+use umbra_mmu::sync::sim;
 use umbra_mmu::{
     Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refill, Refusal,
     Rule, Shortage, Vcpu, Violation,
@@ -682,7 +683,9 @@ impl Bus for GuestBus<'_> {
         if self.pauses == PAUSES_MAX {
             self.pauses = 0;
             // There may be more vCPUs than CPUs, and the one that it spins for without one.
-            std::thread::yield_now();
+            if !sim::pause() {
+                std::thread::yield_now();
+            }
         }
     }
 

@@ -12,9 +12,10 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use umbra_mmu::sync::sim::{self, Bed};
 use umbra_mmu::{Mmu, Shortage};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -27,7 +28,7 @@ use crate::virtio::worker::Bell;
 pub struct Waker {
     kicker: OnceLock<Box<dyn Kick>>,
     woken: Mutex<bool>,
-    changed: Condvar,
+    changed: Bed,
 }
 
 impl Waker {
@@ -56,7 +57,7 @@ impl Waker {
     fn sleep(&self) {
         let mut woken = lock(&self.woken);
         while !*woken {
-            woken = self.changed.wait(woken).unwrap_or_else(PoisonError::into_inner);
+            woken = self.changed.wait(&self.woken, woken, "a wake");
         }
         *woken = false;
     }
@@ -73,6 +74,8 @@ pub struct Devices {
     /// Slots whose workers have their devices in hand. Changed with the state locked, too.
     in_hand: AtomicU32,
     alarm: RawFd,
+    /// What a simulation's clock sleeps on.
+    clock: Bed,
     wakers: Box<[Waker]>,
     /// By slot: what the virtio devices' workers sleep on.
     bells: [OnceLock<Arc<Bell>>; VIRTIO_SLOTS],
@@ -127,6 +130,7 @@ impl Devices {
         let vcpus = board.vcpus();
         Ok(Devices {
             alarm: timer.as_raw_fd(),
+            clock: Bed::new(),
             state: Mutex::new(State {
                 board,
                 latest: Nanos(0),
@@ -158,6 +162,9 @@ impl Devices {
     }
 
     fn elapsed(&self) -> u64 {
+        if let Some(now) = sim::now() {
+            return now;
+        }
         u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
@@ -370,9 +377,32 @@ impl Devices {
         self.with(|board, now| board.advance(now));
     }
 
+    /// Sleeps, in a simulation, until the board's next deadline, `until` or a call of [`Devices::wake_clock`], whichever comes
+    /// first, or until the deadline is another; lets the board catch up if it has come.
+    pub fn sleep_as_clock(&self, until: Option<Nanos>) {
+        let deadline = lock(&self.state).deadline;
+        let first = [deadline, until].into_iter().flatten().min();
+        if first.is_none_or(|first| first > self.now()) {
+            self.clock.wait_until(first.map(|first| first.0), "the next timer");
+        }
+        if deadline.is_some_and(|deadline| deadline <= self.now()) {
+            self.alarm_rang();
+        }
+    }
+
+    /// Ends the clock's sleep.
+    pub fn wake_clock(&self) {
+        self.clock.notify_all();
+    }
+
     fn set_alarm(&self, state: &mut State) {
         let next = state.board.next_deadline();
         if self.is_frozen() || state.deadline == next {
+            return;
+        }
+        if sim::is_on() {
+            state.deadline = next;
+            self.clock.notify_all();
             return;
         }
         let set = match next {

@@ -19,6 +19,7 @@
 //! | power | what a machine begins with, at first and at a reset |
 //! | serial | the guest's output |
 //! | series, live | what memory did over time; the line that shows it |
+//! | simulation | all of it in an order that a seed decides |
 //! | sink | the files that a run leaves |
 //! | fuzz | a guest for fuzzers |
 //! | ending, witness, summary | why it ended; what Umbra itself saw; the verdict |
@@ -46,6 +47,7 @@ mod reclaimer;
 mod requests;
 mod serial;
 pub mod series;
+mod simulation;
 mod sink;
 mod soft;
 mod stops;
@@ -65,6 +67,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
+use umbra_mmu::sync::sim::{self, Ticket};
 use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE};
 
 pub use beside::{Beside, BuiltIn, Companion};
@@ -101,7 +104,9 @@ use reclaimer::Reclaimer;
 use requests::Requests;
 use serial::{Console, FirstByte};
 use series::Recorder;
+use simulation::Simulation;
 use stops::Stops;
+use summary::EventLog;
 use vcpu::{Backend, Core, Surroundings};
 use virtio::{GuestBalloon, VirtioDevices};
 
@@ -207,6 +212,20 @@ pub enum RunError {
     /// The host ran out of something small.
     #[error("setting up timers and threads: {0}")]
     Setup(io::Error),
+    /// KVM runs as it likes.
+    #[error(
+        "--deterministic: KVM runs guest code in an order and at times that are the host's; leave out --backend kvm to have it \
+         interpreted"
+    )]
+    NotDeterministic,
+    /// The event log could not be written.
+    #[error("--event-log: writing {path}: {source}; name a file in a folder that exists and has room")]
+    EventLog {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The summary could not be written.
     #[error("writing the summary to {path}: {source}")]
     Json {
@@ -255,7 +274,10 @@ struct Guest {
 ///
 /// When it could not be started; how a started one ended is in the summary.
 pub fn run(args: &RunArgs, screen: &Screen) -> Result<Summary, RunError> {
-    Guest::build(args, screen, None)?.run(args, None)
+    let simulation = Simulation::begin(args)?;
+    let summary = Guest::build(args, screen, None)?.run(args, None)?;
+    let event_log = simulation.map(Simulation::end).transpose()?.map(EventLog::from);
+    Ok(Summary { event_log, ..summary })
 }
 
 /// The same, with somebody who works on its memory while it runs. Where no image is named, `image` is taken if there is one.
@@ -353,12 +375,17 @@ impl Guest {
         };
         let (requests, stops) = (Arc::clone(&around.requests), Arc::clone(&around.stops));
         let mut subscribers = self.subscribers(args, &around, &news)?;
-        let recorder = self.recorder(args);
+        let recorder = self.recorder(args).filter(|_| !args.deterministic);
         if let Some(recorder) = &recorder {
             subscribers.push(Box::new(recorder.timer().map_err(RunError::Setup)?));
         }
         let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
-        let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), args.timeout, subscribers)
+        // A simulation's time is not the event loop's, which has the signals left then.
+        let (clock, limit) = match args.deterministic {
+            true => (Some(self.start_clock(args, &ending).map_err(RunError::Setup)?), None),
+            false => (None, args.timeout),
+        };
+        let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), limit, subscribers)
             .map_err(RunError::Setup)?;
         let beside = Beside::new(&self, &ending);
         let workers = self.virtio.start(&self.mmu, &ending).map_err(RunError::Setup)?;
@@ -375,6 +402,7 @@ impl Guest {
         if let Some(cause) = ending.shutdown_cause() {
             news.shutdown(cause);
         }
+        drop(clock);
         drop(events);
         // Before the reclaimer: a worker may wait for a frame.
         let (disks, balloon) = workers.finish();
@@ -405,11 +433,20 @@ impl Guest {
             let socket = socket.map_err(|source| RunError::Export { path: path.clone(), source })?;
             subscribers.push(Box::new(socket));
         }
-        if let Some(schedule) = &self.overcommit.schedule {
+        if let Some(schedule) = &self.overcommit.schedule
+            && !args.deterministic
+        {
             let timer = BudgetTimer::new(Arc::clone(&self.mmu), schedule).map_err(RunError::Setup)?;
             subscribers.push(Box::new(timer));
         }
         Ok(subscribers)
+    }
+
+    /// What has the event loop's timers in a simulation.
+    fn start_clock(&self, args: &RunArgs, ending: &Ending) -> io::Result<simulation::Clock> {
+        let steps = self.overcommit.schedule.as_ref();
+        let steps = steps.map(|steps| BudgetTimer::new(Arc::clone(&self.mmu), steps)).transpose()?;
+        simulation::Clock::start(Arc::clone(&self.devices), ending.clone(), args.timeout, steps)
     }
 
     fn controls(&self, args: &RunArgs, around: Surroundings, news: Arc<News>) -> Controls {
@@ -448,17 +485,27 @@ fn run_vcpus(cores: &mut [Core], backends: &mut [Box<dyn Backend>], ending: &End
     thread::scope(|scope| {
         let mut vcpus = cores.iter_mut().zip(backends);
         let first = vcpus.next();
+        let (mut actors, mut started) = (Vec::new(), Ok(()));
         for (core, backend) in vcpus {
-            let named = thread::Builder::new().name(format!("vcpu {}", core.mmu_vcpu.id()));
-            if let Err(error) = named.spawn_scoped(scope, move || run_vcpu(core, &mut **backend, ending)) {
+            let name = format!("vcpu {}", core.mmu_vcpu.id());
+            let ticket = sim::register(&name);
+            actors.extend(ticket.as_ref().map(Ticket::id));
+            let work = move || {
+                let _actor = ticket.map(Ticket::enter);
+                run_vcpu(core, &mut **backend, ending);
+            };
+            started = thread::Builder::new().name(name).spawn_scoped(scope, work).map(drop);
+            if started.is_err() {
                 ending.set(End::Quit);
-                return Err(error);
+                break;
             }
         }
-        if let Some((core, backend)) = first {
+        if let (Some((core, backend)), Ok(())) = (first, &started) {
             run_vcpu(core, &mut **backend, ending);
         }
-        Ok(())
+        // The scope waits for threads, which in a simulation end when it is their turn.
+        actors.iter().for_each(sim::await_end);
+        started
     })
 }
 
@@ -581,15 +628,19 @@ fn judge(
         balloon: Default::default(),
         times: summary::Times { guest_started, first_serial_byte: first_byte.micros(), ended },
         series: None,
+        event_log: None,
     }
 }
 
-/// The process's own time.
+/// The process's own time, which is virtual in a simulation.
 #[derive(Debug)]
 struct HostClock;
 
 impl Clock for HostClock {
     fn now(&self) -> u64 {
+        if let Some(now) = sim::now() {
+            return now;
+        }
         process_start().elapsed().as_nanos() as u64
     }
 }
@@ -614,6 +665,9 @@ fn micros() -> u64 {
 }
 
 fn epoch_seconds() -> i64 {
+    if sim::is_on() {
+        return simulation::EPOCH_SECONDS;
+    }
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 

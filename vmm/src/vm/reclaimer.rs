@@ -5,17 +5,19 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
+use umbra_mmu::sync::sim;
 use umbra_mmu::{Mmu, Shortage};
 
 use super::ending::{End, Ending};
+use super::simulation::Thread;
 
 /// The running thread; dropping it ends it.
 pub struct Reclaimer {
     mmu: Arc<Mmu>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
 }
 
 impl Reclaimer {
@@ -27,7 +29,7 @@ impl Reclaimer {
     pub fn start(mmu: Arc<Mmu>, ending: Ending) -> io::Result<Reclaimer> {
         let own = Arc::clone(&mmu);
         let work = move || ending.watch("reclaim", || reclaim(&own, &ending));
-        let thread = thread::Builder::new().name("reclaim".into()).spawn(work)?;
+        let thread = Thread::start("reclaim", "reclaim", work)?;
         Ok(Reclaimer { mmu, thread: Some(thread) })
     }
 }
@@ -45,7 +47,9 @@ fn reclaim(mmu: &Mmu, ending: &Ending) {
             }
         }
         if mmu.is_over_budget() {
-            thread::sleep(AGAIN);
+            if !sim::sleep(AGAIN, "pages to be out of use") {
+                thread::sleep(AGAIN);
+            }
             mmu.want_background();
         }
     }
@@ -55,7 +59,7 @@ impl Drop for Reclaimer {
     fn drop(&mut self) {
         self.mmu.stop_background();
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            thread.join();
         }
     }
 }

@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use umbra_mmu::sync::sim;
+
+use crate::signals;
+
 /// The moment the process started, near enough: the first call decides.
 pub fn process_start() -> Instant {
     static START: OnceLock<Instant> = OnceLock::new();
@@ -29,6 +33,8 @@ impl FirstByte {
     }
 }
 
+/// How often a simulation that waits for the reader looks whether a signal has come.
+const SIGNAL_LOOK: Duration = Duration::from_millis(50);
 /// Output that waits for its reader, in bytes, beside what is being written; what comes on top is lost, and counted by
 /// the UART.
 pub const WAITING_MAX: usize = 16 << 20;
@@ -138,7 +144,13 @@ impl Write for Console {
         if state.failed {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        if state.bytes.len() + bytes.len() > WAITING_MAX {
+        let full = |state: &Waiting| state.bytes.len() + bytes.len() > WAITING_MAX && !state.failed;
+        // What is lost must not hang on how fast its reader is, but where an operator ends the run.
+        while sim::is_on() && full(&state) && signals::count() == 0 {
+            let waited = self.queue.changed.wait_timeout(state, SIGNAL_LOOK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if full(&state) {
             return Err(io::Error::new(io::ErrorKind::WouldBlock, "its reader is too slow"));
         }
         state.bytes.extend_from_slice(bytes);

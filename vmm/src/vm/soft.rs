@@ -6,8 +6,11 @@
 //!
 //! Holds: the vCPU is inside the guest while its bus lives, and nowhere else; a kick ends the slice at the next block.
 
+use umbra_mmu::sync::sim;
+
 use super::ending::End;
 use super::kick::Attention;
+use super::simulation;
 use super::vcpu::{Backend, Core, lacking};
 use crate::interp::engine::{Engine, Extent, Ran};
 use crate::interp::{Delivered, Event, Step, deliver, vector};
@@ -74,7 +77,11 @@ impl Soft {
     /// The same for a slice, beginning now.
     pub fn slice(&mut self, core: &mut Core, extent: Extent) -> Option<End> {
         core.catch_up();
-        self.interpret(core, SLICE, extent)
+        let Some(budget) = sim::slice(SLICE) else { return self.interpret(core, SLICE, extent) };
+        let before = core.stats.interpreted;
+        let end = self.interpret(core, budget, extent);
+        simulation::after_slice(core, core.stats.interpreted - before);
+        end
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use umbra_mmu::guest_tlb::Verdicts;
 use umbra_mmu::records::Cause;
+use umbra_mmu::sync::sim::Logged;
 use umbra_mmu::{Context, FaultStats, Mmu};
 
 use super::ending::End;
@@ -216,6 +217,25 @@ pub struct Summary {
     pub times: Times,
     /// Memory over time, if anybody asked for it.
     pub series: Option<Series>,
+    /// What a simulation's event log came to.
+    pub event_log: Option<EventLog>,
+}
+
+/// [`umbra_mmu::sync::sim::Logged`] for JSON.
+#[derive(Clone, Debug, Serialize)]
+pub struct EventLog {
+    /// Its lines.
+    pub events: u64,
+    /// A hash of them, in hexadecimal.
+    pub hash: String,
+    /// Virtual time of the last, in microseconds.
+    pub micros: u64,
+}
+
+impl From<Logged> for EventLog {
+    fn from(logged: Logged) -> EventLog {
+        EventLog { events: logged.events, hash: format!("{:016x}", logged.hash), micros: logged.nanos / 1000 }
+    }
 }
 
 /// [`FaultStats`] for JSON.
@@ -405,6 +425,9 @@ impl fmt::Display for WithoutSleep<'_> {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(log) = &self.event_log {
+            writeln!(f, "{} events in {} virtual us, hash {}", log.events, log.micros, log.hash)?;
+        }
         for region in self.regions.iter().filter(|r| !r.agrees()) {
             writeln!(
                 f,

@@ -14,9 +14,11 @@
 //!
 //! Locks: none held while the guest runs or sleeps.
 
+use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use umbra_mmu::sync::sim;
 use umbra_mmu::{FaultStats, Gpa, Mmu, Rule, Vcpu};
 
 use super::bus::{Aftermath, FpuUse, GuestBus};
@@ -267,6 +269,12 @@ impl Core {
         };
         self.waiting.nmi &= event != Event::Nmi;
         self.stats.interrupts += 1;
+        sim::note(|line| {
+            let _ = match event {
+                Event::External(vector) => write!(line, "interrupt {vector:#x}"),
+                _ => write!(line, "NMI"),
+            };
+        });
         self.deliver(event)
     }
 

@@ -1,0 +1,889 @@
+//! One actor at a time, in an order that a seed decides: deterministic simulation.
+//!
+//! Story: each thread that takes part is an *actor*, and one of them has the baton: it alone runs. At a scheduling point it may
+//! hand the baton on, to whom the seed says; where it has to wait it must. Time is virtual: actors say how long their work took
+//! ([`work`]), and where everybody waits, it jumps to the moment that the first of them waits for. What happens is written to a
+//! log, a line each, with the time and the actor. Same seed, same program, same input: the same log.
+//!
+//! | actor comes to | it |
+//! |---|---|
+//! | [`point`], the end of a slice ([`work`]) | may hand the baton on; could go on at once |
+//! | [`spin`]: a lock that another has, an answer that is not there yet | hands it on, and is looked at again when another has got on |
+//! | a condition variable ([`Bed`]), [`sleep`] | hands it on until it is woken or its time has come |
+//! | its end ([`ActorGuard`] dropped) | hands it on, and wakes who waits for it |
+//!
+//! Holds: the baton is with an actor that can run, as long as there is one. Where none can, and no time is waited for, nobody will
+//! ever go on: that is reported ([`Stuck`]), with what each waits for.
+//!
+//! Threads that are no actors run as ever. In a process without a simulation each of these calls is one relaxed load.
+//!
+//! Locks: the simulation's own, a leaf; its log is written under it.
+//!
+//! Limits: an actor that waits for another in a way that this module does not know of keeps the baton, and the process hangs. What a
+//! plain store changes is seen by those who spin when they are looked at next.
+
+use std::cell::RefCell;
+use std::fmt::{self, Write as _};
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::time::Duration;
+
+/// Nanoseconds of a look at something that is not there yet.
+const SPIN_NANOS: u64 = 1000;
+/// Rounds in which everybody spins and nobody gets on, before that is called for ever.
+const IDLE_ROUNDS_MAX: u32 = 10_000;
+/// The same, before time jumps to what another waits for.
+const ROUNDS_A_JUMP: u32 = 16;
+/// No actor has the baton.
+const NOBODY: usize = usize::MAX;
+
+/// Simulations of this process: while there is none, nobody looks further.
+static SIMULATIONS: AtomicU32 = AtomicU32::new(0);
+/// The same, for threads that are no actors and wake some.
+static ALL: Mutex<Vec<Weak<Sim>>> = Mutex::new(Vec::new());
+
+thread_local! {
+    static ME: RefCell<Option<(Arc<Sim>, usize)>> = const { RefCell::new(None) };
+}
+
+/// A small generator of numbers, `SplitMix64`.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// One that begins at `seed`.
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    /// The next number.
+    pub fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// One below `end`, which is not 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        ((u128::from(self.draw()) * u128::from(end)) >> 64) as u64
+    }
+}
+
+/// How a seed drives a simulation: each seed has its own, so that a sweep meets brisk ones and lazy ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// At one scheduling point of so many the baton goes on.
+    pub switch_one_in: u64,
+    /// A slice has at most two to this power of instructions.
+    pub slice_bits: u32,
+    /// Nanoseconds of an instruction.
+    pub instruction_nanos: u64,
+    /// The longest that a transfer of a device takes, in nanoseconds.
+    pub transfer_nanos_max: u64,
+}
+
+impl Pace {
+    fn of(random: &mut Random) -> Pace {
+        let mut choose = |of: &[u64]| of[random.below(of.len() as u64) as usize];
+        Pace {
+            switch_one_in: choose(&[1, 2, 4, 16, 64]),
+            slice_bits: choose(&[6, 8, 10, 12, 14]) as u32,
+            instruction_nanos: choose(&[1, 2, 4, 8, 16]),
+            transfer_nanos_max: choose(&[1, 10_000, 100_000, 1_000_000, 5_000_000]),
+        }
+    }
+}
+
+impl fmt::Display for Pace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "switches 1 in {}, slices to {}, {} ns an instruction, transfers to {} ns",
+            self.switch_one_in,
+            1u64 << self.slice_bits,
+            self.instruction_nanos,
+            self.transfer_nanos_max
+        )
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// It can go on.
+    Ready,
+    /// It looks again and again whether something is so; last when `progress` stood there.
+    Spins { what: &'static str, progress: u64 },
+    /// It sleeps until its key is woken, or its time has come.
+    Sleeps { what: &'static str, key: usize, until: Option<u64> },
+    /// It has ended.
+    Ended,
+}
+
+#[derive(Debug)]
+struct Actor {
+    name: String,
+    state: State,
+    /// When it came to be so.
+    since: u64,
+    turn: Arc<Condvar>,
+}
+
+/// What an actor of a simulation in which nobody can go on waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiter {
+    /// Its name.
+    pub name: String,
+    /// In words.
+    pub what: &'static str,
+    /// Since when, in nanoseconds.
+    pub since: u64,
+}
+
+/// Nobody can go on, ever.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stuck {
+    /// When, in nanoseconds.
+    pub now: u64,
+    /// The actors that have not ended.
+    pub waiters: Vec<Waiter>,
+}
+
+impl fmt::Display for Stuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at {} ns everybody waits, and for no time that could come:", self.now)?;
+        self.waiters
+            .iter()
+            .try_for_each(|w| write!(f, "\n  {} waits for {}, since {} ns", w.name, w.what, w.since))
+    }
+}
+
+/// What the log came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Logged {
+    /// Lines.
+    pub events: u64,
+    /// A hash of all of them: FNV-1a, 64 bits.
+    pub hash: u64,
+    /// Virtual nanoseconds.
+    pub nanos: u64,
+}
+
+struct Log {
+    out: Option<Box<dyn Write + Send>>,
+    failed: Option<io::Error>,
+    logged: Logged,
+    line: String,
+}
+
+impl Log {
+    fn write(&mut self, now: u64, actor: &str, say: impl FnOnce(&mut String)) {
+        self.line.clear();
+        let _ = write!(self.line, "{now} {actor}: ");
+        say(&mut self.line);
+        self.line.push('\n');
+        self.logged.events += 1;
+        self.logged.nanos = now;
+        for byte in self.line.bytes() {
+            self.logged.hash = (self.logged.hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        if let Some(out) = &mut self.out
+            && let Err(error) = out.write_all(self.line.as_bytes())
+        {
+            (self.out, self.failed) = (None, Some(error));
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Some(out) = &mut self.out
+            && let Err(error) = out.flush()
+        {
+            (self.out, self.failed) = (None, Some(error));
+        }
+    }
+}
+
+struct Inner {
+    random: Random,
+    pace: Pace,
+    now: u64,
+    current: usize,
+    actors: Vec<Actor>,
+    /// Goes up whenever somebody does anything but look again.
+    progress: u64,
+    idle_rounds: u32,
+    log: Log,
+}
+
+impl Inner {
+    fn note(&mut self, actor: usize, say: impl FnOnce(&mut String)) {
+        let Inner { log, actors, now, .. } = self;
+        log.write(*now, &actors[actor].name, say);
+    }
+
+    fn got_on(&mut self) {
+        self.progress += 1;
+        self.idle_rounds = 0;
+    }
+
+    fn set(&mut self, actor: usize, state: State) {
+        let now = self.now;
+        let actor = &mut self.actors[actor];
+        (actor.state, actor.since) = (state, now);
+    }
+
+    /// Sleepers whose time has come can go on.
+    fn wake_by_time(&mut self) {
+        for actor in 0..self.actors.len() {
+            if let State::Sleeps { until: Some(until), .. } = self.actors[actor].state
+                && until <= self.now
+            {
+                self.set(actor, State::Ready);
+                self.got_on();
+            }
+        }
+    }
+
+    fn wake(&mut self, woken: usize) {
+        let mut any = false;
+        for actor in 0..self.actors.len() {
+            if matches!(self.actors[actor].state, State::Sleeps { key, .. } if key == woken) {
+                self.set(actor, State::Ready);
+                any = true;
+            }
+        }
+        if any {
+            self.got_on();
+        }
+    }
+
+    /// Who has the baton next; `None` where nobody ever can.
+    fn choose(&mut self) -> Option<usize> {
+        loop {
+            self.wake_by_time();
+            let progress = self.progress;
+            let can = |actor: &Actor| match actor.state {
+                State::Ready => true,
+                State::Spins { progress: then, .. } => then != progress,
+                State::Sleeps { .. } | State::Ended => false,
+            };
+            let count = self.actors.iter().filter(|actor| can(actor)).count();
+            if count > 0 {
+                let nth = self.random.below(count as u64) as usize;
+                return self.actors.iter().enumerate().filter(|(_, a)| can(a)).nth(nth).map(|(n, _)| n);
+            }
+            let until = |actor: &Actor| match actor.state {
+                State::Sleeps { until, .. } => until,
+                _ => None,
+            };
+            // Who looks again may change something as it does.
+            let spins = self.actors.iter().any(|actor| matches!(actor.state, State::Spins { .. }));
+            let next = self.actors.iter().filter_map(until).min();
+            let rounds_max = if next.is_some() { ROUNDS_A_JUMP } else { IDLE_ROUNDS_MAX };
+            if spins && self.idle_rounds < rounds_max {
+                self.idle_rounds += 1;
+                self.progress += 1;
+                continue;
+            }
+            self.now = self.now.max(next?);
+        }
+    }
+
+    fn stuck(&self) -> Option<Stuck> {
+        let waiter = |actor: &Actor| {
+            let what = match actor.state {
+                State::Ready => "its turn",
+                State::Spins { what, .. } | State::Sleeps { what, .. } => what,
+                State::Ended => return None,
+            };
+            Some(Waiter { name: actor.name.clone(), what, since: actor.since })
+        };
+        let waiters: Vec<_> = self.actors.iter().filter_map(waiter).collect();
+        (!waiters.is_empty()).then_some(Stuck { now: self.now, waiters })
+    }
+}
+
+/// What is done where nobody can go on, on the thread that noticed; the log is complete then. If it returns, that thread sleeps
+/// for ever, as all others do.
+pub type OnStuck = Box<dyn Fn(&Stuck) + Send + Sync>;
+
+/// A simulation.
+pub struct Sim {
+    inner: Mutex<Inner>,
+    on_stuck: OnStuck,
+}
+
+impl fmt::Debug for Sim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sim").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Sim {
+    fn drop(&mut self) {
+        SIMULATIONS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Sim {
+    /// One that `seed` decides; what happens is written to `log`, if there is one, and counted in any case.
+    pub fn new(seed: u64, log: Option<Box<dyn Write + Send>>, on_stuck: OnStuck) -> Arc<Sim> {
+        let mut random = Random::new(seed);
+        let pace = Pace::of(&mut random);
+        let logged = Logged { events: 0, hash: 0xcbf2_9ce4_8422_2325, nanos: 0 };
+        let mut log = Log { out: log, failed: None, logged, line: String::new() };
+        log.write(0, "umbra", |line| {
+            let _ = write!(line, "seed {seed}; {pace}");
+        });
+        let inner = Inner {
+            random,
+            pace,
+            now: 0,
+            current: NOBODY,
+            actors: Vec::new(),
+            progress: 0,
+            idle_rounds: 0,
+            log,
+        };
+        let sim = Arc::new(Sim { inner: Mutex::new(inner), on_stuck });
+        SIMULATIONS.fetch_add(1, Ordering::Relaxed);
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|other| other.strong_count() > 0);
+        all.push(Arc::downgrade(&sim));
+        drop(all);
+        sim
+    }
+
+    /// Makes the calling thread its first actor, with the baton, until the guard is dropped.
+    pub fn enter(self: &Arc<Sim>, name: &str) -> ActorGuard {
+        self.register(name).enter()
+    }
+
+    /// The log so far, all of it written.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be.
+    pub fn logged(&self) -> io::Result<Logged> {
+        let mut inner = self.lock();
+        inner.log.flush();
+        inner.log.failed.take().map_or(Ok(inner.log.logged), Err)
+    }
+
+    /// How it is driven.
+    pub fn pace(&self) -> Pace {
+        self.lock().pace
+    }
+
+    fn register(self: &Arc<Sim>, name: &str) -> Ticket {
+        let mut inner = self.lock();
+        let since = inner.now;
+        let actor = Actor { name: name.into(), state: State::Ready, since, turn: Arc::default() };
+        inner.actors.push(actor);
+        inner.got_on();
+        let id = inner.actors.len() - 1;
+        inner.note(id, |line| line.push_str("begins"));
+        if inner.current == NOBODY {
+            inner.current = id;
+        }
+        Ticket { sim: Some(Arc::clone(self)), id }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the baton to whoever is to have it next. Where nobody ever can, that is reported.
+    fn hand_on<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+        if let Some(next) = inner.choose() {
+            if inner.current != next {
+                inner.actors[next].turn.notify_one();
+            }
+            inner.current = next;
+            inner.set(next, State::Ready);
+            return inner;
+        }
+        inner.current = NOBODY;
+        let Some(stuck) = inner.stuck() else { return inner };
+        inner.log.write(stuck.now, "umbra", |line| line.push_str(&stuck.to_string().replace('\n', ";")));
+        inner.log.flush();
+        drop(inner);
+        (self.on_stuck)(&stuck);
+        self.lock()
+    }
+
+    /// The same, and waits for `me` to have it again.
+    fn take_turn(&self, me: usize, inner: MutexGuard<'_, Inner>) {
+        let inner = self.hand_on(inner);
+        self.await_turn(me, inner);
+    }
+
+    fn await_turn(&self, me: usize, mut inner: MutexGuard<'_, Inner>) {
+        let turn = Arc::clone(&inner.actors[me].turn);
+        while inner.current != me {
+            inner = turn.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A thread's place in a simulation, before the thread has begun. Dropped, nobody takes it.
+#[derive(Debug)]
+pub struct Ticket {
+    sim: Option<Arc<Sim>>,
+    id: usize,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(sim) = self.sim.take() {
+            let mut inner = sim.lock();
+            inner.set(self.id, State::Ended);
+            inner.wake(key_of_end(self.id));
+        }
+    }
+}
+
+/// An actor, for whoever waits for its end.
+#[derive(Debug)]
+pub struct ActorId(usize);
+
+impl Ticket {
+    /// Whose it is.
+    pub fn id(&self) -> ActorId {
+        ActorId(self.id)
+    }
+
+    /// Makes the calling thread that actor, and returns once it has the baton.
+    pub fn enter(mut self) -> ActorGuard {
+        if let Some(sim) = self.sim.take() {
+            ME.set(Some((Arc::clone(&sim), self.id)));
+            sim.await_turn(self.id, sim.lock());
+        }
+        ActorGuard(())
+    }
+}
+
+/// Being an actor; dropping it ends that.
+#[derive(Debug)]
+pub struct ActorGuard(());
+
+impl Drop for ActorGuard {
+    fn drop(&mut self) {
+        let Some((sim, me)) = ME.take() else { return };
+        let mut inner = sim.lock();
+        inner.note(me, |line| line.push_str("ends"));
+        inner.set(me, State::Ended);
+        inner.got_on();
+        inner.wake(key_of_end(me));
+        drop(sim.hand_on(inner));
+    }
+}
+
+/// What its end wakes: no address of anything that is slept on, for nothing is at the end of memory.
+fn key_of_end(actor: usize) -> usize {
+    NOBODY - 1 - actor
+}
+
+#[inline]
+fn is_any() -> bool {
+    SIMULATIONS.load(Ordering::Relaxed) != 0
+}
+
+/// Calls with the simulation that this thread is an actor of.
+#[inline]
+fn with<R>(call: impl FnOnce(&Arc<Sim>, usize) -> R) -> Option<R> {
+    if !is_any() {
+        return None;
+    }
+    ME.with(|me| match me.try_borrow() {
+        Ok(me) => me.as_ref().map(|(sim, me)| call(sim, *me)),
+        Err(_) => None,
+    })
+}
+
+/// True on the threads of a simulation.
+#[inline]
+pub fn is_on() -> bool {
+    with(|_, _| ()).is_some()
+}
+
+/// Virtual nanoseconds since the simulation began, on its threads.
+#[inline]
+pub fn now() -> Option<u64> {
+    with(|sim, _| sim.lock().now)
+}
+
+/// How this thread's simulation is driven.
+pub fn pace() -> Option<Pace> {
+    with(|sim, _| sim.pace())
+}
+
+/// A number below `end` that the seed decides; `None` on other threads.
+pub fn choose(end: u64) -> Option<u64> {
+    with(|sim, _| sim.lock().random.below(end.max(1)))
+}
+
+/// Another actor may come in here.
+#[inline]
+pub fn point() {
+    if is_any() {
+        with(|sim, me| {
+            let mut inner = sim.lock();
+            inner.got_on();
+            let one_in = inner.pace.switch_one_in;
+            if inner.random.below(one_in) == 0 {
+                sim.take_turn(me, inner);
+            }
+        });
+    }
+}
+
+/// Work has taken so long, and others may come in.
+pub fn work(nanos: u64) {
+    with(|sim, me| {
+        let mut inner = sim.lock();
+        inner.now = inner.now.saturating_add(nanos);
+        inner.got_on();
+        sim.take_turn(me, inner);
+    });
+}
+
+/// Looks again later, when another has got on: for loops that wait for `what` by looking. False on threads of no simulation.
+pub fn spin(what: &'static str) -> bool {
+    let spins = |sim: &Arc<Sim>, me| {
+        let mut inner = sim.lock();
+        inner.now = inner.now.saturating_add(SPIN_NANOS);
+        let progress = inner.progress;
+        inner.set(me, State::Spins { what, progress });
+        sim.take_turn(me, inner);
+    };
+    with(spins).is_some()
+}
+
+/// The guest says that it looks again and again for something: others may come in. False on threads of no simulation.
+pub fn pause() -> bool {
+    let is_on = is_on();
+    work(SPIN_NANOS);
+    is_on
+}
+
+/// Sleeps until `key` is woken, or for `limit`, without `held`. What the caller sleeps for it has looked at with nothing in between:
+/// it holds what a thread that is no actor needs to change that. False on threads of no simulation.
+fn block(key: usize, what: &'static str, limit: Option<u64>, held: impl Sized) -> bool {
+    let blocks = |sim: &Arc<Sim>, me| {
+        let mut inner = sim.lock();
+        inner.got_on();
+        let until = limit.map(|limit| inner.now.saturating_add(limit));
+        inner.note(me, |line| {
+            let _ = write!(line, "waits for {what}");
+        });
+        inner.set(me, State::Sleeps { what, key, until });
+        drop(held);
+        sim.take_turn(me, inner);
+    };
+    with(blocks).is_some()
+}
+
+/// Wakes all who sleep for `key`, whoever calls.
+fn wake(key: usize) {
+    if is_any() && with(|sim, _| sim.lock().wake(key)).is_none() {
+        let all = ALL.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        all.iter().filter_map(Weak::upgrade).for_each(|sim| sim.lock().wake(key));
+    }
+}
+
+/// Sleeps for so long, in virtual time. False on threads of no simulation, which have not slept.
+pub fn sleep(time: Duration, what: &'static str) -> bool {
+    block(NOBODY, what, Some(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)), ())
+}
+
+/// A device's transfer: sleeps for as long as the seed says.
+pub fn transfer() {
+    if let Some(pace) = pace() {
+        let nanos = choose(pace.transfer_nanos_max).unwrap_or(0);
+        block(NOBODY, "a transfer", Some(nanos), ());
+    }
+}
+
+/// The most instructions of the next slice, `most` at most; `None` on threads of no simulation.
+pub fn slice(most: u64) -> Option<u64> {
+    with(|sim, _| {
+        let mut inner = sim.lock();
+        // Short ones as often as long ones.
+        let bits = u64::from(inner.pace.slice_bits) + 1;
+        let end = 1 << inner.random.below(bits);
+        (1 + inner.random.below(end)).min(most)
+    })
+}
+
+/// Writes a line to the log.
+#[inline]
+pub fn note(say: impl FnOnce(&mut String)) {
+    with(|sim, me| sim.lock().note(me, say));
+}
+
+/// True once that actor of this thread's simulation has ended; `None` on threads of no simulation.
+pub fn has_ended(actor: &ActorId) -> Option<bool> {
+    with(|sim, _| sim.lock().actors[actor.0].state == State::Ended)
+}
+
+/// A place in the simulation of this thread for one that it is about to start.
+pub fn register(name: &str) -> Option<Ticket> {
+    with(|sim, _| sim.register(name))
+}
+
+/// Sleeps until that actor of this thread's simulation has ended.
+pub fn await_end(actor: &ActorId) {
+    while has_ended(actor) == Some(false) {
+        block(key_of_end(actor.0), "the end of a thread", None, ());
+    }
+}
+
+/// Takes a lock whose holder may hand the baton on.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    while is_on() {
+        match mutex.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => spin("a lock"),
+        };
+    }
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A condition variable, whose sleepers are a simulation's where there is one.
+#[derive(Debug, Default)]
+pub struct Bed(Condvar);
+
+impl Bed {
+    /// One that nobody sleeps in.
+    pub fn new() -> Bed {
+        Bed::default()
+    }
+
+    /// Lets go of the lock, sleeps until notified (or for no reason), and takes it again. `what` is waited for.
+    pub fn wait<'a, T>(
+        &self,
+        mutex: &'a Mutex<T>,
+        guard: MutexGuard<'a, T>,
+        what: &'static str,
+    ) -> MutexGuard<'a, T> {
+        if is_on() {
+            block(self.key(), what, None, guard);
+            return lock(mutex);
+        }
+        self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// On a thread of a simulation: sleeps until notified or until `until`, in virtual nanoseconds, with nothing held.
+    pub fn wait_until(&self, until: Option<u64>, what: &'static str) {
+        let now = now().unwrap_or(0);
+        block(self.key(), what, until.map(|until| until.saturating_sub(now)), ());
+    }
+
+    /// Wakes all who sleep here.
+    pub fn notify_all(&self) {
+        self.0.notify_all();
+        wake(self.key());
+    }
+
+    fn key(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use super::*;
+
+    /// What a simulation wrote.
+    #[derive(Clone, Default)]
+    struct Text(Arc<Mutex<Vec<u8>>>);
+
+    impl Text {
+        fn lines(&self) -> Vec<String> {
+            let bytes = self.0.lock().expect("nobody panics").clone();
+            String::from_utf8(bytes).expect("text").lines().map(str::to_owned).collect()
+        }
+    }
+
+    impl Write for Text {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("nobody panics").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn never() -> OnStuck {
+        Box::new(|stuck| panic!("{stuck}"))
+    }
+
+    fn start(name: &str, work: impl FnOnce() + Send + 'static) -> (ActorId, thread::JoinHandle<()>) {
+        let ticket = register(name).expect("a simulation");
+        let id = ticket.id();
+        let thread = thread::spawn(move || {
+            let _actor = ticket.enter();
+            work();
+        });
+        (id, thread)
+    }
+
+    /// Three threads that count, each saying so.
+    fn counted(seed: u64) -> Vec<String> {
+        let text = Text::default();
+        let sim = Sim::new(seed, Some(Box::new(text.clone())), never());
+        let actor = sim.enter("main");
+        let threads: Vec<_> = ["a", "b", "c"]
+            .into_iter()
+            .map(|name| {
+                start(name, move || {
+                    for n in 0..20 {
+                        note(|line| line.push_str(&n.to_string()));
+                        point();
+                        if n % 7 == 0 {
+                            sleep(Duration::from_micros(n), "a while");
+                        }
+                    }
+                })
+            })
+            .collect();
+        threads.iter().for_each(|(id, _)| await_end(id));
+        drop(actor);
+        threads.into_iter().for_each(|(_, thread)| thread.join().expect("no panic"));
+        let logged = sim.logged().expect("written");
+        assert_eq!(logged.events as usize, text.lines().len());
+        // The first line names the seed.
+        text.lines().split_off(1)
+    }
+
+    #[test]
+    fn a_seed_has_one_order_and_seeds_have_many() {
+        let first = counted(1);
+        for _ in 0..20 {
+            assert_eq!(counted(1), first);
+        }
+        let mut orders: Vec<_> = (1..=20).map(counted).collect();
+        orders.sort();
+        orders.dedup();
+        assert!(orders.len() > 15, "{} orders of 20", orders.len());
+    }
+
+    #[test]
+    fn time_jumps_to_what_is_waited_for_and_not_beyond() {
+        let sim = Sim::new(5, None, never());
+        let actor = sim.enter("main");
+        let (id, thread) = start("other", || {
+            sleep(Duration::from_secs(3600), "an hour");
+        });
+        let begun = std::time::Instant::now();
+        sleep(Duration::from_secs(60), "a minute");
+        assert_eq!(now(), Some(60_000_000_000));
+        await_end(&id);
+        assert_eq!(now(), Some(3_600_000_000_000));
+        drop(actor);
+        thread.join().expect("no panic");
+        assert!(begun.elapsed() < Duration::from_secs(60), "nobody has slept");
+    }
+
+    #[test]
+    fn a_sleeper_is_woken_by_actors_and_by_other_threads() {
+        let sim = Sim::new(7, None, Box::new(|_| ()));
+        let actor = sim.enter("main");
+        let shared = Arc::new((Mutex::new(0), Bed::default()));
+        let ours = Arc::clone(&shared);
+        let (id, thread) = start("sleeper", move || {
+            let mut count = ours.0.lock().expect("no panic");
+            while *count < 2 {
+                count = ours.1.wait(&ours.0, count, "two");
+            }
+        });
+        sleep(Duration::from_millis(1), "the sleeper");
+        *shared.0.lock().expect("no panic") += 1;
+        shared.1.notify_all();
+        sleep(Duration::from_millis(1), "the sleeper");
+        thread::scope(|scope| {
+            let other = || {
+                *shared.0.lock().expect("no panic") += 1;
+                shared.1.notify_all();
+            };
+            scope.spawn(other).join().expect("no panic");
+        });
+        await_end(&id);
+        drop(actor);
+        thread.join().expect("no panic");
+    }
+
+    /// As a signal's may come, which is no actor's.
+    #[test]
+    fn a_wake_by_another_thread_just_before_the_sleep_is_not_lost() {
+        const ROUNDS: u32 = 1000;
+        let sim = Sim::new(11, None, Box::new(|_| ()));
+        let shared = Arc::new((Mutex::new(0), Bed::default()));
+        let ours = Arc::clone(&shared);
+        let other = thread::spawn(move || {
+            let mut count = 0;
+            while count < 2 * ROUNDS {
+                let mut shared = ours.0.lock().expect("no panic");
+                if *shared % 2 == 1 {
+                    *shared += 1;
+                    ours.1.notify_all();
+                }
+                count = *shared;
+            }
+        });
+        let actor = sim.enter("main");
+        let (id, sleeper) = start("sleeper", move || {
+            for _ in 0..ROUNDS {
+                let mut count = lock(&shared.0);
+                *count += 1;
+                while *count % 2 == 1 {
+                    count = shared.1.wait(&shared.0, count, "an answer");
+                }
+            }
+        });
+        let begun = std::time::Instant::now();
+        while has_ended(&id) == Some(false) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the sleeper sleeps on");
+            sleep(Duration::from_micros(1), "the sleeper");
+        }
+        drop(actor);
+        [sleeper, other].into_iter().for_each(|thread| thread.join().expect("no panic"));
+    }
+
+    #[test]
+    fn who_waits_for_ever_is_named_with_what_it_waits_for() {
+        let (tell, told) = channel();
+        let on_stuck: OnStuck = Box::new(move |stuck| drop(tell.send(stuck.clone())));
+        let text = Text::default();
+        let sim = Sim::new(3, Some(Box::new(text.clone())), on_stuck);
+        // They stay for as long as this process.
+        thread::spawn(move || {
+            let _actor = sim.enter("first");
+            start("second", || while spin("an answer") {});
+            Bed::default().wait_until(None, "a letter");
+        });
+        let stuck = told.recv_timeout(Duration::from_secs(20)).expect("a report");
+        let words: Vec<_> = stuck.waiters.iter().map(|w| (w.name.as_str(), w.what)).collect();
+        assert_eq!(words, [("first", "a letter"), ("second", "an answer")]);
+        assert!(text.lines().last().is_some_and(|line| line.contains("first waits for a letter")));
+    }
+
+    #[test]
+    fn a_thread_that_panics_hands_the_baton_on() {
+        let sim = Sim::new(9, None, never());
+        let actor = sim.enter("main");
+        let (id, thread) = start("other", || panic!("on purpose"));
+        await_end(&id);
+        drop(actor);
+        assert!(thread.join().is_err());
+    }
+}

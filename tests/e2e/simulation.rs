@@ -1,0 +1,148 @@
+//! `umbra run --deterministic`: a seed is a run, to the last event.
+
+use std::fs;
+
+use libtest_mimic::{Failed, Trial};
+
+use super::umbra::{status, umbra};
+use crate::ensure;
+use crate::support::process::End;
+use crate::support::{Verdict, case};
+
+/// The tests of this file.
+pub fn cases() -> Vec<Trial> {
+    let mut cases = vec![
+        case("simulation_of_one_cpu_is_the_same_for_a_seed", &[], || same(&HELLO, &[1, 2, 3])),
+        case("simulation_of_two_cpus_and_swap_is_the_same_for_a_seed", &[], || same(&SWAP, &[4])),
+        case("simulation_of_two_cpus_and_disks_is_the_same_for_a_seed", &[], || same(&DISKS, &[5])),
+        case("simulation_of_a_disk_in_a_file_is_the_same_for_a_seed", &[], disk_in_a_file),
+        case("simulations_of_two_seeds_are_two", &[], differ),
+        case("simulation_refuses_what_has_an_order_of_its_own", &[], refused),
+    ];
+    // Only a build for tests can leave a rule out.
+    if std::env::var_os("UMBRA_BIN").is_none() {
+        cases.push(case(
+            "simulation_in_which_a_thread_waits_for_ever_says_who_waits_for_what",
+            &[],
+            deadlock,
+        ));
+    }
+    cases
+}
+
+const HELLO: [&str; 2] = ["--append", "workload=hello"];
+const DISKS: [&str; 6] = ["--vcpus", "2", "--mem", "16M", "--append", "workload=disk scale=1"];
+/// Pages go to swap and come back; the budget is cut at a virtual time.
+const SWAP: [&str; 10] = [
+    "--vcpus",
+    "2",
+    "--mem",
+    "16M",
+    "--frames",
+    "3M@0s,2M@1ms",
+    "--low",
+    "1M",
+    "--append",
+    "workload=mm scale=1",
+];
+
+/// The event log of a run that passes, and what the summary says of it.
+fn log_of(seed: u64, options: &[&str]) -> Result<(Vec<String>, String), Failed> {
+    let file = tempfile::NamedTempFile::new()?;
+    let path = file.path().to_str().ok_or("a name that is not UTF-8")?;
+    let seed = seed.to_string();
+    let simulated = ["run", "--deterministic", "--seed", &seed, "--event-log", path];
+    let run = umbra(simulated.iter().chain(options))?;
+    ensure!(run.end == End::Status(0), "seed {seed} came to harm:\n{run}");
+    let said = run.stderr.lines().find(|line| line.contains("virtual us, hash"));
+    let said = said.ok_or_else(|| format!("no word of the log:\n{run}"))?.to_owned();
+    let lines: Vec<_> = fs::read_to_string(path)?.lines().map(str::to_owned).collect();
+    ensure!(said.contains(&format!("{} events", lines.len())), "{} lines in the log: {said}", lines.len());
+    Ok((lines, said))
+}
+
+/// Twice the same, with all that the options are about in it.
+fn same(options: &[&str], seeds: &[u64]) -> Verdict {
+    for seed in seeds {
+        let (first, second) = (log_of(*seed, options)?, log_of(*seed, options)?);
+        let differs = first.0.iter().zip(&second.0).enumerate().find(|(_, (a, b))| a != b);
+        ensure!(differs.is_none(), "seed {seed}, the first line that differs: {differs:?}");
+        ensure!(first == second, "seed {seed}: {} and {}", first.1, second.1);
+        let has = |words: &[&str]| first.0.iter().any(|line| words.iter().all(|word| line.contains(word)));
+        let wanted: &[&[&str]] = match options.len() {
+            len if len == SWAP.len() => &[
+                &["vcpu 1: ran"],
+                &["clock: the budget changes"],
+                &["reclaim", "frames free"],
+                &["waits for a transfer"],
+                &["interrupt"],
+            ],
+            // Who notifies a disk in memory serves it.
+            len if len == DISKS.len() => &[&["vcpu 1: ran"], &["vcpu", "waits for a transfer"]],
+            _ => &[&["vcpu 0: ran"], &["vcpu 0: Filled"]],
+        };
+        for words in wanted {
+            ensure!(has(words), "seed {seed}: nothing like {words:?} in {} lines", first.0.len());
+        }
+    }
+    Ok(())
+}
+
+/// Its own thread serves it. Each run begins with an empty one.
+fn disk_in_a_file() -> Verdict {
+    let run = || -> Result<(Vec<String>, String), Failed> {
+        let disk = tempfile::NamedTempFile::new()?;
+        disk.as_file().set_len(16 << 20)?;
+        let disk = format!("{},id=swap", disk.path().to_str().ok_or("a name that is not UTF-8")?);
+        log_of(8, &[&DISKS[..], &["--disk", &disk]].concat())
+    };
+    let (first, second) = (run()?, run()?);
+    let served = first.0.iter().any(|line| line.contains("disk 'swap': waits for a transfer"));
+    ensure!(served, "its thread has served nothing in {} lines", first.0.len());
+    ensure!(first == second, "{} and {}", first.1, second.1);
+    Ok(())
+}
+
+/// Not only in the line that names the seed, nor only in how long things take.
+fn differ() -> Verdict {
+    let order = |seed| -> Result<Vec<String>, Failed> {
+        let words = |line: String| line.split_once(' ').map(|(_, rest)| rest.to_owned());
+        Ok(log_of(seed, &DISKS)?.0.into_iter().skip(1).filter_map(words).collect())
+    };
+    ensure!(order(6)? != order(7)?, "two seeds, one order");
+    Ok(())
+}
+
+/// A vCPU that is asleep is not asked to flush, and so never answers.
+fn deadlock() -> Verdict {
+    let simulated =
+        ["run", "--deterministic", "--seed", "1", "--tlb", "sticky", "--omit", "request-at-shootdown"];
+    let run = umbra(simulated.iter().chain(&SWAP))?;
+    ensure!(run.end == status::DEADLOCK, "expected {:?}:\n{run}", status::DEADLOCK);
+    for words in
+        ["everybody waits", "vcpu 0 waits for another to get on", "vcpu 1 waits for a wake", "with the seed"]
+    {
+        ensure!(run.stderr.contains(words), "the report should say {words:?}:\n{run}");
+    }
+    Ok(())
+}
+
+fn refused() -> Verdict {
+    let kvm = umbra(["run", "--deterministic", "--backend", "kvm"])?;
+    ensure!(
+        kvm.end == status::OPERATOR && kvm.stderr.contains("leave out --backend kvm"),
+        "KVM has an order of its own:\n{kvm}"
+    );
+    for option in [["--qmp", "/nowhere/q"], ["--export", "/nowhere/e"]] {
+        let run = umbra(["run", "--deterministic"].iter().chain(&option))?;
+        ensure!(run.end == status::USAGE && run.stderr.contains(option[0]), "{option:?}:\n{run}");
+    }
+    let alone = umbra(["run", "--seed", "1"])?;
+    ensure!(alone.end == status::USAGE && alone.stderr.contains("--deterministic"), "a seed alone:\n{alone}");
+    let nowhere = umbra(["run", "--deterministic", "--event-log", "/nowhere/at/all"])?;
+    ensure!(
+        nowhere.end == status::OPERATOR && nowhere.stderr.contains("/nowhere/at/all"),
+        "no such folder:\n{nowhere}"
+    );
+    Ok(())
+}
