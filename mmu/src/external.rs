@@ -58,8 +58,9 @@ use crate::p2m::PageState;
 use crate::pool;
 use crate::reclaim::Shortage;
 use crate::records::Cause;
+use crate::rules::Rule;
 use crate::scope::MemAlloc;
-use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, fence, thread};
+use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, fence, point, thread};
 
 /// An importer. Its number is never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -216,9 +217,6 @@ pub(crate) struct Exports {
     /// Pages with a holder.
     held: AtomicU32,
     order: AtomicU64,
-    /// Leaves out the check of the gate, to see what comes of it.
-    #[cfg(test)]
-    pub ignore_gate: crate::sync::AtomicBool,
 }
 
 impl Exports {
@@ -231,8 +229,6 @@ impl Exports {
             segments: Lock::new(lock_order::SEGMENTS, Segments::default()),
             held: AtomicU32::new(0),
             order: AtomicU64::new(0),
-            #[cfg(test)]
-            ignore_gate: crate::sync::AtomicBool::new(false),
         }
     }
 
@@ -264,14 +260,6 @@ impl Exports {
         let segment = segments.list.iter_mut().find(|segment| segment.id == id && !segment.closing)?;
         segment.users += 1;
         Some(Entered { exports: self, segment: *segment })
-    }
-
-    #[inline]
-    fn checks_gate(&self) -> bool {
-        #[cfg(test)]
-        return !self.ignore_gate.load(Ordering::SeqCst);
-        #[cfg(not(test))]
-        true
     }
 }
 
@@ -412,7 +400,9 @@ impl Mmu {
         }
         for _ in 0..ROUNDS_MAX {
             let seen = self.buckets.sequence();
-            match self.p2m.lookup(gfn) {
+            let state = self.p2m.lookup(gfn);
+            point();
+            match state {
                 PageState::Resident(at) if at == home => {
                     if let Some(order) = self.enter_importer(importer, gfn, home, write, seen) {
                         return Ok(order);
@@ -446,7 +436,7 @@ impl Mmu {
         seen: Sequence,
     ) -> Option<u64> {
         let bucket = self.buckets.lock(gfn);
-        if self.exports.checks_gate() && !bucket.admits(seen) {
+        if !bucket.admits(seen) && self.rules.keep(Rule::GateAtImport) {
             return None;
         }
         self.frames.change_flags(home, 0, EXTERNAL);
@@ -603,7 +593,7 @@ impl Mmu {
 
     /// Takes the memory of homes away from everybody: they are zeros from here on, for importers too. May sleep.
     pub(crate) fn fence_homes(&self, frames: &[Mfn]) {
-        if !self.frames.has_homes() {
+        if !(self.frames.has_homes() && self.rules.keep(Rule::FenceHomes)) {
             return;
         }
         let homes: Vec<Mfn> = frames.iter().copied().filter(|mfn| self.frames.is_home(*mfn)).collect();

@@ -7,6 +7,7 @@ use crate::bucket::Link;
 use crate::discard::{Discard, NotDiscarded};
 use crate::frames::Host;
 use crate::invalidation::WouldBlock;
+use crate::rules::Rules;
 use crate::spte::{Spte, l1_index};
 use crate::swap::MemorySwap;
 use crate::sync::Arc;
@@ -114,6 +115,15 @@ struct House {
 
 impl House {
     fn new() -> House {
+        House::with_rules(Rules::default())
+    }
+
+    /// One whose importers are entered without a look at the gate.
+    fn without_the_gate() -> House {
+        House::with_rules(Rules::all_but(Rule::GateAtImport).expect("a build for tests"))
+    }
+
+    fn with_rules(rules: Rules) -> House {
         let twin = Twin::default();
         let machine = Machine::anonymous(256 + PAGES);
         let config = Config {
@@ -124,6 +134,7 @@ impl House {
             ..Config::of_pages(PAGES)
         };
         let mmu = Mmu::new(machine.clone(), config, Box::new(NoVcpus))
+            .with_rules(rules)
             .with_swap(Box::new(MemorySwap::new(PAGES)))
             .with_external(Box::new(twin.clone()))
             .with_host(Box::new(Fences(twin.clone(), machine.clone())));
@@ -414,13 +425,11 @@ fn a_vcpu_that_wants_a_frame_leaves_imported_pages_to_the_background() {
 }
 
 /// Import and page-out, interleaved as drawn in the header: the import has seen the page at home, and is entered once it is gone.
-fn race(gate: bool) -> (House, Option<u64>) {
-    let house = House::new();
+fn race(house: House) -> (House, Option<u64>) {
     let segment = house.segment(false);
     house.store(PAGE, 8);
     house.import(BERT, segment, PAGE);
     house.mmu.give_up_page(BERT, PAGE);
-    house.mmu.exports.ignore_gate.store(!gate, Ordering::SeqCst);
 
     let seen = house.mmu.buckets.sequence();
     assert_eq!(house.mmu.p2m().lookup(PAGE), PageState::Resident(house.home(PAGE)));
@@ -431,14 +440,14 @@ fn race(gate: bool) -> (House, Option<u64>) {
 
 #[test]
 fn the_race_of_2008_is_lost_at_the_gate() {
-    let (house, entered) = race(true);
+    let (house, entered) = race(House::new());
     assert_eq!(entered, None);
     house.audit();
 }
 
 #[test]
 fn without_the_gate_an_importer_has_a_page_that_is_gone_and_the_audit_says_so() {
-    let (house, entered) = race(false);
+    let (house, entered) = race(House::without_the_gate());
     assert!(entered.is_some());
     let findings = house.mmu.audit();
     assert!(findings.iter().any(|finding| finding.starts_with("INV-EXT-1")), "{findings:?}");
@@ -447,7 +456,7 @@ fn without_the_gate_an_importer_has_a_page_that_is_gone_and_the_audit_says_so() 
 /// The whole of it: a fault maps the page and a driver hands it out, both on what they saw before, between the unmappings and the end.
 fn map_and_export_between_two_unmaps(gate: bool) -> (House, [bool; 2]) {
     const AT: Gva = Gva(PAGE.0 << 12);
-    let house = House::new();
+    let house = if gate { House::new() } else { House::without_the_gate() };
     let segment = house.segment(false);
     house.import(BERT, segment, PAGE);
     house.mmu.give_up_page(BERT, PAGE);
@@ -456,7 +465,6 @@ fn map_and_export_between_two_unmaps(gate: bool) -> (House, [bool; 2]) {
     assert_eq!(mmu.fault(&vcpu, Gva(0), Access::read(false)), Outcome::Fixed);
     let root = mmu.root(&vcpu, false).expect("there are frames");
     let spte = mmu.pages.mfn(mmu.find_table(root, AT).expect("it is there")).at(l1_index(AT) * 8);
-    mmu.exports.ignore_gate.store(!gate, Ordering::SeqCst);
 
     let seen = mmu.buckets.sequence();
     assert_eq!(mmu.p2m().lookup(PAGE), PageState::Resident(home));

@@ -223,7 +223,7 @@ impl Mmu {
         if caller.may == May::NotSleep {
             return if is_starving() { Err(WouldBlock) } else { Ok(()) };
         }
-        while caller.naps > 0 && !spin_until(|| !is_starving()) {
+        while caller.naps > 0 && is_starving() && !spin_until(|| !is_starving()) {
             // A vCPU that runs with the page is fed when it leaves the guest.
             match caller.naps % NAPS_A_KICK {
                 0 if self.rules.keep(Rule::KickOfStarving) => self.coherence.kick_out(),
@@ -296,7 +296,7 @@ impl<'m> Unmapped<'m> {
             }
         }
         hold.record.shootdown = hold.lap();
-        if let Some(order) = order {
+        if let Some(order) = order.filter(|_| hold.mmu.rules.keep(Rule::AwaitImporters)) {
             hold.await_importers(order);
         }
         Ok(Settling { freed: Vec::with_capacity(hold.held.len()), vacated: Vec::new(), notified, hold })
@@ -393,7 +393,9 @@ impl Hold<'_> {
         let order = exports.advance();
         for of_one in self.importers.chunk_by(|a, b| a.0 == b.0) {
             let pages: Vec<Gfn> = of_one.iter().map(|(_, gfn)| *gfn).collect();
-            exports.outside.tell(order, of_one[0].0, &pages);
+            if self.mmu.rules.keep(Rule::TellImporters) {
+                exports.outside.tell(order, of_one[0].0, &pages);
+            }
             self.record.told += 1;
         }
         Some(order)

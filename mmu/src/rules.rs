@@ -20,9 +20,9 @@ pub const CAN_OMIT: bool = cfg!(all(feature = "omissions", debug_assertions));
 /// What sort of rule it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sort {
-    /// A TLB is made to forget, or asked to.
+    /// A TLB is made to forget, or asked to; the host is made to forget for an importer.
     Flush,
-    /// A vCPU is made to leave the guest.
+    /// A vCPU is made to leave the guest, an importer to give a page up.
     Kick,
     /// Somebody goes on only when others have answered.
     Wait,
@@ -147,6 +147,8 @@ rules! {
         "who pins a frame finds out that its page has just been taken";
     TablesAtUnmap "tables-at-unmap" Gate "Hold::take":
         "a page that is a shadowed table, or watched, stays in its frame";
+    GateAtImport "gate-at-import" Gate "Mmu::enter_importer":
+        "no importer is entered for a page while it is invalidated, nor by a look from before";
 
     // Who is shot down when.
     ShootdownAtInvalidation "shootdown-at-invalidation" Wait "Unmapped::shoot_down":
@@ -161,6 +163,14 @@ rules! {
         "nor to one whose frame is free";
     ShootdownBeforeRoot "shootdown-before-root" Wait "Mmu::vacant_root":
         "nor from a root that serves again to what was below it";
+
+    // Importers.
+    TellImporters "tell-importers" Kick "Hold::tell_importers":
+        "an importer gives up what is taken away";
+    AwaitImporters "await-importers" Wait "Unmapped::shoot_down":
+        "a page's contents go elsewhere only when no importer that behaves can reach it";
+    FenceHomes "fence-homes" Flush "Mmu::fence_homes":
+        "an importer that is late, or lies, reads nothing of what was in a page that has gone";
 
     // TLB debt.
     DebtOfZap "debt-of-zap" Debt "Mmu::zap_leaf":

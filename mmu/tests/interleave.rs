@@ -14,7 +14,8 @@
 //! points: orders in which one thread stands still for long. A twin, whose CPU does not flush when the ledger asks,
 //! must fail.
 //!
-//! *Moves* (`moves`): two or three operations on one page that comes and goes. *Devices*: three sessions (`umbra_mmu::dma`) want
+//! *Moves* (`moves`): two or three operations on one page that comes and goes. *Importers* (`imports`): the same with processes that
+//! have pages too, and must give them up. *Devices*: three sessions (`umbra_mmu::dma`) want
 //! three of four slots each, overlapping and in opposite order, while their pages are taken away. Its twin takes them one by one,
 //! and ends in a deadlock.
 //!
@@ -24,6 +25,7 @@
 //! Limits: every store is seen by all at once here; what store buffers do is loom's (`src/interleave`). Words of machine
 //! memory are `std`'s atomics, which shuttle does not see: see `umbra_mmu::sync::point`.
 
+mod imports;
 mod moves;
 
 use std::sync::Arc;
@@ -148,10 +150,15 @@ fn replay() -> Option<ReplayScheduler> {
 }
 
 fn explore(life: impl Fn() + Clone + Send + Sync + 'static) {
+    explore_so_often(1000, life);
+}
+
+/// So many lives of each sort, if nobody asked for others.
+fn explore_so_often(usual: usize, life: impl Fn() + Clone + Send + Sync + 'static) {
     if let Some(replay) = replay() {
         return run(replay, life);
     }
-    let lives = number("UMBRA_LIVES").unwrap_or(1000);
+    let lives = number("UMBRA_LIVES").unwrap_or(usual);
     run(RandomScheduler::new(lives), life.clone());
     run(PctScheduler::new(CHANGES, lives), life);
 }

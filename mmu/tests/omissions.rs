@@ -56,6 +56,8 @@ fn killer(rule: Rule) -> Killer {
         Rule::BarrierAtMark => Killer::Scene(scenes::store_on_its_way),
         Rule::CodeAtStore => Killer::Scene(scenes::stored_code),
         Rule::CodeAtFlush => Killer::Scene(scenes::moved_code),
+        Rule::GateAtImport => Killer::Scene(scenes::taken_before_the_import),
+        Rule::TellImporters | Rule::AwaitImporters | Rule::FenceHomes => Killer::Scene(scenes::imported),
         Rule::FirmwareFlush
         | Rule::NotifierFlush
         | Rule::FlushBesideHardware

@@ -637,7 +637,7 @@ fn guest_device_background_and_operator_lose_no_word_between_them() {
                 );
             }
         }
-        guest.leave();
+        guest.rest();
         device.join().expect("the device saw no wrong word");
         println!(
             "pressure: {steps} steps, {} device rounds, {:?}",

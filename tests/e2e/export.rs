@@ -67,7 +67,7 @@ pub fn cases() -> Vec<Trial> {
 /// A guest that exports, and its control socket.
 pub(super) struct Exporting {
     folder: TempDir,
-    running: Running,
+    pub(super) running: Running,
     pub(super) qmp: Client,
 }
 
@@ -78,7 +78,7 @@ impl Exporting {
         Exporting::with(way, &[&idle, options].concat())
     }
 
-    fn with(way: Way, options: &[&str]) -> Result<Exporting, Failed> {
+    pub(super) fn with(way: Way, options: &[&str]) -> Result<Exporting, Failed> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("e").to_str().ok_or("a name that is not UTF-8")?.to_owned();
         let running = Running::start(way, &[&["--export", &path], options].concat())?;

@@ -75,6 +75,10 @@ impl Running {
         Client::connect(&self.folder.path().join("s"), || !self.run.is_finished())
     }
 
+    pub(super) fn has_ended(&self) -> bool {
+        self.run.is_finished()
+    }
+
     pub(super) fn end(self) -> Result<Outcome, Failed> {
         self.run.join().map_err(|_| "the runner has panicked")?
     }

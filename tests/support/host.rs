@@ -24,6 +24,8 @@ pub enum Need {
     Peer,
     /// The nested rig (tests/rig/run), from the inside.
     Rig,
+    /// The same with a KVM that shadows our tables with its own.
+    NoNpt,
     /// A build without debug assertions, whose times mean something.
     Release,
     /// The superuser, who can become another user and give a child file systems of its own.
@@ -39,6 +41,7 @@ impl Need {
             Need::Kvm => "kvm",
             Need::Qemu | Need::Peer => "qemu",
             Need::Rig => "rig",
+            Need::NoNpt => "npt=0",
             Need::Release => "release",
             Need::Root => "root",
             Need::Qmp => "qmp",
@@ -61,6 +64,10 @@ impl Need {
             Need::Rig => match std::env::var_os("RIG_NPT") {
                 Some(_) => Ok(()),
                 None => Err("this is not the nested rig".into()),
+            },
+            Need::NoNpt => match std::env::var("RIG_NPT").as_deref() {
+                Ok("0") => Ok(()),
+                _ => Err("this is not the nested rig with npt=0".into()),
             },
             Need::Release if cfg!(debug_assertions) => Err("times mean something only with --release".into()),
             Need::Release => Ok(()),

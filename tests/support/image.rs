@@ -53,6 +53,19 @@ pub fn spin() -> Vec<u8> {
     vec![0xeb, 0xfe]
 }
 
+/// Stores 1 to the first word of three pages from `at` on, prints `text`, and looks at the first two of them for as long as the first
+/// is 1; ends through the debug-exit port with what the second was then. It never looks at the third again.
+pub fn spin_on(at: u32, text: &[u8]) -> Vec<u8> {
+    let pages = [at, at + 0x1000, at + 0x2000].map(u32::to_le_bytes);
+    let store = |page: &[u8; 4]| [&[0xc7, 0x05][..], page, &[1, 0, 0, 0]].concat(); // mov dword [page], 1
+    let stores: Vec<u8> = pages.iter().flat_map(store).collect();
+    // mov eax, [first]; mov edx, [second]
+    let loads = [&[0xa1][..], &pages[0], &[0x8b, 0x15], &pages[1]].concat();
+    // cmp eax, 1; je the loads; mov al, dl; out 0xf4, al
+    let look = [0x83, 0xf8, 0x01, 0x74, 0xf0, 0x88, 0xd0, 0xe6, 0xf4];
+    [stores, print(text), loads, look.to_vec(), halt()].concat()
+}
+
 /// A fault with an empty interrupt table, then the same again: a triple fault.
 pub fn triple_fault() -> Vec<u8> {
     let at = (CODE + 9).to_le_bytes();

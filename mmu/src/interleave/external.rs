@@ -30,6 +30,7 @@ use std::collections::VecDeque;
 use super::*;
 use crate::frames::Host;
 use crate::interleave::Frame;
+use crate::rules::Rules;
 use crate::swap::{MemorySwap, SwapSlot};
 use crate::sync::{Arc, Monitor};
 use crate::{Config, Context, LocalStack, Machine, NoVcpus};
@@ -111,7 +112,7 @@ struct World {
 }
 
 /// The page is at home, its first byte is 1, and nobody has it.
-fn world(postponed: bool) -> Arc<World> {
+fn world(postponed: bool, rules: Rules) -> Arc<World> {
     let machine = Machine::anonymous(8 + PAGES);
     let outside = Outside {
         mail: Arc::new(Monitor::new(lock_order::SLEEPERS, Mail::default())),
@@ -121,6 +122,7 @@ fn world(postponed: bool) -> Arc<World> {
         postponed: postponed.then(|| Arc::new(Lock::new(lock_order::FAILED, Vec::new()))),
     };
     let mmu = Mmu::new(machine, Config { homes: true, ..Config::of_pages(PAGES) }, Box::new(NoVcpus))
+        .with_rules(rules)
         .with_swap(Box::new(MemorySwap::new(PAGES)))
         .with_external(Box::new(outside.clone()))
         .with_host(Box::new(outside.clone()));
@@ -205,14 +207,10 @@ fn enter(world: &World, importer: ImporterId, seen: Sequence) -> Option<u64> {
     world.mmu.enter_importer(importer, PAGE, world.home, false, seen)
 }
 
-fn enter_without_the_gate(world: &World, importer: ImporterId, seen: Sequence) -> Option<u64> {
-    world.mmu.exports.ignore_gate.store(true, Ordering::SeqCst);
-    enter(world, importer, seen)
-}
-
+/// Where [`enter`] itself does not ask ([`without_the_gate`]).
 fn enter_asking_before_the_lock(world: &World, importer: ImporterId, seen: Sequence) -> Option<u64> {
     let admitted = world.mmu.buckets.lock(PAGE).admits(seen);
-    admitted.then(|| enter_without_the_gate(world, importer, seen)).flatten()
+    admitted.then(|| enter(world, importer, seen)).flatten()
 }
 
 fn enter_reading_the_clock_late(world: &World, importer: ImporterId, seen: Sequence) -> Option<u64> {
@@ -239,8 +237,12 @@ fn beside(world: &Arc<World>, one: impl FnOnce(&World) + Send + 'static, other: 
     thread.join().unwrap();
 }
 
-fn attach_against_taker(enter: Enter) {
-    let world = world(false);
+fn without_the_gate() -> Rules {
+    Rules::all_but(Rule::GateAtImport).expect("a build for tests")
+}
+
+fn attach_against_taker(rules: Rules, enter: Enter) {
+    let world = world(false, rules);
     let importer = move |world: &World| {
         let order = world.attach(enter);
         // The telling may overtake the grant.
@@ -254,30 +256,30 @@ fn attach_against_taker(enter: Enter) {
 
 #[test]
 fn no_importer_has_a_page_that_goes() {
-    explore(3, || attach_against_taker(enter));
+    explore(3, || attach_against_taker(Rules::default(), enter));
 }
 
 #[test]
 #[should_panic(expected = "the frame is used after it was handed on")]
 fn twin_attached_without_the_gate() {
-    explore(3, || attach_against_taker(enter_without_the_gate));
+    explore(3, || attach_against_taker(without_the_gate(), enter));
 }
 
 #[test]
 #[should_panic(expected = "the frame is used after it was handed on")]
 fn twin_attached_where_the_gate_is_asked_before_the_lock() {
-    explore(3, || attach_against_taker(enter_asking_before_the_lock));
+    explore(3, || attach_against_taker(without_the_gate(), enter_asking_before_the_lock));
 }
 
 #[test]
 #[should_panic(expected = "the frame is used after it was handed on")]
 fn twin_attached_at_a_time_read_after_the_lock() {
-    explore(3, || attach_against_taker(enter_reading_the_clock_late));
+    explore(3, || attach_against_taker(Rules::default(), enter_reading_the_clock_late));
 }
 
 /// The page leaves its home while somebody wants it there: what is in it is kept.
 fn import_against_fence(postponed: bool) {
-    let world = world(postponed);
+    let world = world(postponed, Rules::default());
     // Who has the page says nothing.
     *world.outside.answered.lock() = None;
     let importer = |world: &World| {
@@ -318,7 +320,7 @@ fn twin_the_page_moves_on_before_its_hole_is_punched() {
 
 /// An importer is late, has the page again, and is asked for it again.
 fn late_answer(answered: Answered) {
-    let world = world(false);
+    let world = world(false, Rules::default());
     let first = world.attach(enter);
     world.grant(first);
     *world.outside.answered.lock() = None;
@@ -358,7 +360,7 @@ fn give_up_without_the_bucket(world: &World) {
 }
 
 fn give_up_against_attach(give_up: fn(&World)) {
-    let world = world(false);
+    let world = world(false, Rules::default());
     assert!(world.attach(enter).is_some());
     let enter_another = |world: &World| {
         let seen = world.mmu.buckets.sequence();

@@ -87,7 +87,7 @@ fn run_cpu(mut cpu: SoftCpu<Arc<Mmu>>) {
             assert_eq!(cpu.load(page, 1), Ok(kept[page as usize]), "page {page} at step {step}");
         }
     }
-    cpu.leave();
+    cpu.rest();
 }
 
 /// Adds one to its word of a page, through the pool.

@@ -43,6 +43,12 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
         self.inside = false;
     }
 
+    /// The same for good: it asks for no page any more, which others would stand back from.
+    pub fn rest(&mut self) {
+        self.leave();
+        self.mmu.rest(&self.vcpu);
+    }
+
     fn enter(&mut self) {
         self.inside = true;
         if self.obeys {

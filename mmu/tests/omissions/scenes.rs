@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use umbra_mmu::bucket::Asker;
 use umbra_mmu::discard::Discard;
+use umbra_mmu::external::{Answers, External, ImporterId, SegmentId};
+use umbra_mmu::frames;
 use umbra_mmu::invalidation::May;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::records::{Cause, Clock};
@@ -358,6 +360,85 @@ pub fn taken_before_the_pin(rules: Rules) -> Option<String> {
     drop(taken);
     (held && !matches!(state, PageState::Resident(_)))
         .then(|| format!("a mapping shows a frame, and the page is {state:?}"))
+}
+
+const IMPORTER: ImporterId = ImporterId(1);
+
+/// An importer with a thread of its own, which comes to hear what it was told when it is awaited: it stores to the page for the
+/// last time, and gives it up. It has it until it hears otherwise.
+#[derive(Clone, Debug)]
+struct Importer {
+    machine: Machine,
+    home: Mfn,
+    told: Arc<AtomicBool>,
+    has: Arc<AtomicBool>,
+}
+
+impl External for Importer {
+    fn tell(&self, _order: u64, _importer: ImporterId, _pages: &[Gfn]) {
+        self.told.store(true, Ordering::SeqCst);
+    }
+
+    fn wait(&self, _order: u64) -> Answers {
+        if self.told.load(Ordering::SeqCst) {
+            self.machine.store(self.home.at(8), Width::B8, 2);
+            self.has.store(false, Ordering::SeqCst);
+        }
+        Answers::default()
+    }
+}
+
+impl frames::Host for Importer {
+    fn give_back(&self, frames: &[Mfn]) -> std::io::Result<()> {
+        frames.iter().for_each(|mfn| self.machine.clear(*mfn));
+        Ok(())
+    }
+}
+
+/// A page that [`IMPORTER`] may ask for, and is at home.
+fn exporting(rules: Rules) -> (Arc<Mmu>, Importer, SegmentId) {
+    let machine = Machine::anonymous(512 + PAGES);
+    let config = Config { shadow_pages_max: 256, homes: true, ..Config::of_pages(PAGES) };
+    let mmu = Mmu::new(machine.clone(), config, Box::new(NoVcpus));
+    let home = mmu.homes_of(Gfn(PAGE)).expect("there are homes");
+    let importer = Importer { machine, home, told: Arc::default(), has: Arc::default() };
+    let mmu = mmu
+        .with_swap(Box::new(MemorySwap::new(PAGES)))
+        .with_external(Box::new(importer.clone()))
+        .with_host(Box::new(importer.clone()))
+        .with_rules(rules);
+    mmu.write_bytes(&LocalStack::new(Context::Host), Gfn(PAGE).at(0), &[7]).expect("there is room");
+    let segment = mmu.make_segment(Gfn(PAGE), 1, true).expect("it is memory");
+    mmu.import_page(IMPORTER, segment, Gfn(PAGE), true).expect("nothing holds it");
+    (Arc::new(mmu), importer, segment)
+}
+
+/// A page is taken from an importer: it gives it up before the contents go, and where it was is empty.
+pub fn imported(rules: Rules) -> Option<String> {
+    let (mmu, importer, _) = exporting(rules);
+    importer.has.store(true, Ordering::SeqCst);
+    assert_eq!(mmu.page_out(None, &[Gfn(PAGE)]), Ok(1), "swap has room");
+    if importer.has.load(Ordering::SeqCst) {
+        return Some("an importer has a page that is gone".into());
+    }
+    if !importer.machine.is_zero(importer.home) {
+        return Some("an importer that kept the page reads what was in it".into());
+    }
+    let (mut word, window) = ([0; 8], LocalStack::new(Context::Host));
+    mmu.read_bytes_sleeping(None, &window, Gfn(PAGE).at(8), &mut word).expect("swap works");
+    assert_eq!(u64::from_le_bytes(word), 2, "the importer's last store");
+    None
+}
+
+/// A page is taken between the look at where it is and the importer's entry.
+pub fn taken_before_the_import(rules: Rules) -> Option<String> {
+    let (mmu, _, segment) = exporting(rules);
+    mmu.give_up_page(IMPORTER, Gfn(PAGE));
+    let other = mmu.clone();
+    at_point(1, move || assert_eq!(other.page_out(None, &[Gfn(PAGE)]), Ok(1), "swap has room"));
+    let imported = mmu.import_page(IMPORTER, segment, Gfn(PAGE), false);
+    assert!(imported.is_ok(), "{imported:?}");
+    mmu.audit().into_iter().next()
 }
 
 /// Has a vCPU enter the guest at its third look, and counts on.

@@ -1,0 +1,280 @@
+//! Importers of pages that come and go.
+//!
+//! Two importers, a vCPU with a software TLB, and somebody who sends pages to swap all the time; at the end of a life the segment is
+//! closed. Each of the first three has a word of its own in every page, and finds what it stored last. An importer has two threads: one
+//! that asks for pages and uses them, and one that hears that they must be given up, so that a telling overtakes a grant.
+//!
+//! ```text
+//! attach          import_page: the page comes home, whatever is done to it meanwhile
+//! invalidate      page_out: the importers are told, and awaited; the contents go to swap
+//! fence           the home is empty before it is anybody's again, and when the segment is closed
+//! ```
+//!
+//! Twins: each rule of importers left out (`umbra_mmu::rules`): the gate, the telling, the wait, the fence. And importers that do not
+//! keep to theirs: one that answers and keeps the page; one that takes a grant for good though it is older than a telling.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::scheduler::RandomScheduler;
+use umbra_mmu::external::{Answers, External, ImporterId, SegmentId};
+use umbra_mmu::frames::Host;
+use umbra_mmu::swap::MemorySwap;
+use umbra_mmu::sync::{AtomicBool, AtomicU64, Monitor, Ordering, thread};
+use umbra_mmu::{Config, Gfn, Machine, Mfn, Mmu, Rule, Rules, TlbKind, Width, lock_order};
+
+use super::{explore_so_often, run};
+use crate::model::run::audit;
+use crate::model::soft::{Kick, SoftCpu};
+
+const PAGES: u32 = 3;
+const IMPORTERS: u32 = 2;
+/// Lives under each scheduler: they are long.
+const LIVES: usize = 200;
+/// What each importer does, accesses of the vCPU, and how long whoever takes pages, and what is said to an importer, pauses at most;
+/// pages are taken until the importers have gone.
+const STEPS: u64 = 24;
+const ACCESSES: u64 = 12;
+const PAUSE: u32 = 200;
+const FRAMES: u32 = 64;
+
+/// How an importer behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Honest,
+    /// It answers, and keeps the page.
+    Lies,
+    /// A grant is for good, however old it is.
+    Forgets,
+}
+
+/// What an importer has, and what it has been told.
+#[derive(Debug, Default)]
+struct Desk {
+    granted: [u64; PAGES as usize],
+    told: [u64; PAGES as usize],
+    mail: VecDeque<(u64, Vec<Gfn>)>,
+    unanswered: Vec<u64>,
+    gone: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Outside {
+    desks: Arc<Vec<Monitor<Desk>>>,
+    machine: Machine,
+}
+
+impl External for Outside {
+    fn tell(&self, order: u64, importer: ImporterId, pages: &[Gfn]) {
+        let desk = &self.desks[importer.0 as usize];
+        let mut at = desk.lock();
+        if !at.gone {
+            at.mail.push_back((order, pages.to_vec()));
+            at.unanswered.push(order);
+        }
+        drop(at);
+        desk.notify_all();
+    }
+
+    fn wait(&self, order: u64) -> Answers {
+        for desk in self.desks.iter() {
+            let mut at = desk.lock();
+            while at.unanswered.contains(&order) {
+                at = at.wait();
+            }
+        }
+        Answers::default()
+    }
+}
+
+impl Host for Outside {
+    fn give_back(&self, frames: &[Mfn]) -> std::io::Result<()> {
+        frames.iter().for_each(|mfn| self.machine.clear(*mfn));
+        Ok(())
+    }
+}
+
+struct Importer {
+    mmu: Arc<Mmu>,
+    outside: Outside,
+    id: u32,
+    segment: SegmentId,
+    manner: Manner,
+}
+
+impl Importer {
+    fn desk(&self) -> &Monitor<Desk> {
+        &self.outside.desks[self.id as usize]
+    }
+
+    /// Uses a page that it has, if it has it: adds one to its word.
+    fn touch(&self, page: u32, kept: &mut u64) {
+        let at = self.mmu.homes_of(Gfn(page)).expect("there are homes").at(64 + 8 * self.id);
+        let desk = self.desk().lock();
+        if desk.granted[page as usize] > desk.told[page as usize] {
+            assert_eq!(self.outside.machine.load(at, Width::B8), *kept, "importers: the word of page {page}");
+            *kept += 1;
+            self.outside.machine.store(at, Width::B8, *kept);
+        }
+    }
+
+    fn live(&self) {
+        let mut kept = [0; PAGES as usize];
+        for _ in 0..STEPS {
+            let page = thread_rng().gen_range(0..PAGES);
+            let n = page as usize;
+            match thread_rng().gen_range(0..4) {
+                0 => {
+                    self.desk().lock().granted[n] = 0;
+                    self.mmu.give_up_page(ImporterId(self.id), Gfn(page));
+                }
+                1 => {
+                    // It may be in use where it is for long, or the segment be closed.
+                    let importer = ImporterId(self.id);
+                    if let Ok(order) = self.mmu.import_page(importer, self.segment, Gfn(page), true) {
+                        // The grant is on its way.
+                        pause();
+                        let mut desk = self.desk().lock();
+                        desk.granted[n] = desk.granted[n].max(order);
+                        if self.manner == Manner::Forgets {
+                            desk.told[n] = 0;
+                        }
+                    }
+                }
+                _ => self.touch(page, &mut kept[n]),
+            }
+        }
+        let mut desk = self.desk().lock();
+        (desk.gone, desk.granted) = (true, Default::default());
+        desk.unanswered.clear();
+        drop(desk);
+        self.desk().notify_all();
+        self.mmu.forget_importer(ImporterId(self.id));
+    }
+
+    fn listen(&self) {
+        loop {
+            // So is what it is told.
+            pause();
+            let mut desk = self.desk().lock();
+            while desk.mail.is_empty() && !desk.gone {
+                desk = desk.wait();
+            }
+            let Some((order, pages)) = desk.mail.pop_front().filter(|_| !desk.gone) else { return };
+            for gfn in pages.iter().filter(|_| self.manner != Manner::Lies) {
+                let told = &mut desk.told[gfn.0 as usize];
+                *told = order.max(*told);
+            }
+            desk.unanswered.retain(|asked| *asked != order);
+            drop(desk);
+            self.desk().notify_all();
+        }
+    }
+}
+
+fn pause() {
+    (0..thread_rng().gen_range(0..PAUSE)).for_each(|_| thread::yield_now());
+}
+
+fn run_cpu(mut cpu: SoftCpu<Arc<Mmu>>) {
+    let mut kept = [0; PAGES as usize];
+    for step in 1..=ACCESSES {
+        let page = thread_rng().gen_range(0..PAGES);
+        if thread_rng().r#gen() {
+            kept[page as usize] = step;
+            cpu.store(page, 1, step).expect("there are frames");
+        } else {
+            assert_eq!(cpu.load(page, 1), Ok(kept[page as usize]), "page {page} at step {step}");
+        }
+    }
+    cpu.rest();
+}
+
+fn live_with_importers(manner: Manner, rules: Rules) {
+    let machine = Machine::anonymous(FRAMES + PAGES);
+    let desk = |_| Monitor::new(lock_order::SLEEPERS, Desk::default());
+    let outside = Outside { desks: Arc::new((0..IMPORTERS).map(desk).collect()), machine: machine.clone() };
+    let kicked = Arc::new(AtomicBool::new(false));
+    let config = Config { shadow_pages_max: 64, roots_max: 4, homes: true, ..Config::of_pages(PAGES) };
+    let mmu = Mmu::new(machine.clone(), config, Box::new(Kick(kicked.clone())))
+        .with_rules(rules)
+        .with_swap(Box::new(MemorySwap::new(8)))
+        .with_external(Box::new(outside.clone()))
+        .with_host(Box::new(outside.clone()));
+    let mmu = Arc::new(mmu);
+    let segment = mmu.make_segment(Gfn(0), PAGES, true).expect("memory");
+    let (cpu, gone) = (SoftCpu::new(mmu.clone(), TlbKind::Sized, kicked), Arc::new(AtomicU64::new(0)));
+    let mut threads = vec![thread::spawn(move || run_cpu(cpu))];
+    for id in 0..IMPORTERS {
+        let importer = Importer { mmu: mmu.clone(), outside: outside.clone(), id, segment, manner };
+        let importer = Arc::new(importer);
+        let listener = importer.clone();
+        threads.push(thread::spawn(move || listener.listen()));
+        let gone = gone.clone();
+        threads.push(thread::spawn(move || {
+            importer.live();
+            gone.fetch_add(1, Ordering::SeqCst);
+        }));
+    }
+    while gone.load(Ordering::SeqCst) < u64::from(IMPORTERS) {
+        // As reclaim does it: an importer comes to have a page now and then.
+        pause();
+        let pages: Vec<Gfn> = (0..PAGES).filter(|_| thread_rng().r#gen()).map(Gfn).collect();
+        mmu.page_out(None, &pages).expect("swap has room");
+    }
+    mmu.close_segment(segment).expect("there are frames");
+    for thread in threads {
+        thread.join().expect("no panic");
+    }
+    audit(&mmu);
+    assert_eq!(mmu.imported_pages(), 0, "importers: a closed segment has some");
+    let homes = (0..PAGES).filter_map(|page| mmu.homes_of(Gfn(page)));
+    homes.for_each(|home| assert!(machine.is_zero(home), "importers: a closed segment has contents"));
+}
+
+#[test]
+fn lives_with_importers_lose_no_word() {
+    explore_so_often(LIVES, || live_with_importers(Manner::Honest, Rules::default()));
+}
+
+#[test]
+#[should_panic(expected = "importers: ")]
+fn twin_an_importer_that_answers_and_keeps_the_page() {
+    run(RandomScheduler::new(1000), || live_with_importers(Manner::Lies, Rules::default()));
+}
+
+#[test]
+#[should_panic(expected = "importers: ")]
+fn twin_an_importer_that_takes_an_older_grant() {
+    run(RandomScheduler::new(1000), || live_with_importers(Manner::Forgets, Rules::default()));
+}
+
+fn live_without(rule: Rule) {
+    let rules = Rules::all_but(rule).expect("a build for tests");
+    run(RandomScheduler::new(1000), move || live_with_importers(Manner::Honest, rules));
+}
+
+#[test]
+#[should_panic(expected = "importers: ")]
+fn twin_an_importer_is_entered_without_a_look_at_the_gate() {
+    live_without(Rule::GateAtImport);
+}
+
+#[test]
+#[should_panic(expected = "importers: ")]
+fn twin_importers_are_not_told() {
+    live_without(Rule::TellImporters);
+}
+
+#[test]
+#[should_panic(expected = "importers: ")]
+fn twin_importers_are_not_awaited() {
+    live_without(Rule::AwaitImporters);
+}
+
+#[test]
+#[should_panic(expected = "importers: a closed segment has contents")]
+fn twin_homes_are_not_fenced() {
+    live_without(Rule::FenceHomes);
+}
