@@ -21,7 +21,11 @@ pub fn cases() -> Vec<Trial> {
     ];
     // Only a build for tests can leave a rule out.
     if std::env::var_os("UMBRA_BIN").is_none() {
-        cases.push(case("simulation_in_which_a_thread_waits_for_ever_says_who_waits_for_what", &[], deadlock));
+        cases.push(case(
+            "simulation_in_which_a_thread_waits_for_ever_says_who_waits_for_what",
+            &[],
+            deadlock,
+        ));
     }
     cases
 }
