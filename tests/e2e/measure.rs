@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Trial> {
         case("measure_of_another_guest_takes_no_contents", &[], other_guest),
         case("measure_of_importers_is_the_same_in_every_file", &[], importers),
         case("measure_of_stopped_importers_takes_their_deadline", &[], stopped),
+        case("measure_of_a_halted_guest_kicks_nobody", &[], halted),
         case("measure_refuses_what_makes_no_sense_before_the_run", &[], refused),
     ];
     [SOFT, KVM].into_iter().map(measured).chain(alone).collect()
@@ -203,11 +204,28 @@ fn stopped() -> Verdict {
     Ok(())
 }
 
+fn halted() -> Verdict {
+    for (more, kicks) in [(&["--halted"][..], false), (&[], true)] {
+        let options = [&["--importers", "1", "--untouched", "--causes", "discard"], more].concat();
+        let (run, report) = measure(SOFT, &options)?;
+        ensure!(run.end == End::Status(0), "{more:?}: expected 0:\n{run}");
+        let discards = list(&report, "causes")?.iter().find(|cause| cause["cause"] == "discard");
+        let discards = discards.ok_or_else(|| format!("no discards in {report:#}"))?;
+        let (taken, kicked) = (number(discards, "invalidations")?, number(discards, "kicked")?);
+        ensure!(
+            taken > 0 && (kicked > 0) == kicks,
+            "{more:?}: {kicked} of {taken} found a vCPU in the guest"
+        );
+    }
+    Ok(())
+}
+
 fn refused() -> Verdict {
     for options in [
         &["--causes", "discard", "--append", "workload=mm"][..],
         &["--causes", "discard,discard"],
         &["--causes", "revoke"],
+        &["--importers", "1", "--halted"],
         &["--rate", "0"],
         &["--rate", "100001/s"],
         &["--pages", "513"],

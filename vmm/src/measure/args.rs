@@ -68,6 +68,9 @@ pub struct MeasureArgs {
     /// The pages are some that importers have and no vCPU touches.
     #[arg(long, requires = "importers", help_heading = "Measurement")]
     pub untouched: bool,
+    /// The guest's CPUs halt, so that whoever takes pages has the host's for himself.
+    #[arg(long, requires = "untouched", help_heading = "Measurement")]
+    pub halted: bool,
     /// Write the distribution of each measure to a file of its own in the folder DIR, and all of them by interval to intervals.hlog
     /// there, as HdrHistogram's tools read them.
     #[arg(long, value_name = "DIR", help_heading = "Measurement")]
@@ -267,7 +270,7 @@ impl MeasureArgs {
             ));
         }
         let first = (base / PAGE_SIZE) as u32;
-        let image = guest::image(base as u32, pages as u32);
+        let image = guest::image(base as u32, pages as u32, self.halted);
         let settled = Targets::range(first, pages as u32);
         let targets = match (self.untouched, self.importers.is_empty()) {
             (true, _) => Targets::range(first + pages as u32, IMPORTED as u32),

@@ -2,7 +2,8 @@
 //!
 //! Story: contents may be taken away from it at any time, and whatever is taken is mapped again within one round. It is a
 //! Multiboot1 kernel of a few instructions, in ELF for the note that its code may run natively. Paging is on, with 4 MiB
-//! pages one to one; the first CPU starts all others; each adds one to the first word of every page, in turn.
+//! pages one to one; the first CPU starts all others; each adds one to the first word of every page, in turn. Or it does so once, and
+//! halts then: its timer goes on, and interrupts by a vector that its APIC lets nobody have, so that it is not one that nothing could wake.
 //!
 //! ```text
 //!   0x8000     what the other CPUs begin with, in real mode
@@ -23,13 +24,16 @@ const HEADERS: usize = 0xa0;
 /// Memory below this is not touched: the image and its tables.
 pub const BASE_MIN: u64 = 2 << 20;
 
-/// Immediates of [`CODE`]: the first page's address, and how many there are.
+/// Immediates of [`CODE`]: the first page's address, and how many there are; and how far the jump behind a round goes.
 const BASE_AT: usize = 0x5e;
 const PAGES_AT: usize = 0x63;
+const AGAIN_AT: usize = 0x73;
+/// From behind that jump to `halt`.
+const TO_HALT: u8 = 0x42;
 
 /// Linked to `LOAD + HEADERS`.
 #[rustfmt::skip]
-const CODE: [u8; 182] = [
+const CODE: [u8; 226] = [
     0xfa,                                     //        cli
     0xfc,                                     //        cld
     0xbf, 0x00, 0x20, 0x10, 0x00,             //        mov edi, 0x102000   ; the directory
@@ -75,17 +79,27 @@ const CODE: [u8; 182] = [
     0x17, 0x00, 0x1e, 0x80, 0x00, 0x00,       // gdtr:  23, 0x8000 + gdt - real
     0, 0, 0, 0, 0, 0, 0, 0,                   // gdt:   none, flat code, flat data
     0xff, 0xff, 0x00, 0x00, 0x00, 0x9a, 0xcf, 0x00,
-    0xff, 0xff, 0x00, 0x00, 0x00, 0x92, 0xcf, 0x00,
+    0xff, 0xff, 0x00, 0x00, 0x00, 0x92, 0xcf, 0x00, // end:
+    0xc7, 0x05, 0xf0, 0x00, 0xe0, 0xfe, 0xff, 0x01, 0x00, 0x00, // halt: mov dword [0xfee000f0], 0x1ff  ; the APIC is on
+    0xc7, 0x05, 0x20, 0x03, 0xe0, 0xfe, 0x20, 0x00, 0x02, 0x00, // mov dword [0xfee00320], 0x20020  ; the timer is periodic
+    0xc7, 0x05, 0x80, 0x03, 0xe0, 0xfe, 0x00, 0x00, 0x00, 0x10, // mov dword [0xfee00380], 1 << 28
+    0xc7, 0x05, 0x80, 0x00, 0xe0, 0xfe, 0xff, 0x00, 0x00, 0x00, // mov dword [0xfee00080], 0xff  ; the task is above all interrupts
+    0xfb,                                     //        sti
+    0xf4,                                     // sleep: hlt
+    0xeb, 0xfd,                               //        jmp sleep
 ];
 
-/// The guest that touches `pages` pages from guest-physical `base` on.
-pub fn image(base: u32, pages: u32) -> BuiltIn {
+/// The guest that touches `pages` pages from guest-physical `base` on, for ever or until it `halts`.
+pub fn image(base: u32, pages: u32, halts: bool) -> BuiltIn {
     let mut code = CODE;
     code[BASE_AT..BASE_AT + 4].copy_from_slice(&base.to_le_bytes());
     code[PAGES_AT..PAGES_AT + 4].copy_from_slice(&pages.to_le_bytes());
+    if halts {
+        code[AGAIN_AT] = TO_HALT;
+    }
     let mut bytes = headers();
     bytes.extend(code);
-    BuiltIn { name: "touch", bytes }
+    BuiltIn { name: if halts { "halt" } else { "touch" }, bytes }
 }
 
 /// All that stands before the code. See: System V ABI, chapters 4 and 5; Multiboot specification 0.6.96, section 3.1.
@@ -126,12 +140,15 @@ mod tests {
 
     #[test]
     fn it_is_a_kernel_that_may_run_natively() {
-        let guest = image(0x20_0000, 77);
+        let guest = image(0x20_0000, 77, false);
         let image = Image::parse(&guest.bytes).expect("a Multiboot1 kernel");
         assert_eq!(image.entry(), LOAD + HEADERS as u32);
         assert!(image.notes().kernel.is_some_and(|kernel| kernel.clean));
         let code = &guest.bytes[HEADERS..];
         assert_eq!((code[BASE_AT - 1], code[PAGES_AT - 1]), (0xbe, 0xb9), "the immediates of two moves");
         assert_eq!(code[PAGES_AT..PAGES_AT + 4], 77u32.to_le_bytes());
+        assert_eq!(code[AGAIN_AT - 1..=AGAIN_AT], [0xeb, 0xe9], "a short jump");
+        let halt = AGAIN_AT + 1 + usize::from(TO_HALT);
+        assert_eq!((code[halt], code[code.len() - 3]), (0xc7, 0xf4), "to the code that halts");
     }
 }

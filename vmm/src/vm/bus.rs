@@ -15,13 +15,17 @@
 //! Holds: an access is checked whole, over both of its pages, before any of it is made. Every store that the shadow has
 //! to know of reaches it through the mmu crate, so that a store to a page table is applied.
 //!
+//! [`judge`] is the view of it that the judge of the guest's own flushes has, where there is one.
+//!
 //! Locks: the board's, for one device access at a time; never across a call into the MMU.
 
-use umbra_mmu::guest_tlb::{Finding, GuestTlb, Memory, Paging, Site};
+mod judge;
+
+use umbra_mmu::guest_tlb::Finding;
 use umbra_mmu::sync::sim;
 use umbra_mmu::{
-    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, PageFault, Refill,
-    Refusal, Rule, Shortage, Vcpu, Violation,
+    Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refill, Refusal,
+    Rule, Shortage, Vcpu, Violation,
 };
 
 use super::devices::Devices;
@@ -147,83 +151,6 @@ impl<'a> GuestBus<'a> {
     /// So many instructions have been executed before this.
     pub fn count_from(&mut self, executed: u64) {
         self.executed = executed;
-    }
-
-    /// The guest was given an event.
-    pub fn event(&self) {
-        self.tell(|model, _, site| model.event(site.vcpu));
-    }
-
-    /// The guest has executed HLT.
-    pub fn halted(&self) {
-        self.tell(|model, memory, site| model.halted(memory, site));
-    }
-
-    /// Tells the model of the guest's own TLBs, where there is one.
-    fn tell<R>(&self, call: impl FnOnce(&GuestTlb, &Memory<'_>, Site) -> R) -> Option<R> {
-        let memory = |gpa, buffer: &mut [u8]| self.mmu.read_at_hand(self.vcpu.window(), gpa, buffer);
-        self.mmu.guest_tlb().map(|model| call(model, &memory, self.site()))
-    }
-
-    /// Where the guest is.
-    fn site(&self) -> Site {
-        Site { vcpu: self.vcpu.id(), eip: self.eip, instructions: self.executed + self.step }
-    }
-
-    /// Has the guest's own flushes judged before an access of so many bytes.
-    #[inline(always)]
-    fn judge(&mut self, gva: Gva, bytes: u32, access: Access) -> Result<(), BusError> {
-        if self.judged { self.judge_pages(gva, bytes, access) } else { Ok(()) }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn judge_pages(&mut self, gva: Gva, bytes: u32, access: Access) -> Result<(), BusError> {
-        let last = gva.wrapping_add(bytes.max(1) - 1);
-        let pages = [Some(gva), (last.page() != gva.page()).then_some(last)];
-        let finding = self.tell(|model, memory, site| {
-            pages.into_iter().flatten().find_map(|at| model.access(memory, site, at, access))
-        });
-        match finding.flatten() {
-            None => Ok(()),
-            finding => {
-                self.aftermath.finding = finding;
-                Err(BusError::Again)
-            }
-        }
-    }
-
-    /// A store by the TLB has been made, all of it in one page.
-    #[inline(always)]
-    fn tell_of_store(&mut self, gva: Gva, bytes: u32, user: bool) {
-        if self.judged {
-            self.tell_place(gva, bytes, user);
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn tell_place(&mut self, gva: Gva, bytes: u32, user: bool) {
-        // A TLB that forgets at random may have, since.
-        let place = self.mmu.tlb_place(self.vcpu, gva, user);
-        let place = place.or_else(|| self.mmu.translate(self.vcpu, gva, Access::write(user)).ok());
-        place.iter().for_each(|gpa| self.tell_stored(*gpa, bytes, user));
-    }
-
-    fn tell_stored(&self, gpa: Gpa, bytes: u32, user: bool) {
-        self.tell(|model, memory, site| model.stored(memory, site, gpa, bytes, user));
-    }
-
-    /// The guest gets a page fault.
-    fn fault(&self, fault: PageFault) -> BusError {
-        self.tell(|model, _, site| model.faulted(site.vcpu, fault.gva));
-        fault.into()
-    }
-
-    /// Control registers or the privilege have changed.
-    fn tell_control(&self, new: &CpuState, flush: bool) {
-        let paging = || Paging::of(self.vcpu);
-        self.tell(|model, memory, site| model.control(memory, site, paging(), flush, new.cpl == 3));
     }
 
     /// Hardware has the FPU's registers: an instruction that wants them is answered [`BusError::Again`].
@@ -608,24 +535,6 @@ impl GuestBus<'_> {
             Err(miss) => self.write_after_miss(gva, width, value, access, miss),
         }
     }
-
-    #[cold]
-    #[inline(never)]
-    fn read_judged(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
-        self.judge_pages(gva, width.bytes(), access)?;
-        self.read_now(gva, width, access)
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn write_judged(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
-        self.judge_pages(gva, width.bytes(), access)?;
-        self.write_now(gva, width, value, access)?;
-        if in_one_page(gva, width.bytes()) {
-            self.tell_place(gva, width.bytes(), access.user);
-        }
-        Ok(())
-    }
 }
 
 impl Bus for GuestBus<'_> {
@@ -734,7 +643,7 @@ impl Bus for GuestBus<'_> {
         } else {
             self.mmu.invalidate_page(self.vcpu, gva);
         }
-        self.tell(|model, _, site| model.invalidated(site, gva));
+        self.tell_invalidated(gva);
         let before = self.aftermath.invalidated.replace(gva);
         self.aftermath.descriptors |= before.is_some_and(|other| other.page() != gva.page());
     }
@@ -823,7 +732,7 @@ impl CodeBus for GuestBus<'_> {
         let version = self.mmu.tlb_version(self.vcpu);
         // What the judge found to be so at an edit before may be found otherwise after the next.
         if self.judged {
-            return version.wrapping_add(self.mmu.guest_tlb().map_or(0, GuestTlb::epoch));
+            return version.wrapping_add(self.model_epoch());
         }
         version
     }
