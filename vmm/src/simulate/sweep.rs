@@ -104,7 +104,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = self.took.as_secs_f64();
         let a_minute = self.passed as f64 * 60.0 / seconds.max(0.001);
-        write!(f, "{} seeds passed in {seconds:.1} s, {a_minute:.0} a minute", self.passed)
+        let seeds = if self.passed == 1 { "seed" } else { "seeds" };
+        write!(f, "{} {seeds} passed in {seconds:.1} s, {a_minute:.0} a minute", self.passed)
     }
 }
 
