@@ -39,6 +39,8 @@ mod reset;
 mod rig;
 #[path = "e2e/series.rs"]
 mod series;
+#[path = "e2e/simulate.rs"]
+mod simulate;
 #[path = "e2e/simulation.rs"]
 mod simulation;
 #[path = "e2e/smp.rs"]
@@ -83,6 +85,7 @@ fn test() -> ExitCode {
         reset::cases(),
         rig::cases(),
         series::cases(),
+        simulate::cases(),
         simulation::cases(),
         smp::cases(),
         soak::cases(),

@@ -11,6 +11,7 @@ use crate::boot::notes::Notes;
 use crate::import::ImportArgs;
 use crate::measure::{ImporterArgs, MeasureArgs};
 use crate::pressure::PressureArgs;
+use crate::simulate::SimulateArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
 use crate::virtio::disk::{DiskSpec, parse_disk};
@@ -88,6 +89,15 @@ pub enum Command {
     ///   umbra measure --append 'workload=kmap scale=4000' --causes page-out,reclaim
     #[command(verbatim_doc_comment)]
     Measure(Box<MeasureArgs>),
+    /// Run seeds of deterministic runs, until one does not pass.
+    ///
+    /// Each seed is a run of `umbra run --deterministic`, in a process of its own. The options of the runs come after `--`. Examples:
+    ///
+    ///   umbra simulate --seeds 0..200
+    ///   umbra simulate --seeds 0..1000 --jobs 4 -- --vcpus 4 --check-guest-tlb --append 'workload=kmap'
+    ///   umbra simulate --replay 17 | less -S
+    #[command(verbatim_doc_comment)]
+    Simulate(SimulateArgs),
     /// An importer of a measurement, which starts it.
     #[command(name = crate::measure::COMMAND, hide = true)]
     MeasuredImporter(ImporterArgs),

@@ -22,6 +22,7 @@ pub mod plot;
 pub mod pressure;
 pub mod probe;
 pub mod signals;
+pub mod simulate;
 pub mod status;
 pub mod swap;
 pub mod units;

@@ -11,6 +11,7 @@ use umbra::import::{self, ImportArgs};
 use umbra::measure::{self, MeasureArgs};
 use umbra::pressure::{self, End, PressureArgs};
 use umbra::signals;
+use umbra::simulate::{self, SimulateArgs};
 use umbra::status::Status;
 use umbra::{plot, probe, vm};
 
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         Command::Pressure(args) => press(&args),
         Command::Import(args) => import(&args),
         Command::Measure(args) => measure(&args, &screen),
+        Command::Simulate(args) => simulate(&args),
         Command::MeasuredImporter(args) => {
             measure::serve(&args).map_or_else(|error| refuse(&error), |()| Status::Pass.code())
         }
@@ -176,6 +178,42 @@ fn measure(args: &MeasureArgs, screen: &vm::Screen) -> u8 {
     };
     say!("{}", measured.report);
     files.write(&measured).map_or_else(|error| refuse(&error), |()| status.code())
+}
+
+fn simulate(args: &SimulateArgs) -> u8 {
+    let order = match args.order() {
+        Ok(order) => order,
+        Err(error) => {
+            say!("{error}");
+            return Status::Usage.code();
+        }
+    };
+    if let Err(error) = signals::catch() {
+        return refuse(&error);
+    }
+    if order.replay {
+        return match simulate::replay(&order, &signals::count, &mut io::stdout().lock()) {
+            Ok(ended) => {
+                ended.said.lines().for_each(|line| drop(writeln!(io::stderr(), "{line}")));
+                ended.outcome.code()
+            }
+            Err(error) => refuse(&error),
+        };
+    }
+    let report = match simulate::run(&order, &signals::count) {
+        Ok(report) => report,
+        Err(error) => return refuse(&error),
+    };
+    if let Some(failed) = &report.failed {
+        failed.said.lines().for_each(|line| drop(writeln!(io::stderr(), "  {line}")));
+        say!("seed {}: the run {}; this runs it again, and this shows it:", failed.seed, failed.outcome);
+        order.again(failed.seed).iter().for_each(|line| drop(writeln!(io::stderr(), "  {line}")));
+    }
+    if report.interrupted {
+        say!("interrupted");
+    }
+    say!("{report}");
+    report.code()
 }
 
 /// Two measurements beside each other, on standard output.

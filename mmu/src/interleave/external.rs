@@ -80,7 +80,7 @@ impl External for Outside {
         let Some(answered) = *self.answered.lock() else { return Answers { slowest: None, late: 1 } };
         let mut mail = self.mail.lock();
         while !(mail.gone || answered(&mail, order)) {
-            mail = mail.wait();
+            mail = mail.wait("a letter");
         }
         Answers::default()
     }

@@ -27,6 +27,7 @@ use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::thread::{self, Thread};
 use std::time::Duration;
 
 /// Nanoseconds of a look at something that is not there yet.
@@ -128,7 +129,8 @@ struct Actor {
     state: State,
     /// When it came to be so.
     since: u64,
-    turn: Arc<Condvar>,
+    /// Its thread, once that has begun, which is parked unless it has the baton.
+    thread: Option<Thread>,
 }
 
 /// What an actor of a simulation in which nobody can go on waits for.
@@ -380,7 +382,7 @@ impl Sim {
     fn register(self: &Arc<Sim>, name: &str) -> Ticket {
         let mut inner = self.lock();
         let since = inner.now;
-        let actor = Actor { name: name.into(), state: State::Ready, since, turn: Arc::default() };
+        let actor = Actor { name: name.into(), state: State::Ready, since, thread: None };
         inner.actors.push(actor);
         inner.got_on();
         let id = inner.actors.len() - 1;
@@ -395,35 +397,37 @@ impl Sim {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the baton to whoever is to have it next. Where nobody ever can, that is reported.
-    fn hand_on<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+    /// Gives the baton to whoever is to have it next, and says who that is. Where nobody ever can have it, that is reported.
+    fn hand_on(&self, mut inner: MutexGuard<'_, Inner>) -> Option<usize> {
         if let Some(next) = inner.choose() {
-            if inner.current != next {
-                inner.actors[next].turn.notify_one();
-            }
+            let is_other = inner.current != next;
             inner.current = next;
             inner.set(next, State::Ready);
-            return inner;
+            let thread = inner.actors[next].thread.clone();
+            // So that it does not wake up to wait for this lock.
+            drop(inner);
+            thread.filter(|_| is_other).iter().for_each(Thread::unpark);
+            return Some(next);
         }
         inner.current = NOBODY;
-        let Some(stuck) = inner.stuck() else { return inner };
+        let stuck = inner.stuck()?;
         inner.log.write(stuck.now, "umbra", |line| line.push_str(&stuck.to_string().replace('\n', ";")));
         inner.log.flush();
         drop(inner);
         (self.on_stuck)(&stuck);
-        self.lock()
+        None
     }
 
     /// The same, and waits for `me` to have it again.
     fn take_turn(&self, me: usize, inner: MutexGuard<'_, Inner>) {
-        let inner = self.hand_on(inner);
-        self.await_turn(me, inner);
+        if self.hand_on(inner) != Some(me) {
+            self.await_turn(me);
+        }
     }
 
-    fn await_turn(&self, me: usize, mut inner: MutexGuard<'_, Inner>) {
-        let turn = Arc::clone(&inner.actors[me].turn);
-        while inner.current != me {
-            inner = turn.wait(inner).unwrap_or_else(PoisonError::into_inner);
+    fn await_turn(&self, me: usize) {
+        while self.lock().current != me {
+            thread::park();
         }
     }
 }
@@ -459,7 +463,8 @@ impl Ticket {
     pub fn enter(mut self) -> ActorGuard {
         if let Some(sim) = self.sim.take() {
             ME.set(Some((Arc::clone(&sim), self.id)));
-            sim.await_turn(self.id, sim.lock());
+            sim.lock().actors[self.id].thread = Some(thread::current());
+            sim.await_turn(self.id);
         }
         ActorGuard(())
     }
@@ -477,7 +482,7 @@ impl Drop for ActorGuard {
         inner.set(me, State::Ended);
         inner.got_on();
         inner.wake(key_of_end(me));
-        drop(sim.hand_on(inner));
+        sim.hand_on(inner);
     }
 }
 
@@ -697,7 +702,6 @@ impl Bed {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
-    use std::thread;
 
     use super::*;
 

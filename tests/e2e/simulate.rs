@@ -1,0 +1,114 @@
+//! `umbra simulate`: seeds until one fails, and one as a timeline.
+
+use libtest_mimic::Trial;
+
+use super::umbra::{status, umbra};
+use crate::ensure;
+use crate::support::process::End;
+use crate::support::{Verdict, case};
+
+/// The tests of this file.
+pub fn cases() -> Vec<Trial> {
+    let mut cases = vec![
+        case("simulate_runs_each_seed_and_counts_those_that_pass", &[], passes),
+        case("simulate_stops_at_the_lowest_seed_that_fails_whatever_jobs_there_are", &[], lowest),
+        case("simulate_says_that_a_run_hangs_when_its_patience_is_over", &[], hangs),
+        case("simulate_replays_a_seed_as_a_timeline", &[], replay),
+        case("simulate_refuses_what_makes_no_sense_before_the_first_run", &[], refused),
+    ];
+    // Only a build for tests can leave a rule out.
+    if std::env::var_os("UMBRA_BIN").is_none() {
+        cases.push(case("simulate_finds_a_flush_that_is_left_out", &[], omission));
+    }
+    cases
+}
+
+const HELLO: [&str; 3] = ["--", "--append", "workload=hello"];
+/// Of the seeds from 2 on, 4 and 7 have a pace at which the guest takes longer: it is virtual time.
+const SHORT: [&str; 2] = ["--timeout", "1200us"];
+
+fn passes() -> Verdict {
+    let run = umbra(["simulate", "--seeds", "10..13", "--jobs", "2"].iter().chain(&HELLO))?;
+    ensure!(run.end == End::Status(0) && run.stderr.contains("3 seeds passed in"), "not all:\n{run}");
+    ensure!(run.stdout.is_empty(), "it has nothing to say there:\n{run}");
+    Ok(())
+}
+
+fn lowest() -> Verdict {
+    for jobs in ["1", "8"] {
+        let sweep = ["simulate", "--seeds", "2..10", "--jobs", jobs];
+        let run = umbra(sweep.iter().chain(&HELLO).chain(&SHORT))?;
+        ensure!(run.end == status::TIMEOUT, "expected {:?}:\n{run}", status::TIMEOUT);
+        for words in [
+            "seed 4: the run ended with status 10",
+            "the guest did not end within --timeout",
+            "  umbra run --deterministic --seed 4 --append workload=hello --timeout 1200us\n",
+            "  umbra simulate --replay 4 -- --append workload=hello --timeout 1200us\n",
+        ] {
+            ensure!(run.stderr.contains(words), "{jobs} jobs, it should say {words:?}:\n{run}");
+        }
+    }
+    let again = ["run", "--deterministic", "--seed", "4"].iter().chain(&HELLO[1..]).chain(&SHORT);
+    let again = umbra(again)?;
+    ensure!(again.end == status::TIMEOUT, "the same again is another:\n{again}");
+    Ok(())
+}
+
+fn hangs() -> Verdict {
+    let long = ["--", "--append", "workload=spin scale=4000"];
+    let run = umbra(["simulate", "--seeds", "0..2", "--patience", "300ms"].iter().chain(&long))?;
+    ensure!(run.end == status::FAILURE, "expected {:?}:\n{run}", status::FAILURE);
+    ensure!(run.stderr.contains("seed 0: the run hung: it has not ended in 300ms"), "no word of it:\n{run}");
+    Ok(())
+}
+
+fn replay() -> Verdict {
+    let show = || umbra(["simulate", "--replay", "4"].iter().chain(&HELLO).chain(&SHORT));
+    let (first, second) = (show()?, show()?);
+    ensure!(first.end == status::TIMEOUT, "the status is the run's:\n{first}");
+    ensure!(first.stdout == second.stdout, "a seed, two timelines:\n{first}\n{second}");
+    let shown = String::from_utf8_lossy(&first.stdout);
+    let lines: Vec<_> = shown.lines().collect();
+    let head = lines.first().ok_or("nothing is shown")?;
+    for actor in ["vcpu 0", "reclaim", "clock", "balloon"] {
+        let column = head.find(actor).ok_or_else(|| format!("no column for {actor}: {head}"))?;
+        let begins = |line: &&str| line.get(column..).is_some_and(|from| from == "begins");
+        ensure!(lines.iter().any(begins), "{actor} does not begin in its column:\n{first}");
+    }
+    let slices = |line: &&str| line.contains("ran ") && line.contains(" slices");
+    ensure!(lines.iter().any(slices), "slices are not put together:\n{first}");
+    Ok(())
+}
+
+fn refused() -> Verdict {
+    for (options, words) in [
+        (&["--seeds", "5..5"][..], "no seed in it"),
+        (&["--seeds", "1..x"], "'x' is no number"),
+        (&["--seeds", "7"], "no range"),
+        (&["--seeds", "0..1", "--jobs", "0"], "--jobs"),
+        (&[], "--seeds"),
+        (&["--seeds", "0..1", "--", "--nonsense"], "--nonsense"),
+        (&["--seeds", "0..1", "--", "--disk", "/nowhere/x"], ",ro"),
+    ] {
+        let run = umbra(["simulate"].iter().chain(options))?;
+        ensure!(run.end == status::USAGE, "{options:?}: expected {:?}:\n{run}", status::USAGE);
+        ensure!(run.stderr.contains(words), "{options:?}: it should say {words:?}:\n{run}");
+    }
+    let kvm = umbra(["simulate", "--seeds", "0..1", "--", "--backend", "kvm"])?;
+    ensure!(kvm.end == status::OPERATOR && kvm.stderr.contains("leave out --backend kvm"), "{kvm}");
+    Ok(())
+}
+
+/// With the options that it has by itself, but one.
+fn omission() -> Verdict {
+    let under_pressure =
+        ["--low", "1M", "--frames", "3M@0s,2M@1ms", "--tlb", "sticky", "--append", "workload=mm scale=1"];
+    let sweep =
+        ["simulate", "--seeds", "0..20", "--", "--vcpus", "2", "--mem", "16M", "--omit", "flush-at-entry"];
+    let run = umbra(sweep.iter().chain(&under_pressure))?;
+    ensure!(run.end == status::INCOHERENT, "expected {:?}:\n{run}", status::INCOHERENT);
+    for words in ["INV-TLB-2", "the run ended with status 16", "--omit flush-at-entry"] {
+        ensure!(run.stderr.contains(words), "it should say {words:?}:\n{run}");
+    }
+    Ok(())
+}

@@ -1,0 +1,275 @@
+//! Runs of seeds, each in a process of its own.
+//!
+//! Story: seeds are started in their order, so that when one has failed all lower ones have been started. Those are waited for, the
+//! others killed: the lowest that fails is what was found.
+//!
+//! Limits: of what a run says, the last [`SAID_MAX`] bytes are kept. The guest's output is thrown away.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use super::args::Order;
+use super::timeline;
+use crate::machine::memory_file;
+use crate::pressure::progress::Progress;
+use crate::status::Status;
+use crate::units::format_duration;
+
+/// From one look at the runs to the next.
+const LOOK: Duration = Duration::from_millis(2);
+/// Bytes of what a run says.
+const SAID_MAX: u64 = 16 << 10;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// By itself.
+    Status(u8),
+    /// By a signal.
+    Signal(i32),
+    /// Not in the time that it had.
+    Hung(Duration),
+}
+
+impl Outcome {
+    fn of(status: ExitStatus) -> Outcome {
+        match status.code() {
+            Some(code) => Outcome::Status(code as u8),
+            None => Outcome::Signal(status.signal().unwrap_or_default()),
+        }
+    }
+
+    /// The exit status of whoever found it: the run's own, if it has one.
+    pub fn code(self) -> u8 {
+        match self {
+            Outcome::Status(code) => code,
+            Outcome::Signal(_) | Outcome::Hung(_) => Status::Failure.code(),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Status(code) => write!(f, "ended with status {code}"),
+            Outcome::Signal(signal) => write!(f, "was killed by signal {signal}"),
+            Outcome::Hung(limit) => {
+                write!(f, "hung: it has not ended in {}, its --patience", format_duration(*limit))
+            }
+        }
+    }
+}
+
+/// A seed whose run did not end with 0.
+#[derive(Clone, Debug)]
+pub struct Failed {
+    /// It.
+    pub seed: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Its last words.
+    pub said: String,
+}
+
+/// What a sweep came to.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The lowest seed that failed.
+    pub failed: Option<Failed>,
+    /// Runs that ended with 0.
+    pub passed: u64,
+    /// An operator has ended it before it was through.
+    pub interrupted: bool,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl Report {
+    /// The exit status.
+    pub fn code(&self) -> u8 {
+        match &self.failed {
+            Some(failed) => failed.outcome.code(),
+            None if self.interrupted => Status::Quit.code(),
+            None => Status::Pass.code(),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.took.as_secs_f64();
+        let a_minute = self.passed as f64 * 60.0 / seconds.max(0.001);
+        let seeds = if self.passed == 1 { "seed" } else { "seeds" };
+        write!(f, "{} {seeds} passed in {seconds:.1} s, {a_minute:.0} a minute", self.passed)
+    }
+}
+
+/// Why a sweep or a replay could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// A run could not be started.
+    #[error(
+        "starting the run of seed {seed}: {source}; does the host have room for {jobs} runs at a time? --jobs has fewer"
+    )]
+    Start {
+        /// Whose.
+        seed: u64,
+        /// How many there were to be.
+        jobs: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// What became of it cannot be told.
+    #[error("waiting for the run of seed {seed}: {source}")]
+    Wait {
+        /// Whose.
+        seed: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The timeline could not be written.
+    #[error("writing the timeline of seed {seed} to standard output: {source}")]
+    Timeline {
+        /// Whose.
+        seed: u64,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A running one; dropping it ends it.
+struct Run {
+    seed: u64,
+    child: Child,
+    said: File,
+    begun: Instant,
+}
+
+impl Run {
+    fn start(order: &Order, seed: u64, log: Option<&File>) -> Result<Run, SweepError> {
+        let start = || {
+            let said = memory_file(c"umbra-said", 0)?;
+            let mut command = Command::new("/proc/self/exe");
+            command.args(order.command(seed));
+            if let Some(log) = log {
+                let path = format!("/proc/{}/fd/{}", std::process::id(), log.as_raw_fd());
+                command.args(["--event-log", &path]);
+            }
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
+            Ok(Run { seed, child: command.spawn()?, said, begun: Instant::now() })
+        };
+        start().map_err(|source| SweepError::Start { seed, jobs: order.jobs, source })
+    }
+
+    /// How it has ended, if it has.
+    fn look(&mut self, patience: Duration) -> Result<Option<Outcome>, SweepError> {
+        let seed = self.seed;
+        let status = self.child.try_wait().map_err(|source| SweepError::Wait { seed, source })?;
+        let hangs = || (self.begun.elapsed() > patience).then_some(Outcome::Hung(patience));
+        Ok(status.map(Outcome::of).or_else(hangs))
+    }
+
+    /// Its last words.
+    fn said(&mut self) -> Result<String, SweepError> {
+        let mut read = || {
+            let bytes = self.said.metadata()?.len();
+            self.said.seek(SeekFrom::Start(bytes.saturating_sub(SAID_MAX)))?;
+            let mut text = Vec::new();
+            (&self.said).take(SAID_MAX).read_to_end(&mut text)?;
+            Ok(String::from_utf8_lossy(&text).into_owned())
+        };
+        read().map_err(|source| SweepError::Wait { seed: self.seed, source })
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // One that has ended is not there any more, and has been waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs the seeds, and shows how far it is. `signals` says how many signals have come: one ends it.
+///
+/// # Errors
+///
+/// When the host has no room for the runs.
+pub fn run(order: &Order, signals: &dyn Fn() -> u32) -> Result<Report, SweepError> {
+    let begun = Instant::now();
+    let (count, mut seeds) = (order.seeds.end - order.seeds.start, order.seeds.clone());
+    let mut report = Report { failed: None, passed: 0, interrupted: false, took: Duration::ZERO };
+    let mut running: Vec<Run> = Vec::new();
+    let mut progress = Progress::on_stderr();
+    loop {
+        report.interrupted = signals() > 0;
+        while report.failed.is_none() && !report.interrupted && running.len() < order.jobs {
+            let Some(seed) = seeds.next() else { break };
+            running.push(Run::start(order, seed, None)?);
+        }
+        if running.is_empty() || report.interrupted {
+            report.took = begun.elapsed();
+            return Ok(report);
+        }
+        let mut at = 0;
+        while at < running.len() {
+            match running[at].look(order.patience)? {
+                None => at += 1,
+                Some(Outcome::Status(0)) => {
+                    running.swap_remove(at);
+                    report.passed += 1;
+                }
+                // The terminal's Ctrl-C is the run's, too.
+                Some(_) if signals() > 0 => drop(running.swap_remove(at)),
+                Some(outcome) => {
+                    let mut run = running.swap_remove(at);
+                    let failed = Failed { seed: run.seed, outcome, said: run.said()? };
+                    let before = report.failed.take().filter(|before| before.seed < failed.seed);
+                    report.failed = Some(before.unwrap_or(failed));
+                }
+            }
+        }
+        if let Some(failed) = &report.failed {
+            running.retain(|run| run.seed < failed.seed);
+        }
+        report.took = begun.elapsed();
+        let done = report.passed as f64 / count as f64;
+        progress.show(report.took, done, || format!("of {count}: {report}"));
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Runs the first seed, and writes its timeline to `out`.
+///
+/// # Errors
+///
+/// When it cannot be run, or not be written.
+pub fn replay(order: &Order, signals: &dyn Fn() -> u32, out: &mut impl Write) -> Result<Failed, SweepError> {
+    let seed = order.seeds.start;
+    let log = memory_file(c"umbra-event-log", 0);
+    let mut log = log.map_err(|source| SweepError::Start { seed, jobs: 1, source })?;
+    let mut run = Run::start(order, seed, Some(&log))?;
+    let outcome = loop {
+        if let Some(outcome) = run.look(order.patience)? {
+            break outcome;
+        }
+        if signals() > 0 {
+            break Outcome::Status(Status::Quit.code());
+        }
+        std::thread::sleep(LOOK);
+    };
+    let ended = Failed { seed, outcome, said: run.said()? };
+    drop(run);
+    let mut write = || {
+        let events = timeline::Actors::of(BufReader::new(&log))?;
+        log.seek(SeekFrom::Start(0))?;
+        events.write(BufReader::new(&log), out)
+    };
+    write().map_err(|source| SweepError::Timeline { seed, source })?;
+    Ok(ended)
+}
