@@ -82,8 +82,11 @@ impl Exporting {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("e").to_str().ok_or("a name that is not UTF-8")?.to_owned();
         let running = Running::start(way, &[&["--export", &path], options].concat())?;
-        let qmp = running.client()?;
-        Ok(Exporting { folder, running, qmp })
+        match running.client() {
+            Ok(qmp) => Ok(Exporting { folder, running, qmp }),
+            Err(_) if running.has_ended() => Err(format!("it has ended:\n{}", running.end()?).into()),
+            Err(error) => Err(error),
+        }
     }
 
     fn path(&self) -> PathBuf {
