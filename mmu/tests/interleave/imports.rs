@@ -81,7 +81,7 @@ impl External for Outside {
         for desk in self.desks.iter() {
             let mut at = desk.lock();
             while at.unanswered.contains(&order) {
-                at = at.wait();
+                at = at.wait("an answer");
             }
         }
         Answers::default()
@@ -159,7 +159,7 @@ impl Importer {
             pause();
             let mut desk = self.desk().lock();
             while desk.mail.is_empty() && !desk.gone {
-                desk = desk.wait();
+                desk = desk.wait("a letter");
             }
             let Some((order, pages)) = desk.mail.pop_front().filter(|_| !desk.gone) else { return };
             for gfn in pages.iter().filter(|_| self.manner != Manner::Lies) {
