@@ -8,7 +8,7 @@
 //! | actor comes to | it |
 //! |---|---|
 //! | [`point`], the end of a slice ([`work`]) | may hand the baton on; could go on at once |
-//! | [`spin`]: a lock that another has, an answer that is not there yet | hands it on, and is looked at again when another has got on |
+//! | [`spin()`]: a lock that another has, an answer that is not there yet | hands it on, and is looked at again when another has got on |
 //! | a condition variable ([`Bed`]), [`sleep`] | hands it on until it is woken or its time has come |
 //! | its end ([`ActorGuard`] dropped) | hands it on, and wakes who waits for it |
 //!
