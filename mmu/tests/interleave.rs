@@ -42,6 +42,7 @@ use vm_memory::{Bytes, GuestAddress, Permissions};
 
 use crate::model::cpus::{Cpu, Guest};
 use crate::model::run::{audit, number, rng};
+use crate::model::soft::SoftCpu;
 
 /// Steps of each CPU, and invalidations.
 const STEPS: u32 = 16;
@@ -54,6 +55,21 @@ const SLOTS: u32 = 2;
 const FEW: u32 = 8;
 /// Changes of priority in a life under PCT.
 const CHANGES: usize = 4;
+
+/// Loads and stores its word of `pages` pages, so often.
+fn use_pages(mut cpu: SoftCpu<Arc<Mmu>>, pages: u32, steps: u64) {
+    let mut kept = vec![0; pages as usize];
+    for step in 1..=steps {
+        let page = thread_rng().gen_range(0..pages);
+        if thread_rng().r#gen() {
+            kept[page as usize] = step;
+            cpu.store(page, 1, step).expect("there are frames");
+        } else {
+            assert_eq!(cpu.load(page, 1), Ok(kept[page as usize]), "page {page} at step {step}");
+        }
+    }
+    cpu.rest();
+}
 
 /// `done` counts the CPUs that have done all their steps.
 fn run_cpu(mut cpu: Cpu, id: u32, done: &AtomicU64) {

@@ -24,7 +24,7 @@ use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::sync::{AtomicBool, AtomicU64, Monitor, Ordering, thread};
 use umbra_mmu::{Config, Gfn, Machine, Mfn, Mmu, Rule, Rules, TlbKind, Width, lock_order};
 
-use super::{explore_so_often, run};
+use super::{explore_so_often, run, use_pages};
 use crate::model::run::audit;
 use crate::model::soft::{Kick, SoftCpu};
 
@@ -177,20 +177,6 @@ fn pause() {
     (0..thread_rng().gen_range(0..PAUSE)).for_each(|_| thread::yield_now());
 }
 
-fn run_cpu(mut cpu: SoftCpu<Arc<Mmu>>) {
-    let mut kept = [0; PAGES as usize];
-    for step in 1..=ACCESSES {
-        let page = thread_rng().gen_range(0..PAGES);
-        if thread_rng().r#gen() {
-            kept[page as usize] = step;
-            cpu.store(page, 1, step).expect("there are frames");
-        } else {
-            assert_eq!(cpu.load(page, 1), Ok(kept[page as usize]), "page {page} at step {step}");
-        }
-    }
-    cpu.rest();
-}
-
 fn live_with_importers(manner: Manner, rules: Rules) {
     let machine = Machine::anonymous(FRAMES + PAGES);
     let desk = |_| Monitor::new(lock_order::SLEEPERS, Desk::default());
@@ -205,7 +191,7 @@ fn live_with_importers(manner: Manner, rules: Rules) {
     let mmu = Arc::new(mmu);
     let segment = mmu.make_segment(Gfn(0), PAGES, true).expect("memory");
     let (cpu, gone) = (SoftCpu::new(mmu.clone(), TlbKind::Sized, kicked), Arc::new(AtomicU64::new(0)));
-    let mut threads = vec![thread::spawn(move || run_cpu(cpu))];
+    let mut threads = vec![thread::spawn(move || use_pages(cpu, PAGES, ACCESSES))];
     for id in 0..IMPORTERS {
         let importer = Importer { mmu: mmu.clone(), outside: outside.clone(), id, segment, manner };
         let importer = Arc::new(importer);

@@ -26,7 +26,7 @@ use umbra_mmu::{
     Vcpu, Width,
 };
 
-use super::{explore, run};
+use super::{explore, run, use_pages};
 use crate::model::run::audit;
 use crate::model::soft::{Kick, SoftCpu};
 
@@ -75,21 +75,6 @@ fn a_store_to_a_page_that_is_put_back_ends_the_code_decoded_from_it() {
     });
 }
 
-/// Loads and stores its word of pages.
-fn run_cpu(mut cpu: SoftCpu<Arc<Mmu>>) {
-    let mut kept = [0; PAGES as usize];
-    for step in 1..=STEPS {
-        let page = thread_rng().gen_range(0..PAGES);
-        if thread_rng().r#gen() {
-            kept[page as usize] = step;
-            cpu.store(page, 1, step).expect("there are frames");
-        } else {
-            assert_eq!(cpu.load(page, 1), Ok(kept[page as usize]), "page {page} at step {step}");
-        }
-    }
-    cpu.rest();
-}
-
 /// Adds one to its word of a page, through the pool.
 fn device(mmu: &Mmu) {
     let mut kept = [0; PAGES as usize];
@@ -109,7 +94,7 @@ fn live_under_pressure(obeys: bool) {
     let mmu = Arc::new(mmu.with_window_slots(1));
     let mut cpu = SoftCpu::new(mmu.clone(), TlbKind::Sized, kicked);
     cpu.obeys = obeys;
-    let cpu = thread::spawn(move || run_cpu(cpu));
+    let cpu = thread::spawn(move || use_pages(cpu, PAGES, STEPS));
     let own = mmu.clone();
     let device = thread::spawn(move || device(&own));
     for _ in 0..ROUNDS {

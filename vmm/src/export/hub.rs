@@ -2,9 +2,10 @@
 //!
 //! Story: whoever takes pages away tells importers by [`External::tell`], from its own thread, without a wait. Each importer has a
 //! line to answer by, which is a socket of its own, so that who waits in [`External::wait`] hears the answers itself: another thread
-//! between them would double the time. Of several that wait one listens, for all, and the next when it goes. The event loop
-//! sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what happens then to those who
-//! have not is [`ExportPolicy`]'s: the page is gone from them either way.
+//! between them would double the time. Of several that wait one listens, for all, and the next when it goes; before it does it looks
+//! once whether those it waits for have answered. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is
+//! left who could answer in time; what happens then to those who have not is [`ExportPolicy`]'s: the page is gone from them either
+//! way.
 //!
 //! Holds: INV-HUB-1, who parts has answered everything. INV-HUB-2, nobody waits beyond the deadline of the last who was told.
 //! INV-HUB-3, a message that finds no room parts its importer: nobody here waits for a reader. INV-HUB-4, while anybody waits one
