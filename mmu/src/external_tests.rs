@@ -120,7 +120,7 @@ impl House {
 
     /// One whose importers are entered without a look at the gate.
     fn without_the_gate() -> House {
-        House::with_rules(Rules::all_but(Rule::GateAtImport).expect("a build for tests"))
+        House::with_rules(Rules::all_but(Rule::GateAtImport))
     }
 
     fn with_rules(rules: Rules) -> House {

@@ -245,7 +245,7 @@ impl<'m> Closed<'m> {
     pub fn unmap(self) -> Result<Unmapped<'m>, WouldBlock> {
         let mut hold = self.0;
         // The gates are closed: nobody comes to have one from here on.
-        if hold.may == May::NotSleep && hold.has_importers() {
+        if hold.may == May::NotSleep && hold.mmu.rules.keep(Rule::AskFirst) && hold.has_importers() {
             return Err(WouldBlock);
         }
         let blocked = hold.may == May::NotSleep && hold.mmu.coherence.is_anyone_inside(hold.own);

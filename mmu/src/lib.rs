@@ -26,6 +26,7 @@
 //! | rules | the rules of coherence by name, and going without one, for tests |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
+//! | twins | what stands in for vCPUs' threads and importers in memory |
 //! | lock_order, sync | the order of locks, and the one door to them |
 #![forbid(unsafe_code)]
 
@@ -64,6 +65,8 @@ pub mod spte;
 pub mod swap;
 pub mod sync;
 pub mod tlb;
+#[cfg(not(loom))]
+pub mod twins;
 pub mod vcpu;
 pub mod views;
 pub mod violation;

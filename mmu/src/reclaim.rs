@@ -393,7 +393,8 @@ impl Mmu {
             return Ok(0);
         };
         self.settle_clean(&mut settling);
-        let written = if NoIo::is_entered() { Ok(()) } else { self.write_out(&mut settling) };
+        let may_write = !(NoIo::is_entered() && self.rules.keep(Rule::NoIoInScope));
+        let written = if may_write { self.write_out(&mut settling) } else { Ok(()) };
         let freed = settling.end();
         written.map(|()| freed)
     }
@@ -429,7 +430,8 @@ impl Mmu {
         let mut buffer = Vec::new();
         let mut done = 0;
         while done < pages.len() {
-            let Some(run) = self.swap.take_run(&gfns[done..]) else { return Ok(()) };
+            let most = if self.rules.keep(Rule::WriteTogether) { pages.len() - done } else { 1 };
+            let Some(run) = self.swap.take_run(&gfns[done..done + most]) else { return Ok(()) };
             let batch = &pages[done..done + run.len()];
             buffer.resize(run.len() * PAGE, 0);
             for (page, bytes) in batch.iter().zip(buffer.chunks_exact_mut(PAGE)) {

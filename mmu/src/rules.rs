@@ -1,20 +1,20 @@
 //! The rules of coherence, each by name: what it protects, and a way to leave it out.
 //!
 //! Story: every flush, kick, wait, gate check, and note or look at TLB debt stands in the code as
-//! `if self.rules.keep(Rule::KickAtShootdown) { .. }`. `keep` is the constant `true`. In builds for tests a guest's MMU can be
-//! told to go without one rule (`Mmu::with_rules`): the tests leave out each in turn, and something must notice. A rule
-//! that nothing misses is no rule, or its test does not bite.
+//! `if self.rules.keep(Rule::KickAtShootdown) { .. }`. A guest's MMU can be told to go without one rule (`Mmu::with_rules`): the
+//! tests leave out each in turn, and something must notice. A rule that nothing misses is no rule, or its test does not bite.
+//! `umbra scenario` does the same for who wants to see what a rule is for.
 //!
-//! Holds: INV-RULE-1, in a build that is not for tests [`Rules`] has no size and `keep` is a constant.
+//! Holds: INV-RULE-1, all rules are in force unless `Mmu::with_rules` says otherwise, and what they cost is the comparison of a byte.
 //!
-//! Limits: a build is for tests when it has the feature `omissions`, which only dev-dependencies turn on, and debug assertions,
-//! which neither a release nor a benchmark has.
+//! Limits: `umbra run --omit` is for tests: a build is, when it has the feature `omissions`, which only dev-dependencies turn on, and
+//! debug assertions, which neither a release nor a benchmark has. So is [`at_point`].
 //!
 //! The other side of the table is [`NEEDS_NONE`]: what takes nothing away from a TLB needs no flush.
 //!
 //! See: docs/RULES.md, which is this table in print, and tests/omissions.rs.
 
-/// True in a build that can leave rules out.
+/// True in a build that leaves rules out of any run that is told to.
 pub const CAN_OMIT: bool = cfg!(all(feature = "omissions", debug_assertions));
 
 /// What sort of rule it is.
@@ -34,6 +34,8 @@ pub enum Sort {
     Sync,
     /// Decoded code is found stale.
     Code,
+    /// What reclaim owes those for whom it makes frames free.
+    Reclaim,
 }
 
 impl Sort {
@@ -47,6 +49,7 @@ impl Sort {
             Sort::Debt => "debt",
             Sort::Sync => "sync",
             Sort::Code => "code",
+            Sort::Reclaim => "reclaim",
         }
     }
 }
@@ -169,6 +172,8 @@ rules! {
         "an importer gives up what is taken away";
     AwaitImporters "await-importers" Wait "Unmapped::shoot_down":
         "a page's contents go elsewhere only when no importer that behaves can reach it";
+    AskFirst "ask-first" Wait "Closed::unmap":
+        "who may not sleep learns that an importer has a page before anybody is told";
     FenceHomes "fence-homes" Flush "Mmu::fence_homes":
         "an importer that is late, or lies, reads nothing of what was in a page that has gone";
 
@@ -197,6 +202,12 @@ rules! {
         "a page without a writable spte may be written to through a TLB all the same";
     RemovalUnderWay "removal-under-way" Debt "Coherence::removed_since":
         "a guest's flush is owed for an spte that is gone and not stamped yet";
+
+    // Reclaim.
+    NoIoInScope "no-io-in-scope" Reclaim "Mmu::evict_batch":
+        "nothing is written for a thread that holds what the write may want";
+    WriteTogether "write-together" Reclaim "Mmu::write_out":
+        "pages that are neighbours go to swap as neighbours, in few writes";
 
     // Decoded code.
     BarrierAtMark "barrier-at-mark" Code "Mmu::code_frame":
@@ -244,31 +255,14 @@ impl Rule {
     }
 }
 
-/// Which rules are in force.
+/// Which rules are in force: all, or all but one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    #[cfg(all(feature = "omissions", debug_assertions))]
     left_out: Option<Rule>,
 }
 
-#[cfg(not(all(feature = "omissions", debug_assertions)))]
-impl Rules {
-    /// True.
-    #[inline(always)]
-    pub const fn keep(self, _rule: Rule) -> bool {
-        true
-    }
+const _: () = assert!(size_of::<Rules>() == 1, "INV-RULE-1");
 
-    /// Not in this build.
-    pub const fn all_but(_rule: Rule) -> Option<Rules> {
-        None
-    }
-}
-
-#[cfg(not(all(feature = "omissions", debug_assertions)))]
-const _: () = assert!(size_of::<Rules>() == 0 && Rules {}.keep(Rule::FlushAtEntry), "INV-RULE-1");
-
-#[cfg(all(feature = "omissions", debug_assertions))]
 impl Rules {
     /// True, but for the rule that is left out.
     #[inline(always)]
@@ -276,9 +270,14 @@ impl Rules {
         self.left_out != Some(rule)
     }
 
-    /// All but one, where the build is for tests.
-    pub const fn all_but(rule: Rule) -> Option<Rules> {
-        Some(Rules { left_out: Some(rule) })
+    /// All but one: a guest by them is not safe.
+    pub const fn all_but(rule: Rule) -> Rules {
+        Rules { left_out: Some(rule) }
+    }
+
+    /// The one that is left out.
+    pub const fn left_out(self) -> Option<Rule> {
+        self.left_out
     }
 }
 

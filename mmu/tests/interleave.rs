@@ -42,7 +42,7 @@ use vm_memory::{Bytes, GuestAddress, Permissions};
 
 use crate::model::cpus::{Cpu, Guest};
 use crate::model::run::{audit, number, rng};
-use crate::model::soft::SoftCpu;
+use umbra_mmu::twins::SoftCpu;
 
 /// Steps of each CPU, and invalidations.
 const STEPS: u32 = 16;

@@ -26,7 +26,7 @@ use umbra_mmu::{
 };
 
 use crate::model::run::{audit, rng, seconds};
-use crate::model::soft::{Kick, SoftCpu};
+use umbra_mmu::twins::{Kick, SoftCpu};
 
 /// Pages of the guest; its budget is a fraction of it.
 const PAGES: u32 = 1000;

@@ -11,6 +11,7 @@ use crate::boot::notes::Notes;
 use crate::import::ImportArgs;
 use crate::measure::{ImporterArgs, MeasureArgs};
 use crate::pressure::PressureArgs;
+use crate::scenario::{PlayArgs, ScenarioCommand};
 use crate::simulate::SimulateArgs;
 use crate::swap::{Fault, parse_fault};
 use crate::units::{parse_duration, parse_size};
@@ -98,6 +99,19 @@ pub enum Command {
     ///   umbra simulate --replay 17 | less -S
     #[command(verbatim_doc_comment)]
     Simulate(SimulateArgs),
+    /// See a discussion of the field's history come alive: the rule that came of it in force, or with --bug left out and missed.
+    ///
+    /// Examples:
+    ///
+    ///   umbra scenario list
+    ///   umbra scenario run xpmem-race
+    ///   umbra scenario run xpmem-race --bug --explain
+    ///   umbra scenario run kmap-series/order --bug --backend kvm
+    #[command(verbatim_doc_comment, subcommand)]
+    Scenario(ScenarioCommand),
+    /// A run of a sweep or a scenario, which starts it and which it dies with.
+    #[command(hide = true)]
+    Play(Box<PlayArgs>),
     /// An importer of a measurement, which starts it.
     #[command(name = crate::measure::COMMAND, hide = true)]
     MeasuredImporter(ImporterArgs),
@@ -298,8 +312,18 @@ pub struct RunArgs {
 }
 
 fn parse_omission(name: &str) -> Result<Rules, String> {
-    let rule = Rule::named(name).ok_or("there is no such rule; docs/RULES.md has them")?;
-    Rules::all_but(rule).ok_or("this build keeps every rule; only builds for tests can leave one out".into())
+    match umbra_mmu::rules::CAN_OMIT {
+        true => parse_rule(name).map(Rules::all_but),
+        false => {
+            Err("outside of umbra scenario every rule is kept; only builds for tests can leave one out"
+                .into())
+        }
+    }
+}
+
+/// A rule of coherence by its name.
+pub(crate) fn parse_rule(name: &str) -> Result<Rule, String> {
+    Rule::named(name).ok_or_else(|| "there is no such rule; docs/RULES.md has them".into())
 }
 
 /// Where swapped pages are kept.

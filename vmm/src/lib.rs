@@ -5,6 +5,8 @@
 mod barrier;
 pub mod board;
 pub mod boot;
+#[forbid(unsafe_code)]
+pub mod child;
 pub mod cli;
 pub mod cpu;
 #[forbid(unsafe_code)]
@@ -21,6 +23,7 @@ pub mod measure;
 pub mod plot;
 pub mod pressure;
 pub mod probe;
+pub mod scenario;
 pub mod signals;
 pub mod simulate;
 pub mod status;

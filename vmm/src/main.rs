@@ -10,10 +10,12 @@ use umbra::cli::{Cli, Command, DoctorArgs, ExplainArgs, RunArgs};
 use umbra::import::{self, ImportArgs};
 use umbra::measure::{self, MeasureArgs};
 use umbra::pressure::{self, End, PressureArgs};
+use umbra::scenario::{self, PlayArgs, ScenarioCommand};
 use umbra::signals;
 use umbra::simulate::{self, SimulateArgs};
 use umbra::status::Status;
-use umbra::{plot, probe, vm};
+use umbra::{child, plot, probe, vm};
+use umbra_mmu::Rules;
 
 fn main() -> ExitCode {
     vm::process_start();
@@ -29,6 +31,8 @@ fn main() -> ExitCode {
         Command::Import(args) => import(&args),
         Command::Measure(args) => measure(&args, &screen),
         Command::Simulate(args) => simulate(&args),
+        Command::Scenario(command) => scenario(&command),
+        Command::Play(args) => play(*args, &screen),
         Command::MeasuredImporter(args) => {
             measure::serve(&args).map_or_else(|error| refuse(&error), |()| Status::Pass.code())
         }
@@ -178,6 +182,49 @@ fn measure(args: &MeasureArgs, screen: &vm::Screen) -> u8 {
     };
     say!("{}", measured.report);
     files.write(&measured).map_or_else(|error| refuse(&error), |()| status.code())
+}
+
+fn scenario(command: &ScenarioCommand) -> u8 {
+    let args = match command {
+        ScenarioCommand::List => {
+            let mut out = io::stdout().lock();
+            for scenario in scenario::table::SCENARIOS {
+                let cases = scenario.cases();
+                let _ = writeln!(out, "{:12} {} ({} cases)", scenario.name, scenario.about, cases.len());
+                let mut rules = cases.iter().map(|case| (case.name, case.rule));
+                rules.try_for_each(|(name, rule)| writeln!(out, "  /{name:24} {rule}")).unwrap_or_default();
+            }
+            return Status::Pass.code();
+        }
+        ScenarioCommand::Run(args) => args,
+    };
+    let order = match args.order() {
+        Ok(order) => order,
+        Err(error) => {
+            say!("{error}");
+            return Status::Usage.code();
+        }
+    };
+    if let Err(error) = signals::catch() {
+        return refuse(&error);
+    }
+    match scenario::run(&order, &signals::count, &mut io::stdout().lock()) {
+        Ok(report) => {
+            say!("scenario {}: {report}", args.name);
+            report.code()
+        }
+        Err(error) => refuse(&error),
+    }
+}
+
+/// A part of a sweep or of a scenario.
+fn play(args: PlayArgs, screen: &vm::Screen) -> u8 {
+    child::die_with_parent();
+    if let Some(scene) = args.scene {
+        return scenario::play(scene, &args).unwrap_or_else(|error| refuse(&error));
+    }
+    let omit = args.without.map(Rules::all_but).or(args.run.omit);
+    run(&RunArgs { omit, ..args.run }, screen)
 }
 
 fn simulate(args: &SimulateArgs) -> u8 {

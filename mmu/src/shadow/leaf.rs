@@ -229,11 +229,15 @@ impl Mmu {
             PageState::Device => return Err(Mapped::Device),
             _ => return Err(Mapped::Need(gfn)),
         }
+        // Without the rule: what was seen before is all that is looked at.
+        let before = if self.rules.keep(Rule::GateAtFill) { None } else { self.p2m.resident(gfn) };
+        point();
         let mut bucket = self.buckets.lock(gfn);
-        if !bucket.admits(seen) && self.rules.keep(Rule::GateAtFill) {
+        if before.is_none() && !bucket.admits(seen) {
             return Err(Mapped::Gate(gfn));
         }
-        let Some((mfn, generations)) = self.p2m.resident(gfn) else { return Err(Mapped::Retry) };
+        let now = before.or_else(|| self.p2m.resident(gfn));
+        let Some((mfn, generations)) = now else { return Err(Mapped::Retry) };
         let flags = self.frames.flags(mfn);
         let tracked = self.rules.keep(Rule::MarkAtFill) && are_tracked(flags);
         let mut writable = rights.writable && !tracked;

@@ -13,20 +13,17 @@
 //! Twins: each rule of importers left out (`umbra_mmu::rules`): the gate, the telling, the wait, the fence. And importers that do not
 //! keep to theirs: one that answers and keeps the page; one that takes a grant for good though it is older than a telling.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::scheduler::RandomScheduler;
-use umbra_mmu::external::{Answers, External, ImporterId, SegmentId};
-use umbra_mmu::frames::Host;
 use umbra_mmu::swap::MemorySwap;
-use umbra_mmu::sync::{AtomicBool, AtomicU64, Monitor, Ordering, thread};
-use umbra_mmu::{Config, Gfn, Machine, Mfn, Mmu, Rule, Rules, TlbKind, Width, lock_order};
+use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, thread};
+use umbra_mmu::twins::{Importer, Importers, Kick, Manner, SoftCpu};
+use umbra_mmu::{Config, Gfn, Machine, Mmu, Rule, Rules, TlbKind};
 
 use super::{explore_so_often, run, use_pages};
 use crate::model::run::audit;
-use crate::model::soft::{Kick, SoftCpu};
 
 const PAGES: u32 = 3;
 const IMPORTERS: u32 = 2;
@@ -39,148 +36,17 @@ const ACCESSES: u64 = 12;
 const PAUSE: u32 = 200;
 const FRAMES: u32 = 64;
 
-/// How an importer behaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
-    Honest,
-    /// It answers, and keeps the page.
-    Lies,
-    /// A grant is for good, however old it is.
-    Forgets,
-}
-
-/// What an importer has, and what it has been told.
-#[derive(Debug, Default)]
-struct Desk {
-    granted: [u64; PAGES as usize],
-    told: [u64; PAGES as usize],
-    mail: VecDeque<(u64, Vec<Gfn>)>,
-    unanswered: Vec<u64>,
-    gone: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Outside {
-    desks: Arc<Vec<Monitor<Desk>>>,
-    machine: Machine,
-}
-
-impl External for Outside {
-    fn tell(&self, order: u64, importer: ImporterId, pages: &[Gfn]) {
-        let desk = &self.desks[importer.0 as usize];
-        let mut at = desk.lock();
-        if !at.gone {
-            at.mail.push_back((order, pages.to_vec()));
-            at.unanswered.push(order);
-        }
-        drop(at);
-        desk.notify_all();
-    }
-
-    fn wait(&self, order: u64) -> Answers {
-        for desk in self.desks.iter() {
-            let mut at = desk.lock();
-            while at.unanswered.contains(&order) {
-                at = at.wait("an answer");
-            }
-        }
-        Answers::default()
-    }
-}
-
-impl Host for Outside {
-    fn give_back(&self, frames: &[Mfn]) -> std::io::Result<()> {
-        frames.iter().for_each(|mfn| self.machine.clear(*mfn));
-        Ok(())
-    }
-}
-
-struct Importer {
-    mmu: Arc<Mmu>,
-    outside: Outside,
-    id: u32,
-    segment: SegmentId,
-    manner: Manner,
-}
-
-impl Importer {
-    fn desk(&self) -> &Monitor<Desk> {
-        &self.outside.desks[self.id as usize]
-    }
-
-    /// Uses a page that it has, if it has it: adds one to its word.
-    fn touch(&self, page: u32, kept: &mut u64) {
-        let at = self.mmu.homes_of(Gfn(page)).expect("there are homes").at(64 + 8 * self.id);
-        let desk = self.desk().lock();
-        if desk.granted[page as usize] > desk.told[page as usize] {
-            assert_eq!(self.outside.machine.load(at, Width::B8), *kept, "importers: the word of page {page}");
-            *kept += 1;
-            self.outside.machine.store(at, Width::B8, *kept);
-        }
-    }
-
-    fn live(&self) {
-        let mut kept = [0; PAGES as usize];
-        for _ in 0..STEPS {
-            let page = thread_rng().gen_range(0..PAGES);
-            let n = page as usize;
-            match thread_rng().gen_range(0..4) {
-                0 => {
-                    self.desk().lock().granted[n] = 0;
-                    self.mmu.give_up_page(ImporterId(self.id), Gfn(page));
-                }
-                1 => {
-                    // It may be in use where it is for long, or the segment be closed.
-                    let importer = ImporterId(self.id);
-                    if let Ok(order) = self.mmu.import_page(importer, self.segment, Gfn(page), true) {
-                        // The grant is on its way.
-                        pause();
-                        let mut desk = self.desk().lock();
-                        desk.granted[n] = desk.granted[n].max(order);
-                        if self.manner == Manner::Forgets {
-                            desk.told[n] = 0;
-                        }
-                    }
-                }
-                _ => self.touch(page, &mut kept[n]),
-            }
-        }
-        let mut desk = self.desk().lock();
-        (desk.gone, desk.granted) = (true, Default::default());
-        desk.unanswered.clear();
-        drop(desk);
-        self.desk().notify_all();
-        self.mmu.forget_importer(ImporterId(self.id));
-    }
-
-    fn listen(&self) {
-        loop {
-            // So is what it is told.
-            pause();
-            let mut desk = self.desk().lock();
-            while desk.mail.is_empty() && !desk.gone {
-                desk = desk.wait("a letter");
-            }
-            let Some((order, pages)) = desk.mail.pop_front().filter(|_| !desk.gone) else { return };
-            for gfn in pages.iter().filter(|_| self.manner != Manner::Lies) {
-                let told = &mut desk.told[gfn.0 as usize];
-                *told = order.max(*told);
-            }
-            desk.unanswered.retain(|asked| *asked != order);
-            drop(desk);
-            self.desk().notify_all();
-        }
-    }
+fn draw(end: u32) -> u32 {
+    thread_rng().gen_range(0..end)
 }
 
 fn pause() {
-    (0..thread_rng().gen_range(0..PAUSE)).for_each(|_| thread::yield_now());
+    (0..draw(PAUSE)).for_each(|_| thread::yield_now());
 }
 
 fn live_with_importers(manner: Manner, rules: Rules) {
     let machine = Machine::anonymous(FRAMES + PAGES);
-    let desk = |_| Monitor::new(lock_order::SLEEPERS, Desk::default());
-    let outside = Outside { desks: Arc::new((0..IMPORTERS).map(desk).collect()), machine: machine.clone() };
+    let outside = Importers::new(IMPORTERS, PAGES, machine.clone());
     let kicked = Arc::new(AtomicBool::new(false));
     let config = Config { shadow_pages_max: 64, roots_max: 4, homes: true, ..Config::of_pages(PAGES) };
     let mmu = Mmu::new(machine.clone(), config, Box::new(Kick(kicked.clone())))
@@ -193,13 +59,13 @@ fn live_with_importers(manner: Manner, rules: Rules) {
     let (cpu, gone) = (SoftCpu::new(mmu.clone(), TlbKind::Sized, kicked), Arc::new(AtomicU64::new(0)));
     let mut threads = vec![thread::spawn(move || use_pages(cpu, PAGES, ACCESSES))];
     for id in 0..IMPORTERS {
-        let importer = Importer { mmu: mmu.clone(), outside: outside.clone(), id, segment, manner };
+        let importer = Importer { mmu: mmu.clone(), all: outside.clone(), id, segment, manner };
         let importer = Arc::new(importer);
         let listener = importer.clone();
-        threads.push(thread::spawn(move || listener.listen()));
+        threads.push(thread::spawn(move || listener.listen(PAUSE, &draw)));
         let gone = gone.clone();
         threads.push(thread::spawn(move || {
-            importer.live();
+            importer.live(PAGES, STEPS, PAUSE, &draw);
             gone.fetch_add(1, Ordering::SeqCst);
         }));
     }
@@ -237,7 +103,7 @@ fn twin_an_importer_that_takes_an_older_grant() {
 }
 
 fn live_without(rule: Rule) {
-    let rules = Rules::all_but(rule).expect("a build for tests");
+    let rules = Rules::all_but(rule);
     run(RandomScheduler::new(1000), move || live_with_importers(Manner::Honest, rules));
 }
 

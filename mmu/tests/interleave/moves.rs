@@ -28,7 +28,7 @@ use umbra_mmu::{
 
 use super::{explore, run, use_pages};
 use crate::model::run::audit;
-use crate::model::soft::{Kick, SoftCpu};
+use umbra_mmu::twins::{Kick, SoftCpu};
 
 /// The page in question.
 const PAGE: Gfn = Gfn(1);

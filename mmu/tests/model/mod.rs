@@ -13,10 +13,9 @@
 //! | world | an `Mmu`, all of the above, and the rule that ties them together |
 //! | cpus | two CPUs of a guest kernel that remaps its pages, for tests by threads |
 //! | layout | the guest that the tests run: where its tables and pages are |
-//! | soft | a vCPU with a software TLB, for tests of memory that comes and goes |
 //! | run | random numbers, time, the audit |
 //!
-//! Holds: nothing of the twin calls into the mmu crate; `world`, `cpus` and `soft` do only through what a backend calls.
+//! Holds: nothing of the twin calls into the mmu crate; `world` and `cpus` do only through what a backend calls.
 //! Formats, constants, address arithmetic: all written again.
 
 pub mod cpus;
@@ -24,7 +23,6 @@ pub mod hardware;
 pub mod layout;
 pub mod memory;
 pub mod run;
-pub mod soft;
 pub mod tlb_rules;
 pub mod walker;
 pub mod world;

@@ -13,6 +13,7 @@ use umbra_mmu::invalidation::May;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::records::{Cause, Clock};
 use umbra_mmu::rules::at_point;
+use umbra_mmu::scope::NoIo;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::window::Intent;
 use umbra_mmu::{
@@ -748,4 +749,46 @@ pub fn notified(rules: Rules) -> Option<String> {
         vcpu.tlb().iter().for_each(|tlb| tlb.flush_all());
     }
     load(&mmu, &vcpu, AT).err().filter(|why| why != "fault")
+}
+
+/// Who may not sleep wants a page that an importer has.
+pub fn asked_too_late(rules: Rules) -> Option<String> {
+    let (mmu, importer, _) = exporting(rules);
+    importer.has.store(true, Ordering::SeqCst);
+    let ask = || mmu.discard(None, PAGE..PAGE + 1, Discard::Zero, May::NotSleep);
+    // Debug builds end where it would sleep.
+    let done = catch_unwind(AssertUnwindSafe(ask)).map_err(|panic| words_of(&*panic));
+    let told = importer.told.load(Ordering::SeqCst);
+    told.then(|| format!("an importer was told by who may not sleep: {done:?}"))
+}
+
+/// Pages that must be written to be gone, next to each other.
+const WRITTEN: std::ops::Range<u32> = PAGE..PAGE + 8;
+
+fn with_pages_to_write(rules: Rules) -> Mmu {
+    let mmu = mmu(rules, 1, Box::new(NoVcpus));
+    for page in WRITTEN {
+        mmu.write_bytes(&LocalStack::new(Context::Host), Gfn(page).at(0), &[7]).expect("there is room");
+    }
+    mmu
+}
+
+/// Reclaim by a thread that holds what the write would want.
+pub fn written_in_scope(rules: Rules) -> Option<String> {
+    let mmu = with_pages_to_write(rules);
+    let pages: Vec<Gfn> = WRITTEN.map(Gfn).collect();
+    let scope = NoIo::enter();
+    mmu.page_out(None, &pages).expect("swap has room");
+    drop(scope);
+    let written = mmu.usage().swap_outs;
+    (written > 0).then(|| format!("{written} pages were written within NoIo"))
+}
+
+/// Neighbours go to swap.
+pub fn scattered(rules: Rules) -> Option<String> {
+    let mmu = with_pages_to_write(rules);
+    let pages: Vec<Gfn> = WRITTEN.map(Gfn).collect();
+    assert_eq!(mmu.page_out(None, &pages), Ok(WRITTEN.len() as u32), "swap has room");
+    let writes = mmu.usage().swap_writes;
+    (writes > 1).then(|| format!("{} neighbours went to swap in {writes} writes", WRITTEN.len()))
 }

@@ -105,6 +105,11 @@ impl Order {
         own.into_iter().chain(self.options.iter().cloned())
     }
 
+    /// The same, as part of a sweep, which it dies with.
+    pub fn played(&self, seed: u64) -> impl Iterator<Item = OsString> {
+        std::iter::once("play".into()).chain(self.command(seed).skip(1))
+    }
+
     /// How an operator has `seed` run again, and how he looks at it.
     pub fn again(&self, seed: u64) -> [String; 2] {
         let words = |words: &mut dyn Iterator<Item = OsString>| {
@@ -150,7 +155,7 @@ fn writes_to_a_disk(run: &RunArgs) -> bool {
 }
 
 /// `A..B`, where B comes after A.
-fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
+pub(crate) fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
     let number = |text: &str| {
         let text = text.trim();
         text.parse::<u64>().map_err(|_| format!("'{text}' is no number from 0 to {}", u64::MAX))

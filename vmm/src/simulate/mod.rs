@@ -11,7 +11,7 @@
 //! | timeline | an event log as columns |
 //!
 //! Holds: what a sweep finds hangs on its seeds alone, not on how many run at a time: of the seeds that fail it is the lowest. It leaves
-//! no process behind but where it is killed itself.
+//! no process behind.
 //!
 //! Not here: the simulation itself, which is `vm::simulation`.
 
@@ -22,4 +22,4 @@ mod sweep;
 mod timeline;
 
 pub use args::SimulateArgs;
-pub use sweep::{Failed, Outcome, Report, SweepError, replay, run};
+pub use sweep::{Failed, Report, SweepError, replay, run};

@@ -3,67 +3,20 @@
 //! Story: seeds are started in their order, so that when one has failed all lower ones have been started. Those are waited for, the
 //! others killed: the lowest that fails is what was found.
 //!
-//! Limits: of what a run says, the last [`SAID_MAX`] bytes are kept. The guest's output is thrown away.
+//! Limits: the guest's output is thrown away.
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use super::args::Order;
 use super::timeline;
+use crate::child::{Child, LOOK, Outcome};
 use crate::machine::memory_file;
 use crate::pressure::progress::Progress;
 use crate::status::Status;
-use crate::units::format_duration;
-
-/// From one look at the runs to the next.
-const LOOK: Duration = Duration::from_millis(2);
-/// Bytes of what a run says.
-const SAID_MAX: u64 = 16 << 10;
-
-/// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// By itself.
-    Status(u8),
-    /// By a signal.
-    Signal(i32),
-    /// Not in the time that it had.
-    Hung(Duration),
-}
-
-impl Outcome {
-    fn of(status: ExitStatus) -> Outcome {
-        match status.code() {
-            Some(code) => Outcome::Status(code as u8),
-            None => Outcome::Signal(status.signal().unwrap_or_default()),
-        }
-    }
-
-    /// The exit status of whoever found it: the run's own, if it has one.
-    pub fn code(self) -> u8 {
-        match self {
-            Outcome::Status(code) => code,
-            Outcome::Signal(_) | Outcome::Hung(_) => Status::Failure.code(),
-        }
-    }
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Outcome::Status(code) => write!(f, "ended with status {code}"),
-            Outcome::Signal(signal) => write!(f, "was killed by signal {signal}"),
-            Outcome::Hung(limit) => {
-                write!(f, "hung: it has not ended in {}, its --patience", format_duration(*limit))
-            }
-        }
-    }
-}
 
 /// A seed whose run did not end with 0.
 #[derive(Clone, Debug)]
@@ -142,56 +95,29 @@ pub enum SweepError {
     },
 }
 
-/// A running one; dropping it ends it.
+/// A running one.
 struct Run {
     seed: u64,
     child: Child,
-    said: File,
-    begun: Instant,
 }
 
 impl Run {
     fn start(order: &Order, seed: u64, log: Option<&File>) -> Result<Run, SweepError> {
-        let start = || {
-            let said = memory_file(c"umbra-said", 0)?;
-            let mut command = Command::new("/proc/self/exe");
-            command.args(order.command(seed));
-            if let Some(log) = log {
-                let path = format!("/proc/{}/fd/{}", std::process::id(), log.as_raw_fd());
-                command.args(["--event-log", &path]);
-            }
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
-            Ok(Run { seed, child: command.spawn()?, said, begun: Instant::now() })
-        };
-        start().map_err(|source| SweepError::Start { seed, jobs: order.jobs, source })
+        let log = log.map(|log| format!("/proc/{}/fd/{}", std::process::id(), log.as_raw_fd()));
+        let log = log.into_iter().flat_map(|path| ["--event-log".into(), path.into()]);
+        let child = Child::start(order.played(seed).chain(log), false);
+        let child = child.map_err(|source| SweepError::Start { seed, jobs: order.jobs, source })?;
+        Ok(Run { seed, child })
     }
 
     /// How it has ended, if it has.
     fn look(&mut self, patience: Duration) -> Result<Option<Outcome>, SweepError> {
-        let seed = self.seed;
-        let status = self.child.try_wait().map_err(|source| SweepError::Wait { seed, source })?;
-        let hangs = || (self.begun.elapsed() > patience).then_some(Outcome::Hung(patience));
-        Ok(status.map(Outcome::of).or_else(hangs))
+        self.child.look(patience).map_err(|source| SweepError::Wait { seed: self.seed, source })
     }
 
     /// Its last words.
     fn said(&mut self) -> Result<String, SweepError> {
-        let mut read = || {
-            let bytes = self.said.metadata()?.len();
-            self.said.seek(SeekFrom::Start(bytes.saturating_sub(SAID_MAX)))?;
-            let mut text = Vec::new();
-            (&self.said).take(SAID_MAX).read_to_end(&mut text)?;
-            Ok(String::from_utf8_lossy(&text).into_owned())
-        };
-        read().map_err(|source| SweepError::Wait { seed: self.seed, source })
-    }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        // One that has ended is not there any more, and has been waited for.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.child.said().map_err(|source| SweepError::Wait { seed: self.seed, source })
     }
 }
 

@@ -47,7 +47,7 @@ mod reclaimer;
 mod requests;
 mod serial;
 pub mod series;
-mod simulation;
+pub(crate) mod simulation;
 mod sink;
 mod soft;
 mod stops;

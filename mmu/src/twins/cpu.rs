@@ -3,12 +3,9 @@
 //! Its guest has paging off, so that a page's address is its frame's.
 
 use std::ops::Deref;
-use std::sync::Arc;
 
-use umbra_mmu::sync::{AtomicBool, Ordering, thread};
-use umbra_mmu::{
-    Access, AccessKind, Gva, Miss, Mmu, Outcome, Refill, Shootdown, Shortage, TlbKind, Vcpu, Width,
-};
+use crate::sync::{Arc, AtomicBool, Ordering, thread};
+use crate::{Access, AccessKind, Gva, Miss, Mmu, Outcome, Refill, Shootdown, Shortage, TlbKind, Vcpu, Width};
 
 /// Kicks its one vCPU by a flag.
 #[derive(Debug, Default)]
@@ -20,6 +17,8 @@ impl Shootdown for Kick {
     }
 }
 
+/// It, and its thread's place in the guest or outside.
+#[derive(Debug)]
 pub struct SoftCpu<M> {
     mmu: M,
     vcpu: Vcpu,
@@ -38,12 +37,13 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
         SoftCpu { mmu, vcpu, kicked, inside: false, obeys: true, gates_max: 0 }
     }
 
+    /// Leaves the guest.
     pub fn leave(&mut self) {
         self.mmu.leave(&self.vcpu);
         self.inside = false;
     }
 
-    /// The same for good: it asks for no page any more, which others would stand back from.
+    /// Leaves the guest for good: it asks for no page any more, which others would stand back from.
     pub fn rest(&mut self) {
         self.leave();
         self.mmu.rest(&self.vcpu);
@@ -98,12 +98,28 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
     }
 
     /// Stores to a word of a page.
+    ///
+    /// # Errors
+    ///
+    /// When no frame can be had for it.
+    ///
+    /// # Panics
+    ///
+    /// When the TLB still had what has been handed on (INV-TLB-2).
     pub fn store(&mut self, page: u32, word: u32, value: u64) -> Result<(), Shortage> {
         let at = Gva((page << 12) + word * 8);
         self.access(at, AccessKind::Write, |mmu, vcpu| mmu.tlb_store(vcpu, at, Width::B8, value, false))
     }
 
     /// Loads it.
+    ///
+    /// # Errors
+    ///
+    /// When no frame can be had for it.
+    ///
+    /// # Panics
+    ///
+    /// As [`SoftCpu::store`] does.
     pub fn load(&mut self, page: u32, word: u32) -> Result<u64, Shortage> {
         let at = Gva((page << 12) + word * 8);
         self.access(at, AccessKind::Read, |mmu, vcpu| mmu.tlb_load(vcpu, at, Width::B8, false))

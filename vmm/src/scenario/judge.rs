@@ -1,0 +1,140 @@
+//! What a case came to.
+
+use std::fmt;
+
+use super::story::{Kind, Story};
+use super::table::Case;
+use crate::child::Outcome;
+
+/// What was to be seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// With its rule in force: it went well.
+    Passed,
+    /// Without: what was feared happened, and was caught. What, in a line each.
+    Caught(Vec<String>),
+    /// With its rule in force it came to harm, or it did not end.
+    Harmed(String),
+    /// Without, nothing was caught, or something else.
+    Missed(String),
+}
+
+impl Verdict {
+    /// True where the case is as it should be.
+    pub fn is_good(&self) -> bool {
+        matches!(self, Verdict::Passed | Verdict::Caught(_))
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Passed => f.write_str("passed"),
+            Verdict::Caught(_) => f.write_str("caught"),
+            Verdict::Harmed(why) => write!(f, "FAILED: {why}"),
+            Verdict::Missed(why) => write!(f, "NOT CAUGHT: {why}"),
+        }
+    }
+}
+
+/// Judges a case with its rule in force.
+pub fn in_force(outcome: Outcome, story: &Story) -> Verdict {
+    match (outcome, story.failure()) {
+        (_, Some((kind, text))) => Verdict::Harmed(format!("{}: {text}", kind.name())),
+        (Outcome::Status(0), None) if story.passed() => Verdict::Passed,
+        (Outcome::Status(0), None) => Verdict::Harmed("it does not say that it is through".into()),
+        (outcome, None) => Verdict::Harmed(format!("the run {outcome}")),
+    }
+}
+
+/// Judges a case without its rule: a run that ends well has caught nothing.
+pub fn left_out(case: &Case, outcome: Outcome, story: &Story) -> Verdict {
+    let Some((kind, text)) = story.failure() else {
+        return Verdict::Missed(format!("the run {outcome}, and tells of no failure"));
+    };
+    if matches!(outcome, Outcome::Status(0) | Outcome::Hung(_)) {
+        return Verdict::Missed(format!("it tells of '{text}', and the run {outcome}"));
+    }
+    if !case.fails.contains(&kind) {
+        let feared: Vec<_> = case.fails.iter().map(|kind| kind.name()).collect();
+        return Verdict::Missed(format!(
+            "{} was to happen, and {}: {text} did",
+            feared.join(" or "),
+            kind.name()
+        ));
+    }
+    let mut lines = vec![format!("{}: {text}", kind.name())];
+    if kind == Kind::Deadlock {
+        let cycle = story.cycle();
+        if cycle.is_empty() {
+            return Verdict::Missed(format!(
+                "it tells of a deadlock, and who waits for whom is no cycle: {text}"
+            ));
+        }
+        lines.extend(cycle.iter().map(|wait| format!("  {wait}")));
+    }
+    Verdict::Caught(lines)
+}
+
+/// Judges a guest that runs without one of Umbra's rules: by its status alone, for nobody in it knows.
+pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
+    let found = |words: &[&str]| {
+        let line = said.lines().find(|line| words.iter().any(|word| line.contains(word)));
+        line.map(|line| line.trim_start_matches("umbra: ").trim().to_owned())
+    };
+    let line = match outcome {
+        Outcome::Status(0) => return None,
+        Outcome::Hung(_) => return Some(Verdict::Missed(format!("the run {outcome}"))),
+        _ => found(&["INV-", "everybody waits", "audit", "FAIL", "witness", "panicked"]),
+    };
+    Some(Verdict::Caught(vec![line.unwrap_or_else(|| format!("the run {outcome}"))]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::table::{Play, SCENARIOS};
+    use super::*;
+
+    fn case() -> Case {
+        let all = SCENARIOS.iter().flat_map(|scenario| scenario.cases());
+        let case = all.into_iter().find(|case| matches!(case.play, Play::Scene(..)));
+        Case { fails: &[Kind::Deadlock], ..case.expect("there are scenes") }
+    }
+
+    fn judged(lines: &str, outcome: Outcome) -> Verdict {
+        left_out(&case(), outcome, &Story::of(lines, "x"))
+    }
+
+    const CYCLE: &str = "scenario x: a holds l\nscenario x: a waits for l\n";
+
+    #[test]
+    fn a_deadlock_without_a_cycle_is_not_believed() {
+        let failed = "scenario x: failed deadlock: nobody goes on\n";
+        let status = Outcome::Status(3);
+        assert!(matches!(judged(failed, status), Verdict::Missed(_)));
+        let Verdict::Caught(lines) = judged(&format!("{CYCLE}{failed}"), status) else { panic!("a cycle") };
+        assert_eq!(lines, ["deadlock: nobody goes on", "  a waits for l, which a holds"]);
+        // Nor is a run that ends well, nor one that does not end.
+        for outcome in [Outcome::Status(0), Outcome::Hung(std::time::Duration::ZERO)] {
+            assert!(matches!(judged(&format!("{CYCLE}{failed}"), outcome), Verdict::Missed(_)));
+        }
+    }
+
+    #[test]
+    fn another_failure_than_the_feared_one_is_none() {
+        let other = format!("{CYCLE}scenario x: failed order: first b\n");
+        assert!(matches!(judged(&other, Outcome::Status(3)), Verdict::Missed(_)));
+        assert!(matches!(judged("scenario x: passed\n", Outcome::Status(3)), Verdict::Missed(_)));
+    }
+
+    #[test]
+    fn to_pass_a_case_says_so_and_ends_so() {
+        let story = |text| Story::of(text, "x");
+        assert_eq!(in_force(Outcome::Status(0), &story("scenario x: passed\n")), Verdict::Passed);
+        for (text, status) in
+            [("", 0), ("scenario x: passed\n", 3), ("scenario x: passed\nscenario x: failed lost: y\n", 0)]
+        {
+            assert!(!in_force(Outcome::Status(status), &story(text)).is_good(), "{text} {status}");
+        }
+    }
+}
