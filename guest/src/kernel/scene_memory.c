@@ -24,6 +24,16 @@ void scene_file_space(struct space *space)
     scene_want(space_create(space) && file_map(space, SCENE_BASE), "the file is mapped");
 }
 
+static bool allows(struct space *space, u32 va, bool write)
+{
+    struct leaf leaf;
+    if (!upt_open_held(&space->upt, va, false, &leaf))
+        return false;
+    pte_t entry = upt_get(&leaf);
+    upt_close_held(&leaf);
+    return entry & PTE_P && (entry & PTE_W || !write);
+}
+
 /* Whoever unmaps the page takes the lock of the tables first. Where the tables are reached through the pool, which may sleep, the
  * fault is all that there is of the access. */
 static bool touch(struct space *space, u32 va, u32 *value, bool write)
@@ -32,7 +42,7 @@ static bool touch(struct space *space, u32 va, u32 *value, bool write)
         return true;
     irq_off();
     upt_take(&space->upt);
-    bool there = upt_frame_held(&space->upt, va) != FRAME_NONE;
+    bool there = allows(space, va, write);
     if (there) {
         tlb_load(space->upt.cr3);
         volatile u32 *word = (volatile u32 *)va;

@@ -199,20 +199,12 @@ u32 upt_unlink(struct upt *upt, u32 va)
     return frame;
 }
 
-u32 upt_frame_held(struct upt *upt, u32 va)
-{
-    struct leaf leaf;
-    if (!upt_open_held(upt, va, false, &leaf))
-        return FRAME_NONE;
-    pte_t entry = upt_get(&leaf);
-    upt_close_held(&leaf);
-    return entry & PTE_P ? pte_frame(entry) : FRAME_NONE;
-}
-
 u32 upt_frame_at(struct upt *upt, u32 va)
 {
-    upt_take(upt);
-    u32 frame = upt_frame_held(upt, va);
-    upt_give(upt);
-    return frame;
+    struct leaf leaf;
+    if (!upt_open(upt, va, false, &leaf))
+        return FRAME_NONE;
+    pte_t entry = upt_get(&leaf);
+    upt_close(&leaf);
+    return entry & PTE_P ? pte_frame(entry) : FRAME_NONE;
 }

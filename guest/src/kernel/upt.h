@@ -140,7 +140,5 @@ u32 upt_unlink(struct upt *upt, u32 va);
 
 /* The frame mapped at `va`, or FRAME_NONE. */
 u32 upt_frame_at(struct upt *upt, u32 va);
-/* The same for who has the lock. */
-u32 upt_frame_held(struct upt *upt, u32 va);
 
 #endif

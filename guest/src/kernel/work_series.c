@@ -23,7 +23,7 @@
 #define MARK 0x9e3779b9u
 #define WALKERS 4
 /* Pages of a space; the first few are stored to. */
-#define SPACE_PAGES 128
+#define SPACE_PAGES 256
 #define STORED 4
 
 static struct space walked[WALKERS];
@@ -51,8 +51,11 @@ static void make_spaces(u32 count)
 static void check_space(struct space *space, u32 which, u32 pages)
 {
     u32 value, wrong = 0;
-    for (u32 page = 0; page < pages; page++)
-        wrong += !scene_load(space, page, &value) || value != mark(which, page);
+    for (u32 page = 0; page < pages; page++) {
+        bool there = scene_load(space, page, &value);
+        if ((!there || value != mark(which, page)) && wrong++ == 0)
+            scene_saw("page %u of space %u: %s %08x, and it had %08x", page, which, there ? "reads" : "is lost", value, mark(which, page));
+    }
     scene_want(wrong == 0, "every page reads what was stored to it");
 }
 
@@ -180,7 +183,8 @@ static void clear(void)
 
 /* walker */
 
-#define OLD_PAGES 64
+/* Several batches: each who reclaims has one in hand, and those that are left are to be enough. */
+#define OLD_PAGES 160
 static struct space old;
 
 static void walker(void)
@@ -219,6 +223,8 @@ static const char *const holder_names[HOLDERS] = {"holder 1", "holder 2", "holde
 static u32 frames[2 * HOLDERS];
 static volatile u32 have_one;
 
+/* It does not wait while it has both, though others have their turn. */
+
 static void hold_two(u32 which)
 {
     void *first = kmap(frames[2 * which]);
@@ -226,6 +232,7 @@ static void hold_two(u32 which)
     while (have_one < HOLDERS)
         schedule();
     void *second = kmap(frames[2 * which + 1]);
+    schedule();
     kunmap(second);
     kunmap(first);
 }
