@@ -27,6 +27,7 @@
 #define LAPIC_TIMER_LEFT 0x390
 #define LAPIC_TIMER_DIVIDE 0x3e0
 #define LAPIC_ENABLE (1u << 8)
+#define COMMAND_NMI (4u << 8)
 #define COMMAND_INIT (5u << 8)
 #define COMMAND_STARTUP (6u << 8)
 #define COMMAND_PENDING (1u << 12)
@@ -144,6 +145,7 @@ void apic_send(u32 id, u32 vector)
     irq_on();
 }
 
+void apic_send_nmi(u32 id) { command(id, COMMAND_NMI); }
 void apic_send_init(u32 id) { command(id, COMMAND_INIT); }
 void apic_send_startup(u32 id, u32 page) { command(id, COMMAND_STARTUP | page >> PAGE_SHIFT); }
 

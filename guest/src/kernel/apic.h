@@ -14,6 +14,7 @@ void apic_init_local(void);
 u32 apic_id(void);
 /* Interrupts another CPU. */
 void apic_send(u32 id, u32 vector);
+void apic_send_nmi(u32 id);
 /* INIT, which makes a CPU wait for a startup; and a startup, in real mode at a page below 1 MiB. */
 void apic_send_init(u32 id);
 void apic_send_startup(u32 id, u32 page);

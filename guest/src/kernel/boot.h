@@ -22,6 +22,9 @@
     X(SHOOT, "shoot") \
     X(AGE, "age")    \
     X(REPORT, "report") \
+    X(SERIES, "series") \
+    X(STACK, "stack") \
+    X(SUPERBLOCK, "superblock") \
     X(OOPS, "oops")
 
 enum workload {
@@ -72,6 +75,8 @@ struct options {
     enum pace pace;
     u32 allow;  /* set of enum quirk */
     u32 omit;   /* set of enum flush (omit.h) */
+    char case_name[16]; /* of workload=series, stack, superblock (scene.h); "" for none */
+    bool bug;           /* the case's rules are switched off */
 };
 
 struct memory_range {

@@ -17,6 +17,7 @@ void finish(u32 status) __attribute__((noreturn));
 
 /* The kernel lost an invariant: message, stack, windows, closing line with FAIL. */
 void panic(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+void vpanic(const char *format, va_list args) __attribute__((noreturn));
 
 #define ASSERT_TEXT(line) #line
 #define ASSERT_LINE(line) ASSERT_TEXT(line)

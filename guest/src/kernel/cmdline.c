@@ -115,6 +115,18 @@ static bool parse_pace(const char *value, enum pace *pace)
     return *pace != PACE_AUTO || value_is(value, "auto");
 }
 
+/* False where it does not fit. */
+static bool copy_word(const char *word, char *to, u32 bytes)
+{
+    u32 length = word_length(word);
+    if (length >= bytes)
+        return false;
+    for (u32 i = 0; i < length; i++)
+        to[i] = word[i];
+    to[length] = 0;
+    return true;
+}
+
 static bool parse_word(const char *word, struct options *options)
 {
     const char *value;
@@ -145,7 +157,10 @@ static bool parse_word(const char *word, struct options *options)
         return parse_names(value, quirk_named, &options->allow);
     if ((value = value_of(word, "omit=")))
         return parse_names(value, flush_named, &options->omit);
-    return false;
+    if ((value = value_of(word, "case=")))
+        return copy_word(value, options->case_name, sizeof(options->case_name));
+    options->bug |= value_is(word, "bug");
+    return value_is(word, "bug");
 }
 
 /* The first word may be the image's name: loaders put it there. A name holds no '='. */
@@ -172,6 +187,8 @@ bool command_line_parse(const char *line, struct options *options, char *bad_wor
     options->pace = PACE_AUTO;
     options->allow = 0;
     options->omit = 0;
+    options->case_name[0] = 0;
+    options->bug = false;
     bool first = true;
     while (*line) {
         u32 length = word_length(line);

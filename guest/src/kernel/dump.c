@@ -104,13 +104,17 @@ void die(const struct trap_frame *frame, u32 cr2)
 
 void panic(const char *format, ...)
 {
-    enter_dump();
     va_list args;
     va_start(args, format);
+    vpanic(format, args);
+}
+
+void vpanic(const char *format, va_list args)
+{
+    enter_dump();
     printk("pager: PANIC: ");
     vprintk(format, args);
     printk("\nin task %u (%s)\n", current->pid, current->name);
-    va_end(args);
     window_dump_stack();
     dump_stack((u32)__builtin_frame_address(0));
     finish(STATUS_PANIC);

@@ -16,6 +16,7 @@
 #include "cpu.h"
 #include "file.h"
 #include "frames.h"
+#include "kmap.h"
 #include "lru.h"
 #include "reclaim.h"
 #include "space.h"
@@ -89,15 +90,47 @@ static SELDOM enum fault_result fix_by_zero_page(struct leaf *leaf, const struct
     return FAULT_FIXED;
 }
 
+/* As it was in 2002, for the scenes that switch the rules off: what a fault waits for with its table open, which the pool allows. */
+
+static SELDOM void wait_for_frame(struct leaf *leaf)
+{
+    upt_give(leaf->upt);
+    reclaim_await(1);
+    upt_take(leaf->upt);
+}
+
+static SELDOM void clear_by_pool(struct leaf *leaf, u32 frame)
+{
+    upt_give(leaf->upt);
+    void *to = kmap_of(SERIES_DEFAULT, frame);
+    clear_page(to);
+    kunmap(to);
+    upt_take(leaf->upt);
+}
+
+static SELDOM void linger(struct leaf *leaf)
+{
+    upt_give(leaf->upt);
+    place_pass(PLACE_TABLE_OPEN);
+    upt_take(leaf->upt);
+}
+
 static enum fault_result fix_absent(const struct space *space, struct leaf *leaf, const struct region *region, u32 page, bool write)
 {
     bool anonymous = page - region->start >= region->image_bytes;
     if (anonymous && !write && !(region->flags & REGION_EXEC))
         return fix_by_zero_page(leaf, region);
+    if (!rule_kept(RULE_TABLE_WINDOW))
+        linger(leaf);
+    if (!rule_kept(RULE_ROOM_FIRST))
+        wait_for_frame(leaf);
     u32 frame = frame_alloc(ZONE_HIGH);
     if (frame == FRAME_NONE)
         return FAULT_NO_FRAME;
-    fill_page(frame, region, page);
+    if (rule_kept(RULE_FILL_WINDOW))
+        fill_page(frame, region, page);
+    else
+        clear_by_pool(leaf, frame);
     list_page(space, page, frame);
     pte_t entry = pte_make(frame, region_bits(region));
     upt_enter(leaf, write ? writable(entry) : entry);
@@ -219,7 +252,7 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
     enum fault_result result;
     __sync_fetch_and_add(&space_faults, 1);
     do {
-        if (!make_room(ROOM))
+        if (rule_kept(RULE_ROOM_FIRST) && !make_room(ROOM))
             return FAULT_OUT_OF_MEMORY;
         result = region->flags & REGION_FILE ? fix_file(space, region, page) : fix_own(space, region, page, error & FAULT_W);
     } while (result == FAULT_NO_FRAME);

@@ -9,9 +9,10 @@
  *
  * Story: a page gets its block when it is first written out, which is what file systems do to lay it well, and why reclaim
  * comes to want the file system's lock: the thread of 1999 begins here. Who reserves a block before that (file_reserve) allocates
- * under the lock, and is why there are scopes. Two locks, and who may wait for them:
+ * under the lock, and is why there are scopes. The locks, and who may wait for them:
  *
  *   sb_lock        the bitmap and the block map; I/O and an allocation happen under it
+ *   inode_lock     one write at a time; an allocation happens under it, and page-out does without
  *   truncate_lock  the file's length; held over everything that a truncation waits for, and alone: write-outs by reclaim, which
  *                  go on side by side, begin only while nobody has it, and whoever takes it waits for those to end
  *
@@ -32,6 +33,7 @@
 #include "mutex.h"
 #include "reclaim.h"
 #include "rmap.h"
+#include "rule.h"
 #include "string.h"
 #include "swap.h"
 #include "window.h"
@@ -54,7 +56,7 @@ static u32 cached[FILE_PAGES_MAX];
 static u32 block_map[FILE_PAGES_MAX] __attribute__((aligned(PAGE_SIZE)));
 static u8 bitmap[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 static u32 block_count, blocks_used, next_block;
-static struct mutex sb_lock, truncate_lock;
+static struct mutex sb_lock = {.name = "superblock"}, truncate_lock = {.name = "truncate lock"}, inode_lock = {.name = "inode"};
 static u32 write_outs; /* by reclaim, under way */
 static u32 spare;      /* a frame for the bitmap's copy, where none can be had; of whoever has sb_lock */
 struct file_counts file_counts;
@@ -81,20 +83,67 @@ static u32 find_block(void)
 {
     for (u32 step = 0; step < block_count - FIRST_BLOCK; step++) {
         u32 block = FIRST_BLOCK + (next_block + step) % (block_count - FIRST_BLOCK);
-        if (in_use(block))
-            continue;
-        next_block = block + 1 - FIRST_BLOCK;
-        return block;
+        if (!in_use(block))
+            return block;
     }
     return 0;
 }
 
-/* What is on the disk is a copy, as a journal would have it: the bitmap may change while it is written. */
-static bool write_bitmap(void)
+static enum file_cure cure;
+void file_choose_cure(enum file_cure chosen) { cure = chosen; }
+
+/* What a task was before it took sb_lock. */
+struct before {
+    u32 gfp;
+    bool makes_room, nested;
+};
+
+static struct before sb_take(void)
 {
+    struct before before = {reclaim_scope(0), current->makes_room, mutex_is_mine(&sb_lock) && cure == CURE_RECURSIVE};
+    if (cure == CURE_NO_IO && rule_kept(RULE_SB_SCOPE))
+        reclaim_scope(SCOPE_OF_SB_LOCK);
+    if (cure == CURE_RESERVE)
+        current->makes_room = true;
+    file_counts.nested += before.nested;
+    if (!before.nested)
+        mutex_lock(&sb_lock);
+    while (cure == CURE_RETRY && !room_is_there(1)) {
+        mutex_unlock(&sb_lock);
+        file_counts.retries++;
+        bool room = try_room(1);
+        mutex_lock(&sb_lock);
+        if (!room)
+            break;
+    }
+    place_pass(PLACE_SB_HELD);
+    return before;
+}
+
+static void sb_give(struct before before)
+{
+    if (!before.nested)
+        mutex_unlock(&sb_lock);
+    current->makes_room = before.makes_room;
+    reclaim_restore(before.gfp);
+}
+
+/* A frame for the bitmap's copy. */
+static u32 frame_of_copy(void)
+{
+    if (!rule_kept(RULE_SB_RESERVE))
+        reclaim_await(1);
     u32 copy = try_room(ROOM_OF_COPY) ? frame_alloc(ZONE_HIGH) : FRAME_NONE;
+    file_counts.least_free = min_u32(file_counts.least_free, frames_free());
+    file_counts.spares += copy == FRAME_NONE;
     if (copy == FRAME_NONE)
         frame_get(copy = spare);
+    return copy;
+}
+
+/* What is on the disk is a copy, as a journal would have it: the bitmap may change while it is written. */
+static bool write_bitmap(u32 copy)
+{
     void *to = kmap_local(copy, "bitmap");
     copy_page(to, bitmap);
     kunmap_local(to);
@@ -103,32 +152,33 @@ static bool write_bitmap(void)
     return ok;
 }
 
+static bool is_cut_off(u32 index) { return index >= length && rule_kept(RULE_TRUNCATE); }
+
 /* The block of a page, a new one if it has none; 0 when the disk is full or fails, or the page has been cut off. */
 static u32 block_for(u32 index)
 {
     if (block_map[index])
         return block_map[index];
-    u32 before = reclaim_scope(SCOPE_OF_SB_LOCK);
-    mutex_lock(&sb_lock);
-    u32 block = block_map[index] || index >= length ? 0 : find_block();
+    struct before before = sb_take();
+    u32 block = block_map[index] || is_cut_off(index) ? 0 : find_block();
     if (block) {
+        u32 copy = rule_kept(RULE_SB_WHOLE) ? FRAME_NONE : frame_of_copy();
         flip(block);
+        next_block = block + 1 - FIRST_BLOCK;
         blocks_used++;
         file_counts.blocks_allocated++;
         block_map[index] = block;
-        if (!write_bitmap())
+        if (!write_bitmap(copy == FRAME_NONE ? frame_of_copy() : copy))
             tally.errors++;
     }
     block = block_map[index];
-    mutex_unlock(&sb_lock);
-    reclaim_restore(before);
+    sb_give(before);
     return block;
 }
 
 static void free_blocks(u32 first, u32 end)
 {
-    u32 before = reclaim_scope(SCOPE_OF_SB_LOCK);
-    mutex_lock(&sb_lock);
+    struct before before = sb_take();
     for (u32 index = first; index < end; index++) {
         if (!block_map[index])
             continue;
@@ -139,10 +189,9 @@ static void free_blocks(u32 first, u32 end)
         blocks_used--;
         file_counts.blocks_freed++;
     }
-    if (!write_bitmap())
+    if (!write_bitmap(frame_of_copy()))
         tally.errors++;
-    mutex_unlock(&sb_lock);
-    reclaim_restore(before);
+    sb_give(before);
 }
 
 bool file_mount(struct blk *on)
@@ -307,6 +356,7 @@ static void write_one(u32 frame)
 {
     struct frame *page = frame_of(frame);
     frame_mark(frame, FRAME_WRITING, FRAME_DIRTY);
+    place_pass(PLACE_PAGE_OUT);
     u32 block = block_for(page->index);
     bool written = block && blk_transfer(disk, BLK_WRITE, block, &frame, 1);
     file_counts.writes++;
@@ -318,8 +368,26 @@ bool file_has_block(u32 index) { return block_map[index]; }
 
 bool file_may_write_out(void)
 {
+    if (!rule_kept(RULE_TRUNCATE))
+        return true;
     file_counts.left_alone += truncate_lock.owner != NULL;
     return !truncate_lock.owner;
+}
+
+/* Page-out had the inode's lock for as long as there was no truncate_lock; one of a task's batch after the other. */
+static void begin_page_out(void)
+{
+    write_outs += rule_kept(RULE_TRUNCATE);
+    if (!rule_kept(RULE_INODE))
+        mutex_lock(&inode_lock);
+}
+
+static void end_page_out(void)
+{
+    if (!rule_kept(RULE_INODE))
+        mutex_unlock(&inode_lock);
+    if (rule_kept(RULE_TRUNCATE) && --write_outs == 0)
+        task_wake(&write_outs);
 }
 
 /* The length may be locked since the pages were picked: other write-outs have slept meanwhile. */
@@ -330,10 +398,9 @@ void file_write_out(const u32 *frames, u32 count)
             continue;
         if (!file_has(frames[i]) || !file_may_write_out())
             continue;
-        write_outs++;
+        begin_page_out();
         write_one(frames[i]);
-        if (--write_outs == 0)
-            task_wake(&write_outs);
+        end_page_out();
     }
 }
 
@@ -341,7 +408,7 @@ static void lock_length(void)
 {
     mutex_lock(&truncate_lock);
     while (write_outs)
-        task_wait_on(&write_outs);
+        task_wait_for("a page-out", &write_outs);
 }
 
 /* Job 4: truncate. */
@@ -353,7 +420,7 @@ static void drop(u32 index)
         return;
     frame_get(frame);
     rmap_unmap(frame);
-    frame_wait_while(frame, FRAME_READING | FRAME_WRITING);
+    frame_wait_while(frame, rule_kept(RULE_TRUNCATE) ? FRAME_READING | FRAME_WRITING : FRAME_READING);
     rmap_unmap(frame);
     frame_mark(frame, 0, FRAME_DIRTY);
     if (file_has(frame))
@@ -380,6 +447,45 @@ bool file_truncate(u32 pages)
 }
 
 bool file_reserve(u32 index) { return index < length && block_for(index); }
+
+/* Reading and writing without a mapping. */
+
+static bool store(u32 index, u32 value)
+{
+    enum fault_result why;
+    u32 frame = get_page(index, &why);
+    if (frame == FRAME_NONE)
+        return false;
+    u32 *words = kmap_local(frame, "file, write");
+    words[0] = value;
+    kunmap_local(words);
+    frame_mark(frame, FRAME_DIRTY, 0);
+    frame_put(frame);
+    return true;
+}
+
+bool file_write(u32 first, u32 count, u32 value)
+{
+    bool ok = true;
+    mutex_lock(&inode_lock);
+    for (u32 index = first; index < first + count && ok; index++)
+        ok = store(index, value + index);
+    mutex_unlock(&inode_lock);
+    return ok;
+}
+
+bool file_read(u32 index, u32 *value)
+{
+    enum fault_result why;
+    u32 frame = get_page(index, &why);
+    if (frame == FRAME_NONE)
+        return false;
+    const u32 *words = kmap_local(frame, "file, read");
+    *value = words[0];
+    kunmap_local(words);
+    frame_put(frame);
+    return true;
+}
 
 /* Job 5: sync. */
 

@@ -10,8 +10,16 @@ struct file_counts {
     u32 faults, waits, reads, writes, pages_written;
     u32 blocks_allocated, blocks_freed, truncations;
     u32 left_alone; /* pages that reclaim did not take because of that */
+    u32 spares;     /* times that there was no frame for the bitmap's copy */
+    u32 least_free; /* frames, when there was one */
+    u32 retries, nested; /* of the cures below: times that the lock was dropped, and that it was taken by who had it */
 };
 extern struct file_counts file_counts;
+
+/* What keeps an allocation under the superblock's lock from coming back for that lock: a scope without GFP_FS, as the kernel has it;
+ * and what else was thought of in 1999, for the scenes that compare. */
+enum file_cure { CURE_NO_IO, CURE_RESERVE, CURE_RECURSIVE, CURE_RETRY, CURE_COUNT };
+void file_choose_cure(enum file_cure cure);
 
 /* Makes an empty file system on the disk, with a file without pages; false if it cannot be. */
 bool file_mount(struct blk *disk);
@@ -39,6 +47,10 @@ void file_write_out(const u32 *frames, u32 count);
 bool file_truncate(u32 pages);
 /* Gives a page its block before it is written. False beyond the file's length, or when the disk is full or fails. Sleeps. */
 bool file_reserve(u32 index);
+/* A write of `count` pages from `first` on, one word of each, with the lock of the inode. Sleeps. */
+bool file_write(u32 first, u32 count, u32 value);
+/* The first word of a page. Sleeps. */
+bool file_read(u32 index, u32 *value);
 /* Everything is on the disk: contents, block map, superblock. Sleeps. False after an I/O error. */
 bool file_sync(void);
 

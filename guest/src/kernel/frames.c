@@ -18,6 +18,7 @@
 #include "locks.h"
 #include "lru.h"
 #include "pace.h"
+#include "rule.h"
 #include "string.h"
 
 struct frontier {
@@ -92,6 +93,8 @@ void frames_init(void)
 {
     u32 end = 0, limit = paging.pae ? FRAMES_MAX : 1u << 20;
     u32 ram = boot.options.ram;
+    if (!ram && scene_looks_on)
+        ram = RAM_OF_RECLAIM_SLOW;
     if (!ram && boot.options.workload == WORKLOAD_RECLAIM)
         ram = pace_is_fast() ? RAM_OF_RECLAIM_FAST : RAM_OF_RECLAIM_SLOW;
     if (ram)

@@ -9,6 +9,7 @@
 #include "irq.h"
 #include "kpt.h"
 #include "reclaim.h"
+#include "scene.h"
 #include "smp.h"
 #include "space.h"
 #include "task.h"
@@ -30,6 +31,10 @@ static void refuse_bad_start(void)
     }
     if (boot.bad_word[0]) {
         printk("pager: command line: cannot use \"%s\"\n", boot.bad_word);
+        tally.errors++;
+        finish(STATUS_COMMAND_LINE);
+    }
+    if (!scene_choose()) {
         tally.errors++;
         finish(STATUS_COMMAND_LINE);
     }
@@ -66,6 +71,12 @@ static void run(enum workload workload)
         work_age();
     if (workload == WORKLOAD_REPORT)
         work_report();
+    if (workload == WORKLOAD_SERIES)
+        work_series();
+    if (workload == WORKLOAD_STACK)
+        work_stack();
+    if (workload == WORKLOAD_SUPERBLOCK)
+        work_superblock();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

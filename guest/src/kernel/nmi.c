@@ -144,8 +144,21 @@ static u32 user_frame_pointer(const struct task *task, const struct trap_frame *
     return trap_from_user(frame) || on_the_way ? frame->ebp : users->ebp;
 }
 
+void (*nmi_also)(struct cpu *self);
+
+static void serve_scene(struct cpu *self)
+{
+    u32 depth = window_nmi_enter(self);
+    nmi_also(self);
+    window_nmi_leave(self, depth);
+}
+
 bool nmi_sample(const struct trap_frame *frame)
 {
+    if (nmi_also) {
+        serve_scene(cpu_self());
+        return true;
+    }
     if (!armed)
         return false;
     struct cpu *self = cpu_self();

@@ -2,6 +2,7 @@
 #ifndef NMI_H
 #define NMI_H
 
+#include "cpus.h"
 #include "trap.h"
 
 /* Begins with `hz` samples a second, from the PIT; 0: none. */
@@ -9,7 +10,10 @@ void nmi_start(u32 hz);
 /* Ends it. False if it went on long enough for many samples, and there was none, or of many not one whole stack. */
 bool nmi_stop(void);
 
-/* True if the NMI was a sample's. */
+/* What a scene does in an NMI of its own, if it has one. */
+extern void (*nmi_also)(struct cpu *self);
+
+/* True if the NMI was a sample's, or a scene's. */
 bool nmi_sample(const struct trap_frame *frame);
 
 struct nmi_counts {

@@ -32,6 +32,7 @@
 #include "oom.h"
 #include "paging.h"
 #include "rmap.h"
+#include "rule.h"
 #include "swap.h"
 #include "task.h"
 #include "tlb.h"
@@ -45,8 +46,9 @@
 
 struct reclaim_counts reclaim_counts;
 static u32 mark_min, mark_low, mark_high;
-static bool started;
+static const struct task *started;
 static volatile bool kswapd_sleeps;
+static const u32 frames_wanted; /* stands for them, where somebody waits for others to make some free */
 
 u32 reclaim_min(void) { return mark_min; }
 
@@ -282,12 +284,17 @@ static u32 shrink(u32 *looked)
     struct batch batch;
     batch.clean_count = batch.anon_count = batch.file_count = 0;
     batch.clean_of_file = false;
+    current->has_batch = true;
     batch.looked = balance();
     pick(&batch);
     *looked += batch.looked;
     u32 freed = free_clean(&batch);
     freed += write_and_free_anon(&batch);
-    return freed + write_and_free_file(&batch);
+    freed += write_and_free_file(&batch);
+    current->has_batch = false;
+    if (freed && scene_looks_on)
+        task_wake(&frames_wanted);
+    return freed;
 }
 
 static u32 candidates(void)
@@ -328,6 +335,7 @@ static void kswapd(u32 argument)
     current->makes_room = true;
     kernel_give_back();
     while (1) {
+        place_pass(PLACE_KSWAPD);
         reclaim_to(mark_high, 0);
         kswapd_sleeps = true;
         task_wait_while(kswapd_sleeps, &kswapd_sleeps);
@@ -364,9 +372,11 @@ void reclaim_init(void)
 
 bool reclaim_start(void)
 {
-    started = task_start_thread("kswapd", kswapd, 0) != NULL;
+    started = task_start_thread("kswapd", kswapd, 0);
     return started;
 }
+
+const struct task *reclaim_thread(void) { return started; }
 
 /* The last half of the reserve is reclaim's own. */
 static u32 enough_for(u32 frames) { return mark_min / 2 + frames; }
@@ -376,6 +386,18 @@ static void reclaim_for_current(u32 frames)
     current->makes_room = true;
     reclaim_counts.direct += reclaim_to(mark_min + frames, enough_for(frames));
     current->makes_room = false;
+}
+
+bool room_is_there(u32 frames) { return frames_free() >= mark_min + frames || current->makes_room; }
+
+void reclaim_await(u32 frames)
+{
+    kernel_take();
+    while (frames_free() < frames) {
+        wake_kswapd();
+        task_wait_for("a free frame", &frames_wanted);
+    }
+    kernel_give_back();
 }
 
 bool try_room(u32 frames)

@@ -34,6 +34,13 @@ u32 reclaim_to_spare(void);
 bool make_room(u32 frames);
 /* The same, and false rather than a kill. */
 bool try_room(u32 frames);
+/* There is room already: neither would reclaim. */
+bool room_is_there(u32 frames);
+/* Waits until others have made so many frames free, and does nothing for it but wake kswapd: for the scenes that show why nobody with
+ * anything in hand may. */
+void reclaim_await(u32 frames);
+/* kswapd, or NULL. */
+const struct task *reclaim_thread(void);
 
 /* Takes rights away until reclaim_restore of what it returns; scopes nest. */
 u32 reclaim_scope(u32 without);

@@ -137,6 +137,9 @@ static struct task *claim(const char *name)
         task->makes_room = false;
         task->gfp_denied = 0;
         task->windows.depth = 0;
+        task->waits_for = NULL;
+        task->mutexes = NULL;
+        task->has_batch = false;
         fpu_reset(&task->fpu);
     }
     return task;
@@ -272,11 +275,12 @@ struct task *task_spawn(const struct program *program, const struct arguments *a
 static void thread_end(void) { task_exit(0); }
 
 /* IRET within ring 0 leaves the frame's last two words on the stack: the first is a return address there. */
-struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
+static struct task *start_thread(const char *name, void (*run)(u32), u32 argument, bool stays)
 {
     struct task *task = new_task(name);
     if (!task)
         return NULL;
+    task->stays = stays;
     *first_frame(task) = (struct trap_frame){.eax = argument,
                                              .ds = KERNEL_DS,
                                              .es = KERNEL_DS,
@@ -287,6 +291,16 @@ struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
     task->kernel_depth = 1;
     start(task);
     return task;
+}
+
+struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument)
+{
+    return start_thread(name, run, argument, false);
+}
+
+struct task *task_start_thread_here(const char *name, void (*run)(u32), u32 argument)
+{
+    return start_thread(name, run, argument, true);
 }
 
 u32 task_fork(const struct trap_frame *frame)
@@ -402,6 +416,13 @@ void task_wait_on(const volatile void *channel)
     schedule();
 }
 
+void task_wait_for(const char *what, const volatile void *channel)
+{
+    current->waits_for = what;
+    task_wait_on(channel);
+    current->waits_for = NULL;
+}
+
 void task_wake(const volatile void *channel)
 {
     tasks_take();
@@ -508,6 +529,7 @@ static void switch_to(struct task *next)
     fpu_switch(&next->fpu);
     tss_set_stack(stack_top(next));
     put_on(next, self);
+    next->turns++;
     self->task = next;
     switch_stacks(&previous->esp, next->esp);
 }

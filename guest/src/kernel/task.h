@@ -16,6 +16,8 @@ enum task_state {
     TASK_ZOMBIE,   /* its status waits for the parent */
 };
 
+struct mutex;
+
 struct task {
     struct space space; /* only if is_process */
     struct window_stack windows;
@@ -37,6 +39,10 @@ struct task {
     bool makes_room; /* it is reclaiming: may take the last frames, and does not reclaim for itself */
     u32 gfp_denied;  /* what reclaim may not do for it: GFP_* (reclaim.h) */
     const volatile void *channel;
+    const char *waits_for; /* what the channel stands for, where who waits has said so */
+    struct mutex *mutexes; /* that it has */
+    bool has_batch; /* pages off the lists, to make frames of them */
+    u32 turns;   /* times that it was given a CPU */
     u32 wake_tick;
 };
 
@@ -62,6 +68,8 @@ struct program;
 /* Both return NULL when there is no free task or no memory. The caller is the parent. */
 struct task *task_spawn(const struct program *program, const struct arguments *arguments);
 struct task *task_start_thread(const char *name, void (*run)(u32), u32 argument);
+/* The same, and it stays on this CPU. */
+struct task *task_start_thread_here(const char *name, void (*run)(u32), u32 argument);
 
 /* A copy of the current process that resumes at `frame` with 0 in EAX. Returns its pid, or 0. */
 u32 task_fork(const struct trap_frame *frame);
@@ -75,6 +83,8 @@ u32 task_wait_child(u32 *status);
 
 /* Sleeps until task_wake with the same channel. The caller checks its condition again, which changes under the kernel's lock. */
 void task_wait_on(const volatile void *channel);
+/* The same, with a name for what is waited for; NULL: none. */
+void task_wait_for(const char *what, const volatile void *channel);
 /* For conditions that change without it: between these two whoever wakes the channel finds the task. schedule() then sleeps, unless it
  * has been woken already. */
 void task_will_wait(const volatile void *channel);

@@ -12,6 +12,7 @@
 #include "window.h"
 
 static u32 stamp_frame;
+void (*tick_also)(void);
 
 void tick_init(void)
 {
@@ -26,6 +27,8 @@ void tick(void)
     u32 *page = kmap_local(stamp_frame, "tick");
     page[next % (PAGE_SIZE / 4)] = next;
     kunmap_local(page);
+    if (tick_also)
+        tick_also();
     barrier();
     ticks = next;
     balloon_tick();

@@ -7,6 +7,8 @@
 /* Allocates the page that ticks are stamped into. */
 void tick_init(void);
 void tick(void);
+/* What a scene does in the tick as well. */
+extern void (*tick_also)(void);
 /* Whether the stamp is that of the last tick. */
 bool tick_stamp_holds(void);
 

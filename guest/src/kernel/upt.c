@@ -11,6 +11,7 @@
 #include "boot.h"
 #include "check.h"
 #include "frames.h"
+#include "kmap.h"
 #include "kpt.h"
 #include "string.h"
 #include "tlb.h"
@@ -18,15 +19,76 @@
 
 static const pte_t link_bits = PTE_A | PTE_U | PTE_W | PTE_P;
 
+/* As it was in 2002, for the scenes that switch the rules off: tables through the pool. The pool is the kernel's, whose lock comes
+ * before that of the tables. */
+
+static void clear_by_pool(u32 frame)
+{
+    kernel_take();
+    void *table = kmap_of(SERIES_DEFAULT, frame);
+    clear_page(table);
+    kunmap(table);
+    kernel_give_back();
+}
+
+/* The second table that a fork has open is a series' of its own. */
+static enum series series_of(const struct upt *upt)
+{
+    return upt->taken_as == LOCK_CHILD ? SERIES_PAGETABLE2 : SERIES_PAGETABLE;
+}
+
+static void *wait_for_slot(struct upt *upt, u32 frame)
+{
+    enum lock_level level = upt->taken_as;
+    enum series series = series_of(upt);
+    if (!rule_kept(RULE_TABLE_SPIN))
+        return kmap_of(series, frame);
+    upt_give(upt);
+    kernel_take();
+    void *table = kmap_of(series, frame);
+    kernel_give_back();
+    upt_take_as(upt, level);
+    return table;
+}
+
+/* The table may be another's after the wait. */
+void upt_map_by_pool(struct leaf *leaf, u32 va)
+{
+    struct upt *upt = leaf->upt;
+    while (1) {
+        leaf->table = wait_for_slot(upt, leaf->frame);
+        upt_find_recent(upt, va, false);
+        if (upt->recent == leaf->frame)
+            return;
+        kunmap(leaf->table);
+        leaf->frame = upt->recent;
+        ASSERT(leaf->frame != FRAME_NONE);
+    }
+}
+
+void upt_unmap_by_pool(struct leaf *leaf)
+{
+    enum lock_level level = leaf->upt->taken_as;
+    upt_give(leaf->upt);
+    kernel_take();
+    kunmap(leaf->table);
+    kernel_give_back();
+    upt_take_as(leaf->upt, level);
+}
+
 /* A cleared frame for a table or directory. */
 static u32 new_table(void)
 {
     u32 frame = frame_alloc(ZONE_HIGH);
     if (frame == FRAME_NONE)
         return FRAME_NONE;
-    void *table = kmap_local(frame, "new page table");
-    clear_page(table);
-    kunmap_local(table);
+    if (rule_kept(RULE_TABLE_CLEAR)) {
+        void *table = kmap_local(frame, "new page table");
+        clear_page(table);
+        kunmap_local(table);
+    } else {
+        clear_by_pool(frame);
+    }
     return frame;
 }
 

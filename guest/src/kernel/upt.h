@@ -8,6 +8,7 @@
 #include "frames.h"
 #include "locks.h"
 #include "paging.h"
+#include "rule.h"
 #include "window.h"
 
 /* The tables of one address space. CR3 points at `pdpt` in PAE and at frame `root` in the legacy format. */
@@ -33,15 +34,18 @@ bool upt_create(struct upt *upt);
 /* Frees the directories; the tables below must be gone (upt_unlink). The tables must not be loaded. */
 void upt_destroy(struct upt *upt);
 
+/* Instead of the window, as it once was: see upt.c. The lock of the tables is let go of for as long as a slot is waited for. */
+void upt_map_by_pool(struct leaf *leaf, u32 va);
+void upt_unmap_by_pool(struct leaf *leaf);
+
 /* Makes the table for `va` the recent one; none, where there is none and `create` is not set, or memory has run out. */
 void upt_find_recent(struct upt *upt, u32 va, bool create);
 
 static inline void upt_take_as(struct upt *upt, enum lock_level level)
 {
-    if (smp) {
+    if (smp)
         lock_spin(&upt->lock, level);
-        upt->taken_as = level;
-    }
+    upt->taken_as = level;
 }
 static inline void upt_take(struct upt *upt) { upt_take_as(upt, LOCK_SPACE); }
 static inline void upt_give(struct upt *upt) { lock_give(&upt->lock, upt->taken_as); }
@@ -56,7 +60,10 @@ static inline bool upt_open_held(struct upt *upt, u32 va, bool create, struct le
     leaf->frame = upt->recent;
     if (leaf->frame == FRAME_NONE)
         return false;
-    leaf->table = kmap_local(leaf->frame, "user page table");
+    if (rule_kept(RULE_TABLE_WINDOW))
+        leaf->table = kmap_local(leaf->frame, "user page table");
+    else
+        upt_map_by_pool(leaf, va);
     leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes;
     return true;
 }
@@ -78,7 +85,13 @@ static inline bool upt_open(struct upt *upt, u32 va, bool create, struct leaf *l
 /* On to the entry of the next page. */
 static inline void upt_next(struct leaf *leaf) { leaf->entry = (u8 *)leaf->entry + paging.entry_bytes; }
 
-static inline void upt_close_held(struct leaf *leaf) { kunmap_local(leaf->table); }
+static inline void upt_close_held(struct leaf *leaf)
+{
+    if (rule_kept(RULE_TABLE_WINDOW))
+        kunmap_local(leaf->table);
+    else
+        upt_unmap_by_pool(leaf);
+}
 
 static inline void upt_close(struct leaf *leaf)
 {

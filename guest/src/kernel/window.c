@@ -17,8 +17,25 @@
 #include "frames.h"
 #include "kpt.h"
 #include "omit.h"
+#include "rule.h"
 
 static u32 high_water;
+
+/* While tags are collected the high-water mark stays 0, and every mapping goes deeper than that. */
+#define TAGS_MAX 64
+static bool collects;
+static const char *tags[TAGS_MAX];
+static u32 tag_count, deepest;
+
+static void collect(const char *tag, u32 slot)
+{
+    u32 at = 0;
+    while (at < tag_count && tags[at] != tag)
+        at++;
+    if (at == tag_count && tag_count < TAGS_MAX)
+        tags[tag_count++] = tag;
+    deepest = max_u32(deepest, slot + 1);
+}
 
 _Static_assert(WINDOW_DUMP_SLOT < WINDOW_SLOTS && WINDOW_BASE + CPUS_MAX * WINDOW_SLOTS * PAGE_SIZE <= POOL_BASE, "");
 
@@ -36,8 +53,10 @@ static inline __attribute__((always_inline)) void slot_map(u32 address, u32 fram
 static __attribute__((noinline)) void go_deeper(const struct cpu *self, u32 slot, u32 frame, const char *why)
 {
     if (slot >= self->window_depth_max)
-        panic("window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
-    if (self->window_depth_max == WINDOW_TASK_DEPTH_MAX)
+        rule_broken("nesting", "window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
+    if (collects)
+        collect(why, slot);
+    else if (self->window_depth_max == WINDOW_TASK_DEPTH_MAX)
         high_water = slot + 1;
 }
 
@@ -62,7 +81,7 @@ static inline enum window_error release(struct cpu *self, const void *address)
     if (stack->depth == 0)
         return WINDOW_EMPTY;
     u32 slot = stack->depth - 1;
-    if (stack->entries[slot].address != address)
+    if (stack->entries[slot].address != address && rule_kept(RULE_LAST_FIRST))
         return WINDOW_OUT_OF_ORDER;
     if ((u32)address >= WINDOW_BASE) /* else it is that of a low frame */
         slot_clear((u32)address);
@@ -82,6 +101,39 @@ void window_unmap(struct cpu *self, const void *address)
 u32 window_high_water(void) { return high_water; }
 void window_reset_high_water(void) { high_water = 0; }
 
+void window_collect_tags(void)
+{
+    collects = true;
+    high_water = 0;
+}
+u32 window_tags(void) { return tag_count; }
+u32 window_deepest(void) { return deepest; }
+
+static const char *const type_tags[TYPE_COUNT] = {"user 0", "user 1"};
+
+#define TYPED_SLOT(type) (WINDOW_DUMP_SLOT + 1 + (type))
+_Static_assert(TYPED_SLOT(TYPE_COUNT) <= WINDOW_SLOTS, "");
+
+void *window_map_typed(u32 frame, enum window_type type)
+{
+    if (rule_kept(RULE_STACK))
+        return kmap_local(frame, type_tags[type]);
+    u32 address = slot_address(cpu_self(), TYPED_SLOT(type));
+    slot_map(address, frame);
+    return (void *)address;
+}
+
+enum window_error window_release_typed(const void *address, enum window_type type)
+{
+    if (rule_kept(RULE_STACK))
+        return window_release(address);
+    u32 named = slot_address(cpu_self(), TYPED_SLOT(type));
+    slot_clear(named);
+    return (u32)address == named ? WINDOW_OK : WINDOW_WRONG_TYPE;
+}
+
+bool window_is_mapped(const void *address) { return kpt_get((u32)address) & PTE_P; }
+
 static u32 enter(struct cpu *self, u32 share)
 {
     self->window_depth_max += share;
@@ -97,8 +149,9 @@ static void leave(struct cpu *self, u32 share, u32 depth_at_entry, const char *w
 
 u32 window_irq_enter(void) { return enter(cpu_self(), WINDOW_IRQ_DEPTH_MAX); }
 void window_irq_leave(u32 depth_at_entry) { leave(cpu_self(), WINDOW_IRQ_DEPTH_MAX, depth_at_entry, "interrupt"); }
-u32 window_nmi_enter(struct cpu *self) { return enter(self, WINDOW_NMI_DEPTH_MAX); }
-void window_nmi_leave(struct cpu *self, u32 depth_at_entry) { leave(self, WINDOW_NMI_DEPTH_MAX, depth_at_entry, "NMI"); }
+static u32 nmi_share(void) { return rule_kept(RULE_NMI_SHARE) ? WINDOW_NMI_DEPTH_MAX : 0; }
+u32 window_nmi_enter(struct cpu *self) { return enter(self, nmi_share()); }
+void window_nmi_leave(struct cpu *self, u32 depth_at_entry) { leave(self, nmi_share(), depth_at_entry, "NMI"); }
 
 void window_init(struct cpu *self, struct window_stack *stack)
 {
@@ -109,10 +162,11 @@ void window_init(struct cpu *self, struct window_stack *stack)
 
 void window_switch(const struct window_stack *from, struct window_stack *to)
 {
-    for (u32 slot = 0; slot < from->depth; slot++)
+    bool moves = rule_kept(RULE_SWITCH);
+    for (u32 slot = 0; moves && slot < from->depth; slot++)
         slot_clear(slot_address(cpu_self(), slot));
     cpu_self()->windows = to;
-    for (u32 slot = 0; slot < to->depth; slot++)
+    for (u32 slot = 0; moves && slot < to->depth; slot++)
         if ((u32)to->entries[slot].address == slot_address(cpu_self(), slot))
             slot_map(slot_address(cpu_self(), slot), to->entries[slot].frame);
 }

@@ -21,7 +21,7 @@ struct window_stack {
     struct window_entry entries[WINDOW_DEPTH_MAX];
 };
 
-enum window_error { WINDOW_OK, WINDOW_EMPTY, WINDOW_OUT_OF_ORDER };
+enum window_error { WINDOW_OK, WINDOW_EMPTY, WINDOW_OUT_OF_ORDER, WINDOW_WRONG_TYPE };
 
 static inline void *kmap_local(u32 frame, const char *why);
 /* A wrong release is a bug of the kernel's: the stack is printed and the guest stops. */
@@ -29,11 +29,21 @@ static inline void kunmap_local(const void *address);
 /* The same, but a wrong release changes nothing and is reported: for whoever tests the rule. */
 enum window_error window_release(const void *address);
 
+/* What callers said before the stack, when each type had a slot of its own; here beyond those of the stack. Now a tag. */
+enum window_type { TYPE_USER0, TYPE_USER1, TYPE_COUNT };
+void *window_map_typed(u32 frame, enum window_type type);
+enum window_error window_release_typed(const void *address, enum window_type type);
+bool window_is_mapped(const void *address);
+
 /* Those of the context that runs now. */
 static inline u32 window_depth(void) { return cpu_self()->windows->depth; }
 /* The deepest any task has been since boot, or since the last call of window_reset_high_water. */
 u32 window_high_water(void);
 void window_reset_high_water(void);
+/* From now on the tags of mappings are collected, and how deep anybody is; how many different ones there were. */
+void window_collect_tags(void);
+u32 window_tags(void);
+u32 window_deepest(void);
 
 /* Around an interrupt handler: allows it its share of depth, and checks that it released what it mapped. */
 u32 window_irq_enter(void);

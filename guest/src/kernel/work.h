@@ -16,6 +16,9 @@ void work_disk(void);
 void work_shoot(void);
 void work_age(void);
 void work_report(void);
+void work_series(void);
+void work_stack(void);
+void work_superblock(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

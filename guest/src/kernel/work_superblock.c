@@ -1,0 +1,268 @@
+/* Workload `superblock`: reclaim that comes to want a lock which its caller has, as discussed in January 1999 ("arca-vm-8").
+ *
+ * A file's pages are dirty, by a mapping, and have no block yet: to write one out takes the superblock's lock. Memory is short. Then
+ * somebody allocates with a lock in hand.
+ *
+ *   direct     the writer has the superblock's lock, and its own reclaim wants it
+ *   kswapd     the writer has it and waits for kswapd's frame, and kswapd waits for the lock
+ *   inode      a large write to a file that is mapped as well; page-out wants the inode's lock
+ *   truncate   the file is cut off while one of its pages is on its way out
+ *   recursive  the lock may be taken again by who has it: what it protects is then seen half changed
+ *   cures      what each cure leaves unreclaimed and costs, over the same work */
+#include "audit.h"
+#include "blk.h"
+#include "check.h"
+#include "file.h"
+#include "frames.h"
+#include "reclaim.h"
+#include "scene.h"
+#include "scene_memory.h"
+#include "swap.h"
+#include "work.h"
+
+/* Pages of the file: mapped and dirty ones, more than both who reclaim have in a batch each; then those that the writer wants. */
+#define DIRTY 96
+#define WANTED 16
+#define PAGES (DIRTY + WANTED)
+
+static struct space mapper;
+static u32 value_of(u32 index) { return (index + 1) * 0x9e3779b9u; }
+
+static void map_and_dirty(void)
+{
+    struct blk *disk = blk_find("file");
+    scene_want(disk && file_mount(disk) && file_truncate(PAGES), "there is a file, on the disk that calls itself file");
+    scene_want(reclaim_start(), "kswapd starts");
+    reclaim_settle();
+    scene_file_space(&mapper);
+    for (u32 index = 0; index < DIRTY; index++)
+        scene_want(scene_store(&mapper, index, value_of(index)), "a page of the file is stored to");
+    scene_saw("%u pages of a shared file dirty by a mapping, without a block on the disk", DIRTY);
+}
+
+/* Too little to allocate without reclaim, and enough to go on if it brings nothing. */
+static void make_short(void)
+{
+    scene_leave_free(reclaim_min() / 2);
+    scene_saw("%u frames free, of which %u are reclaim's reserve", frames_free(), reclaim_min());
+}
+
+static void check_contents(void)
+{
+    u32 wrong = 0, value;
+    scene_give_back();
+    for (u32 index = 0; index < DIRTY; index++)
+        wrong += !scene_load(&mapper, index, &value) || value != value_of(index);
+    scene_want(wrong == 0, "every page reads what was stored to it");
+    scene_want(file_sync() && audit() == 0, "the file is on its disk, and the audit finds nothing");
+}
+
+static void reserve(u32 index)
+{
+    scene_want(file_reserve(index), "a page gets its block");
+}
+
+static void direct(void)
+{
+    map_and_dirty();
+    make_short();
+    scene_start("writer", reserve, DIRTY);
+    scene_join();
+    scene_saw("the writer has its block: %u pages were left alone for its sake", reclaim_counts.denied);
+    check_contents();
+}
+
+static void allocate(u32 frames)
+{
+    try_room(frames);
+}
+
+static void kswapd(void)
+{
+    map_and_dirty();
+    place_close(PLACE_SB_HELD);
+    const struct task *writer = scene_start("writer", reserve, DIRTY);
+    scene_until(place_count(PLACE_SB_HELD) == 1);
+    scene_saw("%s holds the lock, for a block", writer->name);
+    scene_leave_free(0);
+    const struct task *allocator = scene_start("allocator", allocate, 1);
+    scene_until(task_waits_for(allocator, "superblock") && task_waits_for(reclaim_thread(), "superblock"));
+    scene_saw("no frame is free; another task's reclaim and kswapd have come to want the lock");
+    place_open(PLACE_SB_HELD);
+    scene_join();
+    reclaim_settle();
+    scene_saw("the writer took from the reserve; then both went on, and %u frames are free", frames_free());
+    check_contents();
+}
+
+static void write_much(u32 first)
+{
+    scene_want(file_write(first, WANTED, first), "the write goes through");
+}
+
+static void inode(void)
+{
+    map_and_dirty();
+    make_short();
+    scene_start("writer", write_much, DIRTY);
+    scene_join();
+    scene_saw("%u pages written, while page-out wrote %u", WANTED, file_counts.pages_written);
+    for (u32 index = DIRTY; index < PAGES; index++) {
+        u32 value;
+        scene_want(file_read(index, &value) && value == DIRTY + index, "what was written is read");
+    }
+    check_contents();
+}
+
+static void page_out(u32 frames)
+{
+    try_room(frames);
+}
+
+static void truncate(u32 pages)
+{
+    scene_want(file_truncate(pages), "the file is cut off");
+}
+
+static void truncation(void)
+{
+    u32 found = 0, value;
+    map_and_dirty();
+    place_close(PLACE_KSWAPD);
+    place_close(PLACE_PAGE_OUT);
+    make_short();
+    scene_start("page-out", page_out, 1);
+    scene_until(place_count(PLACE_PAGE_OUT) == 1);
+    scene_saw("a page is on its way out, and has no block yet");
+    const struct task *cutter = scene_start("truncate", truncate, 0);
+    scene_until(task_waits_for(cutter, "a page-out") || file_counts.truncations == 2);
+    scene_saw(file_counts.truncations == 2 ? "the file is cut off: the page is gone in the middle of its page-out"
+                                           : "truncation waits for the page-out");
+    place_open(PLACE_PAGE_OUT);
+    scene_join();
+    place_open(PLACE_KSWAPD);
+    scene_give_back();
+    reclaim_settle();
+    scene_want(file_truncate(PAGES), "the file is made longer again");
+    for (u32 index = 0; index < DIRTY; index++) {
+        scene_want(file_read(index, &value), "a page can be read");
+        if (value && found++ == 0)
+            scene_saw("page %u of the new file reads %08x", index, value);
+    }
+    if (found)
+        scene_failed("content", "%u pages that were cut off have come back with what they had", found);
+    scene_want(file_sync() && audit() == 0, "the file is on its disk, and the audit finds nothing");
+}
+
+/* Several blocks one after the other, so that whatever a cure costs is counted often. */
+static void reserve_all(u32 first)
+{
+    for (u32 index = first; index < first + WANTED; index++) {
+        scene_leave_at_most(reclaim_min() / 2);
+        reserve(index);
+    }
+}
+
+static void recursive(void)
+{
+    u32 wrong = 0, value;
+    file_choose_cure(CURE_RECURSIVE);
+    map_and_dirty();
+    place_close(PLACE_KSWAPD);
+    make_short();
+    scene_start("writer", reserve, DIRTY);
+    scene_join();
+    scene_saw("the lock was taken %u times by who had it", file_counts.nested);
+    scene_want(file_counts.nested > 0, "the writer's reclaim has taken the lock again");
+    scene_want(file_write(DIRTY, 1, 0) && file_sync(), "the page is written");
+    scene_give_back();
+    for (u32 index = 0; index < DIRTY; index++) {
+        scene_want(scene_load(&mapper, index, &value), "a page can be read");
+        if (value != value_of(index) && wrong++ == 0)
+            scene_saw("page %u reads %08x, and had %08x", index, value, value_of(index));
+    }
+    if (wrong)
+        scene_failed("content", "%u pages lost to another with the same block: it was free for who looked in between", wrong);
+    place_open(PLACE_KSWAPD);
+    check_contents();
+}
+
+/* The same work under each cure: pages of the file dirty, memory short, WANTED blocks to be had. kswapd has no turn. */
+
+struct cost {
+    u32 left, least, spares, scanned, retries, nested;
+};
+
+static u32 dirty_pages(void)
+{
+    u32 count = 0;
+    for (u32 index = 0; index < DIRTY; index++)
+        count += !file_has_block(index);
+    return count;
+}
+
+static struct cost cost_of(enum file_cure cure)
+{
+    scene_want(file_truncate(0) && file_truncate(PAGES), "the file begins anew");
+    for (u32 index = 0; index < DIRTY; index++)
+        scene_want(scene_store(&mapper, index, value_of(index)), "a page of the file is stored to");
+    make_short();
+    file_choose_cure(cure);
+    u32 scanned = reclaim_counts.scanned;
+    file_counts.spares = file_counts.retries = file_counts.nested = 0;
+    file_counts.least_free = frames_total();
+    scene_start("writer", reserve_all, DIRTY);
+    scene_join();
+    struct cost cost = {dirty_pages(), file_counts.least_free, file_counts.spares, reclaim_counts.scanned - scanned,
+                        file_counts.retries, file_counts.nested};
+    file_choose_cure(CURE_NO_IO);
+    scene_give_back();
+    return cost;
+}
+
+static void cures(void)
+{
+    static const struct {
+        const char *left, *least, *spares, *scanned, *retries, *nested;
+    } texts[CURE_COUNT] = {
+#define TEXTS(name) {name "-left", name "-free-at-least", name "-without-a-frame", name "-looked-at", name "-dropped", name "-taken-again"}
+        [CURE_NO_IO] = TEXTS("noio"), [CURE_RESERVE] = TEXTS("memalloc"), [CURE_RECURSIVE] = TEXTS("recursive"),
+        [CURE_RETRY] = TEXTS("retry"),
+#undef TEXTS
+    };
+    struct cost costs[CURE_COUNT];
+    map_and_dirty();
+    place_close(PLACE_KSWAPD);
+    for (enum file_cure cure = 0; cure < CURE_COUNT; cure++) {
+        const struct cost *cost = &costs[cure];
+        costs[cure] = cost_of(cure);
+        scene_measured(texts[cure].left, cost->left, "dirty pages unreclaimed");
+        scene_measured(texts[cure].least, cost->least, "frames");
+        scene_measured(texts[cure].spares, cost->spares, "times");
+        scene_measured(texts[cure].scanned, cost->scanned, "pages");
+        scene_measured(texts[cure].retries, cost->retries, "times");
+        scene_measured(texts[cure].nested, cost->nested, "times");
+    }
+    scene_want(costs[CURE_NO_IO].left == DIRTY && costs[CURE_RESERVE].left == DIRTY, "neither scope writes a page under the lock");
+    scene_want(costs[CURE_RESERVE].scanned == 0 && costs[CURE_NO_IO].scanned > 0, "MemAlloc does not look, and NoIo does");
+    scene_want(costs[CURE_RECURSIVE].left < DIRTY && costs[CURE_RETRY].left < DIRTY, "both rejected cures reclaim");
+    scene_want(costs[CURE_RECURSIVE].nested > 0 && costs[CURE_RETRY].retries > 0, "and each costs what it was rejected for");
+}
+
+void work_superblock(void)
+{
+    scene_begin();
+    if (scene_is(CASE_SUPERBLOCK_DIRECT))
+        direct();
+    if (scene_is(CASE_SUPERBLOCK_KSWAPD))
+        kswapd();
+    if (scene_is(CASE_SUPERBLOCK_INODE))
+        inode();
+    if (scene_is(CASE_SUPERBLOCK_TRUNCATE))
+        truncation();
+    if (scene_is(CASE_SUPERBLOCK_RECURSIVE))
+        recursive();
+    if (scene_is(CASE_SUPERBLOCK_CURES))
+        cures();
+    scene_passed();
+}
