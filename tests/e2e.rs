@@ -37,6 +37,8 @@ mod qmp;
 mod reset;
 #[path = "e2e/rig.rs"]
 mod rig;
+#[path = "e2e/scenario.rs"]
+mod scenario;
 #[path = "e2e/series.rs"]
 mod series;
 #[path = "e2e/simulate.rs"]
@@ -84,6 +86,7 @@ fn test() -> ExitCode {
         qmp::cases(),
         reset::cases(),
         rig::cases(),
+        scenario::cases(),
         series::cases(),
         simulate::cases(),
         simulation::cases(),

@@ -33,7 +33,7 @@ use crate::addr::{Gfn, Mfn};
 use crate::lock_order;
 use crate::machine::Machine;
 use crate::rules::{Rule, Rules};
-use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, zeroed};
+use crate::sync::{self, AtomicU32, AtomicU64, Lock, Ordering, zeroed};
 
 /// What a frame is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +198,8 @@ pub struct Frames {
     low: u32,
     /// The last code generation given out.
     code_clock: AtomicU32,
+    /// How often a simulation has a frame refused.
+    refuse_one_in: AtomicU32,
     free: Lock<FreeList>,
 }
 
@@ -235,6 +237,7 @@ impl Frames {
             stride: scatter_stride(u64::from(budget)),
             low,
             code_clock: AtomicU32::new(0),
+            refuse_one_in: AtomicU32::new(0),
             free: Lock::new(lock_order::FRAMES, free),
         }
     }
@@ -314,7 +317,16 @@ impl Frames {
         true
     }
 
+    /// Refuses a frame once in so many times, though there is one, where who asks is an actor of a simulation and has no right to the
+    /// reserve: 0 for never.
+    pub(crate) fn refuse_one_in(&self, times: u32) {
+        self.refuse_one_in.store(times, Ordering::Relaxed);
+    }
+
     fn allocate_with(&self, kind: FrameKind, draw: Draw, promised: bool) -> Option<Fresh> {
+        if draw == Draw::Ordinary && sync::strikes(self.refuse_one_in.load(Ordering::Relaxed)) {
+            return None;
+        }
         let mut free = self.free.lock();
         let available = self.available(&free) + i64::from(promised);
         if available <= if promised { 0 } else { kept(&free, draw) } {

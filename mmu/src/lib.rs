@@ -292,6 +292,12 @@ impl Mmu {
         self
     }
 
+    /// Has actors of a simulation refused a frame once in `times` that they want one and have no right to the reserve, though there is
+    /// one; never for 0.
+    pub fn refuse_frames(&self, times: u32) {
+        self.frames.refuse_one_in(times);
+    }
+
     /// The rules in force.
     pub fn rules(&self) -> Rules {
         self.rules

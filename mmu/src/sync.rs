@@ -119,6 +119,17 @@ pub fn note(say: impl FnOnce(&mut String)) {
     let _ = say;
 }
 
+/// True once in `one_in` times, where this thread's simulation says so: for failures that it injects. Never for 0, nor elsewhere.
+pub fn strikes(one_in: u32) -> bool {
+    #[cfg(not(any(loom, shuttle)))]
+    return one_in > 0 && sim::choose(u64::from(one_in)) == Some(0);
+    #[cfg(any(loom, shuttle))]
+    {
+        let _ = one_in;
+        false
+    }
+}
+
 /// A device's transfer begins: it takes its time in a simulation.
 pub fn transfer() {
     #[cfg(not(any(loom, shuttle)))]

@@ -1,8 +1,14 @@
 //! `umbra simulate`: seeds until one fails, and one as a timeline.
 
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
 use libtest_mimic::Trial;
 
-use super::umbra::{status, umbra};
+use super::umbra::{program, status, umbra};
 use crate::ensure;
 use crate::support::process::End;
 use crate::support::{Verdict, case};
@@ -13,6 +19,7 @@ pub fn cases() -> Vec<Trial> {
         case("simulate_runs_each_seed_and_counts_those_that_pass", &[], passes),
         case("simulate_stops_at_the_lowest_seed_that_fails_whatever_jobs_there_are", &[], lowest),
         case("simulate_says_that_a_run_hangs_when_its_patience_is_over", &[], hangs),
+        case("simulate_leaves_no_run_behind_when_it_is_killed", &[], killed),
         case("simulate_replays_a_seed_as_a_timeline", &[], replay),
         case("simulate_refuses_what_makes_no_sense_before_the_first_run", &[], refused),
     ];
@@ -23,6 +30,9 @@ pub fn cases() -> Vec<Trial> {
     cases
 }
 
+/// From one look at a process to the next, and how many there are: half a minute's.
+const LOOK: Duration = Duration::from_millis(10);
+const LOOKS: u32 = 3000;
 const HELLO: [&str; 3] = ["--", "--append", "workload=hello"];
 /// Of the seeds from 2 on, 4 and 7 have a pace at which the guest takes longer: it is virtual time.
 const SHORT: [&str; 2] = ["--timeout", "1200us"];
@@ -52,6 +62,33 @@ fn lowest() -> Verdict {
     let again = umbra(again)?;
     ensure!(again.end == status::TIMEOUT, "the same again is another:\n{again}");
     Ok(())
+}
+
+/// By a signal that it cannot see. A run has come to its guest once it has other threads than its first.
+fn killed() -> Verdict {
+    let mut sweep = Command::new(program());
+    sweep.args(["simulate", "--seeds", "0..2", "--jobs", "1", "--", "--append", "workload=spin scale=40000"]);
+    let mut sweep = sweep.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let children = format!("/proc/{0}/task/{0}/children", sweep.id());
+    let runs = || {
+        let run = fs::read_to_string(&children).ok()?.split_whitespace().next()?.to_owned();
+        (fs::read_dir(format!("/proc/{run}/task")).ok()?.count() > 1).then_some(run)
+    };
+    let run = (0..LOOKS).find_map(|_| runs().or_else(pause));
+    sweep.kill()?;
+    sweep.wait()?;
+    let run = run.ok_or("the sweep has started no run")?;
+    let is_gone = || (!Path::new("/proc").join(&run).join("task").exists()).then_some(());
+    ensure!(
+        (0..LOOKS).find_map(|_| is_gone().or_else(pause)).is_some(),
+        "run {run} goes on without its sweep"
+    );
+    Ok(())
+}
+
+fn pause<T>() -> Option<T> {
+    thread::sleep(LOOK);
+    None
 }
 
 fn hangs() -> Verdict {

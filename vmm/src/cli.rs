@@ -297,6 +297,13 @@ pub struct RunArgs {
     /// What decides the order.
     #[arg(long, value_name = "N", default_value_t = 0, requires = "deterministic")]
     pub seed: u64,
+    /// Let the seed choose only so many times who runs next; from then on all take turns. `umbra simulate` finds how few are enough for a
+    /// failure.
+    #[arg(long, requires = "deterministic", value_name = "N")]
+    pub choices: Option<u64>,
+    /// Have pages taken away all the time, by somebody who may sleep and by somebody who may not, and frames refused, as the seed says.
+    #[arg(long, requires = "deterministic")]
+    pub stress: bool,
     /// Write what happens to FILE, a line each, with its virtual time in nanoseconds and whose doing it was.
     #[arg(long, value_name = "FILE", requires = "deterministic")]
     pub event_log: Option<PathBuf>,

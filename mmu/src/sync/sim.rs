@@ -12,6 +12,8 @@
 //! | a condition variable ([`Bed`]), [`sleep`] | hands it on until it is woken or its time has come |
 //! | its end ([`ActorGuard`] dropped) | hands it on, and wakes who waits for it |
 //!
+//! Where the seed's choices are limited ([`Sim::limit_choices`]), all take turns after the last of them, and nobody is interrupted at a point.
+//!
 //! Holds: the baton is with an actor that can run, as long as there is one. Where none can, and no time is waited for, nobody will
 //! ever go on: that is reported ([`Stuck`]), with what each waits for.
 //!
@@ -110,6 +112,8 @@ impl fmt::Display for Stuck {
 struct Inner {
     random: Random,
     pace: Pace,
+    /// Choices of who runs next that the seed may still make; without a limit if there is none. After the last all take turns.
+    choices: Option<u64>,
     now: u64,
     current: usize,
     actors: Vec<Actor>,
@@ -173,8 +177,14 @@ impl Inner {
             };
             let count = self.actors.iter().filter(|actor| can(actor)).count();
             if count > 0 {
+                let able = self.actors.iter().enumerate().filter(|(_, a)| can(a)).map(|(n, _)| n);
+                if count > 1 && self.choices == Some(0) {
+                    let after = able.clone().find(|n| *n > self.current);
+                    return after.or_else(|| able.clone().next());
+                }
+                self.choices = self.choices.map(|left| left - u64::from(count > 1));
                 let nth = self.random.below(count as u64) as usize;
-                return self.actors.iter().enumerate().filter(|(_, a)| can(a)).nth(nth).map(|(n, _)| n);
+                return able.clone().nth(nth);
             }
             let until = |actor: &Actor| match actor.state {
                 State::Sleeps { until, .. } => until,
@@ -241,6 +251,7 @@ impl Sim {
         let inner = Inner {
             random,
             pace,
+            choices: None,
             now: 0,
             current: NOBODY,
             actors: Vec::new(),
@@ -255,6 +266,11 @@ impl Sim {
         all.push(Arc::downgrade(&sim));
         drop(all);
         sim
+    }
+
+    /// Has the seed choose who runs next so many times only, and all take turns from then on: to see how much of its order matters.
+    pub fn limit_choices(&self, choices: u64) {
+        self.lock().choices = Some(choices);
     }
 
     /// Makes the calling thread its first actor, with the baton, until the guard is dropped.
@@ -437,7 +453,7 @@ pub fn point() {
             let mut inner = sim.lock();
             inner.got_on();
             let one_in = inner.pace.switch_one_in;
-            if inner.random.below(one_in) == 0 {
+            if inner.random.below(one_in) == 0 && inner.choices != Some(0) {
                 sim.take_turn(me, inner);
             }
         });

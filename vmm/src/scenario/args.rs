@@ -41,9 +41,9 @@ pub struct ScenarioArgs {
     /// What runs the guest, where a guest plays.
     #[arg(long, value_enum, default_value_t = Player::Soft)]
     pub backend: Player,
-    /// The order in which things happen.
-    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "seeds")]
-    pub seed: u64,
+    /// The order in which things happen: 1 if left out.
+    #[arg(long, value_name = "N", conflicts_with = "seeds")]
+    pub seed: Option<u64>,
     /// Play each case for each seed from A on, B left out.
     #[arg(long, value_name = "A..B", value_parser = parse_seeds)]
     pub seeds: Option<Range<u64>>,
@@ -124,7 +124,11 @@ impl ScenarioArgs {
                 ),
             });
         }
-        let seeds = self.seeds.clone().unwrap_or(self.seed..self.seed.saturating_add(1));
+        if self.backend == Player::Kvm && self.seed.is_some() {
+            return Err("--seed is for the interpreter; on kvm things happen in the order that comes (--seeds A..B plays so often)".into());
+        }
+        let seed = self.seed.unwrap_or(1);
+        let seeds = self.seeds.clone().unwrap_or(seed..seed.saturating_add(1));
         Ok(Order {
             scenario,
             cases,

@@ -415,3 +415,32 @@ pub fn as_markdown() -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_page_is_the_table() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/scenarios.md");
+        if std::env::var_os("UMBRA_BLESS").is_some() {
+            std::fs::write(path, as_markdown()).expect("docs/scenarios.md");
+        }
+        let printed = std::fs::read_to_string(path).expect("docs/scenarios.md");
+        assert!(printed == as_markdown(), "docs/scenarios.md is another: UMBRA_BLESS=1 prints it anew");
+    }
+
+    #[test]
+    fn cases_have_names_of_their_own_and_those_that_measure_leave_nothing_out() {
+        for scenario in SCENARIOS {
+            let cases = scenario.cases();
+            let names: BTreeSet<_> = cases.iter().map(|case| case.name).collect();
+            assert_eq!(names.len(), cases.len(), "{}", scenario.name);
+            for case in cases {
+                assert_eq!(case.fails.is_empty(), case.bug.is_empty(), "{}/{}", scenario.name, case.name);
+            }
+        }
+    }
+}

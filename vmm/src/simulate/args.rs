@@ -110,13 +110,15 @@ impl Order {
         std::iter::once("play".into()).chain(self.command(seed).skip(1))
     }
 
-    /// How an operator has `seed` run again, and how he looks at it.
-    pub fn again(&self, seed: u64) -> [String; 2] {
+    /// How an operator has `seed` run again, and how he looks at it; where so few of its choices are enough, with those.
+    pub fn again(&self, seed: u64, choices: Option<u64>) -> [String; 2] {
+        let fewer = choices.into_iter().flat_map(|n| ["--choices".into(), n.to_string().into()]);
         let words = |words: &mut dyn Iterator<Item = OsString>| {
             words.fold("umbra".to_owned(), |line, word| format!("{line} {}", quoted(&word)))
         };
         let look = ["simulate".into(), "--replay".into(), seed.to_string().into(), "--".into()];
-        [words(&mut self.command(seed)), words(&mut look.into_iter().chain(self.options.iter().cloned()))]
+        let look = look.into_iter().chain(self.options.iter().cloned());
+        [words(&mut self.command(seed).chain(fewer.clone())), words(&mut look.chain(fewer))]
     }
 }
 
@@ -210,7 +212,7 @@ mod tests {
     #[test]
     fn the_options_that_a_run_has_by_itself_are_such_as_it_takes() {
         let order = order(&["--seeds", "0..1"]).expect("an order");
-        let said = order.again(0)[1].split_once(" -- ").map(|(_, options)| options.to_owned());
+        let said = order.again(0, None)[1].split_once(" -- ").map(|(_, options)| options.to_owned());
         let help =
             "--vcpus 2 --mem 16M --low 1M --frames 3M@0s,2M@1ms --tlb sticky --append 'workload=mm scale=1'";
         assert_eq!(said.as_deref(), Some(help), "the help says others");
@@ -224,7 +226,7 @@ mod tests {
             format!("umbra run --deterministic --seed 9 {options}"),
             format!("umbra simulate --replay 9 -- {options}"),
         ];
-        assert_eq!(order.again(9), again);
+        assert_eq!(order.again(9, None), again);
     }
 
     #[test]

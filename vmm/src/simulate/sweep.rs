@@ -5,8 +5,8 @@
 //!
 //! Limits: the guest's output is thrown away.
 
+use std::ffi::OsString;
 use std::fmt;
-use std::fs::File;
 use std::io::{self, BufReader, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -18,6 +18,10 @@ use crate::machine::memory_file;
 use crate::pressure::progress::Progress;
 use crate::status::Status;
 
+/// How long is looked for a shorter way to a failure, in the host's time, and among how many choices.
+const SHRINK_MAX: Duration = Duration::from_secs(120);
+const CHOICES_MAX: u64 = 1 << 32;
+
 /// A seed whose run did not end with 0.
 #[derive(Clone, Debug)]
 pub struct Failed {
@@ -27,6 +31,8 @@ pub struct Failed {
     pub outcome: Outcome,
     /// Its last words.
     pub said: String,
+    /// How few of the seed's choices are enough for it, where that was found out.
+    pub choices: Option<u64>,
 }
 
 /// What a sweep came to.
@@ -102,10 +108,9 @@ struct Run {
 }
 
 impl Run {
-    fn start(order: &Order, seed: u64, log: Option<&File>) -> Result<Run, SweepError> {
-        let log = log.map(|log| format!("/proc/{}/fd/{}", std::process::id(), log.as_raw_fd()));
-        let log = log.into_iter().flat_map(|path| ["--event-log".into(), path.into()]);
-        let child = Child::start(order.played(seed).chain(log), false);
+    /// Starts it, with more options than the order has.
+    fn start(order: &Order, seed: u64, more: &[String]) -> Result<Run, SweepError> {
+        let child = Child::start(order.played(seed).chain(more.iter().map(OsString::from)), false);
         let child = child.map_err(|source| SweepError::Start { seed, jobs: order.jobs, source })?;
         Ok(Run { seed, child })
     }
@@ -113,6 +118,17 @@ impl Run {
     /// How it has ended, if it has.
     fn look(&mut self, patience: Duration) -> Result<Option<Outcome>, SweepError> {
         self.child.look(patience).map_err(|source| SweepError::Wait { seed: self.seed, source })
+    }
+
+    /// Waits for its end; nothing where a signal has come first.
+    fn finish(&mut self, order: &Order, signals: &dyn Fn() -> u32) -> Result<Option<Outcome>, SweepError> {
+        while signals() == 0 {
+            if let Some(outcome) = self.look(order.patience)? {
+                return Ok(Some(outcome));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(None)
     }
 
     /// Its last words.
@@ -136,10 +152,15 @@ pub fn run(order: &Order, signals: &dyn Fn() -> u32) -> Result<Report, SweepErro
         report.interrupted = signals() > 0;
         while report.failed.is_none() && !report.interrupted && running.len() < order.jobs {
             let Some(seed) = seeds.next() else { break };
-            running.push(Run::start(order, seed, None)?);
+            running.push(Run::start(order, seed, &[])?);
         }
         if running.is_empty() || report.interrupted {
             report.took = begun.elapsed();
+            if let Some(failed) =
+                report.failed.as_mut().filter(|failed| matches!(failed.outcome, Outcome::Status(_)))
+            {
+                failed.choices = shrink(order, failed, signals, &mut progress)?;
+            }
             return Ok(report);
         }
         let mut at = 0;
@@ -154,7 +175,7 @@ pub fn run(order: &Order, signals: &dyn Fn() -> u32) -> Result<Report, SweepErro
                 Some(_) if signals() > 0 => drop(running.swap_remove(at)),
                 Some(outcome) => {
                     let mut run = running.swap_remove(at);
-                    let failed = Failed { seed: run.seed, outcome, said: run.said()? };
+                    let failed = Failed { seed: run.seed, outcome, said: run.said()?, choices: None };
                     let before = report.failed.take().filter(|before| before.seed < failed.seed);
                     report.failed = Some(before.unwrap_or(failed));
                 }
@@ -170,6 +191,38 @@ pub fn run(order: &Order, signals: &dyn Fn() -> u32) -> Result<Report, SweepErro
     }
 }
 
+/// How few of the seed's choices are enough for the run to end as it did; nothing where all are needed, or nobody waits for an answer. More
+/// of them need not fail as fewer do: it is the least that was met on the way.
+fn shrink(
+    order: &Order,
+    failed: &Failed,
+    signals: &dyn Fn() -> u32,
+    progress: &mut Progress,
+) -> Result<Option<u64>, SweepError> {
+    let begun = Instant::now();
+    let mut fails = |choices: u64| {
+        let mut run = Run::start(order, failed.seed, &["--choices".into(), choices.to_string()])?;
+        let words = || format!("seed {} {}; with {choices} of its choices?", failed.seed, failed.outcome);
+        progress.show(begun.elapsed(), 0.0, words);
+        Ok(run.finish(order, signals)? == Some(failed.outcome))
+    };
+    let (mut too_few, mut enough) = (0, 0);
+    while !fails(enough)? {
+        if signals() > 0 || enough > CHOICES_MAX || begun.elapsed() > SHRINK_MAX {
+            return Ok(None);
+        }
+        (too_few, enough) = (enough + 1, (2 * enough).max(1));
+    }
+    while too_few < enough && signals() == 0 && begun.elapsed() < SHRINK_MAX {
+        let middle = too_few + (enough - too_few) / 2;
+        match fails(middle)? {
+            true => enough = middle,
+            false => too_few = middle + 1,
+        }
+    }
+    Ok(Some(enough))
+}
+
 /// Runs the first seed, and writes its timeline to `out`.
 ///
 /// # Errors
@@ -179,17 +232,10 @@ pub fn replay(order: &Order, signals: &dyn Fn() -> u32, out: &mut impl Write) ->
     let seed = order.seeds.start;
     let log = memory_file(c"umbra-event-log", 0);
     let mut log = log.map_err(|source| SweepError::Start { seed, jobs: 1, source })?;
-    let mut run = Run::start(order, seed, Some(&log))?;
-    let outcome = loop {
-        if let Some(outcome) = run.look(order.patience)? {
-            break outcome;
-        }
-        if signals() > 0 {
-            break Outcome::Status(Status::Quit.code());
-        }
-        std::thread::sleep(LOOK);
-    };
-    let ended = Failed { seed, outcome, said: run.said()? };
+    let path = format!("/proc/{}/fd/{}", std::process::id(), log.as_raw_fd());
+    let mut run = Run::start(order, seed, &["--event-log".into(), path])?;
+    let outcome = run.finish(order, signals)?.unwrap_or(Outcome::Status(Status::Quit.code()));
+    let ended = Failed { seed, outcome, said: run.said()?, choices: None };
     drop(run);
     let mut write = || {
         let events = timeline::Actors::of(BufReader::new(&log))?;

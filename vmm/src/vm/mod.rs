@@ -51,6 +51,7 @@ pub(crate) mod simulation;
 mod sink;
 mod soft;
 mod stops;
+mod stress;
 mod summary;
 mod tables;
 mod vcpu;
@@ -106,6 +107,7 @@ use serial::{Console, FirstByte};
 use series::Recorder;
 use simulation::Simulation;
 use stops::Stops;
+use stress::Stress;
 use summary::EventLog;
 use vcpu::{Backend, Core, Surroundings};
 use virtio::{GuestBalloon, VirtioDevices};
@@ -385,6 +387,8 @@ impl Guest {
             true => (Some(self.start_clock(args, &ending).map_err(RunError::Setup)?), None),
             false => (None, args.timeout),
         };
+        let stress = || Stress::start(Arc::clone(&self.mmu), ending.clone());
+        let stress = args.stress.then(stress).transpose().map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), limit, subscribers)
             .map_err(RunError::Setup)?;
         let beside = Beside::new(&self, &ending);
@@ -402,6 +406,7 @@ impl Guest {
         if let Some(cause) = ending.shutdown_cause() {
             news.shutdown(cause);
         }
+        drop(stress);
         drop(clock);
         drop(events);
         // Before the reclaimer: a worker may wait for a frame.

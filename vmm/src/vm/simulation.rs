@@ -62,6 +62,7 @@ impl Simulation {
         };
         let log = args.event_log.as_ref().map(make).transpose()?;
         let sim = Sim::new(args.seed, log, Box::new(give_up));
+        args.choices.iter().for_each(|choices| sim.limit_choices(*choices));
         let actor = sim.enter("vcpu 0");
         Ok(Some(Simulation { sim, actor, log: args.event_log.clone() }))
     }

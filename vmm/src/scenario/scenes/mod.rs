@@ -68,6 +68,7 @@ pub fn play(scene: Scene, args: &PlayArgs) -> io::Result<u8> {
     let stuck = stage.clone();
     let sim =
         Sim::new(args.run.seed, Some(Box::new(stage.tail.clone())), Box::new(move |s| stuck.is_stuck(s)));
+    args.run.choices.iter().for_each(|choices| sim.limit_choices(*choices));
     let actor = sim.enter("main");
     stage.tell(&Fact::Begin);
     let done = catch_unwind(AssertUnwindSafe(|| match scene {
