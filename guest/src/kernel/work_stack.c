@@ -64,6 +64,7 @@ static void nmi_goes_deeper(struct cpu *self)
 }
 
 #define PATIENCE 1000000
+#define TICKS_MAX 10
 
 static void tick_goes_deeper(void)
 {
@@ -96,7 +97,7 @@ static void overflow(void)
     tick_also = tick_goes_deeper;
     irq_on();
     u32 begun = ticks;
-    while (ticks - begun < 3)
+    while (*(volatile u32 *)&nmis == 0 && ticks - begun < TICKS_MAX)
         pause();
     irq_off();
     tick_also = NULL;

@@ -21,8 +21,8 @@
 #include "work.h"
 
 /* Pages of the file: mapped and dirty ones, more than both who reclaim have in a batch each; then those that the writer wants. */
-#define DIRTY 96
-#define WANTED 16
+#define DIRTY 64
+#define WANTED 6
 #define PAGES (DIRTY + WANTED)
 
 static struct space mapper;
@@ -155,9 +155,11 @@ static void truncation(void)
 }
 
 /* Several blocks one after the other, so that whatever a cure costs is counted often. */
+#define BLOCKS 3
+
 static void reserve_all(u32 first)
 {
-    for (u32 index = first; index < first + WANTED; index++) {
+    for (u32 index = first; index < first + BLOCKS; index++) {
         scene_leave_at_most(reclaim_min() / 2);
         reserve(index);
     }
@@ -187,7 +189,7 @@ static void recursive(void)
     check_contents();
 }
 
-/* The same work under each cure: pages of the file dirty, memory short, WANTED blocks to be had. kswapd has no turn. */
+/* The same work under each cure: pages of the file dirty, memory short, BLOCKS blocks to be had. kswapd has no turn. */
 
 struct cost {
     u32 left, least, spares, scanned, retries, nested;
