@@ -407,10 +407,11 @@ bool room_is_there(u32 frames) { return frames_free() >= mark_min + frames || cu
 void reclaim_await(u32 frames)
 {
     kernel_take();
-    while (frames_free() < frames) {
+    if (frames_free() < frames)
         wake_kswapd();
-        task_wait_for("a free frame", &frames_wanted);
-    }
+    current->waits_for = "a free frame";
+    task_wait_while(frames_free() < frames, &frames_wanted);
+    current->waits_for = NULL;
     kernel_give_back();
 }
 
