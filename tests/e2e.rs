@@ -15,6 +15,8 @@ mod chaos;
 mod cli;
 #[path = "e2e/export.rs"]
 mod export;
+#[path = "e2e/guest_scenes.rs"]
+mod guest_scenes;
 #[path = "e2e/guest_tlb.rs"]
 mod guest_tlb;
 #[path = "e2e/images.rs"]
@@ -75,6 +77,7 @@ fn test() -> ExitCode {
         chaos::cases(),
         cli::cases(),
         export::cases(),
+        guest_scenes::cases(),
         guest_tlb::cases(),
         images::cases(),
         measure::cases(),

@@ -109,11 +109,12 @@ static struct before sb_take(void)
     if (!before.nested)
         mutex_lock(&sb_lock);
     while (cure == CURE_RETRY && !room_is_there(1)) {
+        u32 free = frames_free();
         mutex_unlock(&sb_lock);
         file_counts.retries++;
-        bool room = try_room(1);
+        try_room(1);
         mutex_lock(&sb_lock);
-        if (!room)
+        if (frames_free() <= free)
             break;
     }
     place_pass(PLACE_SB_HELD);

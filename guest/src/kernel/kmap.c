@@ -112,7 +112,7 @@ static void may_sleep(void)
 {
     u32 spinning = cpu_self()->locks & ~(1u << LOCK_KERNEL);
     if (spinning)
-        rule_broken("sleep", "%s waits for %s with spin locks of levels %x", current->name, "a slot of the pool", spinning);
+        rule_broken("sleep", "%s is to wait for a slot of the pool with a spin lock held (levels %x)", current->name, spinning);
     ASSERT(window_depth() == 0);
 }
 

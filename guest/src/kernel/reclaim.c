@@ -151,6 +151,15 @@ static bool can_go(u32 frame, bool mapped_dirty)
     return swap_slot_for(frame) != SLOT_NONE;
 }
 
+static enum write_order write_order;
+void reclaim_choose_order(enum write_order order) { write_order = order; }
+
+static void write_at_once(u32 frame)
+{
+    tlb_finish();
+    swap_out(&frame, 1);
+}
+
 /* 3. Whoever calls has the other CPUs flush after: what it was written through is known before. */
 static void begin_unmap(struct batch *batch, u32 frame)
 {
@@ -166,6 +175,8 @@ static void begin_unmap(struct batch *batch, u32 frame)
         batch->file[batch->file_count++] = frame;
     else
         batch->anon[batch->anon_count++] = frame;
+    if (write_order == WRITE_AT_SCAN && !of_file)
+        write_at_once(frame);
 }
 
 /* One page off the list: where it goes. */
@@ -203,11 +214,13 @@ static void pick(struct batch *batch)
     tlb_finish();
 }
 
-static void sort_by_slot(u32 *frames, u32 count)
+static u32 rank(u32 frame) { return write_order == WRITE_BY_FRAMES ? frame : swap_slot_of(frame); }
+
+static void sort(u32 *frames, u32 count)
 {
     for (u32 i = 1; i < count; i++) {
         u32 frame = frames[i], at = i;
-        for (; at > 0 && swap_slot_of(frames[at - 1]) > swap_slot_of(frame); at--)
+        for (; at > 0 && rank(frames[at - 1]) > rank(frame); at--)
             frames[at] = frames[at - 1];
         frames[at] = frame;
     }
@@ -258,8 +271,9 @@ static u32 free_clean(const struct batch *batch)
 
 static u32 write_and_free_anon(struct batch *batch)
 {
-    sort_by_slot(batch->anon, batch->anon_count);
-    swap_out(batch->anon, batch->anon_count);
+    sort(batch->anon, batch->anon_count);
+    if (write_order != WRITE_AT_SCAN)
+        swap_out(batch->anon, batch->anon_count);
     return free_all(batch->anon, batch->anon_count);
 }
 
@@ -393,10 +407,11 @@ bool room_is_there(u32 frames) { return frames_free() >= mark_min + frames || cu
 void reclaim_await(u32 frames)
 {
     kernel_take();
-    while (frames_free() < frames) {
+    if (frames_free() < frames)
         wake_kswapd();
-        task_wait_for("a free frame", &frames_wanted);
-    }
+    current->waits_for = "a free frame";
+    task_wait_while(frames_free() < frames, &frames_wanted);
+    current->waits_for = NULL;
     kernel_give_back();
 }
 

@@ -39,6 +39,10 @@ bool room_is_there(u32 frames);
 /* Waits until others have made so many frames free, and does nothing for it but wake kswapd: for the scenes that show why nobody with
  * anything in hand may. */
 void reclaim_await(u32 frames);
+/* How a batch's anonymous pages are written: in order of their slots, neighbours together; or, for the scene that compares, in the
+ * order of their frames, as a scan of physical memory comes to them, or each by itself as soon as it is picked. */
+enum write_order { WRITE_BY_SLOTS, WRITE_BY_FRAMES, WRITE_AT_SCAN, WRITE_ORDERS };
+void reclaim_choose_order(enum write_order order);
 /* kswapd, or NULL. */
 const struct task *reclaim_thread(void);
 

@@ -133,7 +133,6 @@ void scene_saw(const char *format, ...)
 }
 
 void scene_measured(const char *name, u32 number, const char *unit) { say("measured %s = %u %s", name, number, unit); }
-void scene_holds(const char *what) { say("%s holds %s", current->name, what); }
 
 static void fail(const char *kind, const char *format, va_list args) __attribute__((noreturn));
 static void fail(const char *kind, const char *format, va_list args)

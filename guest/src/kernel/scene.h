@@ -37,7 +37,8 @@
     X(SUPERBLOCK, INODE, "inode", RULE(INODE)) \
     X(SUPERBLOCK, CURES, "cures", 0) \
     X(SUPERBLOCK, TRUNCATE, "truncate", RULE(TRUNCATE)) \
-    X(SUPERBLOCK, RECURSIVE, "recursive", RULE(SB_WHOLE))
+    X(SUPERBLOCK, RECURSIVE, "recursive", RULE(SB_WHOLE)) \
+    X(SUPERBLOCK, CLUSTERING, "clustering", 0)
 
 enum scene_case {
 #define X(workload, id, name, rules) CASE_##workload##_##id,
@@ -56,8 +57,6 @@ bool scene_has_bug(void);
 void scene_begin(void);
 void scene_saw(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void scene_measured(const char *name, u32 number, const char *unit);
-/* A line of a task's own, as it takes, waits and lets go. */
-void scene_holds(const char *what);
 /* Ends the run, unless the condition holds: with `failed lost`, where a case is not what it is meant to be. */
 void scene_want(bool holds, const char *what);
 void scene_failed(const char *kind, const char *format, ...) __attribute__((noreturn, format(printf, 2, 3)));

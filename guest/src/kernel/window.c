@@ -25,16 +25,27 @@ static u32 high_water;
 #define TAGS_MAX 64
 static bool collects;
 static const char *tags[TAGS_MAX];
-static u32 tag_count, deepest;
+static u32 tag_count, deepest[CLASS_COUNT];
+static u32 entered_at[CPUS_MAX][CLASS_COUNT]; /* the depth at which a class's handler began */
 
-static void collect(const char *tag, u32 slot)
+static enum window_class class_of(const struct cpu *self)
+{
+    switch (self->window_depth_max) {
+    case WINDOW_TASK_DEPTH_MAX: return CLASS_TASK;
+    case WINDOW_TASK_DEPTH_MAX + WINDOW_IRQ_DEPTH_MAX: return CLASS_IRQ;
+    default: return CLASS_NMI;
+    }
+}
+
+static void collect(const struct cpu *self, const char *tag, u32 slot)
 {
     u32 at = 0;
+    enum window_class class = class_of(self);
     while (at < tag_count && tags[at] != tag)
         at++;
     if (at == tag_count && tag_count < TAGS_MAX)
         tags[tag_count++] = tag;
-    deepest = max_u32(deepest, slot + 1);
+    deepest[class] = max_u32(deepest[class], slot + 1 - entered_at[self->index][class]);
 }
 
 _Static_assert(WINDOW_DUMP_SLOT < WINDOW_SLOTS && WINDOW_BASE + CPUS_MAX * WINDOW_SLOTS * PAGE_SIZE <= POOL_BASE, "");
@@ -55,7 +66,7 @@ static __attribute__((noinline)) void go_deeper(const struct cpu *self, u32 slot
     if (slot >= self->window_depth_max)
         rule_broken("nesting", "window overflow: mapping frame %x for \"%s\" at depth %u", frame, why, slot);
     if (collects)
-        collect(why, slot);
+        collect(self, why, slot);
     else if (self->window_depth_max == WINDOW_TASK_DEPTH_MAX)
         high_water = slot + 1;
 }
@@ -107,7 +118,7 @@ void window_collect_tags(void)
     high_water = 0;
 }
 u32 window_tags(void) { return tag_count; }
-u32 window_deepest(void) { return deepest; }
+u32 window_deepest(enum window_class class) { return deepest[class]; }
 
 static const char *const type_tags[TYPE_COUNT] = {"user 0", "user 1"};
 
@@ -137,6 +148,7 @@ bool window_is_mapped(const void *address) { return kpt_get((u32)address) & PTE_
 static u32 enter(struct cpu *self, u32 share)
 {
     self->window_depth_max += share;
+    entered_at[self->index][class_of(self)] = self->windows->depth;
     return self->windows->depth;
 }
 

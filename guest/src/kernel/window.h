@@ -40,10 +40,12 @@ static inline u32 window_depth(void) { return cpu_self()->windows->depth; }
 /* The deepest any task has been since boot, or since the last call of window_reset_high_water. */
 u32 window_high_water(void);
 void window_reset_high_water(void);
-/* From now on the tags of mappings are collected, and how deep anybody is; how many different ones there were. */
+/* From now on the tags of mappings are collected, and how deep each class of context goes beyond what it interrupts. */
+enum window_class { CLASS_TASK, CLASS_IRQ, CLASS_NMI, CLASS_COUNT };
 void window_collect_tags(void);
+/* How many different tags there were. */
 u32 window_tags(void);
-u32 window_deepest(void);
+u32 window_deepest(enum window_class class);
 
 /* Around an interrupt handler: allows it its share of depth, and checks that it released what it mapped. */
 u32 window_irq_enter(void);

@@ -184,7 +184,7 @@ static void clear(void)
 /* walker */
 
 /* Several batches: each who reclaims has one in hand, and those that are left are to be enough. */
-#define OLD_PAGES 160
+#define OLD_PAGES 128
 static struct space old;
 
 static void walker(void)

@@ -8,6 +8,7 @@
  *   inode      a large write to a file that is mapped as well; page-out wants the inode's lock
  *   truncate   the file is cut off while one of its pages is on its way out
  *   recursive  the lock may be taken again by who has it: what it protects is then seen half changed
+ *   clustering what went to swap in order of slots, against an order of frames, and page by page
  *   cures      what each cure leaves unreclaimed and costs, over the same work */
 #include "audit.h"
 #include "blk.h"
@@ -21,8 +22,8 @@
 #include "work.h"
 
 /* Pages of the file: mapped and dirty ones, more than both who reclaim have in a batch each; then those that the writer wants. */
-#define DIRTY 96
-#define WANTED 16
+#define DIRTY 64
+#define WANTED 6
 #define PAGES (DIRTY + WANTED)
 
 static struct space mapper;
@@ -155,9 +156,11 @@ static void truncation(void)
 }
 
 /* Several blocks one after the other, so that whatever a cure costs is counted often. */
+#define BLOCKS 3
+
 static void reserve_all(u32 first)
 {
-    for (u32 index = first; index < first + WANTED; index++) {
+    for (u32 index = first; index < first + BLOCKS; index++) {
         scene_leave_at_most(reclaim_min() / 2);
         reserve(index);
     }
@@ -187,7 +190,7 @@ static void recursive(void)
     check_contents();
 }
 
-/* The same work under each cure: pages of the file dirty, memory short, WANTED blocks to be had. kswapd has no turn. */
+/* The same work under each cure: pages of the file dirty, memory short, BLOCKS blocks to be had. kswapd has no turn. */
 
 struct cost {
     u32 left, least, spares, scanned, retries, nested;
@@ -249,6 +252,72 @@ static void cures(void)
     scene_want(costs[CURE_RECURSIVE].nested > 0 && costs[CURE_RETRY].retries > 0, "and each costs what it was rejected for");
 }
 
+/* clustering: a space's pages, on frames in no order, go to swap in each of three ways, and are all wanted again one after the other.
+ * kswapd has no turn. */
+
+#define ANON 64
+/* No factor of ANON. */
+#define STRIDE 37
+
+static void scatter_frames(void)
+{
+    u32 frames[ANON];
+    for (u32 i = 0; i < ANON; i++)
+        scene_want((frames[i] = frame_alloc_high()) != FRAME_NONE, "there is high memory");
+    for (u32 i = 0; i < ANON; i++)
+        frame_put(frames[i * STRIDE % ANON]);
+}
+
+static struct swap_counts out_and_in(enum write_order order)
+{
+    static struct space space;
+    u32 value, wrong = 0;
+    struct swap_counts before = swap_counts;
+    reclaim_choose_order(order);
+    scatter_frames();
+    scene_space(&space, ANON);
+    for (u32 page = 0; page < ANON; page++)
+        scene_want(scene_store(&space, page, value_of(page)), "a page is there");
+    scene_leave_at_most(reclaim_min() / 2);
+    scene_want(try_room(1), "a batch makes room");
+    scene_give_back();
+    for (u32 page = 0; page < ANON; page++)
+        wrong += !scene_load(&space, page, &value) || value != value_of(page);
+    scene_want(wrong == 0 && swap_counts.lost == before.lost, "every page comes back as it went");
+    space_destroy(&space);
+    reclaim_choose_order(WRITE_BY_SLOTS);
+    return (struct swap_counts){.writes = swap_counts.writes - before.writes,
+                                .pages_written = swap_counts.pages_written - before.pages_written,
+                                .reads = swap_counts.reads - before.reads,
+                                .pages_read = swap_counts.pages_read - before.pages_read};
+}
+
+static void clustering(void)
+{
+    static const struct {
+        const char *writes, *pages, *reads;
+    } texts[WRITE_ORDERS] = {
+#define TEXTS(name) {name "-writes", name "-pages-written", name "-refault-reads"}
+        [WRITE_BY_SLOTS] = TEXTS("by-slots"), [WRITE_BY_FRAMES] = TEXTS("by-frames"), [WRITE_AT_SCAN] = TEXTS("at-scan"),
+#undef TEXTS
+    };
+    struct swap_counts counts[WRITE_ORDERS];
+    struct blk *swap = blk_find("swap");
+    scene_want(swap && swap_on(swap) && reclaim_start(), "kswapd starts, with the disk that calls itself swap");
+    reclaim_settle();
+    place_close(PLACE_KSWAPD);
+    for (enum write_order order = 0; order < WRITE_ORDERS; order++) {
+        counts[order] = out_and_in(order);
+        scene_measured(texts[order].writes, counts[order].writes, "requests");
+        scene_measured(texts[order].pages, counts[order].pages_written, "pages");
+        scene_measured(texts[order].reads, counts[order].reads, "requests");
+    }
+    const struct swap_counts *slots = &counts[WRITE_BY_SLOTS];
+    for (enum write_order order = WRITE_BY_FRAMES; order < WRITE_ORDERS; order++)
+        scene_want(counts[order].pages_written == slots->pages_written && counts[order].writes >= 4 * slots->writes,
+                   "the same pages take many times the writes");
+}
+
 void work_superblock(void)
 {
     scene_begin();
@@ -264,5 +333,7 @@ void work_superblock(void)
         recursive();
     if (scene_is(CASE_SUPERBLOCK_CURES))
         cures();
+    if (scene_is(CASE_SUPERBLOCK_CLUSTERING))
+        clustering();
     scene_passed();
 }
