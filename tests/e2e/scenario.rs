@@ -128,7 +128,7 @@ fn lists() -> Verdict {
     ensure!(run.end == End::Status(0), "a list:\n{run}");
     for scenario in SCENARIOS {
         let found =
-            run.stdout.lines().any(|line| line.starts_with(scenario.name) && line.contains(scenario.about));
+            told(&run).lines().any(|line| line.starts_with(scenario.name) && line.contains(scenario.about));
         ensure!(found, "no word of {}:\n{run}", scenario.name);
     }
     Ok(())
