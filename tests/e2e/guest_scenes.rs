@@ -245,9 +245,10 @@ fn figures(workload: &'static str, name: &'static str) -> Result<BTreeMap<String
 fn cures() -> Verdict {
     let figures = figures("superblock", "cures")?;
     let of = |name: &str| figures.get(name).copied().ok_or_else(|| format!("no figure {name}"));
-    ensure!(of("noio-left")? == of("memalloc-left")?, "both scopes leave all dirty pages");
-    ensure!(of("recursive-left")? < of("noio-left")?, "a recursive lock lets reclaim write");
-    ensure!(of("retry-left")? < of("noio-left")?, "a lock that is dropped lets reclaim write");
+    ensure!(of("noio-dirty-left")? == of("memalloc-dirty-left")?, "both scopes leave all dirty pages");
+    ensure!(of("noio-clean-left")? < of("memalloc-clean-left")?, "NoIo takes clean ones, MemAlloc none");
+    ensure!(of("recursive-dirty-left")? < of("noio-dirty-left")?, "a recursive lock lets reclaim write");
+    ensure!(of("retry-dirty-left")? < of("noio-dirty-left")?, "a lock that is dropped lets reclaim write");
     ensure!(
         of("memalloc-looked-at")? == 0 && of("noio-looked-at")? > 0,
         "NoIo looks at pages, MemAlloc does not"

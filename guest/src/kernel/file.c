@@ -136,7 +136,6 @@ static u32 frame_of_copy(void)
         reclaim_await(1);
     u32 copy = try_room(ROOM_OF_COPY) ? frame_alloc(ZONE_HIGH) : FRAME_NONE;
     file_counts.least_free = min_u32(file_counts.least_free, frames_free());
-    file_counts.spares += copy == FRAME_NONE;
     if (copy == FRAME_NONE)
         frame_get(copy = spare);
     return copy;
@@ -486,6 +485,14 @@ bool file_read(u32 index, u32 *value)
     kunmap_local(words);
     frame_put(frame);
     return true;
+}
+
+u32 file_count_cached(u32 first, u32 end)
+{
+    u32 count = 0;
+    for (u32 index = first; index < end; index++)
+        count += cached[index] != FRAME_NONE;
+    return count;
 }
 
 /* Job 5: sync. */

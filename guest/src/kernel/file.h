@@ -10,8 +10,7 @@ struct file_counts {
     u32 faults, waits, reads, writes, pages_written;
     u32 blocks_allocated, blocks_freed, truncations;
     u32 left_alone; /* pages that reclaim did not take because of that */
-    u32 spares;     /* times that there was no frame for the bitmap's copy */
-    u32 least_free; /* frames, when there was one */
+    u32 least_free; /* frames, when there was one for the bitmap's copy */
     u32 retries, nested; /* of the cures below: times that the lock was dropped, and that it was taken by who had it */
 };
 extern struct file_counts file_counts;
@@ -51,6 +50,8 @@ bool file_reserve(u32 index);
 bool file_write(u32 first, u32 count, u32 value);
 /* The first word of a page. Sleeps. */
 bool file_read(u32 index, u32 *value);
+/* Pages in memory, of those from `first` to `end`. */
+u32 file_count_cached(u32 first, u32 end);
 /* Everything is on the disk: contents, block map, superblock. Sleeps. False after an I/O error. */
 bool file_sync(void);
 

@@ -29,12 +29,17 @@
 static struct space mapper;
 static u32 value_of(u32 index) { return (index + 1) * 0x9e3779b9u; }
 
-static void map_and_dirty(void)
+static void mount(void)
 {
     struct blk *disk = blk_find("file");
     scene_want(disk && file_mount(disk) && file_truncate(PAGES), "there is a file, on the disk that calls itself file");
     scene_want(reclaim_start(), "kswapd starts");
     reclaim_settle();
+}
+
+static void map_and_dirty(void)
+{
+    mount();
     scene_file_space(&mapper);
     for (u32 index = 0; index < DIRTY; index++)
         scene_want(scene_store(&mapper, index, value_of(index)), "a page of the file is stored to");
@@ -155,17 +160,6 @@ static void truncation(void)
     scene_want(file_sync() && audit() == 0, "the file is on its disk, and the audit finds nothing");
 }
 
-/* Several blocks one after the other, so that whatever a cure costs is counted often. */
-#define BLOCKS 3
-
-static void reserve_all(u32 first)
-{
-    for (u32 index = first; index < first + BLOCKS; index++) {
-        scene_leave_at_most(reclaim_min() / 2);
-        reserve(index);
-    }
-}
-
 static void recursive(void)
 {
     u32 wrong = 0, value;
@@ -190,66 +184,88 @@ static void recursive(void)
     check_contents();
 }
 
-/* The same work under each cure: pages of the file dirty, memory short, BLOCKS blocks to be had. kswapd has no turn. */
+/* The same work under each cure: some pages of the file clean, the others dirty, memory short, BLOCKS blocks to be had. kswapd has no
+ * turn. */
+
+/* Several blocks one after the other, so that whatever a cure costs is counted often. */
+#define BLOCKS 3
+#define CLEAN 12
 
 struct cost {
-    u32 left, least, spares, scanned, retries, nested;
+    u32 dirty_left, clean_left, least, scanned, retries, nested;
 };
+
+static void reserve_all(u32 first)
+{
+    for (u32 index = first; index < first + BLOCKS; index++) {
+        scene_leave_at_most(reclaim_min() / 2);
+        reserve(index);
+    }
+}
 
 static u32 dirty_pages(void)
 {
     u32 count = 0;
-    for (u32 index = 0; index < DIRTY; index++)
+    for (u32 index = CLEAN; index < DIRTY; index++)
         count += !file_has_block(index);
     return count;
 }
 
 static struct cost cost_of(enum file_cure cure)
 {
-    scene_want(file_truncate(0) && file_truncate(PAGES), "the file begins anew");
-    for (u32 index = 0; index < DIRTY; index++)
+    u32 value;
+    scene_want(file_truncate(CLEAN) && file_truncate(PAGES), "all but what is clean begins anew");
+    for (u32 index = 0; index < CLEAN; index++)
+        scene_want(file_read(index, &value) && value == index, "a clean page is read");
+    for (u32 index = CLEAN; index < DIRTY; index++)
         scene_want(scene_store(&mapper, index, value_of(index)), "a page of the file is stored to");
     make_short();
     file_choose_cure(cure);
     u32 scanned = reclaim_counts.scanned;
-    file_counts.spares = file_counts.retries = file_counts.nested = 0;
+    file_counts.retries = file_counts.nested = 0;
     file_counts.least_free = frames_total();
     scene_start("writer", reserve_all, DIRTY);
     scene_join();
-    struct cost cost = {dirty_pages(), file_counts.least_free, file_counts.spares, reclaim_counts.scanned - scanned,
+    struct cost cost = {dirty_pages(), file_count_cached(0, CLEAN), file_counts.least_free, reclaim_counts.scanned - scanned,
                         file_counts.retries, file_counts.nested};
     file_choose_cure(CURE_NO_IO);
     scene_give_back();
     return cost;
 }
 
+static void measure_cure(const char *const texts[], const struct cost *cost)
+{
+    scene_measured(texts[0], cost->dirty_left, "dirty pages unreclaimed");
+    scene_measured(texts[1], cost->clean_left, "clean pages unreclaimed");
+    scene_measured(texts[2], cost->least, "frames");
+    scene_measured(texts[3], cost->scanned, "pages");
+    scene_measured(texts[4], cost->retries, "times");
+    scene_measured(texts[5], cost->nested, "times");
+}
+
 static void cures(void)
 {
-    static const struct {
-        const char *left, *least, *spares, *scanned, *retries, *nested;
-    } texts[CURE_COUNT] = {
-#define TEXTS(name) {name "-left", name "-free-at-least", name "-without-a-frame", name "-looked-at", name "-dropped", name "-taken-again"}
+#define TEXTS(name) {name "-dirty-left", name "-clean-left", name "-free-at-least", name "-looked-at", name "-dropped", name "-taken-again"}
+    static const char *const texts[CURE_COUNT][6] = {
         [CURE_NO_IO] = TEXTS("noio"), [CURE_RESERVE] = TEXTS("memalloc"), [CURE_RECURSIVE] = TEXTS("recursive"),
         [CURE_RETRY] = TEXTS("retry"),
-#undef TEXTS
     };
+#undef TEXTS
     struct cost costs[CURE_COUNT];
-    map_and_dirty();
+    mount();
+    scene_file_space(&mapper);
+    scene_want(file_write(0, CLEAN, 0) && file_sync(), "some pages are on the disk");
     place_close(PLACE_KSWAPD);
     for (enum file_cure cure = 0; cure < CURE_COUNT; cure++) {
-        const struct cost *cost = &costs[cure];
         costs[cure] = cost_of(cure);
-        scene_measured(texts[cure].left, cost->left, "dirty pages unreclaimed");
-        scene_measured(texts[cure].least, cost->least, "frames");
-        scene_measured(texts[cure].spares, cost->spares, "times");
-        scene_measured(texts[cure].scanned, cost->scanned, "pages");
-        scene_measured(texts[cure].retries, cost->retries, "times");
-        scene_measured(texts[cure].nested, cost->nested, "times");
+        measure_cure(texts[cure], &costs[cure]);
     }
-    scene_want(costs[CURE_NO_IO].left == DIRTY && costs[CURE_RESERVE].left == DIRTY, "neither scope writes a page under the lock");
-    scene_want(costs[CURE_RESERVE].scanned == 0 && costs[CURE_NO_IO].scanned > 0, "MemAlloc does not look, and NoIo does");
-    scene_want(costs[CURE_RECURSIVE].left < DIRTY && costs[CURE_RETRY].left < DIRTY, "both rejected cures reclaim");
-    scene_want(costs[CURE_RECURSIVE].nested > 0 && costs[CURE_RETRY].retries > 0, "and each costs what it was rejected for");
+    const struct cost *noio = &costs[CURE_NO_IO], *reserve = &costs[CURE_RESERVE];
+    const struct cost *recursive = &costs[CURE_RECURSIVE], *retry = &costs[CURE_RETRY];
+    scene_want(noio->dirty_left == DIRTY - CLEAN && reserve->dirty_left == noio->dirty_left, "neither scope writes under the lock");
+    scene_want(noio->clean_left < CLEAN && reserve->clean_left == CLEAN, "NoIo takes what is clean, and MemAlloc nothing");
+    scene_want(recursive->dirty_left < noio->dirty_left && retry->dirty_left < noio->dirty_left, "both rejected cures write");
+    scene_want(recursive->nested > 0 && retry->retries > 0, "and each costs what it was rejected for");
 }
 
 /* clustering: a space's pages, on frames in no order, go to swap in each of three ways, and are all wanted again one after the other.
