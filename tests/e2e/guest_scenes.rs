@@ -1,104 +1,42 @@
-//! The guest kernel's scenes: with a rule in force each case passes, and with it switched off it fails in the way that was feared.
+//! Scenes of the guest's kernel, by themselves: what `umbra scenario` (`scenario.rs`) does not ask of them.
 //!
-//! Story: guest/src/kernel/scene.h has the cases and the form of what they print. On the soft backend each is run on one vCPU and on
-//! two, deterministically, with several seeds: whatever the host's scheduling, the outcome is the same. A deadlock is not believed
-//! on its word: the cycle is to be found in the lines of those who hold and wait.
+//! Story: guest/src/kernel/scene.h has the cases and the form of what they print. With a rule in force each passes, and with it switched
+//! off it fails in the way that was feared: on one vCPU too, where `umbra scenario` gives them two.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use libtest_mimic::{Failed, Trial};
+use umbra::scenario::story::{Kind, Story};
+use umbra::scenario::table::{Case, Play, SCENARIOS};
 
-use super::umbra::{KVM, SOFT, Way};
+use super::umbra::SOFT;
 use crate::ensure;
 use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case};
 
-/// A case, and as what it fails with its bug.
-#[derive(Clone, Copy)]
-struct Scene {
-    workload: &'static str,
-    name: &'static str,
-    fails: Option<&'static str>,
-    /// Among what it prints with the bug.
-    with_bug: &'static [&'static str],
-}
-
-const fn scene(
-    workload: &'static str,
-    name: &'static str,
-    fails: &'static str,
-    with_bug: &'static [&'static str],
-) -> Scene {
-    Scene { workload, name, fails: Some(fails), with_bug }
-}
-
-const fn measured(workload: &'static str, name: &'static str) -> Scene {
-    Scene { workload, name, fails: None, with_bug: &[] }
-}
-
-/// In the order of scene.h.
-const SCENES: [Scene; 18] = [
-    scene(
-        "series",
-        "order",
-        "deadlock",
-        &["reader holds a DEFAULT slot", "walker 1 waits for a DEFAULT slot"],
-    ),
-    scene("series", "spinlock", "sleep", &[]),
-    scene("series", "border", "exhausted", &["measured PAGETABLE2-slots-held = 1 slots"]),
-    scene("series", "clear", "type", &["measured PAGETABLE-slots-held = 0 slots"]),
-    scene(
-        "series",
-        "walker",
-        "deadlock",
-        &["kswapd waits for a PAGETABLE slot", "walker 4 waits for a free frame"],
-    ),
-    scene("series", "spare", "deadlock", &["measured slots = 8 slots", "holder 8 holds a pool slot"]),
-    scene("stack", "type", "type", &[]),
-    scene("stack", "overflow", "nesting", &[]),
-    scene("stack", "order", "order", &[]),
-    scene("stack", "switch", "content", &[]),
-    measured("stack", "slots"),
-    scene("superblock", "direct", "deadlock", &["writer holds superblock", "writer waits for superblock"]),
-    scene(
-        "superblock",
-        "kswapd",
-        "deadlock",
-        &["writer waits for a free frame", "kswapd waits for superblock"],
-    ),
-    scene("superblock", "inode", "deadlock", &["writer holds inode", "writer waits for inode"]),
-    measured("superblock", "cures"),
-    scene("superblock", "truncate", "content", &[]),
-    scene("superblock", "recursive", "content", &[]),
-    measured("superblock", "clustering"),
-];
-
-/// Runs of a case with and without its bug, for each number of vCPUs.
-const SEEDS: u32 = 3;
 /// What the guest's status 1 and 2 become.
 const FAIL: End = End::Status(3);
 const COMMAND_LINE: End = End::Status(5);
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
-    let mut trials = vec![
+    vec![
         case("guest_scene_that_there_is_not_is_refused_with_a_list", &[], refused),
-        case("guest_scenes_of_the_kernel_are_those_of_the_test", &[], same_cases),
+        case("guest_scenes_of_the_kernel_are_those_of_the_table", &[], same_cases),
+        case("guest_scenes_pass_and_fail_on_one_cpu", &[], on_one_cpu),
         case("guest_scene_cures_measure_what_they_were_rejected_for", &[], cures),
         case("guest_scene_clustering_saves_writes", &[], clustering),
         case("guest_scene_slots_are_fewer_as_a_stack", &[], slots),
-    ];
-    for scene in SCENES {
-        let name = format!("guest_scene_{}_{}", scene.workload, scene.name);
-        trials.push(case(format!("soft_{name}"), &[], move || on_soft(&scene)));
-        trials.push(case(format!("kvm_{name}"), KVM.needs, move || both(KVM, &scene, &["--vcpus", "1"], 1)));
-    }
-    trials
+    ]
 }
 
-fn append(scene: &Scene, seed: u32, bug: bool) -> String {
-    let bug = if bug { " bug" } else { "" };
-    format!("workload={} case={} seed={seed}{bug}", scene.workload, scene.name)
+/// The guest's, with their workloads.
+fn scenes() -> impl Iterator<Item = (&'static str, Case)> {
+    let cases = SCENARIOS.iter().flat_map(|scenario| scenario.cases());
+    cases.filter_map(|case| match case.play {
+        Play::Guest(workload, _) => Some((workload, case)),
+        _ => None,
+    })
 }
 
 /// The console: ASCII, or nothing.
@@ -106,84 +44,35 @@ fn console(run: &Outcome) -> &str {
     std::str::from_utf8(&run.stdout).unwrap_or_default()
 }
 
-/// What the case says of itself.
-fn told<'a>(scene: &Scene, run: &'a Outcome) -> Vec<&'a str> {
-    let prefix = format!("scenario {}: ", scene.name);
-    console(run).lines().filter_map(|line| line.strip_prefix(prefix.as_str())).collect()
+/// All lines of the case are facts, and short.
+fn story(name: &str, run: &Outcome) -> Result<Story, Failed> {
+    let story = Story::of(console(run), name);
+    let lines: Vec<&str> = console(run).lines().filter(|line| line.starts_with("scenario ")).collect();
+    ensure!(lines.len() == story.0.len(), "{} of {} lines are facts:\n{run}", story.0.len(), lines.len());
+    let long = lines.iter().find(|line| !line.is_ascii() || line.len() > 120);
+    ensure!(long.is_none(), "not ASCII, or long: {long:?}");
+    Ok(story)
 }
 
-fn in_form(scene: &Scene, run: &Outcome) -> Verdict {
-    let lines = told(scene, run);
-    ensure!(lines.first() == Some(&"begin"), "no begin:\n{run}");
-    for line in &lines {
-        let fact = [" holds ", " waits for ", " lets go of "].iter().any(|verb| line.contains(verb));
-        let known = ["saw ", "measured ", "failed "].iter().any(|word| line.starts_with(word));
-        ensure!(fact || known || ["begin", "passed"].contains(line), "not a form of line: {line}\n{run}");
-        ensure!(line.is_ascii() && line.len() + scene.name.len() + 11 <= 120, "not ASCII, or long: {line}");
-    }
-    Ok(())
-}
-
-/// Everybody who cannot go on whatever others do: who waits for what only such as cannot go on hold.
-fn has_cycle(lines: &[&str]) -> bool {
-    let (mut holders, mut waits) = (BTreeMap::<&str, BTreeSet<&str>>::new(), BTreeMap::new());
-    for line in lines.iter().filter(|line| !line.starts_with("saw ")) {
-        if let Some((who, what)) = line.split_once(" holds ") {
-            holders.entry(what).or_default().insert(who);
-        } else if let Some((who, what)) = line.split_once(" waits for ") {
-            waits.insert(who, what);
+fn on_one_cpu() -> Verdict {
+    let simulated = ["--deterministic", "--seed", "7", "--append"];
+    for (workload, case) in scenes() {
+        let append = format!("workload={workload} case={}", case.name);
+        let run = SOFT.run(&[&simulated[..], &[&append]].concat())?;
+        ensure!(
+            run.end == End::Status(0) && story(case.name, &run)?.passed(),
+            "{append} did not pass:\n{run}"
+        );
+        if case.fails.is_empty() {
+            continue;
         }
-    }
-    let mut stuck: BTreeSet<&str> = waits.keys().copied().collect();
-    loop {
-        let stays = |who: &&str| {
-            let held = waits.get(who).and_then(|what| holders.get(what));
-            held.is_some_and(|held| held.iter().all(|holder| stuck.contains(holder)))
-        };
-        let left: BTreeSet<&str> = stuck.iter().copied().filter(|who| stays(who)).collect();
-        if left.len() == stuck.len() {
-            return !stuck.is_empty();
-        }
-        stuck = left;
-    }
-}
-
-fn run_one(way: Way, scene: &Scene, options: &[&str], seed: u32, bug: bool) -> Verdict {
-    let append = append(scene, seed, bug);
-    let run = way.run(&[options, &["--append", &append]].concat())?;
-    in_form(scene, &run)?;
-    let lines = told(scene, &run);
-    let last = lines.last().copied().unwrap_or_default();
-    let Some(kind) = scene.fails.filter(|_| bug) else {
-        ensure!(run.end == End::Status(0) && last == "passed", "{append} {options:?} did not pass:\n{run}");
-        return Ok(());
-    };
-    let failed = last.starts_with(&format!("failed {kind}: "));
-    ensure!(run.end == FAIL && failed, "{append} {options:?} did not fail by {kind}:\n{run}");
-    for wanted in scene.with_bug {
-        ensure!(lines.contains(wanted), "{append} {options:?} does not say `{wanted}`:\n{run}");
-    }
-    ensure!(
-        kind != "deadlock" || has_cycle(&lines),
-        "{append} {options:?}: no cycle in what it prints:\n{run}"
-    );
-    Ok(())
-}
-
-fn both(way: Way, scene: &Scene, options: &[&str], seed: u32) -> Verdict {
-    run_one(way, scene, options, seed, false)?;
-    if scene.fails.is_some() {
-        run_one(way, scene, options, seed, true)?;
-    }
-    Ok(())
-}
-
-fn on_soft(scene: &Scene) -> Verdict {
-    for vcpus in ["1", "2"] {
-        for seed in 1..=SEEDS {
-            let text = seed.to_string();
-            both(SOFT, scene, &["--vcpus", vcpus, "--deterministic", "--seed", &text], seed)?;
-        }
+        let run = SOFT.run(&[&simulated[..], &[&format!("{append} bug")]].concat())?;
+        let story = story(case.name, &run)?;
+        let kind = story.failure().map(|(kind, _)| kind);
+        let feared = kind.is_some_and(|kind| case.fails.contains(&kind));
+        ensure!(run.end == FAIL && feared, "{append} bug did not fail by {:?}:\n{run}", case.fails);
+        let cycle = kind != Some(Kind::Deadlock) || !story.cycle().is_empty();
+        ensure!(cycle, "{append} bug: no cycle in what it prints:\n{run}");
     }
     Ok(())
 }
@@ -218,22 +107,22 @@ fn same_cases() -> Verdict {
         let has_bug = !rules.trim_start().starts_with("0)");
         Some((workload.to_lowercase(), name.trim_matches('"').to_owned(), has_bug))
     };
-    let theirs: Vec<_> = text.lines().filter_map(row).collect();
-    let ours: Vec<_> = SCENES
-        .iter()
-        .map(|scene| (scene.workload.to_owned(), scene.name.to_owned(), scene.fails.is_some()))
-        .collect();
-    ensure!(theirs == ours, "scene.h has {theirs:?}, and this test {ours:?}");
+    let mut theirs: Vec<_> = text.lines().filter_map(row).collect();
+    let row = |(workload, case): (&str, Case)| (workload.into(), case.name.into(), !case.fails.is_empty());
+    let mut ours: Vec<_> = scenes().map(row).collect();
+    theirs.sort();
+    ours.sort();
+    ensure!(theirs == ours, "scene.h has {theirs:?}, and the table {ours:?}");
     Ok(())
 }
 
-fn figures(workload: &'static str, name: &'static str) -> Result<BTreeMap<String, u32>, Failed> {
-    let scene = measured(workload, name);
-    let run = SOFT.run(&["--append", &append(&scene, 1, false)])?;
+fn figures(workload: &str, name: &str) -> Result<BTreeMap<String, u32>, Failed> {
+    let run = SOFT.run(&["--append", &format!("workload={workload} case={name}")])?;
+    ensure!(story(name, &run)?.passed(), "it did not pass:\n{run}");
+    let prefix = format!("scenario {name}: measured ");
     let mut figures = BTreeMap::new();
-    for line in told(&scene, &run) {
-        let Some((name, rest)) = line.strip_prefix("measured ").and_then(|rest| rest.split_once(" = "))
-        else {
+    for line in console(&run).lines() {
+        let Some((name, rest)) = line.strip_prefix(&prefix).and_then(|rest| rest.split_once(" = ")) else {
             continue;
         };
         println!("{line}");

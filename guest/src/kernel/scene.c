@@ -180,7 +180,7 @@ static void say_of(const struct task *task)
         for (u32 slots = pool_held_by(task, series); slots; slots--)
             say("%s holds %s", task->name, series_slot(series));
     if (task->has_batch)
-        say("%s holds a free frame", task->name);
+        say("%s owes a free frame", task->name);
     if (task->waits_for)
         say("%s waits for %s", task->name, task->waits_for);
 }

@@ -4,6 +4,7 @@
  *
  *   scenario CASE: begin
  *   scenario CASE: WHO holds WHAT
+ *   scenario CASE: WHO owes WHAT
  *   scenario CASE: WHO waits for WHAT
  *   scenario CASE: WHO lets go of WHAT
  *   scenario CASE: saw TEXT
@@ -11,7 +12,7 @@
  *   scenario CASE: failed KIND: TEXT
  *   scenario CASE: passed
  *
- * A case ends with one of the last two. Before `failed deadlock` stand the lines of all who hold or wait, as locks, slots and tasks
+ * A case ends with one of the last two. Before `failed deadlock` stand the lines of all who hold, owe or wait, as locks, slots and tasks
  * have them: whoever reads finds the cycle. */
 #ifndef SCENE_H
 #define SCENE_H

@@ -28,7 +28,7 @@ pub mod args;
 mod judge;
 mod run;
 mod scenes;
-mod story;
+pub mod story;
 pub mod table;
 
 pub use args::{PlayArgs, ScenarioArgs, ScenarioCommand};

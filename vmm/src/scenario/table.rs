@@ -328,6 +328,13 @@ pub const SCENARIOS: &[Scenario] = &[
                 &[Kind::Content, Kind::Lost],
             ),
             guest(
+                "recursive",
+                "superblock",
+                "who takes the superblock finds it whole",
+                "a recursive lock lets the holder's own reclaim in, which sees what the holder has half changed",
+                &[Kind::Content],
+            ),
+            guest(
                 "cures",
                 "superblock",
                 "the cures compared: what each leaves unreclaimed, how often it starts again",
@@ -353,15 +360,24 @@ pub const SCENARIOS: &[Scenario] = &[
              the disk, but each is a write of its own, between others. Where the scan only marks pages, and they are written when memory \
              is really wanted, they are written together. The thread found the first to cost all locality of reference.",
         ],
-        played_by: "Umbra's own reclaim and swap",
-        cases: &[scene(
-            "write-out",
-            Scene::Locality,
-            Some(Rule::WriteTogether),
-            "pages that are neighbours go to swap as neighbours, in few writes",
-            "each page is written as it is found",
-            &[Kind::Scattered],
-        )],
+        played_by: "Umbra's own reclaim and swap; `clustering`: the guest's",
+        cases: &[
+            scene(
+                "write-out",
+                Scene::Locality,
+                Some(Rule::WriteTogether),
+                "pages that are neighbours go to swap as neighbours, in few writes",
+                "each page is written as it is found",
+                &[Kind::Scattered],
+            ),
+            guest(
+                "clustering",
+                "superblock",
+                "the guest's own swap: writes, and reads that bring neighbours, by both ways",
+                "",
+                &[],
+            ),
+        ],
     },
     Scenario {
         name: RULES,
