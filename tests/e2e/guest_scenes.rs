@@ -84,6 +84,7 @@ pub fn cases() -> Vec<Trial> {
     let mut trials = vec![
         case("guest_scene_that_there_is_not_is_refused_with_a_list", &[], refused),
         case("guest_scenes_of_the_kernel_are_those_of_the_test", &[], same_cases),
+        case("guest_scene_cycle_is_found_where_there_is_one_alone", &[], cycles),
         case("guest_scene_cures_measure_what_they_were_rejected_for", &[], cures),
         case("guest_scene_clustering_saves_writes", &[], clustering),
         case("guest_scene_slots_are_fewer_as_a_stack", &[], slots),
@@ -146,6 +147,19 @@ fn has_cycle(lines: &[&str]) -> bool {
         }
         stuck = left;
     }
+}
+
+fn cycles() -> Verdict {
+    let waits_only = ["a holds x", "b waits for x"];
+    let two = ["a holds x", "b waits for x", "b holds y", "a waits for y"];
+    let one_may_give = ["a holds a slot", "a waits for a slot", "b holds a slot"];
+    let told = ["saw a holds x", "a waits for x"];
+    ensure!(has_cycle(&two), "a cycle of two is one");
+    ensure!(has_cycle(&["a holds x", "a waits for x"]), "who waits for what it has waits for ever");
+    for lines in [&waits_only[..], &one_may_give, &told, &two[..3]] {
+        ensure!(!has_cycle(lines), "there is no cycle in {lines:?}");
+    }
+    Ok(())
 }
 
 fn run_one(way: Way, scene: &Scene, options: &[&str], seed: u32, bug: bool) -> Verdict {
