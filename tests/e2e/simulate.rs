@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 
 use super::umbra::{program, status, umbra};
 use crate::ensure;
-use crate::support::process::End;
+use crate::support::process::{End, Outcome};
 use crate::support::{Verdict, case};
 
 /// The tests of this file.
@@ -52,8 +52,10 @@ fn lowest() -> Verdict {
         for words in [
             "seed 4: the run ended with status 10",
             "the guest did not end within --timeout",
-            "  umbra run --deterministic --seed 4 --append workload=hello --timeout 1200us\n",
-            "  umbra simulate --replay 4 -- --append workload=hello --timeout 1200us\n",
+            // It takes that long in any order.
+            "and so it does if the seed chooses 0 times who runs next",
+            "  umbra run --deterministic --seed 4 --append workload=hello --timeout 1200us --choices 0\n",
+            "  umbra simulate --replay 4 -- --append workload=hello --timeout 1200us --choices 0\n",
         ] {
             ensure!(run.stderr.contains(words), "{jobs} jobs, it should say {words:?}:\n{run}");
         }
@@ -146,6 +148,25 @@ fn omission() -> Verdict {
     ensure!(run.end == status::INCOHERENT, "expected {:?}:\n{run}", status::INCOHERENT);
     for words in ["INV-TLB-2", "the run ended with status 16", "--omit flush-at-entry"] {
         ensure!(run.stderr.contains(words), "it should say {words:?}:\n{run}");
+    }
+    shrunk(&run, &sweep[4..], &under_pressure)
+}
+
+/// So few of the seed's choices are enough, and one fewer is not.
+fn shrunk(found: &Outcome, options: &[&str], more: &[&str]) -> Verdict {
+    let after = |words: &str| found.stderr.split_once(words)?.1.split([' ', ':']).next()?.parse::<u64>().ok();
+    let seed = after("seed ").ok_or_else(|| format!("no seed:\n{found}"))?.to_string();
+    let enough = after("if the seed chooses ").ok_or_else(|| format!("it is not shrunk:\n{found}"))?;
+    let with = |choices: u64| {
+        let choices = choices.to_string();
+        let words = ["run", "--deterministic", "--seed", &seed, "--choices", &choices];
+        umbra(words.iter().chain(options).chain(more))
+    };
+    let again = with(enough)?;
+    ensure!(again.end == status::INCOHERENT, "{enough} choices are not enough:\n{again}");
+    if let Some(fewer) = enough.checked_sub(1) {
+        let other = with(fewer)?;
+        ensure!(other.end != status::INCOHERENT, "{fewer} choices are enough too:\n{other}");
     }
     Ok(())
 }

@@ -255,10 +255,11 @@ fn simulate(args: &SimulateArgs) -> u8 {
     };
     if let Some(failed) = &report.failed {
         failed.said.lines().for_each(|line| drop(writeln!(io::stderr(), "  {line}")));
-        say!("seed {}: the run {}; this runs it again, and this shows it:", failed.seed, failed.outcome);
-        if let Some(choices) = failed.choices {
-            say!("(the first {choices} of the seed's choices are enough: after them all take turns)");
-        }
+        let fewer = failed.choices.map_or(String::new(), |choices| {
+            format!(", and so it does if the seed chooses {choices} times who runs next, and all take turns from then on")
+        });
+        let (seed, outcome) = (failed.seed, failed.outcome);
+        say!("seed {seed}: the run {outcome}{fewer}; this runs it again, and this shows it:");
         order
             .again(failed.seed, failed.choices)
             .iter()
