@@ -10,7 +10,7 @@ use crate::addr::{Gfn, Mfn, Mpa};
 use crate::bucket::Link;
 use crate::format::Gpte;
 use crate::frames::{DIRTY, EXTERNAL, FOREIGN, FrameKind, SHADOWED, UNSYNC, UPPER, WATCHED, WIDE};
-use crate::p2m::PageState;
+use crate::p2m::{PageState, Range, TABLE_ENTRIES};
 use crate::shadow::role::{Key, Shape};
 use crate::spte::Spte;
 use crate::walk::load_gpte;
@@ -37,6 +37,7 @@ impl Mmu {
         audit.check_roots();
         audit.check_links();
         audit.check_frames();
+        audit.check_ranges();
         audit.check_marks();
         audit.check_swap();
         audit.check_counts();
@@ -227,7 +228,7 @@ impl Audit<'_> {
         let mmu = self.mmu;
         let idle = self.check_pool();
         let (mut guest, mut free, mut pinned) = (0u32, 0u32, Vec::new());
-        for number in 0..mmu.frames.total_with_homes() {
+        for number in 0..mmu.frames.total_with_areas() {
             let mfn = Mfn(number);
             match mmu.frames.kind(mfn) {
                 FrameKind::Guest(gfn) => {
@@ -237,7 +238,7 @@ impl Audit<'_> {
                         format!("INV-P2M-1: {mfn} says it is {gfn}, which is {state:?}")
                     });
                 }
-                FrameKind::Free => free += u32::from(!mmu.frames.is_home(mfn)),
+                FrameKind::Free => free += u32::from(number < mmu.frames.total()),
                 _ => {}
             }
             let listed =
@@ -259,6 +260,37 @@ impl Audit<'_> {
             format!("INV-FRAME-2: {free} free frames, {listed} on the free list")
         });
         self.require(pinned.is_empty(), || format!("INV-WINDOW-1: still pinned: {pinned:?}"));
+    }
+
+    /// What a range is said to be as a whole it is, page by page; none is being gathered.
+    fn check_ranges(&mut self) {
+        let mmu = self.mmu;
+        for first in (0..mmu.p2m.pages()).step_by(TABLE_ENTRIES).map(Gfn) {
+            match mmu.p2m.range(first) {
+                Range::Nothing | Range::Table => {}
+                Range::Moving(ticket) => {
+                    self.require(false, || {
+                        format!("INV-HUGE-2: the range of {first} is {ticket:?}, and nobody gathers it")
+                    });
+                }
+                Range::Huge(base) => {
+                    let whole = mmu.frames.block(first) == Some(base) && mmu.is_gathered(first, base);
+                    self.require(whole, || {
+                        format!("INV-HUGE-1: the range of {first} is not all in the block of {base}")
+                    });
+                    let tracked = (0..TABLE_ENTRIES as u32).find(|n| {
+                        mmu.frames.flags(Mfn(base.0 + n))
+                            & (SHADOWED | UNSYNC | UPPER | WATCHED | EXTERNAL | FOREIGN)
+                            != 0
+                    });
+                    self.require(tracked.is_none(), || {
+                        format!(
+                            "INV-HUGE-1: page {tracked:?} of the range of {first} is tracked, or imported"
+                        )
+                    });
+                }
+            }
+        }
     }
 
     /// No slot of the window's pool is taken; the frames that idle ones pin are their pages'.

@@ -58,6 +58,9 @@ fn killer(rule: Rule) -> Killer {
         Rule::CodeAtFlush => Killer::Scene(scenes::moved_code),
         Rule::GateAtImport => Killer::Scene(scenes::taken_before_the_import),
         Rule::TellImporters | Rule::AwaitImporters | Rule::FenceHomes => Killer::Scene(scenes::imported),
+        Rule::SplitAtUnmap => Killer::Scene(scenes::taken_from_a_huge_range),
+        Rule::SplitAtProtection => Killer::Scene(scenes::watched_in_a_huge_range),
+        Rule::MovingAtDiscard => Killer::Scene(scenes::discarded_while_it_is_gathered),
         Rule::FirmwareFlush
         | Rule::NotifierFlush
         | Rule::FlushBesideHardware

@@ -307,6 +307,9 @@ impl Mmu {
     /// TLB may still let it be written: through an spte protected now, or through one that was removed before and not
     /// flushed since (TLB debt). Caller holds bucket(gfn) through `bucket`.
     pub(crate) fn write_protect(&self, bucket: &BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> Option<Protected> {
+        if self.rules.keep(Rule::SplitAtProtection) {
+            self.break_up(gfn);
+        }
         let removal = self.coherence.removal();
         let mut narrowed = false;
         for link in bucket.links_of(gfn) {

@@ -11,7 +11,7 @@
 //! | bus | what the interpreter asks for, answered by MMU and board |
 //! | tables | the guest's descriptor tables, translated for the hardware |
 //! | flush | how this host's TLBs are flushed |
-//! | budget, reclaimer | how many frames there are to be over time; the thread that makes frames free |
+//! | budget, reclaimer, collapser | how many frames there are to be over time; the threads that make frames free, and that gather them |
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | virtio | the disks and the balloon: their slots, their threads |
 //! | control, ask | the control socket and its client |
@@ -28,7 +28,9 @@ pub mod ask;
 mod backend;
 mod beside;
 pub mod budget;
+
 mod bus;
+mod collapser;
 pub mod control;
 mod devices;
 mod ending;
@@ -83,7 +85,7 @@ pub use vcpu::VcpuStats;
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
 use crate::boot::{ImageError, MemoryError};
-use crate::cli::{RunArgs, Swap, Window};
+use crate::cli::{Huge, RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
 use crate::kvm::{HostError, KvmError};
@@ -94,6 +96,7 @@ use crate::units::format_duration;
 use crate::virtio::disk::{Disk, DiskError, DiskSpec};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
+use collapser::Collapser;
 use control::{ANSWER_WAIT, ControlSocket, Controls, News};
 use devices::Devices;
 use events::{EventLoop, Subscriber};
@@ -380,6 +383,12 @@ impl Guest {
             subscribers.push(Box::new(recorder.timer().map_err(RunError::Setup)?));
         }
         let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
+        let collapser = match args.huge {
+            Huge::On => {
+                Some(Collapser::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?)
+            }
+            Huge::Off => None,
+        };
         // A simulation's time is not the event loop's, which has the signals left then.
         let (clock, limit) = match args.deterministic {
             true => (Some(self.start_clock(args, &ending).map_err(RunError::Setup)?), None),
@@ -402,6 +411,7 @@ impl Guest {
         if let Some(cause) = ending.shutdown_cause() {
             news.shutdown(cause);
         }
+        drop(collapser);
         drop(clock);
         drop(events);
         // Before the reclaimer: a worker may wait for a frame.
@@ -526,13 +536,14 @@ fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Con
         firmware_entry: 0,
         vcpus: args.vcpus,
         homes: args.export.is_some(),
+        blocks: args.huge == Huge::On,
     }
 }
 
 /// Its machine.
 fn build_pool(args: &RunArgs, plan: &Plan, config: &Config) -> Result<Pool, RunError> {
     let (firmware, tables) = (plan.firmware_frames(args.vcpus)?, u64::from(config.table_frames_max()));
-    let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
+    let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES + u64::from(config.block_frames());
     let homes = if config.homes { u64::from(config.guest_pages) } else { 0 };
     Ok(match args.window {
         Window::Pinned => Pool::with_homes(frames, homes)?,

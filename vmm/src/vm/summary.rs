@@ -7,7 +7,7 @@ use serde::Serialize;
 use umbra_mmu::guest_tlb::Verdicts;
 use umbra_mmu::records::Cause;
 use umbra_mmu::sync::sim::Logged;
-use umbra_mmu::{Context, FaultStats, Mmu};
+use umbra_mmu::{Context, FaultStats, HugeStats, Mmu};
 
 use super::ending::End;
 use super::series::Series;
@@ -49,6 +49,8 @@ pub struct Memory {
     pub given_back: u64,
     /// The longest that anybody waited for a page to be brought in, in nanoseconds.
     pub stall_nanos_max: u64,
+    /// Ranges of 2 MiB that were gathered (`--huge`).
+    pub huge: HugeRanges,
     /// Invalidations, by cause.
     pub invalidations: Vec<Invalidations>,
     /// Shadow pages evicted.
@@ -356,6 +358,42 @@ impl From<VcpuStats> for Counts {
     }
 }
 
+/// What has become of ranges of 2 MiB.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct HugeRanges {
+    /// Those that are huge at the end.
+    pub now: u32,
+    /// Collapses.
+    pub collapsed: u64,
+    /// Huge ranges that were split again.
+    pub split: u64,
+    /// Collapses that gave up because a page was taken meanwhile.
+    pub hit: u64,
+    /// Those that did because a page was held in its place, or is no memory.
+    pub held: u64,
+    /// Those that did because frames were short.
+    pub short: u64,
+    /// Pages moved.
+    pub moved: u64,
+    /// Pages filled that had never been touched.
+    pub filled: u64,
+}
+
+impl From<HugeStats> for HugeRanges {
+    fn from(s: HugeStats) -> HugeRanges {
+        HugeRanges {
+            now: s.huge,
+            collapsed: s.collapsed,
+            split: s.split,
+            hit: s.hit,
+            held: s.held,
+            short: s.short,
+            moved: s.moved,
+            filled: s.filled,
+        }
+    }
+}
+
 impl Memory {
     /// What `mmu` holds now.
     pub fn of(mmu: &Mmu) -> Memory {
@@ -373,6 +411,7 @@ impl Memory {
             direct_reclaims: usage.direct_reclaims,
             given_back: reclaim.given_back,
             stall_nanos_max: reclaim.stall_nanos_max,
+            huge: HugeRanges::from(mmu.huge_stats()),
             invalidations: Cause::ALL.iter().map(|cause| Invalidations::of(mmu, *cause)).collect(),
             guest_pages: mmu.p2m().pages(),
             resident: usage.resident,
