@@ -322,14 +322,9 @@ impl Mmu {
         matches!(self.break_up(gfn), Range::Huge(_))
     }
 
-    /// Breaks the range of a page up that is taken, or marked: what it was. Caller holds bucket(gfn).
-    #[inline]
-    pub(crate) fn break_up(&self, gfn: Gfn) -> Range {
-        let was = self.p2m.break_up(gfn);
-        if let Range::Huge(_) = was {
-            self.collapses.split.fetch_add(1, Relaxed);
-        }
-        was
+    /// Counts a huge range that was split.
+    pub(crate) fn note_split(&self, split: bool) {
+        self.collapses.split.fetch_add(u64::from(split), Relaxed);
     }
 
     /// What has become of ranges so far.

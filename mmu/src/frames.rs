@@ -280,6 +280,12 @@ impl Frames {
         (first.0.is_multiple_of(TABLE_ENTRIES as u32) && end <= blocks).then(|| Mfn(self.pool + first.0))
     }
 
+    /// The first page of the range whose block the frame is of, if it is of one.
+    pub(crate) fn range_of(&self, mfn: Mfn) -> Option<Gfn> {
+        let of_block = (self.pool..self.first_home).contains(&mfn.0);
+        of_block.then(|| Gfn((mfn.0 - self.pool) / TABLE_ENTRIES as u32 * TABLE_ENTRIES as u32))
+    }
+
     /// There are frames that the host backs and nobody can have.
     pub(crate) fn has_strays(&self) -> bool {
         !self.free.lock().strays.is_empty()

@@ -382,7 +382,8 @@ impl Hold<'_> {
         self.gates.iter().any(|gfn| {
             let PageState::Resident(mfn) = self.mmu.p2m.lookup(*gfn) else { return false };
             let owed = !self.mmu.coherence.covered(self.mmu.frames.debt(mfn));
-            owed || self.mmu.buckets.lock(*gfn).links_of(*gfn).next().is_some()
+            let linked = self.mmu.buckets.lock(*gfn).links_of(*gfn).next().is_some();
+            owed || linked || self.mmu.is_mapped_large(*gfn)
         })
     }
 

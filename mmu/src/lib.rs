@@ -105,6 +105,7 @@ use p2m::{P2m, PageState};
 use pool::Pool;
 use reclaim::Background;
 use records::{Clock, NoClock, Records};
+use shadow::large::Larges;
 use shadow::pages::Pages;
 use shadow::{Roots, track};
 use swap::{NoSwap, SwapDevice, SwapMap};
@@ -207,6 +208,7 @@ pub struct Mmu {
     exports: Exports,
     background: Background,
     collapses: Collapses,
+    larges: Larges,
     clock: Box<dyn Clock>,
     host: Box<dyn Host>,
     guest_tlb: Option<Box<GuestTlb>>,
@@ -287,12 +289,17 @@ impl Mmu {
             records: Records::new(),
             background: Background::new(),
             collapses: Collapses::default(),
+            larges: Larges::new(config.blocked_pages() / p2m::TABLE_ENTRIES as u32),
             clock: Box::new(NoClock),
             host: Box::new(NoHost(machine.clone())),
             hardware: machine.clone(),
             windows: Windows::pinned(machine.clone()),
             machine,
-            p2m: P2m::new(config.guest_pages),
+            p2m: if config.blocks {
+                P2m::new(config.guest_pages).with_ranges()
+            } else {
+                P2m::new(config.guest_pages)
+            },
             buckets: Buckets::new(gated),
             coherence: Coherence::new(config.vcpus, shootdown),
             pages: Pages::new(config.shadow_pages_max),

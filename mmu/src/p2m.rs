@@ -28,7 +28,7 @@
 //!            collapse: a ticket                all gathered, and the ticket still stands
 //!   Table --------------------> Moving(ticket) ------------------------------------------> Huge(base)
 //!     ^                             |                                                         |
-//!     +---- a page is taken, or its stores must be seen: under its bucket (P2m::break_up) ----+
+//!     +---- a page is taken, or its stores must be seen: under its bucket (Mmu::break_up) ----+
 //! ```
 //!
 //! Holds: INV-HUGE-1 and INV-HUGE-2 (collapse).
@@ -211,6 +211,8 @@ pub struct P2m {
     upper: Box<[OnceLock<Box<Table>>]>,
     /// [`Range`] of each upper entry: apart from what lookups read.
     ranges: Box<[AtomicU64]>,
+    /// Generations of each range, mapping and write; none where no range can be huge.
+    generations: Box<[(AtomicU32, AtomicU32)]>,
     /// The last ticket given out.
     tickets: AtomicU64,
     pages: u32,
@@ -237,6 +239,7 @@ impl P2m {
         P2m {
             upper,
             ranges,
+            generations: Box::default(),
             tickets: AtomicU64::new(0),
             pages,
             advances: AtomicU64::new(0),
@@ -269,18 +272,25 @@ impl P2m {
         self.change_range(gfn, Range::Moving(ticket), to)
     }
 
-    /// The range of `gfn` is a table from here on: what it was. Caller holds bucket(gfn), and takes the page from its frame, or the right to
-    /// write to it, in the same critical section: whoever gathers the range comes to that bucket either before, and its ticket falls,
-    /// or after, and finds the page gone or marked.
-    pub(crate) fn break_up(&self, gfn: Gfn) -> Range {
-        let range = self.range(gfn);
-        if matches!(range, Range::Nothing | Range::Table) || self.change_range(gfn, range, Range::Table) {
-            return range;
-        }
-        // Whatever it has become meanwhile ends as well.
-        let word = &self.ranges[gfn.0 as usize / TABLE_ENTRIES];
-        word.swap(RANGE_TABLE, Ordering::SeqCst);
-        range
+    /// The range of `gfn` is a table from here on, if it is still `range`. Caller holds bucket(gfn), and takes the page from its frame,
+    /// or the right to write to it, in the same critical section: whoever gathers the range comes to that bucket either before, and
+    /// its ticket falls, or after, and finds the page gone or marked.
+    pub(crate) fn break_up(&self, gfn: Gfn, range: Range) -> bool {
+        self.change_range(gfn, range, Range::Table)
+    }
+
+    /// The generations of a range as a whole: they advance with those of any page of it. Read them where a large leaf is made.
+    #[inline]
+    pub(crate) fn range_generations(&self, gfn: Gfn) -> Generations {
+        let range = &self.generations[gfn.0 as usize / TABLE_ENTRIES];
+        let [mapping, write] = [&range.0, &range.1].map(|generation| generation.load(Ordering::Acquire));
+        Generations { mapping, write }
+    }
+
+    /// Keeps the generations of ranges too.
+    pub(crate) fn with_ranges(mut self) -> P2m {
+        self.generations = self.upper.iter().map(|_| Default::default()).collect();
+        self
     }
 
     fn change_range(&self, gfn: Gfn, from: Range, to: Range) -> bool {
@@ -410,6 +420,9 @@ impl P2m {
         let word = entry.generations.load(Ordering::Relaxed);
         let next = word & !0xffff_ffff | u64::from((word as u32).wrapping_add(1));
         entry.generations.store(next, Ordering::Release);
+        if let Some(range) = self.generations.get(gfn.0 as usize / TABLE_ENTRIES) {
+            range.1.fetch_add(1, Ordering::AcqRel);
+        }
         self.advances.fetch_add(1, Ordering::Release);
     }
 
@@ -491,6 +504,9 @@ impl Settler<'_> {
         entry.state.store(next, Ordering::Release);
         let generations = entry.generations.load(Ordering::Relaxed);
         entry.generations.store(generations.wrapping_add(1 << 32), Ordering::Release);
+        if let Some(range) = self.p2m.generations.get(gfn.0 as usize / TABLE_ENTRIES) {
+            range.0.fetch_add(1, Ordering::AcqRel);
+        }
         self.settled[(next & KIND) as usize] += 1;
     }
 }

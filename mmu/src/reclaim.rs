@@ -348,7 +348,7 @@ impl Mmu {
             }
         }
         *cleared |= young;
-        young
+        self.clear_young_large(gfn, cleared) || young
     }
 }
 

@@ -155,6 +155,8 @@ rules! {
         "a range that loses a page is huge no more, and one that is being gathered does not become so";
     SplitAtProtection "split-at-protection" Gate "Mmu::write_protect":
         "nor does one of whose pages stores must be seen";
+    DebtOfSplit "debt-of-split" Debt "Mmu::split_range":
+        "a range that was split is in TLBs as a whole still";
     MovingAtDiscard "moving-at-discard" Wait "Mmu::is_discarded":
         "a page that is on its way is not taken for none: who discards it comes again when it has arrived";
 

@@ -17,7 +17,8 @@ use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::sync::AtomicBool;
 use umbra_mmu::window::Intent;
 use umbra_mmu::{
-    Collapser, Config, Context, Gfn, LocalStack, Machine, Mfn, Mmu, NoVcpus, NotCollapsed, Shootdown, TlbKind,
+    Access, AccessKind, Collapser, Config, Context, Flush, Gfn, Gva, LocalStack, Machine, Mfn, Miss, Mmu,
+    Mode, NoVcpus, NotCollapsed, Outcome, Shootdown, TlbKind, Vcpu, Width,
 };
 
 use crate::model::run::{audit, number, rng, seconds};
@@ -203,6 +204,152 @@ fn a_range_that_is_used_all_the_time_is_found_and_one_that_is_not_is_left() {
     }
     guest.rest();
     audit(&mmu);
+}
+
+/// The guest's page directory: the range by half an entry of 4 MiB, or one of 2 MiB, from linear 0x4000_0000 on.
+const DIRECTORY: Gfn = Gfn(8);
+const LINEAR: u32 = 0x4000_0000;
+
+/// A vCPU with paging on, whose directory maps all of the guest's memory large.
+fn paged(mmu: &Mmu, pae: bool, kind: TlbKind) -> Vcpu {
+    const PRESENT_WRITABLE_LARGE: u32 = 0x83;
+    let window = LocalStack::new(Context::Host);
+    let put = |gpa, bytes: &[u8]| mmu.write_bytes(&window, gpa, bytes).expect("memory");
+    let mode = Mode { paging: true, pae, pse: true, write_protect: true, ..Mode::default() };
+    if pae {
+        // A page-directory-pointer table, whose second entry is the directory.
+        put(Gfn(9).at(8), &(u64::from(DIRECTORY.0) << 12 | 1).to_le_bytes());
+        for n in 0..RANGES {
+            let entry = u64::from(n * RANGE) << 12 | u64::from(PRESENT_WRITABLE_LARGE);
+            put(DIRECTORY.at(n * 8), &entry.to_le_bytes());
+        }
+    } else {
+        for n in 0..RANGES / 2 {
+            let entry = (n * 2 * RANGE) << 12 | PRESENT_WRITABLE_LARGE;
+            put(DIRECTORY.at((LINEAR >> 22) * 4 + n * 4), &entry.to_le_bytes());
+        }
+    }
+    let mut vcpu = mmu.soft_vcpu(0, kind);
+    let cr3 = if pae { 9 << 12 } else { DIRECTORY.0 << 12 };
+    mmu.set_paging(&mut vcpu, mode, cr3, Flush::Yes).expect("it is memory");
+    vcpu
+}
+
+fn gva(gfn: Gfn) -> Gva {
+    Gva(LINEAR + (gfn.0 << 12) + 16)
+}
+
+/// Stores (`Some`) to the page, or not, and loads, as a backend does: what is there then.
+fn access(mmu: &Mmu, vcpu: &Vcpu, gfn: Gfn, value: Option<u64>) -> u64 {
+    let at = gva(gfn);
+    for _ in 0..8 {
+        mmu.tlb_enter(vcpu);
+        let stored = value.map_or(Ok(()), |value| mmu.tlb_store(vcpu, at, Width::B8, value, false));
+        let done = stored.and_then(|()| mmu.tlb_load(vcpu, at, Width::B8, false));
+        mmu.leave(vcpu);
+        match done {
+            Ok(value) => return value,
+            Err(Miss::Incoherent(violation)) => panic!("{violation}"),
+            Err(Miss::Fault) => {}
+        }
+        let kind = if value.is_some() { AccessKind::Write } else { AccessKind::Read };
+        let done = mmu.fault_sleeping(vcpu, at, Access { kind, user: false }).expect("frames");
+        assert!(matches!(done, Outcome::Fixed | Outcome::Spurious | Outcome::Again), "{at}: {done:?}");
+    }
+    panic!("{at} cannot be reached");
+}
+
+fn fills(vcpu: &Vcpu) -> u64 {
+    vcpu.tlb().expect("it has one").stats().fills
+}
+
+const LOSSY: TlbKind = TlbKind::Lossy(7);
+
+fn ways() -> impl Iterator<Item = (bool, TlbKind)> {
+    let kinds = [TlbKind::Sized, TlbKind::Sticky, LOSSY];
+    [false, true].into_iter().flat_map(move |pae| kinds.map(|kind| (pae, kind)))
+}
+
+#[test]
+fn a_huge_range_that_the_guest_maps_large_takes_one_entry_of_a_tlb() {
+    for (pae, kind) in ways() {
+        let mmu = mmu();
+        fill(&mmu);
+        let vcpu = paged(&mmu, pae, kind);
+        pages().for_each(|gfn| assert_eq!(access(&mmu, &vcpu, gfn, None), value(gfn)));
+        let small = fills(&vcpu);
+        assert!(small >= RANGE.into());
+        assert_eq!(mmu.collapse(FIRST), Ok(()));
+        pages().for_each(|gfn| assert_eq!(access(&mmu, &vcpu, gfn, Some(value(gfn))), value(gfn)));
+        let large = fills(&vcpu) - small;
+        // A lossy one forgets it once in eight times.
+        let most = if kind == LOSSY { RANGE.into() } else { 2 };
+        assert!(large > 0 && large <= most, "pae {pae}, {kind:?}: {large} fills");
+        audit(&mmu);
+        let told = mmu.explain(&vcpu, gva(PAGE)).to_string();
+        assert!(told.contains("huge range"), "{told}");
+
+        // The directory's entry goes: so does the leaf.
+        let window = LocalStack::new(Context::Host);
+        let entry = if pae { DIRECTORY.at(8) } else { DIRECTORY.at((LINEAR >> 22) * 4) };
+        mmu.write_bytes(&window, entry, &[0; 4]).expect("memory");
+        mmu.invalidate_page(&vcpu, gva(PAGE));
+        mmu.tlb_enter(&vcpu);
+        assert_eq!(
+            mmu.tlb_load(&vcpu, gva(EARLY), Width::B8, false),
+            Err(Miss::Fault),
+            "pae {pae}, {kind:?}"
+        );
+        mmu.leave(&vcpu);
+        let done = mmu.fault_sleeping(&vcpu, gva(PAGE), Access::read(false)).expect("frames");
+        assert!(matches!(done, Outcome::Guest(_)), "pae {pae}, {kind:?}: {done:?}");
+        audit(&mmu);
+    }
+}
+
+#[test]
+fn a_range_that_is_mapped_large_is_split_by_whoever_takes_a_page_or_watches_it() {
+    for (pae, kind) in ways() {
+        let mmu = mmu();
+        fill(&mmu);
+        let vcpu = paged(&mmu, pae, kind);
+        let large = |mmu: &Mmu| {
+            assert_eq!(mmu.collapse(FIRST), Ok(()), "pae {pae}, {kind:?}");
+            access(mmu, &vcpu, EARLY, Some(value(EARLY)));
+        };
+        large(&mmu);
+        mmu.discard(None, [PAGE.0], Discard::Zero, May::Sleep).expect("nobody holds it");
+        assert_eq!(access(&mmu, &vcpu, PAGE, None), 0, "pae {pae}, {kind:?}");
+        assert_eq!(access(&mmu, &vcpu, PAGE, Some(9)), 9);
+        audit(&mmu);
+        large(&mmu);
+        assert_eq!(mmu.page_out(None, &[PAGE]), Ok(1));
+        assert_eq!(access(&mmu, &vcpu, PAGE, None), 9, "pae {pae}, {kind:?}");
+        audit(&mmu);
+        large(&mmu);
+        assert!(mmu.split(PAGE));
+        assert_eq!(access(&mmu, &vcpu, PAGE, Some(10)), 10);
+        audit(&mmu);
+        large(&mmu);
+        assert_eq!(mmu.watch(&vcpu, PAGE), Ok(true));
+        mmu.tlb_enter(&vcpu);
+        assert_eq!(
+            mmu.tlb_store(&vcpu, gva(PAGE), Width::B8, 11, false),
+            Err(Miss::Fault),
+            "pae {pae}, {kind:?}"
+        );
+        mmu.leave(&vcpu);
+        let store = mmu.fault_sleeping(&vcpu, gva(PAGE), Access::write(false)).expect("frames");
+        assert!(matches!(store, Outcome::Emulate(_)), "a watched page is written unseen: {store:?}");
+        check(&mmu, Some(PAGE));
+        // The shadow goes, page by page.
+        mmu.unwatch(PAGE);
+        large(&mmu);
+        mmu.evict_shadow(1000);
+        audit(&mmu);
+        assert_eq!(access(&mmu, &vcpu, EARLY, None), value(EARLY));
+        check(&mmu, Some(PAGE));
+    }
 }
 
 type Act = Box<dyn FnOnce(&Arc<Mmu>) + Send>;

@@ -60,6 +60,7 @@ fn killer(rule: Rule) -> Killer {
         Rule::TellImporters | Rule::AwaitImporters | Rule::FenceHomes => Killer::Scene(scenes::imported),
         Rule::SplitAtUnmap => Killer::Scene(scenes::taken_from_a_huge_range),
         Rule::SplitAtProtection => Killer::Scene(scenes::watched_in_a_huge_range),
+        Rule::DebtOfSplit => Killer::Scene(scenes::mapped_large_and_split),
         Rule::MovingAtDiscard => Killer::Scene(scenes::discarded_while_it_is_gathered),
         Rule::FirmwareFlush
         | Rule::NotifierFlush

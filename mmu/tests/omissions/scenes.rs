@@ -809,3 +809,19 @@ pub fn discarded_while_it_is_gathered(rules: Rules) -> Option<String> {
     let told = *done.get().expect("it came in");
     (told && byte == [7]).then(|| "a page was discarded, and has what it had".into())
 }
+
+/// A page of a range that a TLB has as a whole is discarded.
+pub fn mapped_large_and_split(rules: Rules) -> Option<String> {
+    let mmu = gathering(rules, Box::new(NoClock));
+    mmu.collapse(RANGE).expect("nobody holds a page");
+    let vcpu = mmu.soft_vcpu(0, TlbKind::Sticky);
+    let at = Gva(GATHERED.0 << 12);
+    store(&mmu, &vcpu, Gva(RANGE.0 << 12), 1);
+    load(&mmu, &vcpu, at).expect("the same entry");
+    mmu.leave(&vcpu);
+    mmu.discard(None, [GATHERED.0], Discard::Zero, May::Sleep).expect("nobody holds it");
+    mmu.tlb_enter(&vcpu);
+    let found = load(&mmu, &vcpu, at);
+    mmu.leave(&vcpu);
+    found.err().filter(|why| why != "fault")
+}
