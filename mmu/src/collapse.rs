@@ -74,7 +74,7 @@ const ROUNDS_MAX: u32 = 8;
 /// Pages of a range that must be resident for it to be looked at: an eighth of it may be filled.
 const RESIDENT_MIN: u32 = PAGES - PAGES / 8;
 /// Pages of it that must have been used from one look to the next.
-const HOT_MIN: u32 = PAGES / 2;
+const HOT_MIN: u32 = PAGES / 8;
 /// Ranges that are looked at in a round.
 const LOOKS_MAX: usize = 8;
 /// Marks of a frame that is left where it is.

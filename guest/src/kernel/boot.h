@@ -22,6 +22,7 @@
     X(SHOOT, "shoot") \
     X(AGE, "age")    \
     X(REPORT, "report") \
+    X(HUGE, "huge") \
     X(OOPS, "oops")
 
 enum workload {

@@ -66,6 +66,8 @@ static void run(enum workload workload)
         work_age();
     if (workload == WORKLOAD_REPORT)
         work_report();
+    if (workload == WORKLOAD_HUGE)
+        work_huge();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

@@ -16,6 +16,7 @@ void work_disk(void);
 void work_shoot(void);
 void work_age(void);
 void work_report(void);
+void work_huge(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

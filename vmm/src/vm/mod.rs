@@ -70,7 +70,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
 use umbra_mmu::sync::sim::{self, Ticket};
-use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE, SoftTlb};
 
 pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
@@ -109,7 +109,7 @@ use serial::{Console, FirstByte};
 use series::Recorder;
 use simulation::Simulation;
 use stops::Stops;
-use summary::EventLog;
+use summary::{EventLog, TlbCounts};
 use vcpu::{Backend, Core, Surroundings};
 use virtio::{GuestBalloon, VirtioDevices};
 
@@ -632,6 +632,11 @@ fn judge(
         audit,
         vcpus: cores.len(),
         faults: faults.into(),
+        tlb: cores
+            .iter()
+            .filter_map(|core| core.mmu_vcpu.tlb())
+            .map(SoftTlb::stats)
+            .fold(TlbCounts::default(), TlbCounts::plus),
         vcpu: vcpu.into(),
         memory: summary::Memory::of(mmu),
         guest_tlb: mmu.guest_tlb().map(|model| model.verdicts().into()),

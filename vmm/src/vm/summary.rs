@@ -7,6 +7,7 @@ use serde::Serialize;
 use umbra_mmu::guest_tlb::Verdicts;
 use umbra_mmu::records::Cause;
 use umbra_mmu::sync::sim::Logged;
+use umbra_mmu::tlb::TlbStats;
 use umbra_mmu::{Context, FaultStats, HugeStats, Mmu};
 
 use super::ending::End;
@@ -203,6 +204,8 @@ pub struct Summary {
     pub audit: Vec<String>,
     /// Faults as the MMU counts them.
     pub faults: Faults,
+    /// What the software TLBs did, all together.
+    pub tlb: TlbCounts,
     /// How many vCPUs there were.
     pub vcpus: usize,
     /// What they did, all together.
@@ -354,6 +357,28 @@ impl From<VcpuStats> for Counts {
             user_faults: s.user_faults,
             interrupts: s.interrupts,
             flushes: s.flushes,
+        }
+    }
+}
+
+/// [`TlbStats`] for JSON.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct TlbCounts {
+    /// Entries made: one for each miss that was no fault of the guest's.
+    pub fills: u64,
+    /// Pages forgotten by INVLPG or a page fault.
+    pub page_flushes: u64,
+    /// Flushes of everything, or of everything but global pages.
+    pub flushes: u64,
+}
+
+impl TlbCounts {
+    /// With those of another.
+    pub fn plus(self, s: TlbStats) -> TlbCounts {
+        TlbCounts {
+            fills: self.fills + s.fills,
+            page_flushes: self.page_flushes + s.page_flushes,
+            flushes: self.flushes + s.flushes,
         }
     }
 }
