@@ -197,6 +197,10 @@ fn a_range_that_is_used_all_the_time_is_found_and_one_that_is_not_is_left() {
         guest.leave();
         mmu.collapse_round(&mut by).expect("no swap is used");
     }
+    // As a whole, once each of its pages is used again by whatever way.
+    let fills = guest.tlb_fills();
+    (0..RANGE).for_each(|n| assert_eq!(guest.load(hot + n, 1), Ok(n.into())));
+    assert!(guest.tlb_fills() - fills <= 1, "{} fills", guest.tlb_fills() - fills);
     let ranges = [hot, idle].map(|first| matches!(mmu.p2m().range(Gfn(first)), Range::Huge(_)));
     assert_eq!((ranges, mmu.huge_stats().collapsed), ([true, false], 1));
     for n in 0..RANGE {

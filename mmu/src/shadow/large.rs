@@ -199,6 +199,12 @@ impl Mmu {
         }
     }
 
+    /// The page may be mapped by a large leaf.
+    #[inline]
+    pub(crate) fn is_huge(&self, gfn: Gfn) -> bool {
+        self.config.blocks && !cfg!(loom) && matches!(self.p2m.range(gfn), Range::Huge(_))
+    }
+
     /// Some large leaf maps the page.
     pub(crate) fn is_mapped_large(&self, gfn: Gfn) -> bool {
         self.larges.of(gfn).is_some_and(|leaves| !leaves.list.lock().is_empty())
