@@ -292,7 +292,8 @@ impl Audit<'_> {
         let mmu = self.mmu;
         let mut listed: Vec<Mpa> = mmu.larges.all().into_iter().map(|(_, at)| at).collect();
         let mut present = std::mem::take(&mut self.large);
-        (listed.sort_unstable(), present.sort_unstable());
+        listed.sort_unstable();
+        present.sort_unstable();
         self.require(listed == present, || {
             format!("INV-RMAP-2: large leaves at {present:?}, listed are {listed:?}")
         });
