@@ -12,7 +12,7 @@
 //!
 //! | word | meaning | default |
 //! |---|---|---|
-//! | `workload=` | `all` (`hello`, `mm`, `kmap`), one of those, `access`, `spin`, `sweep`, `storm`, `mix`, `fpu`, or `oops` (a fault in kernel code, to see its dump); docs/manual.md says what each does | `all` |
+//! | `workload=` | `all` (`hello`, `mm`, `kmap`), one of those, `access`, `spin`, `sweep`, `storm`, `mix`, `fpu`, `huge`, or `oops` (a fault in kernel code, to see its dump); docs/manual.md says what each does | `all` |
 //! | `paging=` | `pae` or `legacy` (two levels, 4 MiB pages) | `pae` |
 //! | `seed=` | of all patterns and samples, 0..=999999999 | 1 |
 //! | `scale=` | percent of the default work, 1..=4000 | 100 |

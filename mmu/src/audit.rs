@@ -10,7 +10,7 @@ use crate::addr::{Gfn, Mfn, Mpa};
 use crate::bucket::Link;
 use crate::format::Gpte;
 use crate::frames::{DIRTY, EXTERNAL, FOREIGN, FrameKind, SHADOWED, UNSYNC, UPPER, WATCHED, WIDE};
-use crate::p2m::PageState;
+use crate::p2m::{PageState, Range, TABLE_ENTRIES};
 use crate::shadow::role::{Key, Shape};
 use crate::spte::Spte;
 use crate::walk::load_gpte;
@@ -26,17 +26,20 @@ struct Audit<'a> {
     findings: Findings,
     /// Links that the tables call for.
     leaves: HashMap<Mpa, Gfn>,
+    /// Large leaves that the tables have.
+    large: Vec<Mpa>,
 }
 
 impl Mmu {
     /// Checks everything and lists what is wrong (at most 32 findings). No vCPU may run meanwhile.
     pub fn audit(&self) -> Findings {
-        let mut audit = Audit { mmu: self, findings: Vec::new(), leaves: HashMap::new() };
+        let mut audit = Audit { mmu: self, findings: Vec::new(), leaves: HashMap::new(), large: Vec::new() };
         audit.check_pages();
         audit.check_free_pages();
         audit.check_roots();
         audit.check_links();
         audit.check_frames();
+        audit.check_ranges();
         audit.check_marks();
         audit.check_swap();
         audit.check_counts();
@@ -94,8 +97,13 @@ impl Audit<'_> {
     /// An entry of a directory page: linked as its child says, and justified by the guest's entry.
     fn check_link(&mut self, key: Key, slot: u32, index: u32) {
         let at = self.mmu.pages.mfn(slot).at(index * 8);
-        if !self.mmu.spte(at).is_present() {
+        let spte = self.mmu.spte(at);
+        if !spte.is_present() {
             return;
+        }
+        if spte.is_large() {
+            self.large.push(at);
+            return self.check_large(key, index, spte);
         }
         let Some(child) = self.child_of(at, false) else { return };
         if key.role.shape != Shape::Directory {
@@ -115,6 +123,24 @@ impl Audit<'_> {
         };
         self.require(valid && same, || {
             format!("INV-SYNC-3: {key:?} entry {index} links {child:?}, the guest says {gpte:?}")
+        });
+    }
+
+    /// A large leaf: its range is huge, in these frames, and the guest's entry justifies it.
+    fn check_large(&mut self, key: Key, index: u32, spte: Spte) {
+        let first = self.mmu.frames.range_of(spte.mfn());
+        let huge = first.is_some_and(|first| self.mmu.p2m.range(first) == Range::Huge(spte.mfn()));
+        self.require(huge, || format!("INV-HUGE-1: {spte:?} maps a range that is not huge, {first:?}"));
+        if key.role.shape != Shape::Directory {
+            return;
+        }
+        let (mode, gpte) = (key.role.mode, self.guest_entry(key, index));
+        let valid = gpte.is_present() && gpte.is_accessed() && gpte.is_large(mode);
+        let base = gpte.large_gfn(mode).0;
+        let within = first.is_some_and(|first| (base..base + 1024).contains(&first.0));
+        let dirty = gpte.is_dirty() || !spte.is_writable();
+        self.require(valid && within && dirty && !gpte.has_reserved_bits(mode, true), || {
+            format!("INV-SYNC-3: {key:?} entry {index} is {spte:?}, the guest says {gpte:?}")
         });
     }
 
@@ -227,7 +253,7 @@ impl Audit<'_> {
         let mmu = self.mmu;
         let idle = self.check_pool();
         let (mut guest, mut free, mut pinned) = (0u32, 0u32, Vec::new());
-        for number in 0..mmu.frames.total_with_homes() {
+        for number in 0..mmu.frames.total_with_areas() {
             let mfn = Mfn(number);
             match mmu.frames.kind(mfn) {
                 FrameKind::Guest(gfn) => {
@@ -237,7 +263,7 @@ impl Audit<'_> {
                         format!("INV-P2M-1: {mfn} says it is {gfn}, which is {state:?}")
                     });
                 }
-                FrameKind::Free => free += u32::from(!mmu.frames.is_home(mfn)),
+                FrameKind::Free => free += u32::from(number < mmu.frames.total()),
                 _ => {}
             }
             let listed =
@@ -259,6 +285,49 @@ impl Audit<'_> {
             format!("INV-FRAME-2: {free} free frames, {listed} on the free list")
         });
         self.require(pinned.is_empty(), || format!("INV-WINDOW-1: still pinned: {pinned:?}"));
+    }
+
+    /// What a range is said to be as a whole it is, page by page; none is being gathered. The large leaves of each are on its list.
+    fn check_ranges(&mut self) {
+        let mmu = self.mmu;
+        let mut listed: Vec<Mpa> = mmu.larges.all().into_iter().map(|(_, at)| at).collect();
+        let mut present = std::mem::take(&mut self.large);
+        listed.sort_unstable();
+        present.sort_unstable();
+        self.require(listed == present, || {
+            format!("INV-RMAP-2: large leaves at {present:?}, listed are {listed:?}")
+        });
+        for first in (0..mmu.p2m.pages()).step_by(TABLE_ENTRIES).map(Gfn) {
+            match mmu.p2m.range(first) {
+                Range::Nothing | Range::Table => {}
+                Range::Moving(ticket) => {
+                    self.require(false, || {
+                        format!("INV-HUGE-2: the range of {first} is {ticket:?}, and nobody gathers it")
+                    });
+                }
+                Range::Huge(base) => {
+                    let whole = mmu.frames.block(first) == Some(base) && mmu.is_gathered(first, base);
+                    self.require(whole, || {
+                        format!("INV-HUGE-1: the range of {first} is not all in the block of {base}")
+                    });
+                    let tracked = (0..TABLE_ENTRIES as u32).find(|n| {
+                        mmu.frames.flags(Mfn(base.0 + n))
+                            & (SHADOWED | UNSYNC | UPPER | WATCHED | EXTERNAL | FOREIGN)
+                            != 0
+                    });
+                    self.require(tracked.is_none(), || {
+                        format!(
+                            "INV-HUGE-1: page {tracked:?} of the range of {first} is tracked, or imported"
+                        )
+                    });
+                    let clean =
+                        (0..TABLE_ENTRIES as u32).find(|n| mmu.frames.flags(Mfn(base.0 + n)) & DIRTY == 0);
+                    self.require(clean.is_none(), || {
+                        format!("INV-DIRTY-1: page {clean:?} of the huge range of {first} is clean")
+                    });
+                }
+            }
+        }
     }
 
     /// No slot of the window's pool is taken; the frames that idle ones pin are their pages'.

@@ -15,6 +15,7 @@ use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::invalidation::{BATCH_MAX, Caller, May, Settled, Settling, WouldBlock};
 use crate::p2m::PageState;
 use crate::records::Cause;
+use crate::rules::Rule;
 use crate::scope::NoSleep;
 use crate::sync::thread;
 
@@ -191,7 +192,8 @@ impl Mmu {
             PageState::Device => true,
             PageState::Zero => what == Discard::Zero,
             PageState::Ballooned => what == Discard::Balloon,
-            PageState::Resident(_) | PageState::Swapped(_) | PageState::Moving => false,
+            PageState::Moving => !self.rules.keep(Rule::MovingAtDiscard),
+            PageState::Resident(_) | PageState::Swapped(_) => false,
         }
     }
 }

@@ -580,7 +580,7 @@ impl Mmu {
     }
 
     /// Makes `to` the frame of a page that nobody can reach, all but in the p2m. What swap has of it is not kept.
-    fn copy_page(&self, page: &Held, to: Mfn) {
+    pub(crate) fn copy_page(&self, page: &Held, to: Mfn) {
         let mut bytes = [0; crate::PAGE_SIZE as usize];
         self.windows.with_frame(page.mfn, |memory, at| memory.read(at.at(0), &mut bytes));
         self.windows.with_frame(to, |memory, at| memory.write(at.at(0), &bytes));

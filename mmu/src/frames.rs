@@ -22,6 +22,10 @@
 //! the budget, but for the time that a cut of it takes. INV-FRAME-5, every page of low memory has its frame or can have
 //! one at any time.
 //!
+//! Behind the pool may be a second place for each whole range of guest memory: its *block*, whose frames are contiguous and aligned as
+//! the range is ([`crate::collapse`]). A frame of a block is for its own page alone and counts on the budget only while that is in it;
+//! one that was left is a *stray* until the host has it back.
+//!
 //! Locks: the allocator's own ([`lock_order::FRAMES`]). The flags of a guest frame change only under
 //! bucket(gfn); its debt is a maximum and may rise at any time.
 //!
@@ -32,6 +36,7 @@ use std::io;
 use crate::addr::{Gfn, Mfn};
 use crate::lock_order;
 use crate::machine::Machine;
+use crate::p2m::TABLE_ENTRIES;
 use crate::rules::{Rule, Rules};
 use crate::sync::{self, AtomicU32, AtomicU64, Lock, Ordering, zeroed};
 
@@ -69,6 +74,8 @@ pub const DIRTY: u32 = 1 << 13;
 pub const EXTERNAL: u32 = 1 << 14;
 /// Importers may write to it unseen: no table may be tracked in it.
 pub const FOREIGN: u32 = 1 << 15;
+/// A frame of a block that nobody has, and that the host still backs.
+const STRAY: u32 = 1 << 16;
 
 const KIND_MASK: u32 = 0xff;
 /// Free frames that the host is left to back where there is no budget: shadow tables come and go.
@@ -162,7 +169,9 @@ struct FreeList {
     returned: Vec<Mfn>,
     /// Free, used before, and given back to the host: zeros.
     given_back: Vec<Mfn>,
-    /// In use or returned.
+    /// Frames of blocks that were left, and that the host still backs. Nobody can have them.
+    strays: Vec<Mfn>,
+    /// In use, returned or stray.
     backed: u32,
     budget: u32,
     marks: Marks,
@@ -190,8 +199,10 @@ pub struct Frames {
     frames: Box<[Frame]>,
     /// Flush clock of the last removal of an spte to each frame (see coherence).
     debts: Box<[AtomicU64]>,
-    /// Frames that are the allocator's. Behind them are homes, one for each page of guest memory or none at all.
+    /// Frames that are the allocator's. Behind them are blocks, for each whole range of guest memory one or none at all.
     pool: u32,
+    /// Behind those are homes, one for each page of guest memory or none at all.
+    first_home: u32,
     first: u32,
     stride: u64,
     /// Guest pages below this one are low memory.
@@ -207,12 +218,13 @@ impl Frames {
     /// Frames `reserved..total` are free, those below are [`FrameKind::Reserved`]. The first `low` guest pages will have
     /// a frame whenever they want one. The budget is all there is.
     pub fn new(total: u32, reserved: u32, low: u32) -> Frames {
-        Frames::with_homes(total, reserved, low, 0)
+        Frames::with_areas(total, reserved, low, (0, 0))
     }
 
-    /// The same, with so many homes behind (see external).
-    pub fn with_homes(total: u32, reserved: u32, low: u32, homes: u32) -> Frames {
-        let all = total as usize + homes as usize;
+    /// The same, with so many frames of blocks behind, and behind those so many homes (see external).
+    pub fn with_areas(total: u32, reserved: u32, low: u32, (blocks, homes): (u32, u32)) -> Frames {
+        let first_home = total.saturating_add(blocks);
+        let all = first_home as usize + homes as usize;
         let frames: Box<[Frame]> = zeroed(all);
         for frame in frames.iter().take(reserved as usize) {
             frame[STATE].store(1, Ordering::Relaxed);
@@ -223,6 +235,7 @@ impl Frames {
             next: 0,
             returned: Vec::new(),
             given_back: Vec::new(),
+            strays: Vec::new(),
             backed: 0,
             budget,
             marks: Marks::default(),
@@ -233,6 +246,7 @@ impl Frames {
             frames,
             debts: zeroed(all),
             pool: total,
+            first_home,
             first,
             stride: scatter_stride(u64::from(budget)),
             low,
@@ -246,25 +260,43 @@ impl Frames {
         self.rules = rules;
     }
 
-    /// How many frames the machine has, homes not among them.
+    /// How many frames the machine has, blocks and homes not among them.
     pub fn total(&self) -> u32 {
         self.pool
     }
 
-    /// The same, with the homes.
-    pub(crate) fn total_with_homes(&self) -> u32 {
+    /// The same, with the blocks and the homes.
+    pub(crate) fn total_with_areas(&self) -> u32 {
         self.frames.len() as u32
     }
 
     /// The frame is a page's home.
     #[inline]
     pub fn is_home(&self, mfn: Mfn) -> bool {
-        mfn.0 >= self.pool
+        mfn.0 >= self.first_home
+    }
+
+    /// The block of the range that begins with `first`, if there are blocks and the range is whole.
+    pub(crate) fn block(&self, first: Gfn) -> Option<Mfn> {
+        let blocks = self.first_home - self.pool;
+        let end = first.0.checked_add(TABLE_ENTRIES as u32)?;
+        (first.0.is_multiple_of(TABLE_ENTRIES as u32) && end <= blocks).then(|| Mfn(self.pool + first.0))
+    }
+
+    /// The first page of the range whose block the frame is of, if it is of one.
+    pub(crate) fn range_of(&self, mfn: Mfn) -> Option<Gfn> {
+        let of_block = (self.pool..self.first_home).contains(&mfn.0);
+        of_block.then(|| Gfn((mfn.0 - self.pool) / TABLE_ENTRIES as u32 * TABLE_ENTRIES as u32))
+    }
+
+    /// There are frames that the host backs and nobody can have.
+    pub(crate) fn has_strays(&self) -> bool {
+        !self.free.lock().strays.is_empty()
     }
 
     /// There are homes.
     pub(crate) fn has_homes(&self) -> bool {
-        self.frames.len() as u32 > self.pool
+        self.frames.len() as u32 > self.first_home
     }
 
     /// How many are nobody's now, however many of them the budget allows to be used.
@@ -304,12 +336,13 @@ impl Frames {
         self.allocate_with(FrameKind::Guest(gfn), draw, false)
     }
 
-    /// Takes a home for its page, which has another frame, and leaves it. False when no frame is left for `draw`, or the home is
-    /// taken: somebody else moves the page.
+    /// Takes a home for its page, which has another frame, and leaves it; or the page's frame in a block. False when no frame is left
+    /// for `draw`, or this one is taken, or the host still has to take it: somebody else moves the page, or just did.
     pub(crate) fn claim(&self, home: Mfn, gfn: Gfn, draw: Draw) -> bool {
         let mut free = self.free.lock();
         let available = self.available(&free);
-        if self.kind(home) != FrameKind::Free || available <= kept(&free, draw) {
+        let idle = self.kind(home) == FrameKind::Free && self.flags(home) & STRAY == 0;
+        if !idle || available <= kept(&free, draw) {
             return false;
         }
         free.backed += 1;
@@ -363,17 +396,20 @@ impl Frames {
         frames.iter().for_each(|mfn| self.put_back(&mut free, *mfn));
     }
 
-    /// The host does not back a home that nobody is in.
+    /// The host does not back a home that nobody is in, nor for long a frame of a block.
     fn put_back(&self, free: &mut FreeList, mfn: Mfn) {
         self.set_kind(mfn, FrameKind::Free);
         if self.is_home(mfn) {
             free.backed -= 1;
-        } else {
+        } else if mfn.0 < self.pool {
             free.returned.push(mfn);
+        } else {
+            self.change_flags(mfn, 0, STRAY);
+            free.strays.push(mfn);
         }
     }
 
-    /// Gives the host back what is free and over the budget, or free in numbers; returns how many frames. Called with no
+    /// Gives the host back what is stray, free and over the budget, or free in numbers; returns how many frames. Called with no
     /// lock held.
     ///
     /// # Errors
@@ -389,20 +425,31 @@ impl Frames {
             }
             let done = host.give_back(&surplus);
             let mut free = self.free.lock();
+            let are_strays = surplus[0].0 >= self.pool;
             if let Err(error) = done {
                 free.backed += surplus.len() as u32;
-                free.returned.extend_from_slice(&surplus);
+                if are_strays { &mut free.strays } else { &mut free.returned }.extend_from_slice(&surplus);
                 return Err(error);
             }
-            free.given_back.extend_from_slice(&surplus);
+            if are_strays {
+                surplus.iter().for_each(|mfn| self.change_flags(*mfn, STRAY, 0));
+            } else {
+                free.given_back.extend_from_slice(&surplus);
+            }
             given += surplus.len() as u32;
         }
     }
 
-    /// Some of the returned frames that are too many. They count as given back from here on, so that nobody reclaims for
-    /// want of what the host is just being given.
+    /// Some of the strays, or of the returned frames that are too many. They count as given back from here on, so that nobody
+    /// reclaims for want of what the host is just being given.
     fn take_surplus(&self) -> Vec<Mfn> {
         let mut free = self.free.lock();
+        let strays = free.strays.len();
+        if strays > 0 {
+            let count = strays.min(TRIM_BATCH as usize);
+            free.backed -= count as u32;
+            return free.strays.split_off(strays - count);
+        }
         let returned = free.returned.len() as u32;
         let limited = free.budget < self.total() - self.first;
         let kept = if limited { free.marks.high } else { KEPT_UNLIMITED };

@@ -40,7 +40,7 @@ use crate::addr::{Gfn, Mfn};
 use crate::external::ImporterId;
 use crate::frames::{EXTERNAL, SHADOWED, UNSYNC, UPPER, WATCHED};
 use crate::lock_order;
-use crate::p2m::PageState;
+use crate::p2m::{PageState, Range, Ticket};
 use crate::records::{Cause, Record};
 use crate::rules::Rule;
 use crate::shadow::leaf::Protected;
@@ -104,11 +104,18 @@ pub(crate) struct Caller {
     may: May,
     /// How often it may still leave a gate open for a starving fill.
     naps: u32,
+    /// It gathers a range, and takes pages of it only while this stands.
+    ticket: Option<Ticket>,
 }
 
 impl Caller {
     pub fn new(own: Option<u32>, may: May) -> Caller {
-        Caller { own, may, naps: NAPS_MAX }
+        Caller { own, may, naps: NAPS_MAX, ticket: None }
+    }
+
+    /// Who gathers a range: a thread that is no vCPU's.
+    pub fn collapsing(ticket: Ticket) -> Caller {
+        Caller { ticket: Some(ticket), ..Caller::new(None, May::Sleep) }
     }
 
     pub fn may_sleep(&self) -> bool {
@@ -121,6 +128,7 @@ struct Hold<'m> {
     mmu: &'m Mmu,
     own: Option<u32>,
     may: May,
+    ticket: Option<Ticket>,
     gates: Vec<Gfn>,
     held: Vec<Held>,
     /// Who had which of them outside.
@@ -184,6 +192,7 @@ impl Mmu {
             mmu: self,
             own: caller.own,
             may: caller.may,
+            ticket: caller.ticket,
             held: Vec::with_capacity(gates.len()),
             record: Record { own: caller.own, ..Record::new(cause, gfns) },
             gates,
@@ -373,7 +382,8 @@ impl Hold<'_> {
         self.gates.iter().any(|gfn| {
             let PageState::Resident(mfn) = self.mmu.p2m.lookup(*gfn) else { return false };
             let owed = !self.mmu.coherence.covered(self.mmu.frames.debt(mfn));
-            owed || self.mmu.buckets.lock(*gfn).links_of(*gfn).next().is_some()
+            let linked = self.mmu.buckets.lock(*gfn).links_of(*gfn).next().is_some();
+            owed || linked || self.mmu.is_mapped_large(*gfn)
         })
     }
 
@@ -419,12 +429,20 @@ impl Hold<'_> {
             self.record.skipped += 1;
             return false;
         }
+        // Its range is somebody else's by now, or nobody's.
+        if self.ticket.is_some_and(|ticket| mmu.p2m.range(gfn) != Range::Moving(ticket)) {
+            self.record.skipped += 1;
+            return false;
+        }
         let Some(copy) = mmu.p2m.claim(gfn, PageState::Resident(mfn)) else { return false };
         // Claimed, then looked for pins; who pins looks at the page's state after: one sees the other.
         if mmu.pins_of(gfn, mfn) != 0 && mmu.rules.keep(Rule::PinsAtUnmap) {
             mmu.p2m.transition_with(gfn, PageState::Moving, PageState::Resident(mfn), copy);
             self.record.skipped += 1;
             return false;
+        }
+        if self.ticket.is_none() && mmu.rules.keep(Rule::SplitAtUnmap) {
+            mmu.break_up(gfn);
         }
         let mut zapped = false;
         bucket.unlink_all(gfn, |link| {

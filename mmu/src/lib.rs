@@ -18,6 +18,7 @@
 //! | bucket | reverse map and gates |
 //! | invalidation, records | the one road by which a page loses its frame, and what each passage leaves behind |
 //! | external | importers in other processes: who may have which page, and how they lose it |
+//! | collapse | 2 MiB ranges, gathered into contiguous frames and split again |
 //! | discard, power | pages that are not wanted any more; all that a guest has, at a reset |
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
@@ -35,6 +36,7 @@ pub mod addr;
 pub mod audit;
 pub mod bucket;
 pub mod coherence;
+pub mod collapse;
 pub mod discard;
 pub mod dma;
 pub mod events;
@@ -76,6 +78,7 @@ pub mod window;
 pub use access::{Access, AccessKind, FaultCode, PageFault};
 pub use addr::{Gfn, Gpa, Gva, Mfn, Mpa, PAGE_SHIFT, PAGE_SIZE};
 pub use coherence::{Coherence, NoVcpus, Shootdown};
+pub use collapse::{Collapser, HugeStats, NotCollapsed};
 pub use explain::Explanation;
 pub use fault::Outcome;
 pub use format::{Mode, PHYSICAL_BITS};
@@ -96,6 +99,7 @@ pub use walk::{Refusal, Touch, Translation};
 pub use window::{Context, LocalStack};
 
 use bucket::Buckets;
+use collapse::Collapses;
 use external::{Exports, External};
 use frames::{Draw, FrameKind, Frames, Host, NoHost};
 use guest_tlb::GuestTlb;
@@ -104,6 +108,7 @@ use p2m::{P2m, PageState};
 use pool::Pool;
 use reclaim::Background;
 use records::{Clock, NoClock, Records};
+use shadow::large::Larges;
 use shadow::pages::Pages;
 use shadow::{Roots, track};
 use swap::{NoSwap, SwapDevice, SwapMap};
@@ -135,6 +140,8 @@ pub struct Config {
     pub vcpus: u32,
     /// The last [`Config::guest_pages`] frames of the machine are homes of exported pages (see external).
     pub homes: bool,
+    /// The [`Config::block_frames`] before those are of blocks, in which ranges of guest memory are gathered (see collapse).
+    pub blocks: bool,
 }
 
 impl Config {
@@ -150,7 +157,21 @@ impl Config {
             firmware_entry: 0,
             vcpus: 1,
             homes: false,
+            blocks: false,
         }
+    }
+
+    /// Frames that the machine must have more for blocks, if it has any: one for each page of a whole range of guest memory, and as
+    /// many as it takes to have them aligned.
+    pub const fn block_frames(&self) -> u32 {
+        let per_range = p2m::TABLE_ENTRIES as u32;
+        if self.blocks { self.blocked_pages() + per_range - 1 } else { 0 }
+    }
+
+    /// Pages of guest memory that have a frame in a block.
+    const fn blocked_pages(&self) -> u32 {
+        let per_range = p2m::TABLE_ENTRIES as u32;
+        if self.blocks { self.guest_pages / per_range * per_range } else { 0 }
     }
 
     /// Frames that shadow tables may take at most, roots included.
@@ -189,6 +210,8 @@ pub struct Mmu {
     records: Records,
     exports: Exports,
     background: Background,
+    collapses: Collapses,
+    larges: Larges,
     clock: Box<dyn Clock>,
     host: Box<dyn Host>,
     guest_tlb: Option<Box<GuestTlb>>,
@@ -249,27 +272,37 @@ impl Mmu {
     pub fn new(machine: Machine, config: Config, shootdown: Box<dyn Shootdown>) -> Mmu {
         let config = config.raised();
         let homes = if config.homes { config.guest_pages.min(machine.frames()) } else { 0 };
-        let pool = machine.frames() - homes;
+        let blocks = config.blocked_pages().min(machine.frames() - homes);
+        let before_homes = machine.frames() - homes;
+        // Blocks begin where a range would.
+        let aligned = if blocks > 0 { p2m::TABLE_ENTRIES as u32 } else { 1 };
+        let pool = (before_homes - blocks) / aligned * aligned;
         // Who waits for an importer keeps a gate closed for long: it is for that page alone, then.
         let gated = if config.homes { config.guest_pages.saturating_mul(16) } else { config.guest_pages };
         Mmu {
-            frames: Frames::with_homes(
+            frames: Frames::with_areas(
                 pool,
                 config.reserved_frames,
                 config.low_pages.min(config.guest_pages),
-                homes,
+                (before_homes - pool, homes),
             ),
-            exports: Exports::new(Mfn(pool), homes),
+            exports: Exports::new(Mfn(before_homes), homes),
             lru: Lru::new(machine.frames()),
             swap: SwapMap::new(Box::new(NoSwap)),
             records: Records::new(),
             background: Background::new(),
+            collapses: Collapses::default(),
+            larges: Larges::new(config.blocked_pages() / p2m::TABLE_ENTRIES as u32),
             clock: Box::new(NoClock),
             host: Box::new(NoHost(machine.clone())),
             hardware: machine.clone(),
             windows: Windows::pinned(machine.clone()),
             machine,
-            p2m: P2m::new(config.guest_pages),
+            p2m: if config.blocks {
+                P2m::new(config.guest_pages).with_ranges()
+            } else {
+                P2m::new(config.guest_pages)
+            },
             buckets: Buckets::new(gated),
             coherence: Coherence::new(config.vcpus, shootdown),
             pages: Pages::new(config.shadow_pages_max),

@@ -47,6 +47,8 @@ pub const SHADOW_L1: Level = Level::new(430, "shadow page, level 1");
 pub const SHADOW_FREE: Level = Level::new(450, "shadow page free list");
 /// A bucket of the reverse map.
 pub const BUCKET: Level = Level::new(500, "bucket");
+/// The large leaves of a range.
+pub const LARGE: Level = Level::new(530, "large leaves");
 /// Which importers have which page.
 pub const EXTERNAL: Level = Level::new(540, "importers");
 /// Which pages may be imported.

@@ -20,10 +20,21 @@
 //! the page has lost its frame, `write` when write permission was taken away. INV-P2M-4, the counts of pages in each state
 //! are what a walk over all entries comes to; a `Moving` page counts as what it was.
 //!
+//! An upper entry says more of its range than that there is a table, in a word of its own: that somebody gathers its pages (`Moving`), or
+//! that all of them are resident in one block of contiguous frames (`Huge`). The lower entries stay what they are all the while, and
+//! lookups go by them alone; what a `Huge` entry adds is a promise, and whoever is about to break it takes the word back first:
+//!
+//! ```text
+//!            collapse: a ticket                all gathered, and the ticket still stands
+//!   Table --------------------> Moving(ticket) ------------------------------------------> Huge(base)
+//!     ^                             |                                                         |
+//!     +---- a page is taken, or its stores must be seen: under its bucket (Mmu::break_up) ----+
+//! ```
+//!
+//! Holds: INV-HUGE-1 and INV-HUGE-2 (collapse).
+//!
 //! Limits: guest frame numbers are 24 bits (64 GiB), machine frame numbers 29. 16 bytes an entry, in tables made on
 //! first touch.
-//!
-//! Not here: `Huge` and `Moving` upper entries.
 
 use crate::addr::{Gfn, Mfn};
 use crate::swap::SwapSlot;
@@ -61,6 +72,38 @@ pub struct PageCounts {
     /// Given up by the guest.
     pub ballooned: u32,
 }
+
+/// The collapse of a range, told from those before and after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+/// What a range is as a whole: an upper entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Range {
+    /// None of its pages was ever touched: all are zeros.
+    Nothing,
+    /// Its pages are what each of them is.
+    Table,
+    /// The same, and somebody gathers them.
+    Moving(Ticket),
+    /// All are resident, in this frame and those after it.
+    Huge(Mfn),
+}
+
+impl Range {
+    fn encode(self) -> u64 {
+        match self {
+            Range::Nothing | Range::Table => RANGE_TABLE,
+            Range::Moving(ticket) => RANGE_MOVING | ticket.0 << RANGE_BITS,
+            Range::Huge(base) => RANGE_HUGE | u64::from(base.0) << RANGE_BITS,
+        }
+    }
+}
+
+const RANGE_TABLE: u64 = 0;
+const RANGE_MOVING: u64 = 1;
+const RANGE_HUGE: u64 = 2;
+const RANGE_BITS: u32 = 2;
 
 /// Generations of an entry, as a TLB entry or a window remembers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +209,12 @@ type Table = [Entry; TABLE_ENTRIES];
 pub struct P2m {
     /// `None` until a gfn of the range is touched: then all of it is `Zero`.
     upper: Box<[OnceLock<Box<Table>>]>,
+    /// [`Range`] of each upper entry: apart from what lookups read.
+    ranges: Box<[AtomicU64]>,
+    /// Generations of each range, mapping and write; none where no range can be huge.
+    generations: Box<[(AtomicU32, AtomicU32)]>,
+    /// The last ticket given out.
+    tickets: AtomicU64,
     pages: u32,
     /// How often a generation has advanced, of any entry.
     advances: AtomicU64,
@@ -186,7 +235,70 @@ impl P2m {
         let pages = pages.min(GFN_MAX);
         let tables = (pages as usize).div_ceil(TABLE_ENTRIES);
         let upper = (0..tables).map(|_| OnceLock::new()).collect();
-        P2m { upper, pages, advances: AtomicU64::new(0), counts: Counts::default() }
+        let ranges = (0..tables).map(|_| AtomicU64::new(RANGE_TABLE)).collect();
+        P2m {
+            upper,
+            ranges,
+            generations: Box::default(),
+            tickets: AtomicU64::new(0),
+            pages,
+            advances: AtomicU64::new(0),
+            counts: Counts::default(),
+        }
+    }
+
+    /// What the range of `gfn` is as a whole.
+    pub fn range(&self, gfn: Gfn) -> Range {
+        let number = gfn.0 as usize / TABLE_ENTRIES;
+        let Some(word) = self.ranges.get(number) else { return Range::Nothing };
+        let word = word.load(Ordering::SeqCst);
+        match word & ((1 << RANGE_BITS) - 1) {
+            RANGE_MOVING => Range::Moving(Ticket(word >> RANGE_BITS)),
+            RANGE_HUGE => Range::Huge(Mfn((word >> RANGE_BITS) as u32)),
+            _ if self.upper[number].get().is_none() => Range::Nothing,
+            _ => Range::Table,
+        }
+    }
+
+    /// Somebody begins to gather the range of `gfn`: under what ticket; `None` where it is anything but a table.
+    pub(crate) fn begin_collapse(&self, gfn: Gfn) -> Option<Ticket> {
+        let ticket = Ticket(self.tickets.fetch_add(1, Ordering::Relaxed) + 1);
+        let moving = Range::Moving(ticket);
+        (self.range(gfn) == Range::Table && self.change_range(gfn, Range::Table, moving)).then_some(ticket)
+    }
+
+    /// The end of that, at `to`; false where the ticket does not stand any more.
+    pub(crate) fn end_collapse(&self, gfn: Gfn, ticket: Ticket, to: Range) -> bool {
+        self.change_range(gfn, Range::Moving(ticket), to)
+    }
+
+    /// The range of `gfn` is a table from here on, if it is still `range`. Caller holds bucket(gfn), and takes the page from its frame,
+    /// or the right to write to it, in the same critical section: whoever gathers the range comes to that bucket either before, and
+    /// its ticket falls, or after, and finds the page gone or marked.
+    pub(crate) fn break_up(&self, gfn: Gfn, range: Range) -> bool {
+        self.change_range(gfn, range, Range::Table)
+    }
+
+    /// The generations of a range as a whole: they advance with those of any page of it. Read them where a large leaf is made.
+    #[inline]
+    pub(crate) fn range_generations(&self, gfn: Gfn) -> Generations {
+        let range = &self.generations[gfn.0 as usize / TABLE_ENTRIES];
+        let [mapping, write] = [&range.0, &range.1].map(|generation| generation.load(Ordering::Acquire));
+        Generations { mapping, write }
+    }
+
+    /// Keeps the generations of ranges too.
+    pub(crate) fn with_ranges(mut self) -> P2m {
+        self.generations = self.upper.iter().map(|_| Default::default()).collect();
+        self
+    }
+
+    fn change_range(&self, gfn: Gfn, from: Range, to: Range) -> bool {
+        let word = self.ranges.get(gfn.0 as usize / TABLE_ENTRIES);
+        let change = |word: &AtomicU64| {
+            word.compare_exchange(from.encode(), to.encode(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        word.is_some_and(change)
     }
 
     /// Pages of guest memory.
@@ -308,6 +420,9 @@ impl P2m {
         let word = entry.generations.load(Ordering::Relaxed);
         let next = word & !0xffff_ffff | u64::from((word as u32).wrapping_add(1));
         entry.generations.store(next, Ordering::Release);
+        if let Some(range) = self.generations.get(gfn.0 as usize / TABLE_ENTRIES) {
+            range.1.fetch_add(1, Ordering::AcqRel);
+        }
         self.advances.fetch_add(1, Ordering::Release);
     }
 
@@ -389,6 +504,9 @@ impl Settler<'_> {
         entry.state.store(next, Ordering::Release);
         let generations = entry.generations.load(Ordering::Relaxed);
         entry.generations.store(generations.wrapping_add(1 << 32), Ordering::Release);
+        if let Some(range) = self.p2m.generations.get(gfn.0 as usize / TABLE_ENTRIES) {
+            range.0.fetch_add(1, Ordering::AcqRel);
+        }
         self.settled[(next & KIND) as usize] += 1;
     }
 }

@@ -30,7 +30,7 @@ use crate::invalidation::{Caller, Closed, Held, May, Settled, Settling, Unmapped
 use crate::lock_order;
 use crate::lru::List;
 use crate::machine::Machine;
-use crate::p2m::PageState;
+use crate::p2m::{PageState, Range};
 use crate::pool;
 use crate::records::{Cause, GateWait};
 use crate::rules::Rule;
@@ -303,7 +303,7 @@ impl Mmu {
     }
 
     /// An accessed bit comes back only when the TLB has forgotten; nobody waits for that.
-    fn ask_to_flush_young(&self) {
+    pub(crate) fn ask_to_flush_young(&self) {
         if self.rules.keep(Rule::RequestAfterAging) {
             self.coherence.request_flush_of_all();
         }
@@ -315,6 +315,10 @@ impl Mmu {
             return Verdict::Busy;
         }
         if flags & WATCHED != 0 || self.pins_of(gfn, mfn) != 0 || self.buckets.is_closed(gfn) {
+            return Verdict::Busy;
+        }
+        // Whoever gathers it gives up before frames are short.
+        if matches!(self.p2m.range(gfn), Range::Moving(_)) {
             return Verdict::Busy;
         }
         if self.clear_young(gfn, mfn, cleared) {
@@ -331,7 +335,7 @@ impl Mmu {
     }
 
     /// Was the page used since this was last asked? Clears the accessed bits of its sptes.
-    fn clear_young(&self, gfn: Gfn, mfn: Mfn, cleared: &mut bool) -> bool {
+    pub(crate) fn clear_young(&self, gfn: Gfn, mfn: Mfn, cleared: &mut bool) -> bool {
         let bucket = self.buckets.lock(gfn);
         if self.p2m.lookup(gfn) != PageState::Resident(mfn) {
             return false;
@@ -344,7 +348,7 @@ impl Mmu {
             }
         }
         *cleared |= young;
-        young
+        self.clear_young_large(gfn, cleared) || young
     }
 }
 
@@ -483,7 +487,7 @@ impl Mmu {
             let whose = if desperate { Whose::Anybodys } else { Whose::TheGuests };
             let batch = self.reclaim_from(CLUSTER, Cause::DirectReclaim, own, whose)?;
             let freed = self.freed_with_tables(batch.freed, own);
-            if counts.backed > counts.budget {
+            if counts.backed > counts.budget || self.frames.has_strays() {
                 self.trim();
             }
             // What others have in hand may come free, and they may have lost their CPU for a while.

@@ -58,6 +58,8 @@ pub enum Cause {
     Import,
     /// It moves away from there.
     Revoke,
+    /// It moves to where its neighbours are.
+    Collapse,
 }
 
 /// What is taken from the vCPUs.
@@ -71,7 +73,7 @@ pub enum Kind {
 
 impl Cause {
     /// All there are.
-    pub const ALL: [Cause; 9] = [
+    pub const ALL: [Cause; 10] = [
         Cause::Reclaim,
         Cause::DirectReclaim,
         Cause::PageOut,
@@ -81,6 +83,7 @@ impl Cause {
         Cause::Watch,
         Cause::Import,
         Cause::Revoke,
+        Cause::Collapse,
     ];
 
     /// What it takes.
@@ -93,7 +96,7 @@ impl Cause {
 
     /// It can do without any one page.
     pub(crate) fn may_skip(self) -> bool {
-        matches!(self, Cause::Reclaim | Cause::DirectReclaim | Cause::PageOut)
+        matches!(self, Cause::Reclaim | Cause::DirectReclaim | Cause::PageOut | Cause::Collapse)
     }
 
     /// Its name in reports.
@@ -108,6 +111,7 @@ impl Cause {
             Cause::Watch => "watch",
             Cause::Import => "import",
             Cause::Revoke => "revoke",
+            Cause::Collapse => "collapse",
         }
     }
 }

@@ -153,6 +153,16 @@ rules! {
     GateAtImport "gate-at-import" Gate "Mmu::enter_importer":
         "no importer is entered for a page while it is invalidated, nor by a look from before";
 
+    // Ranges of 2 MiB.
+    SplitAtUnmap "split-at-unmap" Gate "Hold::take":
+        "a range that loses a page is huge no more, and one that is being gathered does not become so";
+    SplitAtProtection "split-at-protection" Gate "Mmu::write_protect":
+        "nor does one of whose pages stores must be seen";
+    DebtOfSplit "debt-of-split" Debt "Mmu::split_range":
+        "a range that was split is in TLBs as a whole still";
+    MovingAtDiscard "moving-at-discard" Wait "Mmu::is_discarded":
+        "a page that is on its way is not taken for none: who discards it comes again when it has arrived";
+
     // Who is shot down when.
     ShootdownAtInvalidation "shootdown-at-invalidation" Wait "Unmapped::shoot_down":
         "a page's frame is free only when no vCPU can reach it";

@@ -17,6 +17,8 @@ const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
+/// At the second level: no link, but a page of 2 MiB.
+const LARGE: u64 = 1 << 7;
 /// One of the bits that hardware leaves to software.
 const GUEST_GLOBAL: u64 = 1 << 9;
 const NO_EXECUTE: u64 = 1 << 63;
@@ -41,6 +43,18 @@ impl Spte {
             bits |= NO_EXECUTE;
         }
         Spte(bits)
+    }
+
+    /// A leaf of the second level that maps the frames from `base` on.
+    #[inline]
+    pub fn large(base: Mfn, writable: bool, executable: bool) -> Spte {
+        Spte(Spte::leaf(base, writable, executable).0 | LARGE)
+    }
+
+    /// True for such a leaf. Meaningful at the second level.
+    #[inline]
+    pub fn is_large(self) -> bool {
+        self.0 & (PRESENT | LARGE) == PRESENT | LARGE
     }
 
     /// The same, for a page that the guest calls global or not.

@@ -33,6 +33,7 @@ use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
 use crate::p2m::Generations;
 use crate::rules::{Rule, Rules};
 use crate::shadow::RootRef;
+use crate::shadow::large::LargeLeaf;
 use crate::shadow::leaf::Leaf;
 use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
@@ -45,6 +46,12 @@ const SETS: usize = 1024;
 const WAYS: usize = 2;
 /// Regions of 4 MiB, the largest page there is.
 const REGIONS: usize = 1024;
+/// Entries of large pages, by the lowest bits of their number: 128 MiB of them in a row.
+const LARGE_ENTRIES: usize = 64;
+/// Bits of a large page's address.
+const LARGE_BITS: u32 = 21;
+/// In the key of a `sticky` store, where the entry is of a large page.
+const LARGE_KEY: u32 = 1 << PAGE_BITS;
 /// Bits of the memory of which pages have code.
 const CODE_BITS: usize = 4096;
 /// Invalidations, and events, that the report of a missed flush has at most.
@@ -81,7 +88,7 @@ pub struct CodeFrame {
     pub generation: u32,
 }
 
-/// One translation of a page of 4 KiB.
+/// One translation of a page of 4 KiB, or of a large one of 2 MiB: then `gfn` is its first, and the generations are its range's.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 struct Entry {
@@ -140,6 +147,11 @@ fn region_of(page: u32) -> usize {
     (page >> 10) as usize
 }
 
+/// The first address of the large page.
+fn first_of(gva: Gva) -> Gva {
+    Gva(gva.0 >> LARGE_BITS << LARGE_BITS)
+}
+
 #[inline(always)]
 fn set_of(gva: Gva) -> usize {
     (gva.0 >> 12) as usize % SETS
@@ -151,7 +163,9 @@ pub struct SoftTlb {
     rules: Rules,
     kind: TlbKind,
     sets: Box<[[Cell<Entry>; WAYS]; SETS]>,
-    /// What `sticky` remembers beside `sets`, by page.
+    /// Those of large pages, `large` all of them.
+    larges: [Cell<Entry>; LARGE_ENTRIES],
+    /// What `sticky` remembers beside the others, by page.
     store: RefCell<HashMap<u32, Vec<Entry>>>,
     random: Cell<u64>,
     /// Sets that may hold entries, a bit each: what a flush has to look at.
@@ -187,6 +201,7 @@ impl SoftTlb {
             rules,
             kind,
             sets: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(NOTHING)))),
+            larges: std::array::from_fn(|_| Cell::new(NOTHING)),
             store: RefCell::default(),
             random: Cell::new(seed | 1),
             used: std::array::from_fn(|_| Cell::new(0)),
@@ -257,6 +272,7 @@ impl SoftTlb {
                 }
             }
         }
+        self.larges.iter().filter(|entry| !keep(&entry.get())).for_each(|entry| entry.set(NOTHING));
         self.store.borrow_mut().retain(|_, entries| {
             entries.retain(&keep);
             !entries.is_empty()
@@ -300,6 +316,49 @@ impl SoftTlb {
         let found = self.store.borrow().get(&page_of(tag))?.iter().find(|e| e.tag == tag).copied()?;
         self.put_in_set(found, gva);
         Some(found)
+    }
+
+    /// The entry of the large page that `gva` is in, under `root`.
+    fn recall_large(&self, root: RootRef, gva: Gva) -> Option<Entry> {
+        let first = first_of(gva);
+        let (tag, place) = (tag_of(root.index, first), self.large_place(first));
+        if self.forgets_now() {
+            place.set(NOTHING);
+            return None;
+        }
+        if place.get().tag == tag {
+            return Some(place.get());
+        }
+        if self.kind != TlbKind::Sticky {
+            return None;
+        }
+        let key = LARGE_KEY | page_of(tag);
+        let found = self.store.borrow().get(&key)?.iter().find(|e| e.tag == tag).copied()?;
+        place.set(found);
+        Some(found)
+    }
+
+    fn large_place(&self, first: Gva) -> &Cell<Entry> {
+        &self.larges[(first.0 >> LARGE_BITS) as usize % LARGE_ENTRIES]
+    }
+
+    /// Remembers a large leaf under `root`.
+    pub(crate) fn learn_large(&self, root: RootRef, gva: Gva, leaf: &LargeLeaf) {
+        self.count(|s| s.fills += 1);
+        let first = first_of(gva);
+        let LargeLeaf { spte, first: gfn, generations, checked } = *leaf;
+        let (tag, filled) = (tag_of(root.index, first), self.stats.get().fills as u32);
+        let entry = Entry { tag, spte, generations, checked, gfn, filled, large: true };
+        let region = region_of(page_of(tag));
+        let word = &self.large[region / 64];
+        word.set(word.get() | 1 << (region % 64));
+        self.large_place(first).set(entry);
+        if self.kind == TlbKind::Sticky {
+            let mut store = self.store.borrow_mut();
+            let entries = store.entry(LARGE_KEY | page_of(tag)).or_default();
+            entries.retain(|old| old.tag != tag);
+            entries.push(entry);
+        }
     }
 
     /// Lossy: is it time to forget?
@@ -444,6 +503,9 @@ impl Mmu {
             }
             return Ok(entry.spte.mfn());
         }
+        if let Some(mfn) = self.tlb_find_large(vcpu, tlb, root, gva, kind)? {
+            return Ok(mfn);
+        }
         let entry = self.tlb_walk(root, gva).ok_or(Miss::Fault)?;
         if !entry.spte.allows(kind) {
             return Err(Miss::Fault);
@@ -452,10 +514,44 @@ impl Mmu {
         Ok(entry.spte.mfn())
     }
 
+    /// The same in a large page; `None` where neither TLB nor shadow has one there.
+    fn tlb_find_large(
+        &self,
+        vcpu: &Vcpu,
+        tlb: &SoftTlb,
+        root: RootRef,
+        gva: Gva,
+        kind: AccessKind,
+    ) -> Result<Option<Mfn>, Miss> {
+        if !self.config.blocks {
+            return Ok(None);
+        }
+        let within = gva.0 >> 12 & ((1 << (LARGE_BITS - 12)) - 1);
+        if let Some(mut entry) = tlb.recall_large(root, gva)
+            && entry.spte.allows(kind)
+        {
+            let advances = self.p2m.advances();
+            if entry.checked != advances && self.check_entry(vcpu, &entry, gva, kind)? {
+                entry.checked = advances;
+                tlb.large_place(first_of(gva)).set(entry);
+            }
+            return Ok(Some(Mfn(entry.spte.mfn().0 + within)));
+        }
+        let Some(leaf) = self.find_large(root, gva) else { return Ok(None) };
+        if !leaf.spte.allows(kind) {
+            return Err(Miss::Fault);
+        }
+        tlb.learn_large(root, gva, &leaf);
+        Ok(Some(Mfn(leaf.spte.mfn().0 + within)))
+    }
+
     /// INV-TLB-2. A read or a fetch needs the mapping to be of now, a store the right to write too. True when the entry
     /// is good for any access.
     fn check_entry(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind) -> Result<bool, Miss> {
-        let now = self.p2m.generations(entry.gfn);
+        let now = match entry.spte.is_large() {
+            true => self.p2m.range_generations(entry.gfn),
+            false => self.p2m.generations(entry.gfn),
+        };
         let filled = entry.generations;
         let stale = filled.mapping != now.mapping || (kind == AccessKind::Write && filled.write != now.write);
         if !stale {

@@ -8,11 +8,14 @@
 //! | dma | sessions of devices: rule by rule, by threads, against a flat memory | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model dma` |
 //! | ring | a virtio ring through sessions | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model ring` |
 //! | pressure | more guest memory than frames: by threads, by failing swap, rule by rule | `UMBRA_SECONDS=60 cargo test -p umbra-mmu --test model pressure` |
+//! | collapse | ranges gathered while others use them | `UMBRA_DISCARDS=1000000 cargo test -p umbra-mmu --test model collapse` |
 //! | omissions | each rule of coherence left out, and noticed | |
 //! | threads | two vCPUs on two threads | `UMBRA_SECONDS=600 cargo test -p umbra-mmu --test model threads` |
 //! | interleave | the same on shuttle's threads | its header |
 #![forbid(unsafe_code)]
 
+#[cfg(not(any(loom, shuttle)))]
+mod collapse;
 mod dma;
 #[cfg(shuttle)]
 mod interleave;

@@ -61,6 +61,10 @@ fn killer(rule: Rule) -> Killer {
         Rule::AskFirst => Killer::Scene(scenes::asked_too_late),
         Rule::NoIoInScope => Killer::Scene(scenes::written_in_scope),
         Rule::WriteTogether => Killer::Scene(scenes::scattered),
+        Rule::SplitAtUnmap => Killer::Scene(scenes::taken_from_a_huge_range),
+        Rule::SplitAtProtection => Killer::Scene(scenes::watched_in_a_huge_range),
+        Rule::DebtOfSplit => Killer::Scene(scenes::mapped_large_and_split),
+        Rule::MovingAtDiscard => Killer::Scene(scenes::discarded_while_it_is_gathered),
         Rule::FirmwareFlush
         | Rule::NotifierFlush
         | Rule::FlushBesideHardware

@@ -61,6 +61,9 @@ pub fn cases() -> Vec<Trial> {
     let alone = [
         case("soft_sticky_pressed_seeds_keep_every_byte", &[], seeds),
         case("soft_guest_that_is_mostly_low_memory_has_room_for_its_pages", &[], mostly_low),
+        case("soft_huge_ranges_take_a_fifth_of_the_tlb_misses_at_most", &[], huge),
+        case("soft_huge_ranges_under_pressure_keep_every_byte", &[], huge_pressed),
+        case("soft_huge_ranges_repeat_in_a_simulation", &[], huge_simulated),
         case("swap_in_a_file_leaves_nothing_behind", &[], swap_file),
         case("every_swap_operation_that_fails_is_a_clear_stop", &[], failing_swap),
         case("swap_that_is_full_is_a_clear_stop", &[], full_swap),
@@ -85,6 +88,49 @@ pub fn run(way: Way, append: &str, options: &[&str]) -> Result<(Outcome, Value),
 fn mostly_low() -> Verdict {
     let options = ["--mem", "64M", "--low", "8M", "--frames", "48M@0s,11M@300ms", "--timeout", "80s"];
     passes(SOFT, "workload=reclaim ram=64 scale=20", &options).map(drop)
+}
+
+/// Ranges that the guest maps large are gathered while it uses them, and are one entry of a TLB each: by both formats and each kind of TLB.
+fn huge() -> Verdict {
+    let guest = |paging: &str, tlb: &str, huge: &str| {
+        let append = format!("workload=huge paging={paging}");
+        passes(SOFT, &append, &["--mem", "96M", "--tlb", tlb, "--huge", huge, "--timeout", "100s"])
+    };
+    for (paging, tlb) in [("pae", "sized"), ("legacy", "sized"), ("pae", "sticky"), ("pae", "lossy")] {
+        let on = guest(paging, tlb, "on")?;
+        let (collapsed, now) = (number(&on, "huge/collapsed"), number(&on, "huge/now"));
+        ensure!(collapsed >= 32 && now >= 30, "{paging}, {tlb}: not all of 64 MiB is huge: {on:#}");
+        if tlb == "sized" {
+            let off = guest(paging, tlb, "off")?;
+            let [with, without] = [&on, &off].map(|run| run["tlb"]["fills"].as_u64().unwrap_or(0));
+            println!("huge: {paging}, {with} fills with, {without} without, {collapsed} ranges collapsed");
+            ensure!(with > 0 && with * 5 <= without, "{paging}: {with} fills, {without} without huge ranges");
+        }
+    }
+    Ok(())
+}
+
+/// Ranges are gathered, and frames become fewer: in virtual time, so that the one comes before the other on any machine.
+fn huge_pressed() -> Verdict {
+    let frames = ["--mem", "96M", "--low", "8M", "--frames", "104M@0s,70M@200ms", "--timeout", "100s"];
+    let options = [&["--huge", "on", "--deterministic", "--seed", "5"], &frames[..]].concat();
+    let summary = passes(SOFT, "workload=huge scale=60", &options)?;
+    let [collapsed, split, out] =
+        ["huge/collapsed", "huge/split", "swap_outs"].map(|field| number(&summary, field));
+    ensure!(collapsed > 0 && split > 0 && out > 0, "{collapsed} collapsed, {split} split: {summary:#}");
+    Ok(())
+}
+
+fn huge_simulated() -> Verdict {
+    let run = || {
+        let options = ["--mem", "96M", "--huge", "on", "--deterministic", "--seed", "3", "--timeout", "100s"];
+        let summary = passes(SOFT, "workload=huge scale=20", &options)?;
+        let fields = ["huge/collapsed", "huge/moved", "huge/hit"].map(|field| number(&summary, field));
+        Ok::<_, Failed>((fields, summary["event_log"].clone()))
+    };
+    let (first, again) = (run()?, run()?);
+    ensure!(first == again && first.0[0] > 0, "{first:?}, {again:?}");
+    Ok(())
 }
 
 /// A figure of the memory, 0 where there is none.

@@ -40,7 +40,7 @@ const fn timed(name: &'static str) -> Workload {
     Workload { name, scale: 1, timed: true }
 }
 
-const WORKLOADS: [Workload; 12] = [
+const WORKLOADS: [Workload; 13] = [
     tested("hello"),
     tested("mm"),
     tested("kmap"),
@@ -53,6 +53,7 @@ const WORKLOADS: [Workload; 12] = [
     timed("sweep"),
     timed("storm"),
     timed("mix"),
+    timed("huge"),
 ];
 
 const PAGINGS: [&str; 2] = ["pae", "legacy"];

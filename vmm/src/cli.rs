@@ -202,6 +202,15 @@ pub enum Window {
     Mapped,
 }
 
+/// Whether ranges of guest memory are gathered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Huge {
+    /// Every page stays in whatever frame it got.
+    Off,
+    /// Hot ranges of 2 MiB move to contiguous, aligned frames.
+    On,
+}
+
 /// Where a lossy TLB's chance begins.
 const LOSSY_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -255,6 +264,9 @@ pub struct RunArgs {
     /// How Umbra's own code touches guest memory.
     #[arg(long, value_enum, default_value = "pinned")]
     pub window: Window,
+    /// Whether ranges of 2 MiB of guest memory that are hot and mostly resident are gathered into contiguous frames meanwhile.
+    #[arg(long, value_enum, default_value = "off")]
+    pub huge: Huge,
     /// The guest's command line.
     #[arg(long, value_name = "CMDLINE", default_value = "")]
     pub append: String,

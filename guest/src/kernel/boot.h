@@ -25,6 +25,7 @@
     X(SERIES, "series") \
     X(STACK, "stack") \
     X(SUPERBLOCK, "superblock") \
+    X(HUGE, "huge") \
     X(OOPS, "oops")
 
 enum workload {

@@ -210,6 +210,35 @@ void frames_put_reported(const u32 *frames, u32 count)
     }
 }
 
+/* Left to the frontier, so that there is something for everybody else. */
+#define TOP_SPARE 512
+
+u32 frames_take_top(u32 most, u32 align, u32 *bytes)
+{
+    struct frontier *zone = &zones[ZONE_HIGH];
+    u32 first = 0, size = 0, unit = align >> PAGE_SHIFT;
+    pages_take();
+    for (u32 i = zone->range; i < boot.range_count; i++) {
+        const struct memory_range *range = &boot.ranges[i];
+        u32 start = max_u32(max_u32(range->start, zone->first), i == zone->range ? zone->next : 0) + TOP_SPARE;
+        u32 end = ALIGN_DOWN(min_u32(range->end, zone->end), unit);
+        start = ALIGN_DOWN(start + unit - 1, unit);
+        /* The last of the ranges that are there: the zone ends before it. */
+        if (i + 1 == boot.range_count && end > start) {
+            size = min_u32(end - start, most >> PAGE_SHIFT) << PAGE_SHIFT;
+            first = end - (size >> PAGE_SHIFT);
+        }
+    }
+    if (size) {
+        u32 before = count_ram(zone);
+        zone->end = first;
+        zone->available -= before - count_ram(zone);
+    }
+    pages_give();
+    *bytes = size;
+    return first;
+}
+
 u32 frames_in_use(void) { return zones[ZONE_LOW].in_use + zones[ZONE_HIGH].in_use; }
 /* Low memory is for the kernel, unless there is next to nothing else. */
 #define HIGH_MIN 256

@@ -48,6 +48,9 @@ static inline void frame_get_held(u32 frame)
 /* Frames off the free list that the host has not been told of since they came there, with a reference each; and back. */
 u32 frames_take_unreported(u32 *frames, u32 most);
 void frames_put_reported(const u32 *frames, u32 count);
+/* Takes contiguous high frames that were never handed out off the end of memory, for good: as many bytes as there are, a multiple of
+ * `align` and at most `most`, which is one too; the first frame. */
+u32 frames_take_top(u32 most, u32 align, u32 *bytes);
 /* Frames held now, over both zones: the same before and after a workload that leaks nothing. */
 u32 frames_in_use(void);
 /* Frames for pages and their tables: those that can be had, and all. High ones, unless there are next to none. */

@@ -6,7 +6,7 @@
  * to map anything, never needs itself.
  *
  * Holds: no page of the kernel is both writable and executable (with NX); every kernel directory entry is final after
- * kpt_cover has run for the last time, in frames_init. */
+ * kpt_cover has run for the last time, in frames_init, but for those of the arena, which no process has. */
 #include "kpt.h"
 
 #include "boot.h"
@@ -42,6 +42,16 @@ void kpt_cover(u32 start, u32 end)
 {
     for (u32 va = ALIGN_DOWN(start, table_reach()); va < end; va += table_reach())
         set_directory(va, pte_make(frame_alloc_untracked(), PTE_A | PTE_W | PTE_P));
+}
+
+u32 arena_map(u32 most)
+{
+    if (KERNEL_BASE + boot.options.lowmem * MIB > ARENA_BASE)
+        return 0;
+    u32 bytes, frame = frames_take_top(ALIGN_DOWN(most, table_reach()), table_reach(), &bytes);
+    for (u32 at = 0; at < bytes; at += table_reach())
+        set_directory(ARENA_BASE + at, pte_make(frame + (at >> PAGE_SHIFT), kpt_data_bits() | PTE_PS));
+    return bytes;
 }
 
 void kpt_map_device(u32 va, u32 physical)

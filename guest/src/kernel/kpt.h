@@ -25,6 +25,9 @@ static inline u32 top_index(u32 va) { return (va - TOP_BASE) >> PAGE_SHIFT; }
 static inline void kpt_enter(u32 va, pte_t entry) { table_enter(paging.pae, top_tables, top_index(va), entry); }
 static inline void kpt_clear(u32 va) { table_clear(paging.pae, top_tables, top_index(va)); }
 
+/* Maps up to `most` bytes of contiguous high memory from ARENA_BASE on, in large pages, for good: how many. */
+u32 arena_map(u32 most);
+
 void kpt_map_device(u32 va, u32 physical);
 
 /* Bits of a writable, never executable, global kernel page. A and D are set: the kernel does not ask for them, and a

@@ -1,7 +1,8 @@
 /* The kernel's address space, and every limit of the kernel, in one place.
  *
  *   00000000 - bfffffff   user
- *   c0000000 - dfffffff   low memory, physical address + KERNEL_BASE, large pages
+ *   c0000000 - dfffffff   low memory, physical address + KERNEL_BASE, large pages; where there is less of it than 256 MiB,
+ *   d0000000 - dfffffff   the arena: high memory in large pages, with workload=huge
  *   e0000000 - f7ffffff   frame table: 32 bytes a frame, backed only as far as frames were handed out
  *   f8000000 - fbffffff   swap map: 12 bytes a slot, as many as the swap disk has
  *   ffc00000 - ffc7ffff   kernel stacks: two absent guard pages, then two pages each
@@ -21,6 +22,7 @@
 #define KERNEL_BASE 0xc0000000
 #define KERNEL_LOAD 0x00100000
 
+#define ARENA_BASE 0xd0000000
 #define FRAME_TABLE_BASE 0xe0000000
 #define SWAP_MAP_BASE 0xf8000000
 #define SWAP_MAP_END 0xfc000000

@@ -77,6 +77,8 @@ static void run(enum workload workload)
         work_stack();
     if (workload == WORKLOAD_SUPERBLOCK)
         work_superblock();
+    if (workload == WORKLOAD_HUGE)
+        work_huge();
     if (workload == WORKLOAD_OOPS)
         work_oops();
 }

@@ -19,6 +19,7 @@ void work_report(void);
 void work_series(void);
 void work_stack(void);
 void work_superblock(void);
+void work_huge(void);
 /* Reads through a null pointer in kernel code: what a kernel fault looks like. */
 void work_oops(void);
 

@@ -22,7 +22,7 @@ use crate::shadow::role::{Key, LeafRights, Shape, effective_mode, leaf_rights, t
 use crate::spte::{Spte, l1_index, l2_index, l3_index};
 use crate::sync::{Ordering, point};
 use crate::vcpu::Vcpu;
-use crate::walk::{Step, Translation};
+use crate::walk::{PageSize, Step, Translation};
 
 /// How an attempt to map ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +97,11 @@ impl Mmu {
         };
         let gfn = t.gpa.gfn();
         let Some(root) = self.root(vcpu, user) else { return Mapped::Need(gfn) };
+        if t.size != PageSize::Small
+            && let Some(end) = self.map_large(vcpu, root, t, rights, user)
+        {
+            return end;
+        }
         let mut slot = self.find_table(root, t.gva);
         for _ in 0..2 {
             let Some(found) = slot else {
@@ -311,6 +316,9 @@ impl Mmu {
     /// TLB may still let it be written: through an spte protected now, or through one that was removed before and not
     /// flushed since (TLB debt). Caller holds bucket(gfn) through `bucket`.
     pub(crate) fn write_protect(&self, bucket: &BucketGuard<'_>, gfn: Gfn, mfn: Mfn) -> Option<Protected> {
+        if self.rules.keep(Rule::SplitAtProtection) {
+            self.break_up(gfn);
+        }
         let removal = self.coherence.removal();
         let mut narrowed = false;
         for link in bucket.links_of(gfn) {

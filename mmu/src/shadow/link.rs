@@ -62,7 +62,13 @@ impl Mmu {
         Ok(table)
     }
 
-    fn link_directory(&self, vcpu: &Vcpu, root: RootRef, t: &Translation, key: Key) -> Result<u32, Mapped> {
+    pub(crate) fn link_directory(
+        &self,
+        vcpu: &Vcpu,
+        root: RootRef,
+        t: &Translation,
+        key: Key,
+    ) -> Result<u32, Mapped> {
         let entry = root.pdpt.at(l3_index(t.gva) * 8);
         if let Some(slot) = self.child(entry) {
             return Ok(slot);
@@ -89,7 +95,7 @@ impl Mmu {
     /// it forgot to follow was never owed a flush here.
     fn link(&self, vcpu: &Vcpu, entry: Mpa, slot: u32, key: Key) -> Result<(), Mapped> {
         let directory = key.role.is_directory();
-        if self.child(entry).is_some_and(|old| old != slot) {
+        if self.child(entry) != Some(slot) {
             self.unlink(entry, directory);
         }
         let mut child = self.pages.lock(slot, directory);
@@ -109,9 +115,9 @@ impl Mmu {
         Ok(())
     }
 
-    /// Makes `entry` link to nothing; `directory` says what it links to.
+    /// Makes `entry` link to nothing; `directory` says what it links to. A large leaf goes as well.
     pub(crate) fn unlink(&self, entry: Mpa, directory: bool) {
-        let Some(slot) = self.child(entry) else { return };
+        let Some(slot) = self.child(entry) else { return self.zap_large(entry) };
         let mut child = self.pages.lock(slot, directory);
         if self.child(entry) != Some(slot) {
             return;

@@ -10,6 +10,7 @@
 //! | refill | the leaves that a software TLB misses, without a walk from the top |
 //! | track | stores to shadowed tables; unsync tables and their resynchronisation |
 
+pub(crate) mod large;
 pub(crate) mod leaf;
 pub(crate) mod link;
 pub(crate) mod pages;

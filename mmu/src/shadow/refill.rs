@@ -146,6 +146,10 @@ impl Mmu {
         let Ok(t) = self.walk(vcpu, gva, Access::read(user), Touch::Look) else { return Linked::Beyond };
         let used = [t.directory, t.table].into_iter().flatten().all(|step| step.gpte.is_accessed());
         let allowed = is_allowed(vcpu.mode, access, t.rights) && (t.dirty || !store);
+        // One leaf for all of it, in the place of the link, is made outside.
+        if self.is_huge(t.gpa.gfn()) {
+            return Linked::Beyond;
+        }
         if !used || !allowed || table_key(vcpu.mode, user, &t) != Some(place.key) {
             return Linked::Beyond;
         }

@@ -43,6 +43,11 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
         self.inside = false;
     }
 
+    /// Entries that its TLB has made so far.
+    pub fn tlb_fills(&self) -> u64 {
+        self.vcpu.tlb().map_or(0, |tlb| tlb.stats().fills)
+    }
+
     /// Leaves the guest for good: it asks for no page any more, which others would stand back from.
     pub fn rest(&mut self) {
         self.leave();

@@ -10,8 +10,8 @@ use umbra_mmu::discard::Discard;
 use umbra_mmu::external::{Answers, External, ImporterId, SegmentId};
 use umbra_mmu::frames;
 use umbra_mmu::invalidation::May;
-use umbra_mmu::p2m::PageState;
-use umbra_mmu::records::{Cause, Clock};
+use umbra_mmu::p2m::{PageState, TABLE_ENTRIES};
+use umbra_mmu::records::{Cause, Clock, NoClock};
 use umbra_mmu::rules::at_point;
 use umbra_mmu::scope::NoIo;
 use umbra_mmu::swap::MemorySwap;
@@ -791,4 +791,80 @@ pub fn scattered(rules: Rules) -> Option<String> {
     assert_eq!(mmu.page_out(None, &pages), Ok(WRITTEN.len() as u32), "swap has room");
     let writes = mmu.usage().swap_writes;
     (writes > 1).then(|| format!("{} neighbours went to swap in {writes} writes", WRITTEN.len()))
+}
+
+/// The first page of the range that is collapsed, and one of its pages.
+const RANGE: Gfn = Gfn(TABLE_ENTRIES as u32);
+const GATHERED: Gfn = Gfn(RANGE.0 + 70);
+
+/// A guest of two ranges, all of the second resident and its page full of `7`.
+fn gathering(rules: Rules, clock: Box<dyn Clock>) -> Arc<Mmu> {
+    let config = Config { blocks: true, ..Config::of_pages(2 * RANGE.0) };
+    let mmu = Mmu::new(Machine::anonymous(2000 + config.block_frames()), config, Box::new(NoVcpus));
+    let mmu = mmu.with_rules(rules).with_clock(clock);
+    for page in RANGE.0..2 * RANGE.0 {
+        mmu.write_bytes(&LocalStack::new(Context::Host), Gfn(page).at(0), &[7]).expect("there is room");
+    }
+    Arc::new(mmu)
+}
+
+/// A page of a range that is huge is discarded.
+pub fn taken_from_a_huge_range(rules: Rules) -> Option<String> {
+    let mmu = gathering(rules, Box::new(NoClock));
+    mmu.collapse(RANGE).expect("nobody holds a page");
+    mmu.discard(None, [GATHERED.0], Discard::Zero, May::Sleep).expect("nobody holds it");
+    mmu.audit().into_iter().next()
+}
+
+/// A page of one is watched.
+pub fn watched_in_a_huge_range(rules: Rules) -> Option<String> {
+    let mmu = gathering(rules, Box::new(NoClock));
+    mmu.collapse(RANGE).expect("nobody holds a page");
+    mmu.watch(&mmu.vcpu(0), GATHERED).expect("there is room");
+    mmu.audit().into_iter().next()
+}
+
+/// Discards the page, without sleep, while it is on its way; notes whether it is told that this is done.
+#[derive(Debug, Default)]
+struct Discards(Arc<OnceLock<Weak<Mmu>>>, Arc<OnceLock<bool>>, AtomicBool);
+
+impl Clock for Discards {
+    fn now(&self) -> u64 {
+        let mmu = self.0.get().and_then(Weak::upgrade);
+        if let Some(mmu) = mmu.filter(|mmu| mmu.p2m().lookup(GATHERED) == PageState::Moving)
+            && !self.2.swap(true, Ordering::SeqCst)
+        {
+            let done = mmu.discard(None, [GATHERED.0], Discard::Zero, May::NotSleep);
+            let _ = self.1.set(done.is_ok());
+        }
+        0
+    }
+}
+
+/// The race of 2024: a discard meets a page that a collapse has on its way.
+pub fn discarded_while_it_is_gathered(rules: Rules) -> Option<String> {
+    let (back, done) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
+    let mmu = gathering(rules, Box::new(Discards(back.clone(), done.clone(), AtomicBool::new(false))));
+    back.set(Arc::downgrade(&mmu)).expect("set once");
+    mmu.collapse(RANGE).expect("nobody holds a page");
+    let (mut byte, window) = ([0], LocalStack::new(Context::Host));
+    mmu.read_bytes(&window, GATHERED.at(0), &mut byte).expect("resident");
+    let told = *done.get().expect("it came in");
+    (told && byte == [7]).then(|| "a page was discarded, and has what it had".into())
+}
+
+/// A page of a range that a TLB has as a whole is discarded.
+pub fn mapped_large_and_split(rules: Rules) -> Option<String> {
+    let mmu = gathering(rules, Box::new(NoClock));
+    mmu.collapse(RANGE).expect("nobody holds a page");
+    let vcpu = mmu.soft_vcpu(0, TlbKind::Sticky);
+    let at = Gva(GATHERED.0 << 12);
+    store(&mmu, &vcpu, Gva(RANGE.0 << 12), 1);
+    load(&mmu, &vcpu, at).expect("the same entry");
+    mmu.leave(&vcpu);
+    mmu.discard(None, [GATHERED.0], Discard::Zero, May::Sleep).expect("nobody holds it");
+    mmu.tlb_enter(&vcpu);
+    let found = load(&mmu, &vcpu, at);
+    mmu.leave(&vcpu);
+    found.err().filter(|why| why != "fault")
 }

@@ -11,7 +11,7 @@
 //! | bus | what the interpreter asks for, answered by MMU and board |
 //! | tables | the guest's descriptor tables, translated for the hardware |
 //! | flush | how this host's TLBs are flushed |
-//! | budget, reclaimer | how many frames there are to be over time; the thread that makes frames free |
+//! | budget, reclaimer, collapser | how many frames there are to be over time; the threads that make frames free, and that gather them |
 //! | devices, events | the board behind its lock; the loop that serves descriptors |
 //! | virtio | the disks and the balloon: their slots, their threads |
 //! | control, ask | the control socket and its client |
@@ -28,7 +28,9 @@ pub mod ask;
 mod backend;
 mod beside;
 pub mod budget;
+
 mod bus;
+mod collapser;
 pub mod control;
 mod devices;
 mod ending;
@@ -69,7 +71,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
 use umbra_mmu::sync::sim::{self, Ticket};
-use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE};
+use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE, SoftTlb};
 
 pub use beside::{Beside, BuiltIn, Companion};
 pub use ending::{End, Ending};
@@ -84,7 +86,7 @@ pub use vcpu::VcpuStats;
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
 use crate::boot::{ImageError, MemoryError};
-use crate::cli::{RunArgs, Swap, Window};
+use crate::cli::{Huge, RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
 use crate::kvm::{HostError, KvmError};
@@ -95,6 +97,7 @@ use crate::units::format_duration;
 use crate::virtio::disk::{Disk, DiskError, DiskSpec};
 use backend::{Plan, Runner};
 use budget::{BudgetTimer, Overcommit};
+use collapser::Collapser;
 use control::{ANSWER_WAIT, ControlSocket, Controls, News};
 use devices::Devices;
 use events::{EventLoop, Subscriber};
@@ -108,7 +111,7 @@ use series::Recorder;
 use simulation::Simulation;
 use stops::Stops;
 use stress::Stress;
-use summary::EventLog;
+use summary::{EventLog, TlbCounts};
 use vcpu::{Backend, Core, Surroundings};
 use virtio::{GuestBalloon, VirtioDevices};
 
@@ -382,6 +385,12 @@ impl Guest {
             subscribers.push(Box::new(recorder.timer().map_err(RunError::Setup)?));
         }
         let reclaimer = Reclaimer::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?;
+        let collapser = match args.huge {
+            Huge::On => {
+                Some(Collapser::start(Arc::clone(&self.mmu), ending.clone()).map_err(RunError::Setup)?)
+            }
+            Huge::Off => None,
+        };
         // A simulation's time is not the event loop's, which has the signals left then.
         let (clock, limit) = match args.deterministic {
             true => (Some(self.start_clock(args, &ending).map_err(RunError::Setup)?), None),
@@ -407,6 +416,7 @@ impl Guest {
             news.shutdown(cause);
         }
         drop(stress);
+        drop(collapser);
         drop(clock);
         drop(events);
         // Before the reclaimer: a worker may wait for a frame.
@@ -531,13 +541,14 @@ fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Con
         firmware_entry: 0,
         vcpus: args.vcpus,
         homes: args.export.is_some(),
+        blocks: args.huge == Huge::On,
     }
 }
 
 /// Its machine.
 fn build_pool(args: &RunArgs, plan: &Plan, config: &Config) -> Result<Pool, RunError> {
     let (firmware, tables) = (plan.firmware_frames(args.vcpus)?, u64::from(config.table_frames_max()));
-    let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES;
+    let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES + u64::from(config.block_frames());
     let homes = if config.homes { u64::from(config.guest_pages) } else { 0 };
     Ok(match args.window {
         Window::Pinned => Pool::with_homes(frames, homes)?,
@@ -626,6 +637,11 @@ fn judge(
         audit,
         vcpus: cores.len(),
         faults: faults.into(),
+        tlb: cores
+            .iter()
+            .filter_map(|core| core.mmu_vcpu.tlb())
+            .map(SoftTlb::stats)
+            .fold(TlbCounts::default(), TlbCounts::plus),
         vcpu: vcpu.into(),
         memory: summary::Memory::of(mmu),
         guest_tlb: mmu.guest_tlb().map(|model| model.verdicts().into()),

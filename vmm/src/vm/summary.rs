@@ -7,7 +7,8 @@ use serde::Serialize;
 use umbra_mmu::guest_tlb::Verdicts;
 use umbra_mmu::records::Cause;
 use umbra_mmu::sync::sim::Logged;
-use umbra_mmu::{Context, FaultStats, Mmu};
+use umbra_mmu::tlb::TlbStats;
+use umbra_mmu::{Context, FaultStats, HugeStats, Mmu};
 
 use super::ending::End;
 use super::series::Series;
@@ -49,6 +50,8 @@ pub struct Memory {
     pub given_back: u64,
     /// The longest that anybody waited for a page to be brought in, in nanoseconds.
     pub stall_nanos_max: u64,
+    /// Ranges of 2 MiB that were gathered (`--huge`).
+    pub huge: HugeRanges,
     /// Invalidations, by cause.
     pub invalidations: Vec<Invalidations>,
     /// Shadow pages evicted.
@@ -201,6 +204,8 @@ pub struct Summary {
     pub audit: Vec<String>,
     /// Faults as the MMU counts them.
     pub faults: Faults,
+    /// What the software TLBs did, all together.
+    pub tlb: TlbCounts,
     /// How many vCPUs there were.
     pub vcpus: usize,
     /// What they did, all together.
@@ -356,6 +361,64 @@ impl From<VcpuStats> for Counts {
     }
 }
 
+/// [`TlbStats`] for JSON.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct TlbCounts {
+    /// Entries made: one for each miss that was no fault of the guest's.
+    pub fills: u64,
+    /// Pages forgotten by INVLPG or a page fault.
+    pub page_flushes: u64,
+    /// Flushes of everything, or of everything but global pages.
+    pub flushes: u64,
+}
+
+impl TlbCounts {
+    /// With those of another.
+    pub fn plus(self, s: TlbStats) -> TlbCounts {
+        TlbCounts {
+            fills: self.fills + s.fills,
+            page_flushes: self.page_flushes + s.page_flushes,
+            flushes: self.flushes + s.flushes,
+        }
+    }
+}
+
+/// What has become of ranges of 2 MiB.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct HugeRanges {
+    /// Those that are huge at the end.
+    pub now: u32,
+    /// Collapses.
+    pub collapsed: u64,
+    /// Huge ranges that were split again.
+    pub split: u64,
+    /// Collapses that gave up because a page was taken meanwhile.
+    pub hit: u64,
+    /// Those that did because a page was held in its place, or is no memory.
+    pub held: u64,
+    /// Those that did because frames were short.
+    pub short: u64,
+    /// Pages moved.
+    pub moved: u64,
+    /// Pages filled that had never been touched.
+    pub filled: u64,
+}
+
+impl From<HugeStats> for HugeRanges {
+    fn from(s: HugeStats) -> HugeRanges {
+        HugeRanges {
+            now: s.huge,
+            collapsed: s.collapsed,
+            split: s.split,
+            hit: s.hit,
+            held: s.held,
+            short: s.short,
+            moved: s.moved,
+            filled: s.filled,
+        }
+    }
+}
+
 impl Memory {
     /// What `mmu` holds now.
     pub fn of(mmu: &Mmu) -> Memory {
@@ -373,6 +436,7 @@ impl Memory {
             direct_reclaims: usage.direct_reclaims,
             given_back: reclaim.given_back,
             stall_nanos_max: reclaim.stall_nanos_max,
+            huge: HugeRanges::from(mmu.huge_stats()),
             invalidations: Cause::ALL.iter().map(|cause| Invalidations::of(mmu, *cause)).collect(),
             guest_pages: mmu.p2m().pages(),
             resident: usage.resident,
