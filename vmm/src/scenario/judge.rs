@@ -85,7 +85,9 @@ pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
     let line = match outcome {
         Outcome::Status(0) => return None,
         Outcome::Hung(_) => return Some(Verdict::Missed(format!("the run {outcome}"))),
-        _ => found(&["INV-", "everybody waits", "audit", "FAIL", "witness", "panicked"]),
+        _ => {
+            found(&["INV-", "everybody waits", "audit", "did not end within", "FAIL", "witness", "panicked"])
+        }
     };
     Some(Verdict::Caught(vec![line.unwrap_or_else(|| format!("the run {outcome}"))]))
 }
