@@ -44,6 +44,7 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
     }
 
     /// Entries that its TLB has made so far.
+    #[cfg(not(any(loom, shuttle)))]
     pub fn tlb_fills(&self) -> u64 {
         self.vcpu.tlb().map_or(0, |tlb| tlb.stats().fills)
     }
