@@ -164,7 +164,7 @@ pub struct SoftTlb {
     kind: TlbKind,
     sets: Box<[[Cell<Entry>; WAYS]; SETS]>,
     /// Those of large pages, `large` all of them.
-    larges: [Cell<Entry>; LARGE_ENTRIES],
+    larges: Box<[Cell<Entry>; LARGE_ENTRIES]>,
     /// What `sticky` remembers beside the others, by page.
     store: RefCell<HashMap<u32, Vec<Entry>>>,
     random: Cell<u64>,
@@ -201,7 +201,7 @@ impl SoftTlb {
             rules,
             kind,
             sets: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(NOTHING)))),
-            larges: std::array::from_fn(|_| Cell::new(NOTHING)),
+            larges: Box::new(std::array::from_fn(|_| Cell::new(NOTHING))),
             store: RefCell::default(),
             random: Cell::new(seed | 1),
             used: std::array::from_fn(|_| Cell::new(0)),
