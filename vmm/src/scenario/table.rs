@@ -78,9 +78,7 @@ fn program_for(rule: Rule) -> Option<usize> {
         | Rule::RequestAtShootdown
         | Rule::AwaitAnswers
         | Rule::ModeAtEntry
-        | Rule::FlushAtInvlpg
         | Rule::FlushAtCr3
-        | Rule::DropAtInvlpg
         | Rule::SyncAtCr3
         | Rule::ApplyStores
         | Rule::GateAtFill
@@ -397,6 +395,47 @@ pub const SCENARIOS: &[Scenario] = &[
                 "the guest's own swap: writes, and reads that bring neighbours, by both ways",
                 "",
                 &[],
+            ),
+        ],
+    },
+    Scenario {
+        name: "collapse",
+        source: "David Hildenbrand, Dev Jain and others, linux-mm, November 2024, about khugepaged without the mmap lock",
+        about: "a page table that is taken apart under those who walk it",
+        tale: &[
+            "A background thread makes one large page of many small ones: it detaches the table, copies the pages, and puts a large \
+             entry in. It holds the address space's lock for all of that. Could it do with less? Then others look at the upper entry \
+             meanwhile, and find it empty. Some take the lock and look again; but much code takes empty for `there is nothing`, and \
+             does nothing: a discard that comes in the middle is lost, and memory that was given up is there again.",
+            "What would do is a state that is neither: every walker that meets it backs off or waits. In Umbra an upper entry is \
+             nothing, a table, huge, or moving, and pages on their way are moving one by one, behind their gates: no lock is held over \
+             the copy.",
+        ],
+        played_by: "Umbra's own MMU: a thread that gathers, and a vCPU that uses and discards pages",
+        cases: &[
+            scene(
+                "discard",
+                Scene::Collapse,
+                Some(Rule::MovingAtDiscard),
+                "a discard that meets a page on its way waits, or says that it would have to",
+                "a page on its way is taken for none: the discard is told done, and the page comes back with what it had",
+                &[Kind::Lost],
+            ),
+            scene(
+                "taken",
+                Scene::Collapse,
+                Some(Rule::SplitAtUnmap),
+                "who takes a page of a huge range takes the range apart first",
+                "the range stays huge: it is mapped large with a frame that is no page's any more",
+                &[Kind::Lost, Kind::Content, Kind::Incoherent],
+            ),
+            scene(
+                "split",
+                Scene::Collapse,
+                Some(Rule::DebtOfSplit),
+                "a range that is taken apart is in TLBs as a whole, and owes a flush for each of its pages",
+                "no flush is owed: a TLB goes on with the large entry",
+                &[Kind::Lost, Kind::Content, Kind::Incoherent],
             ),
         ],
     },

@@ -5,6 +5,7 @@
 //!
 //! Holds: the same seed is the same scene. The first thing that goes wrong ends the process: nothing that comes after it counts.
 
+mod collapse;
 mod importers;
 mod locality;
 mod superblock;
@@ -38,6 +39,8 @@ pub enum Scene {
     Mark,
     /// Pages go to swap and come back.
     Locality,
+    /// A range is gathered into one block, and discarded from.
+    Collapse,
     /// Swap is on a filesystem, and whoever holds its lock wants a frame.
     Superblock,
 }
@@ -49,6 +52,7 @@ impl Scene {
             Scene::Importers => "importers",
             Scene::Atomic => "atomic",
             Scene::Mark => "mark",
+            Scene::Collapse => "collapse",
             Scene::Locality => "locality",
             Scene::Superblock => "superblock",
         }
@@ -75,6 +79,7 @@ pub fn play(scene: Scene, args: &PlayArgs) -> io::Result<u8> {
         Scene::Importers => importers::play(&stage),
         Scene::Atomic => importers::play_atomic(&stage),
         Scene::Mark => importers::play_mark(&stage),
+        Scene::Collapse => collapse::play(&stage),
         Scene::Locality => locality::play(&stage),
         Scene::Superblock => superblock::play(&stage),
     }));
@@ -126,6 +131,7 @@ impl Stage {
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
         let kind = match () {
             () if text.contains("INV-TLB-2") || text.contains("INV-COH-1") => Kind::Incoherent,
+            () if text.contains("was lost") => Kind::Lost,
             () if text.contains("may not sleep") || text.contains("INV-WAIT-2") => Kind::Sleep,
             () => Kind::Content,
         };
