@@ -40,8 +40,8 @@
 //! the page: Moving -> Resident(new)                       -> what was discarded is there
 //! ```
 //!
-//! So a page on its way is waited for ([`Rule::MovingAtDiscard`]). And a discard of a page that was gathered already takes the ticket away
-//! ([`Rule::SplitAtUnmap`]): the range does not become huge over a page that is gone.
+//! So a page on its way is waited for (`Rule::MovingAtDiscard`). And a discard of a page that was gathered already takes the ticket away
+//! (`Rule::SplitAtUnmap`): the range does not become huge over a page that is gone.
 //!
 //! Holds: INV-HUGE-1, in a range that is `Huge(base)` page n is resident in frame base + n, is no table, is not watched, and nobody
 //! outside has it. INV-HUGE-2, a range is `Moving` only while somebody gathers it.

@@ -8,7 +8,7 @@
 //! Holds: INV-RULE-1, all rules are in force unless `Mmu::with_rules` says otherwise, and what they cost is the comparison of a byte.
 //!
 //! Limits: `umbra run --omit` is for tests: a build is, when it has the feature `omissions`, which only dev-dependencies turn on, and
-//! debug assertions, which neither a release nor a benchmark has. So is [`at_point`].
+//! debug assertions, which neither a release nor a benchmark has. So is `at_point`.
 //!
 //! The other side of the table is [`NEEDS_NONE`]: what takes nothing away from a TLB needs no flush.
 //!
