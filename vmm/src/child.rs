@@ -2,8 +2,8 @@
 //!
 //! Holds: dropping one ends it. It ends with its parent, however that ends ([`die_with_parent`], which such a run begins with).
 //!
-//! Limits: of what it says on standard error the last [`SAID_MAX`] bytes are kept, of its standard output, where it is kept at all, the
-//! first [`HEARD_MAX`].
+//! Limits: of what it says on standard error the last `SAID_MAX` bytes are kept, of its standard output, where it is kept at all, the
+//! first `HEARD_MAX`.
 
 use std::ffi::OsString;
 use std::fmt;

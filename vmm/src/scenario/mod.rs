@@ -3,7 +3,7 @@
 //! Story: a *scenario* is a discussion, and each of its *cases* is a rule that came of it. A case is played by the real code, once
 //! with the rule in force, which must pass; with `--bug` that rule is switched off and the case must fail, by exactly the failure that
 //! the discussion feared. What happens is told by those whom it happens to, a fact a line ([`story`]); the verdict is this module's
-//! own ([`judge`]): it finds the cycle of those who wait for each other itself, and believes nobody who only says so.
+//! own (`judge`): it finds the cycle of those who wait for each other itself, and believes nobody who only says so.
 //!
 //! ```text
 //! umbra scenario run NAME/CASE          umbra play ..  (a process of its own)
