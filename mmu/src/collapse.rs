@@ -141,6 +141,15 @@ pub(crate) struct Collapses {
     short: AtomicU64,
     moved: AtomicU64,
     filled: AtomicU64,
+    /// Ranges that are being gathered.
+    gathering: AtomicU64,
+}
+
+impl Collapses {
+    /// Pages of some range are passed by, for as long as it takes whoever gathers it to get on, or to give up.
+    pub(crate) fn is_gathering(&self) -> bool {
+        self.gathering.load(Relaxed) > 0
+    }
 }
 
 /// Who looks for ranges to collapse: where it has got to, and which it has looked at once.
@@ -181,7 +190,8 @@ impl Drop for Gathering<'_> {
 
 /// One range.
 impl Mmu {
-    /// Gathers the range of `gfn` into its block, and makes it huge. Called with no lock held and nothing mapped, by no vCPU; sleeps.
+    /// Gathers the range of `gfn` into its block, and makes it huge. Called with no lock held and nothing mapped, by no vCPU, and by one
+    /// thread at a time; sleeps.
     ///
     /// # Errors
     ///
@@ -189,7 +199,9 @@ impl Mmu {
     pub fn collapse(&self, gfn: Gfn) -> Result<(), NotCollapsed> {
         lock_order::assert_may_sleep();
         pool::assert_none_held();
+        self.collapses.gathering.fetch_add(1, Relaxed);
         let done = self.collapse_range(Gfn(gfn.0 / PAGES * PAGES));
+        self.collapses.gathering.fetch_sub(1, Relaxed);
         let counter = match &done {
             Ok(()) => Some(&self.collapses.collapsed),
             Err(NotCollapsed::Hit(_)) => Some(&self.collapses.hit),

@@ -129,8 +129,8 @@ impl Mmu {
         let Some(wanted) = leaf_rights(mode, user, t.rights, true) else {
             return format!("{who} root: absent, since it is a supervisor page");
         };
-        if let Some(large) = self.find_large(root, t.gva) {
-            return format!("{who} root: {:?}, by one spte for all of a huge range", large.spte);
+        if let Some(spte) = self.look_at_large(root, t.gva) {
+            return format!("{who} root: {spte:?}, by one spte for all of a huge range");
         }
         let Some(slot) = self.find_table(root, t.gva) else {
             return format!("{who} root: no shadow table for this address yet");

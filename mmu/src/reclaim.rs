@@ -317,7 +317,7 @@ impl Mmu {
         if flags & WATCHED != 0 || self.pins_of(gfn, mfn) != 0 || self.buckets.is_closed(gfn) {
             return Verdict::Busy;
         }
-        // Whoever gathers it gives up before frames are short.
+        // Whoever gathers it gives up before frames are short, once it gets to run.
         if matches!(self.p2m.range(gfn), Range::Moving(_)) {
             return Verdict::Busy;
         }
@@ -491,7 +491,8 @@ impl Mmu {
                 self.trim();
             }
             // What others have in hand may come free, and they may have lost their CPU for a while.
-            let weight = if self.buckets.is_any_closed() { 1 } else { PATIENCE };
+            let in_hand = self.buckets.is_any_closed() || self.collapses.is_gathering();
+            let weight = if in_hand { 1 } else { PATIENCE };
             fruitless = if freed > 0 { 0 } else { fruitless + weight };
             if fruitless >= batches.saturating_mul(PATIENCE) {
                 return Err(self.shortage(gfn));
@@ -675,6 +676,9 @@ impl Mmu {
     pub fn background_round(&self) -> Result<bool, SwapFailed> {
         if let Some(failed) = self.background.failed.lock().clone() {
             return Err(failed);
+        }
+        if self.frames.has_strays() {
+            self.trim();
         }
         let counts = self.frames.counts();
         let over = counts.backed.saturating_sub(counts.budget);

@@ -29,7 +29,7 @@ use std::collections::HashMap;
 
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
-use crate::addr::{Gfn, Gva, Mfn, PAGE_SIZE};
+use crate::addr::{Gfn, Gva, Mfn, PAGE_SHIFT, PAGE_SIZE};
 use crate::p2m::Generations;
 use crate::rules::{Rule, Rules};
 use crate::shadow::RootRef;
@@ -150,6 +150,11 @@ fn region_of(page: u32) -> usize {
 /// The first address of the large page.
 fn first_of(gva: Gva) -> Gva {
     Gva(gva.0 >> LARGE_BITS << LARGE_BITS)
+}
+
+/// Which page of its large one it is in.
+fn within_large(gva: Gva) -> u32 {
+    (gva.0 - first_of(gva).0) >> PAGE_SHIFT
 }
 
 #[inline(always)]
@@ -526,7 +531,7 @@ impl Mmu {
         if !self.config.blocks {
             return Ok(None);
         }
-        let within = gva.0 >> 12 & ((1 << (LARGE_BITS - 12)) - 1);
+        let within = within_large(gva);
         if let Some(mut entry) = tlb.recall_large(root, gva)
             && entry.spte.allows(kind)
         {
@@ -565,16 +570,19 @@ impl Mmu {
     fn report(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind, now: Generations) -> Violation {
         let (stats, flushed) =
             vcpu.tlb.as_ref().map_or_else(Default::default, |tlb| (tlb.stats(), tlb.flushed_fills.get()));
-        let invalidations = self.records.about(entry.gfn, TRAIL_MAX);
+        // Of a large entry, the page of the access.
+        let within = if entry.spte.is_large() { within_large(gva) } else { 0 };
+        let (gfn, mfn) = (Gfn(entry.gfn.0 + within), Mfn(entry.spte.mfn().0 + within));
+        let invalidations = self.records.about(gfn, TRAIL_MAX);
         Violation {
             vcpu: vcpu.id,
             gva,
             kind,
-            gfn: entry.gfn,
+            gfn,
             spte: entry.spte,
             filled: Filled { generations: entry.generations, number: entry.filled, of: stats.fills, flushed },
             now,
-            removed_at: self.frames.debt(entry.spte.mfn()),
+            removed_at: self.frames.debt(mfn),
             flushed_at: self.coherence.flushed(vcpu.id),
             requested: self.coherence.requested(vcpu.id),
             invalidations,

@@ -119,7 +119,7 @@ fn explains() -> Verdict {
         "left out: the scope is not looked at",
         "  the writer holds the superblock\n",
         "deadlock: nobody can go on",
-        "the writer's own reclaim waits for the superblock, which the writer holds",
+        "the writer waits for the superblock, which the writer holds",
     ] {
         ensure!(told(&run).contains(words), "it should say {words:?}:\n{run}");
     }

@@ -13,7 +13,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use crate::machine::memory_file;
 use crate::status::Status;
@@ -66,10 +66,15 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Has this process die when its parent does.
-pub fn die_with_parent() {
-    // Without it, it ends all the same, when it is through.
+/// Tells a run whose it is.
+const PARENT: &str = "UMBRA_PARENT";
+
+/// Has this process die when whoever started it as a [`Child`] does; says whether that is there still.
+pub fn die_with_parent() -> bool {
+    // A host without it leaves what its parent does not kill by itself.
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    let named = std::env::var(PARENT).ok().and_then(|id| id.parse().ok());
+    named.is_none_or(|id: i32| getppid().is_some_and(|parent| parent.as_raw_nonzero().get() == id))
 }
 
 /// A running one.
@@ -94,6 +99,7 @@ impl Child {
             None => Stdio::null(),
         };
         let mut command = Command::new("/proc/self/exe");
+        command.env(PARENT, std::process::id().to_string());
         command.args(args).stdin(Stdio::null()).stdout(stdout).stderr(said.try_clone()?);
         Ok(Child { process: command.spawn()?, said, heard, begun: Instant::now() })
     }

@@ -14,6 +14,7 @@ use umbra::scenario::{self, PlayArgs, ScenarioCommand};
 use umbra::signals;
 use umbra::simulate::{self, SimulateArgs};
 use umbra::status::Status;
+use umbra::virtio::disk::DiskSource;
 use umbra::{child, plot, probe, vm};
 use umbra_mmu::Rules;
 
@@ -221,9 +222,23 @@ fn scenario(command: &ScenarioCommand) -> u8 {
 
 /// A part of a sweep or of a scenario.
 fn play(args: PlayArgs, screen: &vm::Screen) -> u8 {
-    child::die_with_parent();
+    if !child::die_with_parent() {
+        return Status::Quit.code();
+    }
     if let Some(scene) = args.scene {
         return scenario::play(scene, &args).unwrap_or_else(|error| refuse(&error));
+    }
+    if let Some(rule) = args.without {
+        let run = &args.run;
+        let memory = run.disk.iter().all(|disk| matches!(disk.source, DiskSource::Memory(_)));
+        if !run.deterministic || run.image.is_some() || !memory {
+            say!(
+                "--without {}: for the built-in guest in a simulation alone, with disks in memory",
+                rule.name()
+            );
+            return Status::Usage.code();
+        }
+        say!("this guest goes without the rule {}: {}", rule.name(), rule.protects());
     }
     let omit = args.without.map(Rules::all_but).or(args.run.omit);
     run(&RunArgs { omit, ..args.run }, screen)

@@ -132,7 +132,18 @@ impl Mmu {
         Some(Mapped::Done { changed: old != new, writable: new.is_writable() })
     }
 
-    /// Walks the shadow for `gva` as hardware would, to a large leaf. `None` where it has none there.
+    /// The large leaf of `gva`, for whoever only looks: not as hardware would, so that it is not used by that. From outside the guest.
+    pub(crate) fn look_at_large(&self, root: RootRef, gva: Gva) -> Option<Spte> {
+        let slot = self.child(root.pdpt.at(l3_index(gva) * 8))?;
+        // Its frame stays what it is under the lock.
+        let page = self.pages.lock(slot, true);
+        let lives = page.key.is_some_and(|key| key.role.is_directory());
+        let spte = lives.then(|| self.spte(self.pages.mfn(slot).at(l2_index(gva) * 8)))?;
+        spte.is_large().then_some(spte)
+    }
+
+    /// Walks the shadow for `gva` as hardware would, to a large leaf. `None` where it has none there. From inside the guest, where no frame
+    /// of a table that a vCPU may still reach is given back.
     pub(crate) fn find_large(&self, root: RootRef, gva: Gva) -> Option<LargeLeaf> {
         let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
         let at = directory.mfn().at(l2_index(gva) * 8);
@@ -186,6 +197,7 @@ impl Mmu {
             list.drain(..).for_each(|at| self.store_spte(at, Spte::ABSENT));
             self.owe_range(removal, base, Rule::DebtOfSplit);
         }
+        leaves.credit.store(0, Ordering::Relaxed);
         let split = self.p2m.break_up(gfn, Range::Huge(base));
         self.note_split(split);
         split

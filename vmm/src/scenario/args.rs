@@ -128,6 +128,9 @@ impl ScenarioArgs {
             return Err("--seed is for the interpreter; on kvm things happen in the order that comes (--seeds A..B plays so often)".into());
         }
         let seed = self.seed.unwrap_or(1);
+        if seed == u64::MAX {
+            return Err(format!("--seed {seed}: the last seed is {}", u64::MAX - 1));
+        }
         let seeds = self.seeds.clone().unwrap_or(seed..seed.saturating_add(1));
         Ok(Order {
             scenario,

@@ -5,6 +5,7 @@ use std::fmt;
 use super::story::{Kind, Story};
 use super::table::Case;
 use crate::child::Outcome;
+use crate::status::Status;
 
 /// What was to be seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,21 +77,26 @@ pub fn left_out(case: &Case, outcome: Outcome, story: &Story) -> Verdict {
     Verdict::Caught(lines)
 }
 
-/// Judges a guest that runs without one of Umbra's rules: by its status alone, for nobody in it knows.
+/// Judges a guest that runs without one of Umbra's rules: by how it ended and what Umbra says, for nobody in it knows. Nothing where it
+/// passed, or did not end by anything that a rule's absence does: another seed may.
 pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
     let found = |words: &[&str]| {
-        let line = said.lines().find(|line| words.iter().any(|word| line.contains(word)));
-        line.map(|line| line.trim_start_matches("umbra: ").trim().to_owned())
+        let line = said.lines().find(|line| words.iter().any(|word| line.contains(word)))?;
+        Some(line.trim_start_matches("umbra: ").trim().to_owned())
     };
-    let line = match outcome {
-        Outcome::Status(0) => return None,
-        Outcome::Hung(_) => return Some(Verdict::Missed(format!("the run {outcome}"))),
-        _ => {
-            found(&["INV-", "everybody waits", "audit", "did not end within", "FAIL", "witness", "panicked"])
-        }
+    let Outcome::Status(code) = outcome else { return None };
+    let of = |status: Status| status.code() == code;
+    let line = match () {
+        () if of(Status::Incoherent) || of(Status::Failure) => found(&["INV-"]),
+        () if of(Status::Deadlock) => found(&["everybody waits"]),
+        () if of(Status::Witness) || of(GUEST_FAILS) => found(&["verdict=FAIL"]),
+        () => None,
     };
-    Some(Verdict::Caught(vec![line.unwrap_or_else(|| format!("the run {outcome}"))]))
+    line.map(|line| Verdict::Caught(vec![line]))
 }
+
+/// The built-in guest has found something wrong.
+const GUEST_FAILS: Status = Status::Guest(1);
 
 #[cfg(test)]
 mod tests {
@@ -127,6 +133,25 @@ mod tests {
         let other = format!("{CYCLE}scenario x: failed order: first b\n");
         assert!(matches!(judged(&other, Outcome::Status(3)), Verdict::Missed(_)));
         assert!(matches!(judged("scenario x: passed\n", Outcome::Status(3)), Verdict::Missed(_)));
+    }
+
+    #[test]
+    fn a_rule_is_missed_by_what_comes_of_it_alone() {
+        let judged = |outcome, said: &str| omission(outcome, said).is_some();
+        let breach = "umbra: INV-TLB-2: vCPU 0 used a stale translation\n";
+        assert!(judged(Outcome::Status(Status::Incoherent.code()), breach));
+        assert!(judged(Outcome::Status(3), "umbra: verdict=FAIL status=3\n"));
+        for status in
+            [Status::Pass, Status::Usage, Status::Operator, Status::Timeout, Status::Quit, Status::Failure]
+        {
+            assert!(
+                !judged(Outcome::Status(status.code()), "umbra: verdict=FAIL, audit, panicked\n"),
+                "{status:?}"
+            );
+        }
+        assert!(
+            !judged(Outcome::Signal(9), breach) && !judged(Outcome::Hung(std::time::Duration::ZERO), breach)
+        );
     }
 
     #[test]

@@ -43,10 +43,14 @@ pub enum Kind {
     Scattered,
     /// A translation has outlived what it was of.
     Incoherent,
+    /// What Umbra keeps of its pages does not agree any more.
+    Books,
+    /// Something that no case fears.
+    Broken,
 }
 
 impl Kind {
-    const ALL: [Kind; 10] = [
+    const ALL: [Kind; 12] = [
         Kind::Deadlock,
         Kind::Sleep,
         Kind::Type,
@@ -57,6 +61,8 @@ impl Kind {
         Kind::Exhausted,
         Kind::Scattered,
         Kind::Incoherent,
+        Kind::Books,
+        Kind::Broken,
     ];
 
     /// In a word.
@@ -72,6 +78,8 @@ impl Kind {
             Kind::Exhausted => "exhausted",
             Kind::Scattered => "scattered",
             Kind::Incoherent => "incoherent",
+            Kind::Books => "books",
+            Kind::Broken => "broken",
         }
     }
 

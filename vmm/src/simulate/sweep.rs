@@ -121,9 +121,13 @@ impl Run {
     }
 
     /// Waits for its end; nothing where a signal has come first.
-    fn finish(&mut self, order: &Order, signals: &dyn Fn() -> u32) -> Result<Option<Outcome>, SweepError> {
+    fn finish(
+        &mut self,
+        patience: Duration,
+        signals: &dyn Fn() -> u32,
+    ) -> Result<Option<Outcome>, SweepError> {
         while signals() == 0 {
-            if let Some(outcome) = self.look(order.patience)? {
+            if let Some(outcome) = self.look(patience)? {
                 return Ok(Some(outcome));
             }
             std::thread::sleep(LOOK);
@@ -204,7 +208,9 @@ fn shrink(
         let mut run = Run::start(order, failed.seed, &["--choices".into(), choices.to_string()])?;
         let words = || format!("seed {} {}; with {choices} of its choices?", failed.seed, failed.outcome);
         progress.show(begun.elapsed(), 0.0, words);
-        Ok(run.finish(order, signals)? == Some(failed.outcome))
+        let left = SHRINK_MAX.saturating_sub(begun.elapsed()).min(order.patience);
+        let is_same = run.finish(left, signals)? == Some(failed.outcome);
+        Ok(is_same && breach(&run.said()?) == breach(&failed.said))
     };
     let (mut too_few, mut enough) = (0, 0);
     while !fails(enough)? {
@@ -223,6 +229,11 @@ fn shrink(
     Ok(Some(enough))
 }
 
+/// Which invariant a run says that it has broken, if any: two failures of one status may be two.
+fn breach(said: &str) -> Option<&str> {
+    said.split([' ', ':']).find(|word| word.starts_with("INV-"))
+}
+
 /// Runs the first seed, and writes its timeline to `out`.
 ///
 /// # Errors
@@ -234,7 +245,7 @@ pub fn replay(order: &Order, signals: &dyn Fn() -> u32, out: &mut impl Write) ->
     let mut log = log.map_err(|source| SweepError::Start { seed, jobs: 1, source })?;
     let path = format!("/proc/{}/fd/{}", std::process::id(), log.as_raw_fd());
     let mut run = Run::start(order, seed, &["--event-log".into(), path])?;
-    let outcome = run.finish(order, signals)?.unwrap_or(Outcome::Status(Status::Quit.code()));
+    let outcome = run.finish(order.patience, signals)?.unwrap_or(Outcome::Status(Status::Quit.code()));
     let ended = Failed { seed, outcome, said: run.said()?, choices: None };
     drop(run);
     let mut write = || {

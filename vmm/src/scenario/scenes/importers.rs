@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use umbra_mmu::discard::Discard;
-use umbra_mmu::external::ImporterId;
+use umbra_mmu::external::{ImporterId, SegmentId};
 use umbra_mmu::invalidation::May;
 use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
@@ -54,6 +54,19 @@ fn house(stage: &Stage) -> House {
     House { mmu: Arc::new(mmu), importers, kicked }
 }
 
+impl House {
+    /// Its importer of that number.
+    fn importer(&self, id: u32, segment: SegmentId) -> Arc<Importer<Arc<Mmu>>> {
+        let (mmu, all) = (self.mmu.clone(), self.importers.clone());
+        Arc::new(Importer { mmu, all, id, segment, manner: Manner::Honest })
+    }
+
+    /// All of its memory.
+    fn segment(&self) -> SegmentId {
+        self.mmu.make_segment(Gfn(0), PAGES, true).expect("all of a guest without segments")
+    }
+}
+
 /// The vCPU's program.
 fn use_pages(mut cpu: SoftCpu<Arc<Mmu>>) {
     let mut kept = [0; PAGES as usize];
@@ -71,14 +84,12 @@ fn use_pages(mut cpu: SoftCpu<Arc<Mmu>>) {
 
 /// Starts the vCPU and the importers of a house; the count is of importers that have gone.
 fn move_in(stage: &Stage, house: &House) -> io::Result<(Vec<Thread>, Arc<AtomicU64>)> {
-    let segment = house.mmu.make_segment(Gfn(0), PAGES, true);
-    let segment = segment.expect("all of a guest without segments");
+    let segment = house.segment();
     let gone = Arc::new(AtomicU64::new(0));
     let cpu = SoftCpu::new(house.mmu.clone(), TlbKind::Sticky, house.kicked.clone());
     let mut threads = vec![stage.start("vCPU 0", move || use_pages(cpu))?];
     for id in 0..IMPORTERS {
-        let (mmu, all) = (house.mmu.clone(), house.importers.clone());
-        let importer = Arc::new(Importer { mmu, all, id, segment, manner: Manner::Honest });
+        let importer = house.importer(id, segment);
         let (listener, gone) = (importer.clone(), gone.clone());
         threads.push(stage.start(&format!("importer {id}, its ear"), move || listener.listen(PAUSE, &draw))?);
         threads.push(stage.start(&format!("importer {id}"), move || {
@@ -118,16 +129,8 @@ pub fn play_atomic(stage: &Stage) -> io::Result<()> {
     let (mut done, mut refused) = (0u32, 0u32);
     for _ in 0..LIVES {
         let house = house(stage);
-        let segment = house.mmu.make_segment(Gfn(0), PAGES, true);
-        let segment = segment.expect("all of a guest without segments");
-        let importer = Importer {
-            mmu: house.mmu.clone(),
-            all: house.importers.clone(),
-            id: 0,
-            segment,
-            manner: Manner::Honest,
-        };
-        let importer = Arc::new(importer);
+        let segment = house.segment();
+        let importer = house.importer(0, segment);
         let listener = importer.clone();
         let ear = stage.start("importer 0, its ear", move || listener.listen(PAUSE, &draw))?;
         let has = importer.clone();
@@ -161,15 +164,8 @@ pub fn play_atomic(stage: &Stage) -> io::Result<()> {
 pub fn play_mark(stage: &Stage) -> io::Result<()> {
     for imported in [0, 1, PAGES] {
         let house = house(stage);
-        let segment = house.mmu.make_segment(Gfn(0), PAGES, true);
-        let segment = segment.expect("all of a guest without segments");
-        let importer = Arc::new(Importer {
-            mmu: house.mmu.clone(),
-            all: house.importers.clone(),
-            id: 0,
-            segment,
-            manner: Manner::Honest,
-        });
+        let segment = house.segment();
+        let importer = house.importer(0, segment);
         let listener = importer.clone();
         let ear = stage.start("importer 0, its ear", move || listener.listen(PAUSE, &draw))?;
         let mut cpu = SoftCpu::new(house.mmu.clone(), TlbKind::Sticky, house.kicked.clone());

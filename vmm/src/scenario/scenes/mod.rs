@@ -132,8 +132,10 @@ impl Stage {
         let kind = match () {
             () if text.contains("INV-TLB-2") || text.contains("INV-COH-1") => Kind::Incoherent,
             () if text.contains("was lost") => Kind::Lost,
-            () if text.contains("may not sleep") || text.contains("INV-WAIT-2") => Kind::Sleep,
-            () => Kind::Content,
+            () if text.contains("may not sleep waits") || text.contains("INV-WAIT-2") => Kind::Sleep,
+            () if text.starts_with("the audit: ") => Kind::Books,
+            () if text.contains("importers: ") || text.contains("the vCPU's word") => Kind::Content,
+            () => Kind::Broken,
         };
         self.fail(kind, &format!("{who}: {text}"))
     }
