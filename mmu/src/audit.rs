@@ -131,13 +131,18 @@ impl Audit<'_> {
         let first = self.mmu.frames.range_of(spte.mfn());
         let huge = first.is_some_and(|first| self.mmu.p2m.range(first) == Range::Huge(spte.mfn()));
         self.require(huge, || format!("INV-HUGE-1: {spte:?} maps a range that is not huge, {first:?}"));
+        let pages = TABLE_ENTRIES as u32;
         if key.role.shape != Shape::Directory {
-            return;
+            let there = Gfn(key.gfn.0 + index * pages);
+            return self.require(first == Some(there), || {
+                format!("INV-SYNC-3: {key:?} entry {index} is {spte:?}, of {first:?} and not of {there}")
+            });
         }
         let (mode, gpte) = (key.role.mode, self.guest_entry(key, index));
         let valid = gpte.is_present() && gpte.is_accessed() && gpte.is_large(mode);
-        let base = gpte.large_gfn(mode).0;
-        let within = first.is_some_and(|first| (base..base + 1024).contains(&first.0));
+        // Two entries stand for one of 4 MiB.
+        let half = if mode.pae { 0 } else { index & 1 };
+        let within = first == Some(Gfn(gpte.large_gfn(mode).0 + half * pages));
         let dirty = gpte.is_dirty() || !spte.is_writable();
         self.require(valid && within && dirty && !gpte.has_reserved_bits(mode, true), || {
             format!("INV-SYNC-3: {key:?} entry {index} is {spte:?}, the guest says {gpte:?}")

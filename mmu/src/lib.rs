@@ -24,7 +24,7 @@
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
 //! | coherence, tlb, violation | flush epochs and the ack ledger; a TLB in software; the report of a flush that was missed |
 //! | guest_tlb | a model of the guest's own TLBs, which finds the flushes that the guest misses |
-//! | rules | the rules of coherence by name, and going without one, for tests |
+//! | rules | the rules of coherence and of reclaim by name, and going without one |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
 //! | explain, pressure, audit | why an address is as it is; how short of frames the guest is; is everything as it must be |
 //! | twins | what stands in for vCPUs' threads and importers in memory |

@@ -1,4 +1,4 @@
-//! The rules of coherence, each by name: what it protects, and a way to leave it out.
+//! The rules of coherence and of reclaim, each by name: what it protects, and a way to leave it out.
 //!
 //! Story: every flush, kick, wait, gate check, and note or look at TLB debt stands in the code as
 //! `if self.rules.keep(Rule::KickAtShootdown) { .. }`. A guest's MMU can be told to go without one rule (`Mmu::with_rules`): the
@@ -324,8 +324,8 @@ pub(crate) use points::pass_point;
 /// docs/RULES.md.
 pub fn as_markdown() -> String {
     let mut text = String::from(
-        "# The rules of coherence\n\nEach stands in the code by its name (`mmu/src/rules.rs`, from which this page is made). \
-         `cargo test` leaves\nout each in turn and something must notice: see SPECIFICATION.md.\n\n\
+        "# The rules of coherence and of reclaim\n\nEach stands in the code by its name (`mmu/src/rules.rs`, from which this page is made). \
+         `cargo test` leaves\nout each in turn and something must notice: see SPECIFICATION.md. `umbra scenario` shows what some of them are for.\n\n\
          | rule | sort | where | protects |\n|---|---|---|---|\n",
     );
     for rule in Rule::ALL {

@@ -213,6 +213,8 @@ static void slots(void)
     apic_send_nmi(cpu_self()->apic_id);
     scene_until(*(volatile u32 *)&nmis == 1);
     nmi_also = NULL;
+    /* A fast CPU may be through with all of it before the first tick. */
+    scene_until(window_deepest(CLASS_IRQ));
     u32 by_stack = 0;
     static const char *const names[CLASS_COUNT] = {"depth-of-tasks", "depth-of-interrupts", "depth-of-nmis"};
     for (enum window_class class = 0; class < CLASS_COUNT; class++) {

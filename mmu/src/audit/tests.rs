@@ -329,3 +329,53 @@ fn inv_window_1_a_frame_that_stays_pinned() {
     guest.mmu.frames.pin(guest.mfn(DATA));
     guest.expect("INV-WINDOW-1");
 }
+
+/// The second range of a guest's memory, and where the guest maps it: the second half of a page of 4 MiB.
+const RANGE: Gfn = Gfn(TABLE_ENTRIES as u32);
+const HUGE: Gva = Gva(0x60_5000);
+
+/// A two-level guest whose second range is huge and mapped large; and where.
+fn huge() -> (Guest, Mpa) {
+    let config = Config { reserved_frames: 1, blocks: true, ..Config::of_pages(2 * RANGE.0) };
+    let mmu = Mmu::new(Machine::anonymous(2000 + config.block_frames()), config, Box::new(NoVcpus));
+    let mut guest = Guest { vcpu: mmu.vcpu(0), mmu };
+    guest.store(DIRECTORY.at(4), 0x00e3);
+    guest.store(RANGE.at(0), 7);
+    let mode = Mode { paging: true, pse: true, write_protect: true, ..Mode::default() };
+    guest.mmu.set_paging(&mut guest.vcpu, mode, 0x1000, Flush::Yes).expect("no PDPTEs");
+    assert_eq!(guest.mmu.collapse(RANGE), Ok(()));
+    assert_eq!(guest.mmu.fault(&guest.vcpu, HUGE, Access::read(false)), Outcome::Fixed);
+    assert_eq!(guest.mmu.audit(), Findings::new(), "whole before it is broken");
+    let directory = guest.slot(DIRECTORY, Shape::Directory);
+    let at = guest.mmu.pages.mfn(directory).at(crate::spte::l2_index(HUGE) * 8);
+    assert!(guest.mmu.spte(at).is_large());
+    (guest, at)
+}
+
+#[test]
+fn inv_huge_1_a_huge_range_with_a_page_whose_stores_must_be_seen() {
+    let (guest, _) = huge();
+    guest.mmu.frames.change_flags(guest.mfn(Gfn(RANGE.0 + 3)), 0, WATCHED);
+    guest.expect("INV-HUGE-1");
+}
+
+#[test]
+fn inv_huge_2_a_range_that_nobody_gathers() {
+    let (guest, _) = huge();
+    assert!(guest.mmu.p2m.begin_collapse(DIRECTORY).is_some());
+    guest.expect("INV-HUGE-2");
+}
+
+#[test]
+fn inv_rmap_2_a_large_leaf_that_is_not_there() {
+    let (guest, at) = huge();
+    guest.scribble(at, 0);
+    guest.expect("INV-RMAP-2");
+}
+
+#[test]
+fn inv_sync_3_a_large_leaf_of_the_other_half() {
+    let (guest, at) = huge();
+    guest.scribble(Mpa(at.0 - 8), guest.mmu.spte(at).0);
+    guest.expect("INV-SYNC-3");
+}

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use super::args::{Order, Player};
 use super::judge::{self, Verdict};
 use super::story::{Fact, Story};
-use super::table::{Case, PROGRAM, Play, SEEDS_MAX};
+use super::table::{Case, Play, SEEDS_MAX, STRESS};
 use crate::child::{Child, LOOK, Outcome};
 use crate::pressure::progress::Progress;
+use crate::simulate::args::OPTIONS;
 use crate::status::Status;
 
 /// Memory of a guest that plays.
@@ -230,7 +231,8 @@ fn words(order: &Order, case: &Case, seed: u64) -> Vec<OsString> {
         }
         Play::Omission(rule) => {
             say(&simulated);
-            say(PROGRAM);
+            say(&OPTIONS);
+            say(&STRESS);
             if order.bug {
                 say(&["--without", rule.name()]);
             }

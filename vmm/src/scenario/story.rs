@@ -50,7 +50,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 12] = [
+    /// All there are.
+    pub const ALL: [Kind; 12] = [
         Kind::Deadlock,
         Kind::Sleep,
         Kind::Type,
@@ -80,6 +81,30 @@ impl Kind {
             Kind::Incoherent => "incoherent",
             Kind::Books => "books",
             Kind::Broken => "broken",
+        }
+    }
+
+    /// What has happened.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Kind::Deadlock => {
+                "some wait for each other, and for nobody else: each is named with what it waits for, and who holds or owes that"
+            }
+            Kind::Sleep => "somebody who may not sleep was about to",
+            Kind::Type => {
+                "a thing was given back as another than it was taken, or made as another than it is used"
+            }
+            Kind::Nesting => "more were nested than there was room for",
+            Kind::Order => "things were not given back in reverse, and one that was held is gone",
+            Kind::Content => "somebody has read what is not there, or not there any more",
+            Kind::Lost => "what was done is undone: a store, or a discard",
+            Kind::Exhausted => "there was no more of something, for one who may not wait",
+            Kind::Scattered => "what belongs together went apart",
+            Kind::Incoherent => {
+                "a translation has outlived what it was of: the oracle or the ledger found it"
+            }
+            Kind::Books => "what Umbra keeps of its pages does not agree any more: the audit found it",
+            Kind::Broken => "something else broke, which no case fears: a mistake in Umbra",
         }
     }
 

@@ -43,32 +43,16 @@ pub enum Play {
     Guest(&'static str, u32),
     /// Umbra's own MMU, with a rule of Umbra's that can be left out.
     Scene(Scene, Option<Rule>),
-    /// The built-in guest, by [`PROGRAM`], without a rule of Umbra's.
+    /// The built-in guest, by the options of a sweep and [`STRESS`], without a rule of Umbra's.
     Omission(Rule),
 }
 
 /// Seeds within which a rule that is left out must be missed.
 pub const SEEDS_MAX: u64 = 200;
 
-/// A guest that misses rules of Umbra's: pages come and go all the time, and a TLB forgets nothing by itself. One that does not get on for
-/// so long, in its own time, never will.
-pub const PROGRAM: &[&str] = &[
-    "--vcpus",
-    "2",
-    "--mem",
-    "16M",
-    "--low",
-    "1M",
-    "--frames",
-    "3M@0s,2M@1ms",
-    "--tlb",
-    "sticky",
-    "--stress",
-    "--timeout",
-    "60s",
-    "--append",
-    "workload=mm scale=1",
-];
+/// What a guest has that misses rules of Umbra's, beside the options of every sweep: pages come and go all the time. One that does not get on
+/// for so long, in its own time, never will.
+pub const STRESS: [&str; 3] = ["--stress", "--timeout", "60s"];
 
 /// Whether it misses `rule`: not, where that is hardware's or importers', or where nothing that it does in so short a time depends on it.
 /// Those are left out by tests of their own.
@@ -473,6 +457,12 @@ pub fn as_markdown() -> String {
         for paragraph in scenario.tale {
             text += &format!("\n{paragraph}\n");
         }
+        let name = scenario.name;
+        if name != RULES {
+            text += &format!(
+                "\n```\numbra scenario run {name}\numbra scenario run {name} --bug --explain\n```\n"
+            );
+        }
         if scenario.name == RULES {
             text += &format!(
                 "\n`umbra scenario run {RULES}/NAME --bug`, with NAME from [RULES.md](RULES.md): {} of {} rules. ",
@@ -488,6 +478,10 @@ pub fn as_markdown() -> String {
             let bug = if case.fails.is_empty() { "(it measures)" } else { case.bug };
             text += &format!("| `{}` | {} | {bug} | {} |\n", case.name, case.rule, kinds.join(", "));
         }
+    }
+    text += "\n## What a case is caught as\n\n| word | what has happened |\n|---|---|\n";
+    for kind in Kind::ALL {
+        text += &format!("| {} | {} |\n", kind.name(), kind.meaning());
     }
     text
 }
