@@ -115,7 +115,15 @@ pub struct BucketGuard<'a> {
 impl Buckets {
     /// Buckets for a guest of `pages` pages: one for sixteen, whose links take two lines of a cache.
     pub fn new(pages: u32) -> Buckets {
-        let count = (pages / 16).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX);
+        Buckets::of((pages / 16).next_power_of_two().clamp(BUCKETS_MIN, BUCKETS_MAX))
+    }
+
+    /// One bucket for all pages: every fill and every invalidation waits for every other.
+    pub fn one() -> Buckets {
+        Buckets::of(1)
+    }
+
+    fn of(count: u32) -> Buckets {
         let bucket = |_| Bucket { links: Lock::new(lock_order::BUCKET, Vec::new()), gate: AtomicU64::new(0) };
         Buckets {
             buckets: (0..count).map(bucket).collect(),

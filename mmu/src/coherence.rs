@@ -231,7 +231,7 @@ impl Coherence {
     /// [`Coherence::shoot_down`].
     pub fn request_flush(&self, vcpu: u32) {
         let stamp = self.clock.now();
-        self.vcpus[vcpu as usize].requested.fetch_max(stamp + 1, Ordering::SeqCst);
+        raise(&self.vcpus[vcpu as usize].requested, stamp + 1);
     }
 
     /// Makes every vCPU unable to use what was removed up to now, and returns once that is so: how many had to be
@@ -310,7 +310,7 @@ impl Coherence {
     pub(crate) fn request_flush_of_all(&self) -> u64 {
         let stamp = self.clock.now();
         for vcpu in self.vcpus.iter() {
-            vcpu.requested.fetch_max(stamp + 1, Ordering::SeqCst);
+            raise(&vcpu.requested, stamp + 1);
         }
         stamp
     }
@@ -391,7 +391,7 @@ impl Coherence {
         state.mode.store(VcpuMode::Outside as u32, Ordering::SeqCst);
         let requested = state.requested.load(Ordering::SeqCst);
         if requested > state.flushed.load(Ordering::SeqCst) && self.rules.keep(Rule::AnswerAtLeave) {
-            state.seen.fetch_max(requested - 1, Ordering::SeqCst);
+            raise(&state.seen, requested - 1);
         }
     }
 
@@ -403,7 +403,7 @@ impl Coherence {
 
     /// Notes that the flush begun with `epoch` is complete on `vcpu`.
     pub fn end_flush(&self, vcpu: u32, epoch: u64) {
-        self.vcpus[vcpu as usize].flushed.fetch_max(epoch, Ordering::SeqCst);
+        raise(&self.vcpus[vcpu as usize].flushed, epoch);
     }
 }
 
@@ -465,7 +465,7 @@ impl Removal<'_> {
         loop {
             let stamp = word >> REMOVING_BITS;
             if last.load(Ordering::SeqCst) <= stamp {
-                last.fetch_max(stamp + 1, Ordering::SeqCst);
+                raise(last, stamp + 1);
             }
             // The clock still stands there, and whoever moves it on sees the sptes' stores.
             match clock.compare_exchange(word, word - 1, Ordering::SeqCst, Ordering::SeqCst) {
@@ -496,9 +496,23 @@ impl VcpuFlush {
         let outside = self.requested.load(Ordering::SeqCst) > stamp
             && self.mode.load(Ordering::SeqCst) == VcpuMode::Outside as u32;
         if outside {
-            self.seen.fetch_max(stamp, Ordering::SeqCst);
+            raise(&self.seen, stamp);
         }
         outside
+    }
+}
+
+/// `fetch_max` by a compare-and-exchange, which is what a CPU has too: ThreadSanitizer does not see the other.
+fn raise(word: &AtomicU64, to: u64) {
+    if cfg!(loom) {
+        // One step of a model, not two.
+        word.fetch_max(to, Ordering::SeqCst);
+        return;
+    }
+    let mut now = word.load(Ordering::Relaxed);
+    // It stores in any case, for what that orders.
+    while let Err(other) = word.compare_exchange_weak(now, now.max(to), Ordering::SeqCst, Ordering::Relaxed) {
+        now = other;
     }
 }
 

@@ -142,6 +142,8 @@ pub struct Config {
     pub homes: bool,
     /// The [`Config::block_frames`] before those are of blocks, in which ranges of guest memory are gathered (see collapse).
     pub blocks: bool,
+    /// All pages share one bucket of the reverse map: its lock, and its gate. To see what many are good for.
+    pub one_bucket: bool,
 }
 
 impl Config {
@@ -158,6 +160,7 @@ impl Config {
             vcpus: 1,
             homes: false,
             blocks: false,
+            one_bucket: false,
         }
     }
 
@@ -303,7 +306,7 @@ impl Mmu {
             } else {
                 P2m::new(config.guest_pages)
             },
-            buckets: Buckets::new(gated),
+            buckets: if config.one_bucket { Buckets::one() } else { Buckets::new(gated) },
             coherence: Coherence::new(config.vcpus, shootdown),
             pages: Pages::new(config.shadow_pages_max),
             roots: Lock::new(lock_order::ROOTS, Roots::default()),

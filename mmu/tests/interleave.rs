@@ -15,7 +15,7 @@
 //! must fail.
 //!
 //! *Moves* (`moves`): two or three operations on one page that comes and goes. *Importers* (`imports`): the same with processes that
-//! have pages too, and must give them up. *Devices*: three sessions (`umbra_mmu::dma`) want
+//! have pages too, and must give them up. *Gathers* (`gathers`): a range whose pages move to one block meanwhile. *Devices*: three sessions (`umbra_mmu::dma`) want
 //! three of four slots each, overlapping and in opposite order, while their pages are taken away. Its twin takes them one by one,
 //! and ends in a deadlock.
 //!
@@ -25,6 +25,7 @@
 //! Limits: every store is seen by all at once here; what store buffers do is loom's (`src/interleave`). Words of machine
 //! memory are `std`'s atomics, which shuttle does not see: see `umbra_mmu::sync::point`.
 
+mod gathers;
 mod imports;
 mod moves;
 

@@ -21,6 +21,7 @@ pub fn cases() -> Vec<Trial> {
         case("simulate_says_that_a_run_hangs_when_its_patience_is_over", &[], hangs),
         case("simulate_leaves_no_run_behind_when_it_is_killed", &[], killed),
         case("simulate_replays_a_seed_as_a_timeline", &[], replay),
+        case("simulate_with_failures_of_swap_takes_them_for_what_they_are", &[], io_failures),
         case("simulate_refuses_what_makes_no_sense_before_the_first_run", &[], refused),
     ];
     // Only a build for tests can leave a rule out.
@@ -63,6 +64,20 @@ fn lowest() -> Verdict {
     let again = ["run", "--deterministic", "--seed", "4"].iter().chain(&HELLO[1..]).chain(&SHORT);
     let again = umbra(again)?;
     ensure!(again.end == status::TIMEOUT, "the same again is another:\n{again}");
+    Ok(())
+}
+
+/// Under stress, so that who meets the failure is any of them. Without the option they are failures of the run.
+fn io_failures() -> Verdict {
+    let failing =
+        ["--mem", "16M", "--low", "1M", "--frames", "2M", "--stress", "--append", "workload=mm scale=1"];
+    let run = umbra(["simulate", "--seeds", "0..10", "--io-failures", "--"].iter().chain(&failing))?;
+    ensure!(run.end == End::Status(0) && run.stderr.contains("10 seeds passed in"), "not all:\n{run}");
+    let fault = ["--swap-fault", "write@3"];
+    let run = umbra(["simulate", "--seeds", "0..2", "--"].iter().chain(&failing).chain(&fault))?;
+    let said =
+        run.stderr.contains("swap: writing") && run.stderr.contains("seed 0: the run ended with status 6");
+    ensure!(run.end == status::FAILURE && said, "expected {:?}:\n{run}", status::FAILURE);
     Ok(())
 }
 

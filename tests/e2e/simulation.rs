@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Trial> {
         case("simulation_of_two_cpus_and_swap_is_the_same_for_a_seed", &[], || same(&SWAP, &[4])),
         case("simulation_of_two_cpus_and_disks_is_the_same_for_a_seed", &[], || same(&DISKS, &[5])),
         case("simulation_of_a_disk_in_a_file_is_the_same_for_a_seed", &[], disk_in_a_file),
+        case("simulation_under_stress_is_the_same_for_a_seed", &[], || same(&STRESS, &[6])),
         case("simulations_of_two_seeds_are_two", &[], differ),
         case("simulation_refuses_what_has_an_order_of_its_own", &[], refused),
     ];
@@ -42,6 +43,21 @@ const SWAP: [&str; 10] = [
     "3M@0s,2M@1ms",
     "--low",
     "1M",
+    "--append",
+    "workload=mm scale=1",
+];
+
+/// Importers come and go meanwhile, and whoever takes pages and tables away.
+const STRESS: [&str; 11] = [
+    "--vcpus",
+    "2",
+    "--mem",
+    "16M",
+    "--frames",
+    "3M",
+    "--low",
+    "1M",
+    "--stress",
     "--append",
     "workload=mm scale=1",
 ];
@@ -76,6 +92,14 @@ fn same(options: &[&str], seeds: &[u64]) -> Verdict {
                 &["reclaim", "frames free"],
                 &["waits for a transfer"],
                 &["interrupt"],
+            ],
+            len if len == STRESS.len() => &[
+                &["stress: takes", "without sleep"],
+                &["stress: takes", "tables"],
+                &["importer 0: is given page"],
+                &["tells importer"],
+                &["importer 1, its ear: has given"],
+                &["importer 1, its ear: ends"],
             ],
             // Who notifies a disk in memory serves it.
             len if len == DISKS.len() => &[&["vcpu 1: ran"], &["vcpu", "waits for a transfer"]],

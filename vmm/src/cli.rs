@@ -211,6 +211,15 @@ pub enum Huge {
     On,
 }
 
+/// Locks and gates of the reverse map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Locks {
+    /// One for sixteen pages; for each page, where the guest exports memory.
+    Many,
+    /// One for all: every fill and every invalidation waits for every other.
+    One,
+}
+
 /// Where a lossy TLB's chance begins.
 const LOSSY_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -267,6 +276,9 @@ pub struct RunArgs {
     /// Whether ranges of 2 MiB of guest memory that are hot and mostly resident are gathered into contiguous frames meanwhile.
     #[arg(long, value_enum, default_value = "off")]
     pub huge: Huge,
+    /// Whether each few pages have a lock and a gate of their own, or all have one: to compare.
+    #[arg(long, value_enum, default_value = "many")]
+    pub locks: Locks,
     /// The guest's command line.
     #[arg(long, value_name = "CMDLINE", default_value = "")]
     pub append: String,
@@ -313,7 +325,8 @@ pub struct RunArgs {
     /// failure.
     #[arg(long, requires = "deterministic", value_name = "N")]
     pub choices: Option<u64>,
-    /// Have pages taken away all the time, by somebody who may sleep and by somebody who may not, and frames refused, as the seed says.
+    /// Have pages taken away all the time, by somebody who may sleep and by somebody who may not, imported, and frames refused, as the seed
+    /// says.
     #[arg(long, requires = "deterministic")]
     pub stress: bool,
     /// Write what happens to FILE, a line each, with its virtual time in nanoseconds and whose doing it was.

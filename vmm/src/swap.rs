@@ -8,6 +8,7 @@
 //!
 //! Holds: every slot is read where it was written; a short read or write is an error, never a guess.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -112,6 +113,16 @@ pub enum Fault {
     Read(u64),
     /// This write.
     Write(u64),
+}
+
+/// As [`parse_fault`] reads it.
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::Read(number) => write!(f, "read@{number}"),
+            Fault::Write(number) => write!(f, "write@{number}"),
+        }
+    }
 }
 
 /// Reads `read@N` or `write@N`.

@@ -1,17 +1,17 @@
 //! Importers in memory: what each has, what it has been told, and two threads of each.
 //!
 //! Story: one thread asks for pages and uses them ([`Importer::live`]), the other hears that they must be given up
-//! ([`Importer::listen`]), so that a telling overtakes a grant. Each importer has a word of its own in every page, and finds what it
-//! stored last.
-//!
-//! Limits: an importer stores, so that its segment must be one that may be written.
+//! ([`Importer::listen`]), so that a telling overtakes a grant. An importer of a segment that may be written has a word of its own in
+//! every page, and finds what it stored last. One that reads finds the page at home for as long as it has not given it up.
 
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::io;
+use std::ops::{Deref, Range};
 
 use crate::external::{Answers, External, ImporterId, SegmentId};
 use crate::frames::Host;
+use crate::p2m::PageState;
 use crate::scope::NoSleep;
 use crate::sync::{self, Arc, Monitor, thread};
 use crate::{Gfn, Machine, Mfn, Mmu, Width, lock_order};
@@ -20,8 +20,31 @@ use crate::{Gfn, Machine, Mfn, Mmu, Width, lock_order};
 const WORDS: u32 = 64;
 const WORD: u32 = 8;
 
-/// Draws a number below its argument.
-pub type Draw = dyn Fn(u32) -> u32 + Send + Sync;
+/// What an importer does by chance, and how long it takes.
+pub trait Pace: Send + Sync {
+    /// A number below `end`, which is not 0.
+    fn draw(&self, end: u32) -> u32;
+
+    /// A grant, or what it is told, is on its way.
+    fn travel(&self);
+
+    /// Before each step. Others come in anyway at locks, which may be enough.
+    fn rest(&self) {}
+}
+
+/// Draws numbers by a function; others run so often at most while something is on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Yields<D>(pub u32, pub D);
+
+impl<D: Fn(u32) -> u32 + Send + Sync> Pace for Yields<D> {
+    fn draw(&self, end: u32) -> u32 {
+        self.1(end)
+    }
+
+    fn travel(&self) {
+        (0..self.draw(self.0)).for_each(|_| thread::yield_now());
+    }
+}
 
 /// How an importer behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,64 +135,88 @@ pub struct Importer<M> {
     pub id: u32,
     /// What it imports.
     pub segment: SegmentId,
+    /// It stores to its pages, of a segment that may be written; or it reads.
+    pub stores: bool,
     /// What it does with what it is told.
     pub manner: Manner,
 }
 
-impl<M: std::ops::Deref<Target = Mmu>> Importer<M> {
+impl<M: Deref<Target = Mmu>> Importer<M> {
     fn desk(&self) -> &Monitor<Desk> {
         &self.all.desks[self.id as usize]
     }
 
-    /// Uses a page that it has, if it has it: adds one to its word.
+    /// Uses a page that it has, if it has it: adds one to its word, or looks where it is.
     fn touch(&self, page: u32, kept: &mut u64) {
-        let at = self.mmu.homes_of(Gfn(page)).expect("there are homes").at(WORDS + WORD * self.id);
+        let home = self.mmu.homes_of(Gfn(page)).expect("there are homes");
         let desk = self.desk().lock();
-        if desk.granted[page as usize] > desk.told[page as usize] {
-            let found = self.all.machine.load(at, Width::B8);
-            assert_eq!(found, *kept, "importers: the word of importer {} in page {page}", self.id);
-            *kept += 1;
-            self.all.machine.store(at, Width::B8, *kept);
-            sync::note(|line| {
-                let _ = write!(line, "stores {kept} to page {page}");
-            });
+        if desk.granted[page as usize] <= desk.told[page as usize] {
+            // As one would see it who has kept what was taken from him.
+            let is_free = || self.mmu.frames.gfn(home).is_none();
+            let bare = !is_free() || self.all.machine.is_zero(home) || !is_free();
+            assert!(bare, "importers: importer {} sees what was in page {page}", self.id);
+            return;
         }
+        if !self.stores {
+            // It has not answered, so that the page is at home, or held by who waits for that.
+            let state = self.mmu.p2m().lookup(Gfn(page));
+            let there = state == PageState::Moving || state == PageState::Resident(home);
+            assert!(there, "importers: importer {} has page {page}, which is {state:?}", self.id);
+            return;
+        }
+        let at = home.at(WORDS + WORD * self.id);
+        let found = self.all.machine.load(at, Width::B8);
+        assert_eq!(found, *kept, "importers: the word of importer {} in page {page}", self.id);
+        *kept += 1;
+        self.all.machine.store(at, Width::B8, *kept);
+        sync::note(|line| {
+            let _ = write!(line, "stores {kept} to page {page}");
+        });
     }
 
-    /// Asks for pages, uses them and gives them up, `steps` times; then it is gone. Of the segment's pages, which are the guest's first,
-    /// there are `pages`. Grants, and what it is told, are up to `pause` on their way.
+    /// Asks for pages, uses them and gives them up, `steps` times; then it is gone, whatever it has been told. Its pages are of the
+    /// segment.
     ///
     /// # Panics
     ///
-    /// When it finds another word than its own: "importers: ..".
-    pub fn live(&self, pages: u32, steps: u64, pause: u32, draw: &Draw) {
-        let mut kept = vec![0; pages as usize];
+    /// When it finds another word than its own, or a page elsewhere: "importers: ..".
+    pub fn live(&self, pages: Range<u32>, steps: u64, pace: &dyn Pace) {
+        // Also where it panics: others would wait for its answers.
+        let _alive = Alive(self);
+        let mut kept = vec![0; pages.len()];
         for _ in 0..steps {
-            let page = draw(pages);
-            let n = page as usize;
-            match draw(4) {
+            pace.rest();
+            let nth = pace.draw(pages.len() as u32);
+            let page = pages.start + nth;
+            match pace.draw(4) {
                 0 => {
-                    self.desk().lock().granted[n] = 0;
+                    self.desk().lock().granted[page as usize] = 0;
                     self.mmu.give_up_page(ImporterId(self.id), Gfn(page));
                 }
-                1 => {
-                    // It may be in use where it is for long, or the segment be closed.
-                    let importer = ImporterId(self.id);
-                    if let Ok(order) = self.mmu.import_page(importer, self.segment, Gfn(page), true) {
-                        sync::note(|line| {
-                            let _ = write!(line, "is given page {page}");
-                        });
-                        wait_up_to(pause, draw);
-                        let mut desk = self.desk().lock();
-                        desk.granted[n] = desk.granted[n].max(order);
-                        if self.manner == Manner::Forgets {
-                            desk.told[n] = 0;
-                        }
-                    }
-                }
-                _ => self.touch(page, &mut kept[n]),
+                1 => self.ask(page, pace),
+                _ => self.touch(page, &mut kept[nth as usize]),
             }
         }
+    }
+
+    /// Asks for a page, which may be in use where it is for long, or of a segment that is closed.
+    fn ask(&self, page: u32, pace: &dyn Pace) {
+        let given = self.mmu.import_page(ImporterId(self.id), self.segment, Gfn(page), self.stores);
+        let Ok(order) = given else { return };
+        sync::note(|line| {
+            let _ = write!(line, "is given page {page}");
+        });
+        pace.travel();
+        let mut desk = self.desk().lock();
+        let n = page as usize;
+        desk.granted[n] = desk.granted[n].max(order);
+        if self.manner == Manner::Forgets {
+            desk.told[n] = 0;
+        }
+    }
+
+    /// It answers nothing any more, and has nothing.
+    fn die(&self) {
         let mut desk = self.desk().lock();
         desk.gone = true;
         desk.granted.fill(0);
@@ -180,9 +227,9 @@ impl<M: std::ops::Deref<Target = Mmu>> Importer<M> {
     }
 
     /// Hears what it must give up, and answers, until it is gone.
-    pub fn listen(&self, pause: u32, draw: &Draw) {
+    pub fn listen(&self, pace: &dyn Pace) {
         loop {
-            wait_up_to(pause, draw);
+            pace.travel();
             let mut desk = self.desk().lock();
             while desk.mail.is_empty() && !desk.gone {
                 desk = desk.wait("a letter");
@@ -202,7 +249,11 @@ impl<M: std::ops::Deref<Target = Mmu>> Importer<M> {
     }
 }
 
-/// Lets others run, so often.
-fn wait_up_to(pause: u32, draw: &Draw) {
-    (0..draw(pause)).for_each(|_| thread::yield_now());
+/// An importer that lives until this is dropped.
+struct Alive<'a, M: Deref<Target = Mmu>>(&'a Importer<M>);
+
+impl<M: Deref<Target = Mmu>> Drop for Alive<'_, M> {
+    fn drop(&mut self) {
+        self.0.die();
+    }
 }

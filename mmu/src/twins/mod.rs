@@ -11,4 +11,4 @@ mod cpu;
 mod importers;
 
 pub use cpu::{Kick, SoftCpu};
-pub use importers::{Draw, Importer, Importers, Manner};
+pub use importers::{Importer, Importers, Manner, Pace, Yields};

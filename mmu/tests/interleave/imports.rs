@@ -19,7 +19,7 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::scheduler::RandomScheduler;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, thread};
-use umbra_mmu::twins::{Importer, Importers, Kick, Manner, SoftCpu};
+use umbra_mmu::twins::{Importer, Importers, Kick, Manner, SoftCpu, Yields};
 use umbra_mmu::{Config, Gfn, Machine, Mmu, Rule, Rules, TlbKind};
 
 use super::{explore_so_often, run, use_pages};
@@ -59,13 +59,13 @@ fn live_with_importers(manner: Manner, rules: Rules) {
     let (cpu, gone) = (SoftCpu::new(mmu.clone(), TlbKind::Sized, kicked), Arc::new(AtomicU64::new(0)));
     let mut threads = vec![thread::spawn(move || use_pages(cpu, PAGES, ACCESSES))];
     for id in 0..IMPORTERS {
-        let importer = Importer { mmu: mmu.clone(), all: outside.clone(), id, segment, manner };
+        let importer = Importer { mmu: mmu.clone(), all: outside.clone(), id, segment, stores: true, manner };
         let importer = Arc::new(importer);
         let listener = importer.clone();
-        threads.push(thread::spawn(move || listener.listen(PAUSE, &draw)));
+        threads.push(thread::spawn(move || listener.listen(&Yields(PAUSE, draw))));
         let gone = gone.clone();
         threads.push(thread::spawn(move || {
-            importer.live(PAGES, STEPS, PAUSE, &draw);
+            importer.live(0..PAGES, STEPS, &Yields(PAUSE, draw));
             gone.fetch_add(1, Ordering::SeqCst);
         }));
     }

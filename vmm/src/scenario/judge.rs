@@ -87,7 +87,7 @@ pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
     let Outcome::Status(code) = outcome else { return None };
     let of = |status: Status| status.code() == code;
     let line = match () {
-        () if of(Status::Incoherent) || of(Status::Failure) => found(&["INV-"]),
+        () if of(Status::Incoherent) || of(Status::Failure) => found(&["INV-", "importers: importer"]),
         () if of(Status::Deadlock) => found(&["everybody waits"]),
         () if of(Status::Witness) || of(GUEST_FAILS) => found(&["verdict=FAIL"]),
         () => None,

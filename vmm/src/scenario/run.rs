@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use super::args::{Order, Player};
 use super::judge::{self, Verdict};
 use super::story::{Fact, Story};
-use super::table::{Case, Play, SEEDS_MAX, STRESS};
+use super::table::{Case, Play, SEEDS_MAX, STRESS, options};
 use crate::child::{Child, LOOK, Outcome};
 use crate::pressure::progress::Progress;
-use crate::simulate::args::OPTIONS;
 use crate::status::Status;
 
 /// Memory of a guest that plays.
@@ -231,7 +230,7 @@ fn words(order: &Order, case: &Case, seed: u64) -> Vec<OsString> {
         }
         Play::Omission(rule) => {
             say(&simulated);
-            say(&OPTIONS);
+            say(options(rule));
             say(&STRESS);
             if order.bug {
                 say(&["--without", rule.name()]);

@@ -4,6 +4,7 @@ use umbra_mmu::Rule;
 
 use super::scenes::Scene;
 use super::story::Kind;
+use crate::simulate::args::OPTIONS;
 
 /// A discussion.
 #[derive(Debug)]
@@ -43,7 +44,7 @@ pub enum Play {
     Guest(&'static str, u32),
     /// Umbra's own MMU, with a rule of Umbra's that can be left out.
     Scene(Scene, Option<Rule>),
-    /// The built-in guest, by the options of a sweep and [`STRESS`], without a rule of Umbra's.
+    /// The built-in guest, by [`options`] and [`STRESS`], without a rule of Umbra's.
     Omission(Rule),
 }
 
@@ -54,8 +55,26 @@ pub const SEEDS_MAX: u64 = 200;
 /// for so long, in its own time, never will.
 pub const STRESS: [&str; 3] = ["--stress", "--timeout", "60s"];
 
-/// Whether it misses `rule`: not, where that is hardware's or importers', or where nothing that it does in so short a time depends on it.
-/// Those are left out by tests of their own.
+/// What a guest has whose ranges of 2 MiB are gathered, and split as pages are taken away.
+const HUGE: [&str; 14] = [
+    "--vcpus",
+    "2",
+    "--mem",
+    "24M",
+    "--low",
+    "4M",
+    "--frames",
+    "40M",
+    "--huge",
+    "on",
+    "--tlb",
+    "sticky",
+    "--append",
+    "workload=huge scale=10",
+];
+
+/// Whether it misses `rule`: not, where that is hardware's, or where nothing that it does in so short a time depends on it. Those are left
+/// out by tests of their own.
 fn is_missed(rule: Rule) -> bool {
     matches!(
         rule,
@@ -74,7 +93,23 @@ fn is_missed(rule: Rule) -> bool {
             | Rule::DebtOfProtection
             | Rule::DebtOfUnmap
             | Rule::DebtAtProtection
+            | Rule::DebtOfZap
+            | Rule::DebtAtUnmap
+            | Rule::TellImporters
+            | Rule::AwaitImporters
+            | Rule::GateAtImport
+            | Rule::FenceHomes
+            | Rule::SplitAtUnmap
+            | Rule::DebtOfSplit
     )
+}
+
+/// Options of a guest that misses `rule`, beside [`STRESS`].
+pub fn options(rule: Rule) -> &'static [&'static str] {
+    match rule {
+        Rule::SplitAtUnmap | Rule::DebtOfSplit => &HUGE,
+        _ => &OPTIONS,
+    }
 }
 
 impl Scenario {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser};
 
 use crate::cli::{Cli, Command, RunArgs};
+use crate::swap::Fault;
 use crate::units::parse_duration;
 use crate::virtio::disk::DiskSource;
 
@@ -49,6 +50,10 @@ pub struct SimulateArgs {
     /// How long a run may take, in the host's time, before it is said to hang.
     #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration)]
     pub patience: Duration,
+    /// Have an operation of each run's swap device fail, the seed says which: one of the first 64 reads or writes. Such a run passes if it
+    /// ends by that, and by nothing else, or before it comes to that.
+    #[arg(long)]
+    pub io_failures: bool,
     /// What each run has: options of `umbra run`. If left out, --vcpus 2 --mem 16M --low 1M --frames 3M@0s,2M@1ms --tlb sticky
     /// --append 'workload=mm scale=1'.
     #[arg(last = true, value_name = "RUN OPTIONS")]
@@ -66,6 +71,8 @@ pub struct Order {
     pub jobs: usize,
     /// How long each may take.
     pub patience: Duration,
+    /// An operation of each run's swap device fails.
+    pub io_failures: bool,
     options: Vec<OsString>,
 }
 
@@ -90,6 +97,7 @@ impl SimulateArgs {
             jobs: self.jobs.unwrap_or_else(cpus).min(JOBS_MAX) as usize,
             replay: self.replay.is_some(),
             patience: self.patience,
+            io_failures: self.io_failures,
             seeds,
             options,
         };
@@ -102,7 +110,12 @@ impl Order {
     /// The arguments of the program that runs `seed`.
     pub fn command(&self, seed: u64) -> impl Iterator<Item = OsString> {
         let own = ["run".into(), "--deterministic".into(), "--seed".into(), seed.to_string().into()];
-        own.into_iter().chain(self.options.iter().cloned())
+        own.into_iter().chain(self.options_of(seed))
+    }
+
+    fn options_of(&self, seed: u64) -> impl Iterator<Item = OsString> {
+        let fault = ["--swap-fault".into(), fault_of(seed).to_string().into()];
+        self.options.iter().cloned().chain(fault.into_iter().filter(|_| self.io_failures))
     }
 
     /// The same, as part of a sweep, which it dies with.
@@ -117,9 +130,20 @@ impl Order {
             words.fold("umbra".to_owned(), |line, word| format!("{line} {}", quoted(&word)))
         };
         let look = ["simulate".into(), "--replay".into(), seed.to_string().into(), "--".into()];
-        let look = look.into_iter().chain(self.options.iter().cloned());
+        let look = look.into_iter().chain(self.options_of(seed));
         [words(&mut self.command(seed).chain(fewer.clone())), words(&mut look.chain(fewer))]
     }
+}
+
+/// Operations of the swap device of which one fails: as many reads, and as many writes.
+const FAULTS: u64 = 64;
+
+/// Which fails.
+fn fault_of(seed: u64) -> Fault {
+    // Seeds that follow each other have nothing to do with each other.
+    let drawn = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    let number = 1 + drawn / 2 % FAULTS;
+    if drawn.is_multiple_of(2) { Fault::Read(number) } else { Fault::Write(number) }
 }
 
 /// That `umbra run` takes the options, and that no run finds what another has left.
@@ -216,6 +240,24 @@ mod tests {
         let help =
             "--vcpus 2 --mem 16M --low 1M --frames 3M@0s,2M@1ms --tlb sticky --append 'workload=mm scale=1'";
         assert_eq!(said.as_deref(), Some(help), "the help says others");
+    }
+
+    #[test]
+    fn a_failure_of_swap_is_the_seeds_and_of_either_sort() {
+        let order = order(&["--seeds", "0..1", "--io-failures"]).expect("an order");
+        let fault =
+            |seed| order.again(seed, None)[0].rsplit_once("--swap-fault ").map(|(_, fault)| fault.to_owned());
+        let faults: Vec<_> = (0..200).filter_map(fault).collect();
+        assert_eq!(faults.len(), 200);
+        for sort in ["read@", "write@"] {
+            let numbers: std::collections::BTreeSet<_> =
+                faults.iter().filter_map(|f| f.strip_prefix(sort)).collect();
+            assert!(numbers.len() > 40, "{sort}: {numbers:?}");
+        }
+        assert!(
+            self::order(&["--seeds", "0..1", "--io-failures", "--", "--mem", "16M"]).is_err(),
+            "no swap at all"
+        );
     }
 
     #[test]

@@ -68,9 +68,11 @@ use std::sync::atomic::AtomicI32;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use umbra_mmu::external::External;
 use umbra_mmu::frames::Host;
 use umbra_mmu::records::Clock;
 use umbra_mmu::sync::sim::{self, Ticket};
+use umbra_mmu::twins::Importers;
 use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE, SoftTlb};
 
 pub use beside::{Beside, BuiltIn, Companion};
@@ -86,7 +88,7 @@ pub use vcpu::VcpuStats;
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
 use crate::boot::{ImageError, MemoryError};
-use crate::cli::{Huge, RunArgs, Swap, Window};
+use crate::cli::{Huge, Locks, RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
 use crate::kvm::{HostError, KvmError};
@@ -269,6 +271,8 @@ struct Guest {
     overcommit: Overcommit,
     virtio: VirtioDevices,
     exporter: Option<Exporter>,
+    /// Of `--stress`.
+    importers: Option<Importers>,
     /// Where its output and `--status` meet.
     screen: Screen,
 }
@@ -321,7 +325,15 @@ impl Guest {
         let virtio = VirtioDevices::plug(disks, &devices);
         let hub = || Hub::new(args.export_deadline, args.export_policy, args.export_in_turn);
         let hub = args.export.is_some().then(hub).transpose().map_err(RunError::Setup)?;
-        let mmu = build_mmu(config, &runner, &pool, hub.as_ref())?.with_rules(args.omit.unwrap_or_default());
+        let importers = args
+            .stress
+            .then(|| stress::importers(config.guest_pages, umbra_mmu::Machine::new(pool.region())));
+        let outside: Option<Box<dyn External>> = match (&hub, &importers) {
+            (Some(hub), _) => Some(Box::new(ByHub(Arc::clone(hub)))),
+            (None, Some(importers)) => Some(Box::new(importers.clone())),
+            (None, None) => None,
+        };
+        let mmu = build_mmu(config, &runner, &pool, outside)?.with_rules(args.omit.unwrap_or_default());
         let mmu = if args.check_guest_tlb { mmu.with_guest_tlb() } else { mmu };
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let exporter = hub.map(|hub| {
@@ -349,6 +361,7 @@ impl Guest {
             overcommit,
             virtio,
             exporter,
+            importers,
             screen: screen.clone(),
         })
     }
@@ -396,8 +409,9 @@ impl Guest {
             true => (Some(self.start_clock(args, &ending).map_err(RunError::Setup)?), None),
             false => (None, args.timeout),
         };
-        let stress = || Stress::start(Arc::clone(&self.mmu), ending.clone());
-        let stress = args.stress.then(stress).transpose().map_err(RunError::Setup)?;
+        let stress =
+            |importers: &Importers| Stress::start(Arc::clone(&self.mmu), importers.clone(), ending.clone());
+        let stress = self.importers.as_ref().map(stress).transpose().map_err(RunError::Setup)?;
         let events = EventLoop::start(Arc::clone(&self.devices), ending.clone(), limit, subscribers)
             .map_err(RunError::Setup)?;
         let beside = Beside::new(&self, &ending);
@@ -540,8 +554,9 @@ fn config_of(args: &RunArgs, memory: &MemoryMap, overcommit: &Overcommit) -> Con
         roots_max: overcommit.roots_max,
         firmware_entry: 0,
         vcpus: args.vcpus,
-        homes: args.export.is_some(),
+        homes: args.export.is_some() || args.stress,
         blocks: args.huge == Huge::On,
+        one_bucket: args.locks == Locks::One,
     }
 }
 
@@ -550,6 +565,8 @@ fn build_pool(args: &RunArgs, plan: &Plan, config: &Config) -> Result<Pool, RunE
     let (firmware, tables) = (plan.firmware_frames(args.vcpus)?, u64::from(config.table_frames_max()));
     let frames = firmware + args.mem / PAGE_SIZE + tables + SPARE_FRAMES + u64::from(config.block_frames());
     let homes = if config.homes { u64::from(config.guest_pages) } else { 0 };
+    // Those of a simulation are memory like any other: no process has them.
+    let (frames, homes) = if args.stress { (frames + homes, 0) } else { (frames, homes) };
     Ok(match args.window {
         Window::Pinned => Pool::with_homes(frames, homes)?,
         Window::Mapped => Pool::mapped(frames, homes, firmware, tables)?,
@@ -583,7 +600,7 @@ fn build_mmu(
     config: Config,
     runner: &Runner,
     pool: &Arc<Pool>,
-    hub: Option<&Arc<Hub>>,
+    outside: Option<Box<dyn External>>,
 ) -> Result<Mmu, RunError> {
     let config = Config {
         reserved_frames: runner.reserved_frames(),
@@ -594,8 +611,8 @@ fn build_mmu(
     let mmu = Mmu::new(umbra_mmu::Machine::new(pool.region()), config, Box::new(kicks))
         .with_clock(Box::new(HostClock))
         .with_host(Box::new(PoolHost(Arc::clone(pool))));
-    let mmu = match hub {
-        Some(hub) => mmu.with_external(Box::new(ByHub(Arc::clone(hub)))),
+    let mmu = match outside {
+        Some(outside) => mmu.with_external(outside),
         None => mmu,
     };
     Ok(match pool.views() {

@@ -14,7 +14,7 @@
 //! | the console's reader | is waited for |
 //! | Ctrl-C, SIGTERM | as ever: such a run is not one that comes again |
 //!
-//! Not here: importers, the control socket and so resets, KVM, `umbra measure`; the command line refuses them.
+//! Not here: other processes that import (`super::stress` has importers of its own), the control socket and so resets, KVM, `umbra measure`; the command line refuses them.
 
 use std::fmt::Write;
 use std::io::{self, BufWriter};

@@ -13,7 +13,7 @@ use umbra_mmu::invalidation::May;
 use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, thread};
-use umbra_mmu::twins::{Importer, Importers, Kick, Manner, SoftCpu};
+use umbra_mmu::twins::{Importer, Importers, Kick, Manner, SoftCpu, Yields};
 use umbra_mmu::{Config, Gfn, Machine, Mmu, TlbKind};
 
 use super::super::story::Fact;
@@ -28,6 +28,7 @@ const FRAMES: u32 = 64;
 const STEPS: u64 = 48;
 const ACCESSES: u64 = 96;
 const PAUSE: u32 = 24;
+const PACE: Yields<fn(u32) -> u32> = Yields(PAUSE, draw);
 /// Lives of a guest that keeps all rules, and of one that goes without.
 const LIVES: u32 = 12;
 const LIVES_MAX: u32 = 2000;
@@ -58,7 +59,7 @@ impl House {
     /// Its importer of that number.
     fn importer(&self, id: u32, segment: SegmentId) -> Arc<Importer<Arc<Mmu>>> {
         let (mmu, all) = (self.mmu.clone(), self.importers.clone());
-        Arc::new(Importer { mmu, all, id, segment, manner: Manner::Honest })
+        Arc::new(Importer { mmu, all, id, segment, stores: true, manner: Manner::Honest })
     }
 
     /// All of its memory.
@@ -91,9 +92,9 @@ fn move_in(stage: &Stage, house: &House) -> io::Result<(Vec<Thread>, Arc<AtomicU
     for id in 0..IMPORTERS {
         let importer = house.importer(id, segment);
         let (listener, gone) = (importer.clone(), gone.clone());
-        threads.push(stage.start(&format!("importer {id}, its ear"), move || listener.listen(PAUSE, &draw))?);
+        threads.push(stage.start(&format!("importer {id}, its ear"), move || listener.listen(&PACE))?);
         threads.push(stage.start(&format!("importer {id}"), move || {
-            importer.live(PAGES, STEPS, PAUSE, &draw);
+            importer.live(0..PAGES, STEPS, &PACE);
             gone.fetch_add(1, Ordering::SeqCst);
         })?);
     }
@@ -132,7 +133,7 @@ pub fn play_atomic(stage: &Stage) -> io::Result<()> {
         let segment = house.segment();
         let importer = house.importer(0, segment);
         let listener = importer.clone();
-        let ear = stage.start("importer 0, its ear", move || listener.listen(PAUSE, &draw))?;
+        let ear = stage.start("importer 0, its ear", move || listener.listen(&PACE))?;
         let has = importer.clone();
         for _ in 0..ATTEMPTS {
             let page = draw(PAGES);
@@ -150,7 +151,7 @@ pub fn play_atomic(stage: &Stage) -> io::Result<()> {
             assert_eq!(told, 0, "who may not sleep has told an importer");
             house.mmu.give_up_page(ImporterId(0), Gfn(page));
         }
-        has.live(PAGES, 0, PAUSE, &draw);
+        has.live(0..PAGES, 0, &PACE);
         ear.join();
     }
     assert!(done > 0 && refused > 0, "{done} done and {refused} refused: there was nothing to see");
@@ -167,7 +168,7 @@ pub fn play_mark(stage: &Stage) -> io::Result<()> {
         let segment = house.segment();
         let importer = house.importer(0, segment);
         let listener = importer.clone();
-        let ear = stage.start("importer 0, its ear", move || listener.listen(PAUSE, &draw))?;
+        let ear = stage.start("importer 0, its ear", move || listener.listen(&PACE))?;
         let mut cpu = SoftCpu::new(house.mmu.clone(), TlbKind::Sticky, house.kicked.clone());
         let (mut taken, mut told) = (0, 0);
         for round in 0..u64::from(ATTEMPTS) {
@@ -185,7 +186,7 @@ pub fn play_mark(stage: &Stage) -> io::Result<()> {
             told = house.mmu.records().totals(Cause::PageOut).told;
         }
         cpu.rest();
-        importer.live(PAGES, 0, PAUSE, &draw);
+        importer.live(0..PAGES, 0, &PACE);
         ear.join();
         assert_eq!(told, u64::from(imported * ATTEMPTS), "messages to importers");
         stage.tell(&Fact::Measured(format!(
