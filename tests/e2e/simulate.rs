@@ -36,7 +36,7 @@ const LOOK: Duration = Duration::from_millis(10);
 const LOOKS: u32 = 3000;
 const HELLO: [&str; 3] = ["--", "--append", "workload=hello"];
 /// Of the seeds from 2 on, 4 and 7 have a pace at which the guest takes longer: it is virtual time.
-const SHORT: [&str; 2] = ["--timeout", "1200us"];
+const SHORT: [&str; 2] = ["--timeout", "1800us"];
 
 fn passes() -> Verdict {
     let run = umbra(["simulate", "--seeds", "10..13", "--jobs", "2"].iter().chain(&HELLO))?;
@@ -55,8 +55,8 @@ fn lowest() -> Verdict {
             "the guest did not end within --timeout",
             // It takes that long in any order.
             "and so it does if the seed chooses 0 times who runs next",
-            "  umbra run --deterministic --seed 4 --append workload=hello --timeout 1200us --choices 0\n",
-            "  umbra simulate --replay 4 -- --append workload=hello --timeout 1200us --choices 0\n",
+            "  umbra run --deterministic --seed 4 --append workload=hello --timeout 1800us --choices 0\n",
+            "  umbra simulate --replay 4 -- --append workload=hello --timeout 1800us --choices 0\n",
         ] {
             ensure!(run.stderr.contains(words), "{jobs} jobs, it should say {words:?}:\n{run}");
         }

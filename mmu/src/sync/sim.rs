@@ -470,6 +470,15 @@ pub fn work(nanos: u64) {
     });
 }
 
+/// So much time has passed, and nobody has come in.
+pub fn pass(nanos: u64) {
+    with(|sim, _| {
+        let mut inner = sim.lock();
+        inner.now = inner.now.saturating_add(nanos);
+        inner.got_on();
+    });
+}
+
 /// Looks again later, when another has got on: for loops that wait for `what` by looking. False on threads of no simulation.
 pub fn spin(what: &'static str) -> bool {
     let spins = |sim: &Arc<Sim>, me| {

@@ -9,6 +9,8 @@ use std::fmt::Write;
 use std::io;
 use std::ops::{Deref, Range};
 
+use rustc_hash::FxHashMap;
+
 use crate::external::{Answers, External, ImporterId, SegmentId};
 use crate::frames::Host;
 use crate::p2m::PageState;
@@ -58,10 +60,11 @@ pub enum Manner {
 }
 
 /// What an importer has, and what it has been told.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Desk {
-    granted: Box<[u64]>,
-    told: Box<[u64]>,
+    /// When it was last given each page, and when it was last told to give it up.
+    granted: FxHashMap<u32, u64>,
+    told: FxHashMap<u32, u64>,
     mail: VecDeque<(u64, Vec<Gfn>)>,
     unanswered: Vec<u64>,
     gone: bool,
@@ -75,18 +78,17 @@ pub struct Importers {
 }
 
 impl Importers {
-    /// `count` of them, of a guest of `pages` pages in `machine`.
-    pub fn new(count: u32, pages: u32, machine: Machine) -> Importers {
-        let numbers = || vec![0; pages as usize].into();
-        let desk = |_| Desk {
-            granted: numbers(),
-            told: numbers(),
-            mail: VecDeque::new(),
-            unanswered: Vec::new(),
-            gone: false,
-        };
-        let desks = (0..count).map(|id| Monitor::new(lock_order::SLEEPERS, desk(id))).collect();
+    /// `count` of them, of a guest in `machine`.
+    pub fn new(count: u32, machine: Machine) -> Importers {
+        let desks = (0..count).map(|_| Monitor::new(lock_order::SLEEPERS, Desk::default())).collect();
         Importers { desks: Arc::new(desks), machine }
+    }
+}
+
+impl Desk {
+    /// It may use the page.
+    fn has(&self, page: u32) -> bool {
+        self.granted.get(&page) > self.told.get(&page)
     }
 }
 
@@ -150,7 +152,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
     fn touch(&self, page: u32, kept: &mut u64) {
         let home = self.mmu.homes_of(Gfn(page)).expect("there are homes");
         let desk = self.desk().lock();
-        if desk.granted[page as usize] <= desk.told[page as usize] {
+        if !desk.has(page) {
             // As one would see it who has kept what was taken from him.
             let is_free = || self.mmu.frames.gfn(home).is_none();
             let bare = !is_free() || self.all.machine.is_zero(home) || !is_free();
@@ -190,7 +192,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
             let page = pages.start + nth;
             match pace.draw(4) {
                 0 => {
-                    self.desk().lock().granted[page as usize] = 0;
+                    self.desk().lock().granted.remove(&page);
                     self.mmu.give_up_page(ImporterId(self.id), Gfn(page));
                 }
                 1 => self.ask(page, pace),
@@ -208,10 +210,9 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
         });
         pace.travel();
         let mut desk = self.desk().lock();
-        let n = page as usize;
-        desk.granted[n] = desk.granted[n].max(order);
+        raise(&mut desk.granted, page, order);
         if self.manner == Manner::Forgets {
-            desk.told[n] = 0;
+            desk.told.remove(&page);
         }
     }
 
@@ -219,7 +220,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
     fn die(&self) {
         let mut desk = self.desk().lock();
         desk.gone = true;
-        desk.granted.fill(0);
+        desk.granted.clear();
         desk.unanswered.clear();
         drop(desk);
         self.desk().notify_all();
@@ -236,8 +237,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
             }
             let Some((order, pages)) = desk.mail.pop_front().filter(|_| !desk.gone) else { return };
             for gfn in pages.iter().filter(|_| self.manner != Manner::Lies) {
-                let told = &mut desk.told[gfn.0 as usize];
-                *told = order.max(*told);
+                raise(&mut desk.told, gfn.0, order);
             }
             desk.unanswered.retain(|asked| *asked != order);
             drop(desk);
@@ -247,6 +247,12 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
             self.desk().notify_all();
         }
     }
+}
+
+/// What comes late is not taken for the last.
+fn raise(orders: &mut FxHashMap<u32, u64>, page: u32, order: u64) {
+    let last = orders.entry(page).or_default();
+    *last = order.max(*last);
 }
 
 /// An importer that lives until this is dropped.

@@ -69,6 +69,9 @@ pub enum FpuUse {
 /// How far an instruction moves the vCPU's own time: the guest's CPU runs at 1 GHz, and always lags behind real time, with
 /// which it catches up at the next slice.
 pub const NANOS_PER_INSTRUCTION: u64 = 1;
+/// How long an access to a device takes in a simulation: about as long as an exit to a VMM. A guest that waits by asking a device for the
+/// time asks that much less often.
+const DEVICE_NANOS: u64 = 1000;
 /// PAUSEs in a stretch of code after which a vCPU gives its CPU to others.
 const PAUSES_MAX: u32 = 16;
 /// Attempts to have an access mapped, after which it is made by walk: each is lost to somebody else's progress.
@@ -283,6 +286,14 @@ impl<'a> GuestBus<'a> {
         }
     }
 
+    /// An access to a device begins.
+    fn reach_device(&mut self) {
+        if sim::is_on() {
+            sim::pass(DEVICE_NANOS);
+            self.time = self.time.map(|time| time.plus(DEVICE_NANOS));
+        }
+    }
+
     fn board<R>(&self, call: impl FnOnce(&mut Board, Nanos, usize) -> R) -> R {
         let id = self.vcpu.id();
         self.devices.with_at(id, self.time(), |board, now| call(board, now, id as usize))
@@ -337,6 +348,7 @@ impl<'a> GuestBus<'a> {
                 Ok(value) => return Ok(value),
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
                 Err(Beyond::Device(gpa)) => {
+                    self.reach_device();
                     return Ok(self.board(|board, now, id| board.mmio_read(now, id, gpa, width)));
                 }
             }
@@ -360,6 +372,7 @@ impl<'a> GuestBus<'a> {
                 }
                 Err(Beyond::Need(gfn)) => self.bring_in(gfn)?,
                 Err(Beyond::Device(gpa)) => {
+                    self.reach_device();
                     let id = self.vcpu.id();
                     let noticed = self.devices.write_at(id, self.time(), |board, now| {
                         board.mmio_write(now, id as usize, gpa, width, value);
@@ -630,10 +643,12 @@ impl Bus for GuestBus<'_> {
     }
 
     fn port_in(&mut self, port: u16, width: Width) -> u32 {
+        self.reach_device();
         self.board(|board, now, id| board.port_in(now, id, port, width))
     }
 
     fn port_out(&mut self, port: u16, width: Width, value: u32) {
+        self.reach_device();
         self.board(|board, now, id| board.port_out(now, id, port, width, value));
     }
 

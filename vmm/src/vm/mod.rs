@@ -325,9 +325,7 @@ impl Guest {
         let virtio = VirtioDevices::plug(disks, &devices);
         let hub = || Hub::new(args.export_deadline, args.export_policy, args.export_in_turn);
         let hub = args.export.is_some().then(hub).transpose().map_err(RunError::Setup)?;
-        let importers = args
-            .stress
-            .then(|| stress::importers(config.guest_pages, umbra_mmu::Machine::new(pool.region())));
+        let importers = args.stress.then(|| stress::importers(umbra_mmu::Machine::new(pool.region())));
         let outside: Option<Box<dyn External>> = match (&hub, &importers) {
             (Some(hub), _) => Some(Box::new(ByHub(Arc::clone(hub)))),
             (None, Some(importers)) => Some(Box::new(importers.clone())),

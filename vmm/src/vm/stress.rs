@@ -38,7 +38,6 @@ const TRANSFERS: u64 = 24;
 const REFUSED_ONE_IN: u32 = 64;
 /// Single pages that are taken at a time.
 const SINGLE: u64 = 4;
-
 /// Shadow pages that are taken at a time, at most.
 const TABLES: u64 = 8;
 /// Importers at a time, and how many live one after the other in each one's place.
@@ -56,9 +55,9 @@ pub struct Stress {
     threads: Vec<Thread>,
 }
 
-/// Importers to be, of a guest of `pages` pages in `machine`.
-pub fn importers(pages: u32, machine: Machine) -> Importers {
-    Importers::new(IMPORTERS * LIVES, pages, machine)
+/// Importers to be, of a guest in `machine`.
+pub fn importers(machine: Machine) -> Importers {
+    Importers::new(IMPORTERS * LIVES, machine)
 }
 
 impl Stress {

@@ -44,7 +44,7 @@ struct House {
 
 fn house(stage: &Stage) -> House {
     let machine = Machine::anonymous(FRAMES + PAGES);
-    let importers = Importers::new(IMPORTERS, PAGES, machine.clone());
+    let importers = Importers::new(IMPORTERS, machine.clone());
     let kicked = Arc::new(AtomicBool::new(false));
     let config = Config { shadow_pages_max: 64, roots_max: 4, homes: true, ..Config::of_pages(PAGES) };
     let mmu = Mmu::new(machine, config, Box::new(Kick(kicked.clone())))
