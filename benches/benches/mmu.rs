@@ -22,12 +22,10 @@
 //! | evict_refault_over_uffd | the same over userfaultfd and madvise, turn by turn (`peers/refault.c`) | 1 |
 //! | fill_threads_2_over_1 | refills a second on two threads, in address spaces of their own, over one's | 1.8 |
 //! | fill_threads_2_over_1_one_bucket | the same where all pages share one lock and one gate | |
-//! | refill_beside_collapse | a refill while another thread gathers a range of other pages and splits it again, all the time | |
-//! | refill_beside_collapse_one_bucket | the same where all pages share one lock and one gate | |
 
 use std::hint::black_box;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use umbra_benches::c_peer::CPeer;
@@ -161,7 +159,7 @@ type Group = (&'static str, fn(Effort));
 /// `cargo bench --bench mmu -- fills window` runs those groups alone.
 fn main() {
     let effort = Effort::from_args();
-    let groups: [Group; 12] = [
+    let groups: [Group; 11] = [
         ("fills", fills),
         ("first_touches", first_touches),
         ("new_tables", new_tables),
@@ -173,7 +171,6 @@ fn main() {
         ("exported", exported),
         ("evictions", evictions),
         ("threads", threads),
-        ("collapses", collapses),
     ];
     let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     for (_, run) in groups.iter().filter(|(name, _)| named.is_empty() || named.iter().any(|n| n == name)) {
@@ -424,63 +421,6 @@ fn threads(effort: Effort) {
         let ratio = two / one;
         println!("bench {name}={ratio:.2} x alone={one:.0}/s both={two:.0}/s batches={}", both.count());
     }
-}
-
-/// A range of pages that no [`Space`] of number 0 has.
-const RANGE: Gfn = Gfn(0x2000);
-
-/// Refills beside somebody who gathers pages.
-fn collapses(effort: Effort) {
-    let rounds = effort.batches.min(500);
-    let names = [("refill_beside_collapse", false), ("refill_beside_collapse_one_bucket", true)];
-    let mut times = [Samples::new(), Samples::new()];
-    let mut done = [0; 2];
-    for _ in 0..5 {
-        for ((_, one_bucket), (times, done)) in names.iter().zip(times.iter_mut().zip(&mut done)) {
-            *done += refills_beside_collapse(rounds, *one_bucket, times);
-        }
-    }
-    for ((name, _), (times, done)) in names.iter().zip(times.iter().zip(done)) {
-        println!(
-            "bench {name}={:.1} ns p90={:.1} batches={} collapses={done}",
-            times.median(),
-            times.quantile(0.9),
-            times.count()
-        );
-    }
-}
-
-/// The same, once: how often the range was gathered meanwhile.
-fn refills_beside_collapse(rounds: u32, one_bucket: bool, into: &mut Samples) -> u32 {
-    let config = Config { blocks: true, one_bucket, ..config() };
-    let machine = Machine::anonymous(GUEST_PAGES + 4096 + config.block_frames());
-    let mmu = Mmu::new(machine, config, Box::new(NoVcpus));
-    let (over, collapses) = (AtomicBool::new(false), AtomicU32::new(0));
-    let space = Space::new(&mmu, 0);
-    space.fill();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                collapses.fetch_add(u32::from(mmu.collapse(RANGE).is_ok()), Ordering::Relaxed);
-                mmu.split(RANGE);
-                // Its frames leave the block, so that the next has something to gather.
-                let _ = mmu.discard(None, RANGE.0..RANGE.0 + PAGES, Discard::Zero, May::Sleep);
-            }
-        });
-        for _ in 0..rounds {
-            space.zap_all();
-            let (before, start) = (collapses.load(Ordering::Relaxed), Instant::now());
-            space.fill();
-            let time = start.elapsed();
-            // The other thread has run, since the first collapse at least.
-            if before > 0 {
-                into.add(time, PAGES);
-            }
-        }
-        over.store(true, Ordering::Relaxed);
-    });
-    assert!(mmu.audit().is_empty());
-    collapses.into_inner()
 }
 
 /// Fills between two beats of a thread's [`Progress`].
