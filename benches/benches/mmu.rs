@@ -224,7 +224,9 @@ fn new_tables(effort: Effort) {
     };
     touch();
     // The directory goes too: one of the faults makes two pages.
-    let forget = || mmu.evict_shadow(u32::MAX);
+    let forget = || {
+        mmu.evict_shadow(u32::MAX);
+    };
     measure(effort, TABLES, forget, touch).print("fill_table", TABLES);
 }
 

@@ -49,7 +49,7 @@ use crate::addr::Mfn;
 use crate::invalidation::Held;
 use crate::lock_order;
 use crate::rules::{Rule, Rules};
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, point, spin_until, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, point, raise, spin_until, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -499,20 +499,6 @@ impl VcpuFlush {
             raise(&self.seen, stamp);
         }
         outside
-    }
-}
-
-/// `fetch_max` by a compare-and-exchange, which is what a CPU has too: ThreadSanitizer does not see the other.
-fn raise(word: &AtomicU64, to: u64) {
-    if cfg!(loom) {
-        // One step of a model, not two.
-        word.fetch_max(to, Ordering::SeqCst);
-        return;
-    }
-    let mut now = word.load(Ordering::Relaxed);
-    // It stores in any case, for what that orders.
-    while let Err(other) = word.compare_exchange_weak(now, now.max(to), Ordering::SeqCst, Ordering::Relaxed) {
-        now = other;
     }
 }
 

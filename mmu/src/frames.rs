@@ -38,7 +38,7 @@ use crate::lock_order;
 use crate::machine::Machine;
 use crate::p2m::TABLE_ENTRIES;
 use crate::rules::{Rule, Rules};
-use crate::sync::{self, AtomicU32, AtomicU64, Lock, Ordering, zeroed};
+use crate::sync::{self, AtomicU32, AtomicU64, Lock, Ordering, raise, zeroed};
 
 /// What a frame is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -511,7 +511,7 @@ impl Frames {
     pub(crate) fn owe(&self, mfn: Mfn, stamp: u64) {
         let debt = &self.debts[mfn.0 as usize];
         if debt.load(Ordering::Acquire) < stamp {
-            debt.fetch_max(stamp, Ordering::AcqRel);
+            raise(debt, stamp);
         }
     }
 

@@ -444,10 +444,10 @@ impl Mmu {
     }
 
     /// Gives up the `count` least recently used shadow pages, for memory pressure. Their frames are used for other
-    /// shadow pages first. Called with no lock held.
-    pub fn evict_shadow(&self, count: u32) {
+    /// shadow pages first. Says how many went. Called with no lock held.
+    pub fn evict_shadow(&self, count: u32) -> u32 {
         lock_order::assert_may_sleep();
-        self.evict(count as usize);
+        self.evict(count as usize) as u32
     }
 
     /// Sets how many frames the guest and its tables may have at once. Over it, the background thread makes frames free

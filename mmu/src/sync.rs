@@ -119,6 +119,22 @@ pub fn note(say: impl FnOnce(&mut String)) {
     let _ = say;
 }
 
+/// `fetch_max`, sequentially consistent, by a compare-and-exchange, which is what a CPU has too: ThreadSanitizer does not see the other.
+#[cfg(not(loom))]
+pub fn raise(word: &AtomicU64, to: u64) {
+    let mut now = word.load(Ordering::Relaxed);
+    // It stores in any case, for what that orders.
+    while let Err(other) = word.compare_exchange_weak(now, now.max(to), Ordering::SeqCst, Ordering::Relaxed) {
+        now = other;
+    }
+}
+
+/// The same in one step: a model of two would be much larger, and no other.
+#[cfg(loom)]
+pub fn raise(word: &AtomicU64, to: u64) {
+    word.fetch_max(to, Ordering::SeqCst);
+}
+
 /// True once in `one_in` times, where this thread's simulation says so: for failures that it injects. Never for 0, nor elsewhere.
 pub fn strikes(one_in: u32) -> bool {
     #[cfg(not(any(loom, shuttle)))]

@@ -73,6 +73,7 @@ fn io_failures() -> Verdict {
         ["--mem", "16M", "--low", "1M", "--frames", "2M", "--stress", "--append", "workload=mm scale=1"];
     let run = umbra(["simulate", "--seeds", "0..10", "--io-failures", "--"].iter().chain(&failing))?;
     ensure!(run.end == End::Status(0) && run.stderr.contains("10 seeds passed in"), "not all:\n{run}");
+    ensure!(run.stderr.contains(" ended by their swap\n"), "no swap has failed:\n{run}");
     let fault = ["--swap-fault", "write@3"];
     let run = umbra(["simulate", "--seeds", "0..2", "--"].iter().chain(&failing).chain(&fault))?;
     let said =

@@ -325,8 +325,8 @@ pub struct RunArgs {
     /// failure.
     #[arg(long, requires = "deterministic", value_name = "N")]
     pub choices: Option<u64>,
-    /// Have pages taken away all the time, by somebody who may sleep and by somebody who may not, imported, and frames refused, as the seed
-    /// says.
+    /// Have pages and shadow pages taken away all the time, by somebody who may sleep and by somebody who may not, pages imported, and frames
+    /// refused, as the seed says.
     #[arg(long, requires = "deterministic")]
     pub stress: bool,
     /// Write what happens to FILE, a line each, with its virtual time in nanoseconds and whose doing it was.

@@ -210,7 +210,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
         });
         pace.travel();
         let mut desk = self.desk().lock();
-        raise(&mut desk.granted, page, order);
+        keep_last(&mut desk.granted, page, order);
         if self.manner == Manner::Forgets {
             desk.told.remove(&page);
         }
@@ -237,7 +237,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
             }
             let Some((order, pages)) = desk.mail.pop_front().filter(|_| !desk.gone) else { return };
             for gfn in pages.iter().filter(|_| self.manner != Manner::Lies) {
-                raise(&mut desk.told, gfn.0, order);
+                keep_last(&mut desk.told, gfn.0, order);
             }
             desk.unanswered.retain(|asked| *asked != order);
             drop(desk);
@@ -250,7 +250,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
 }
 
 /// What comes late is not taken for the last.
-fn raise(orders: &mut FxHashMap<u32, u64>, page: u32, order: u64) {
+fn keep_last(orders: &mut FxHashMap<u32, u64>, page: u32, order: u64) {
     let last = orders.entry(page).or_default();
     *last = order.max(*last);
 }

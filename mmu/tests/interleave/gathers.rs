@@ -86,7 +86,8 @@ fn pause() {
     (0..thread_rng().gen_range(0..PAUSE)).for_each(|_| thread::yield_now());
 }
 
-fn live(rules: Rules) {
+/// `gathered` counts the lives in which the range became huge.
+fn live(rules: Rules, gathered: &AtomicU32) {
     let kicked = Arc::new(AtomicBool::new(false));
     let config = Config { blocks: true, shadow_pages_max: 64, roots_max: 4, ..Config::of_pages(RANGE) };
     let machine = Machine::anonymous(RANGE + 256 + config.block_frames());
@@ -103,7 +104,7 @@ fn live(rules: Rules) {
         thread::spawn(move || take(&taken)),
     ];
     // Somebody may have come in between.
-    GATHERED.fetch_add(u32::from(mmu.collapse(Gfn(0)).is_ok()), Relaxed);
+    gathered.fetch_add(u32::from(mmu.collapse(Gfn(0)).is_ok()), Relaxed);
     over.store(true, Ordering::SeqCst);
     for thread in threads {
         thread.join().expect("no panic");
@@ -111,20 +112,19 @@ fn live(rules: Rules) {
     audit(&mmu);
 }
 
-/// Ranges that became huge, of all lives.
-static GATHERED: AtomicU32 = AtomicU32::new(0);
-
 #[test]
 fn lives_of_a_range_that_is_gathered_lose_nothing() {
-    explore_so_often(LIVES, || live(Rules::default()));
-    let gathered = GATHERED.load(Relaxed);
+    let gathered = Arc::new(AtomicU32::new(0));
+    let count = gathered.clone();
+    explore_so_often(LIVES, move || live(Rules::default(), &count));
+    let gathered = gathered.load(Relaxed);
     println!("gathers: huge in {gathered} lives");
     assert_ne!(gathered, 0, "no range was ever huge");
 }
 
 fn live_without(rule: Rule) {
     let rules = Rules::all_but(rule);
-    run(RandomScheduler::new(4000), move || live(rules));
+    run(RandomScheduler::new(4000), move || live(rules, &AtomicU32::new(0)));
 }
 
 #[test]

@@ -126,7 +126,7 @@ fn twin_importers_are_not_awaited() {
 }
 
 #[test]
-#[should_panic(expected = "importers: importer ")]
+#[should_panic(expected = " sees what was in page ")]
 fn twin_homes_are_not_fenced() {
     live_without(Rule::FenceHomes);
 }

@@ -40,8 +40,10 @@ pub struct Failed {
 pub struct Report {
     /// The lowest seed that failed.
     pub failed: Option<Failed>,
-    /// Runs that ended with 0.
+    /// Runs that ended with 0, or by the failure of their swap that was asked for.
     pub passed: u64,
+    /// The latter.
+    pub by_swap: u64,
     /// An operator has ended it before it was through.
     pub interrupted: bool,
     /// How long it took.
@@ -64,7 +66,11 @@ impl fmt::Display for Report {
         let seconds = self.took.as_secs_f64();
         let a_minute = self.passed as f64 * 60.0 / seconds.max(0.001);
         let seeds = if self.passed == 1 { "seed" } else { "seeds" };
-        write!(f, "{} {seeds} passed in {seconds:.1} s, {a_minute:.0} a minute", self.passed)
+        write!(f, "{} {seeds} passed in {seconds:.1} s, {a_minute:.0} a minute", self.passed)?;
+        match self.by_swap {
+            0 => Ok(()),
+            count => write!(f, ", {count} ended by their swap"),
+        }
     }
 }
 
@@ -149,7 +155,7 @@ impl Run {
 pub fn run(order: &Order, signals: &dyn Fn() -> u32) -> Result<Report, SweepError> {
     let begun = Instant::now();
     let (count, mut seeds) = (order.seeds.end - order.seeds.start, order.seeds.clone());
-    let mut report = Report { failed: None, passed: 0, interrupted: false, took: Duration::ZERO };
+    let mut report = Report { failed: None, passed: 0, by_swap: 0, interrupted: false, took: Duration::ZERO };
     let mut running: Vec<Run> = Vec::new();
     let mut progress = Progress::on_stderr();
     loop {
@@ -182,6 +188,7 @@ pub fn run(order: &Order, signals: &dyn Fn() -> u32) -> Result<Report, SweepErro
                     let said = run.said()?;
                     if order.io_failures && is_of_swap(outcome, &said) {
                         report.passed += 1;
+                        report.by_swap += 1;
                         continue;
                     }
                     let failed = Failed { seed: run.seed, outcome, said, choices: None };
@@ -215,7 +222,9 @@ fn shrink(
         progress.show(begun.elapsed(), 0.0, words);
         let left = SHRINK_MAX.saturating_sub(begun.elapsed()).min(order.patience);
         let is_same = run.finish(left, signals)? == Some(failed.outcome);
-        Ok(is_same && breach(&run.said()?) == breach(&failed.said))
+        let said = run.said()?;
+        let is_asked_for = order.io_failures && is_of_swap(failed.outcome, &said);
+        Ok(is_same && !is_asked_for && breach(&said) == breach(&failed.said))
     };
     let (mut too_few, mut enough) = (0, 0);
     while !fails(enough)? {
@@ -234,10 +243,11 @@ fn shrink(
     Ok(Some(enough))
 }
 
-/// The run has ended by a failure of its swap, and has nothing to say against itself.
+/// The run has ended by a failure of its swap, and by nothing else: no invariant is broken, nobody has panicked.
 fn is_of_swap(outcome: Outcome, said: &str) -> bool {
     let failed = said.lines().any(|line| line.contains("swap: ") && line.contains("(os error 5)"));
-    outcome == Outcome::Status(Status::Failure.code()) && failed && breach(said).is_none()
+    let is_clean = breach(said).is_none() && !said.contains("panicked");
+    outcome == Outcome::Status(Status::Failure.code()) && failed && is_clean
 }
 
 /// Which invariant a run says that it has broken, if any: two failures of one status may be two.
@@ -281,6 +291,7 @@ mod tests {
             !is_of_swap(failure, &format!("{said}umbra: audit: INV-RMAP-1: an spte\n")),
             "not by it alone"
         );
+        assert!(!is_of_swap(failure, &format!("{said}thread 'vcpu 0' panicked at x.rs:1:2:\n")), "nor here");
         assert!(!is_of_swap(failure, "umbra: swap is full\n"), "another failure");
         assert!(!is_of_swap(Outcome::Status(Status::Deadlock.code()), said), "another end");
         assert!(!is_of_swap(Outcome::Hung(Duration::ZERO), said), "none");

@@ -6,12 +6,12 @@
 //! | single ones | the same |
 //! | a run, without sleep | what needs no write and nobody's answer, or nothing |
 //! | a batch | the least recently used, as reclaim does |
-//! | tables | shadow pages, the least recently used, as a want of table frames does |
+//! | of the shadow | shadow pages, the least recently used, as a want of table frames does |
 //!
 //! And frames are refused once in [`REFUSED_ONE_IN`], though there are some: whoever wants one reclaims for it.
 //!
-//! Beside it [`IMPORTERS`] importers want pages at their homes, to read ([`umbra_mmu::twins`]). Each lives for a while, is slow to hear and
-//! to answer, and dies with what it has; another comes.
+//! Beside it [`IMPORTERS`] importers want pages at their homes ([`umbra_mmu::twins`]), and look whether they are there. Each lives for a while,
+//! is slow to hear and to answer, and dies with what it has; another comes, [`LIVES`] times.
 //!
 //! Holds: what the guest has stored stays; a page that goes without a copy is one of zeros. Importers find their pages where they are.
 
@@ -71,20 +71,16 @@ impl Stress {
         let mut stress = Stress { stopped, threads: Vec::new() };
         let memory = |gfn: &u32| mmu.p2m().lookup(Gfn(*gfn)) != PageState::Device;
         let end = FIRST + (FIRST..mmu.p2m().pages()).take_while(memory).count() as u32;
-        // A guest that has no more memory than that exports none.
-        let segment = mmu.make_segment(Gfn(FIRST), end - FIRST, false).ok();
-        for (place, segment) in (0..IMPORTERS).filter_map(|place| Some((place, segment?))) {
-            let outside = Outside {
-                mmu: Arc::clone(&mmu),
-                all: importers.clone(),
-                segment,
-                end,
-                ending: ending.clone(),
-            };
-            let until = Arc::clone(&stress.stopped);
-            let name = format!("importer {place}");
-            let import = move || outside.import(place, &until);
-            stress.threads.push(Thread::start("importer", &name, import)?);
+        let segment = mmu.make_segment(Gfn(FIRST), end - FIRST, false).map_err(io::Error::other)?;
+        for place in 0..IMPORTERS {
+            let (mmu, all, stopped) = (Arc::clone(&mmu), importers.clone(), Arc::clone(&stress.stopped));
+            let place =
+                Arc::new(Place { number: place, mmu, all, segment, end, stopped, ending: ending.clone() });
+            let ear = Arc::clone(&place);
+            let name = format!("importer {}", place.number);
+            let ear = Thread::start("importer's ear", &format!("{name}, its ear"), move || ear.listen())?;
+            stress.threads.push(ear);
+            stress.threads.push(Thread::start("importer", &name, move || place.live())?);
         }
         let until = Arc::clone(&stress.stopped);
         let take = move || {
@@ -103,34 +99,52 @@ impl Drop for Stress {
     }
 }
 
-/// Where importers live.
-struct Outside {
+/// Where importers live, one after the other.
+struct Place {
+    number: u32,
     mmu: Arc<Mmu>,
     all: Importers,
     segment: SegmentId,
-    /// Its pages are those below, from [`FIRST`] on.
+    /// The segment's pages are those below, from [`FIRST`] on.
     end: u32,
+    stopped: Arc<AtomicBool>,
     ending: Ending,
 }
 
-impl Outside {
-    /// One importer after the other.
-    fn import(&self, place: u32, stopped: &AtomicBool) {
-        for id in (0..LIVES).map(|life| life * IMPORTERS + place) {
-            let (mmu, all, segment) = (Arc::clone(&self.mmu), self.all.clone(), self.segment);
-            let importer = Importer { mmu, all, id, segment, stores: false, manner: Manner::Honest };
-            let importer = Arc::new(importer);
-            let (listener, theirs) = (Arc::clone(&importer), self.ending.clone());
-            let ear = move || theirs.watch("importer's ear", || listener.listen(&InTime));
-            let ear = match Thread::start("importer's ear", &format!("importer {place}, its ear"), ear) {
-                Ok(ear) => ear,
-                Err(source) => return log::error!("--stress: no thread for an importer: {source}"),
-            };
+impl Place {
+    fn importers(&self) -> impl Iterator<Item = Importer<Arc<Mmu>>> {
+        (0..LIVES).map(|life| Importer {
+            mmu: Arc::clone(&self.mmu),
+            all: self.all.clone(),
+            id: life * IMPORTERS + self.number,
+            segment: self.segment,
+            stores: false,
+            manner: Manner::Honest,
+        })
+    }
+
+    fn is_over(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed) || self.ending.is_set()
+    }
+
+    /// The last of them does nothing: its ear may be waiting already.
+    fn live(&self) {
+        for importer in self.importers() {
+            let is_last = self.is_over();
             let first = FIRST + draw(u64::from(self.end - FIRST));
             let wanted = first..self.end.min(first + WANTED);
-            self.ending.watch("importer", || importer.live(wanted, u64::from(draw(STEPS)), &InTime));
-            ear.join();
-            if stopped.load(Ordering::Relaxed) || self.ending.is_set() {
+            let steps = if is_last { 0 } else { u64::from(draw(STEPS)) };
+            self.ending.watch("importer", || importer.live(wanted, steps, &InTime));
+            if is_last {
+                return;
+            }
+        }
+    }
+
+    fn listen(&self) {
+        for importer in self.importers() {
+            self.ending.watch("importer's ear", || importer.listen(&InTime));
+            if self.is_over() {
                 return;
             }
         }
@@ -182,11 +196,7 @@ fn take_some(mmu: &Mmu) -> Result<(), SwapFailed> {
         0 => ("a run", mmu.page_out(None, &run())?),
         1 => ("single ones", mmu.page_out(None, &(0..SINGLE).map(|_| Gfn(page())).collect::<Vec<_>>())?),
         2 => ("without sleep", mmu.page_out_atomic(None, &run()).unwrap_or_default()),
-        3 => {
-            let count = 1 + draw(TABLES);
-            mmu.evict_shadow(count);
-            ("tables", count)
-        }
+        3 => ("of the shadow", mmu.evict_shadow(1 + draw(TABLES))),
         _ => ("the idle", mmu.reclaim(1 + draw(u64::from(CLUSTER)), Cause::Reclaim, None)?),
     };
     sim::note(|line| {
