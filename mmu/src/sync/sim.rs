@@ -440,6 +440,14 @@ pub fn pace() -> Option<Pace> {
     with(|sim, _| sim.pace())
 }
 
+/// Has the seed choose another pace for this thread's simulation, from here on.
+pub fn change_pace() {
+    with(|sim, _| {
+        let Inner { random, pace, .. } = &mut *sim.lock();
+        *pace = Pace::of(random);
+    });
+}
+
 /// A number below `end` that the seed decides; `None` on other threads.
 pub fn choose(end: u64) -> Option<u64> {
     with(|sim, _| sim.lock().random.below(end.max(1)))

@@ -2,7 +2,7 @@
 //!
 //! Each has a word of its own in every page, adds to it, and finds what it stored last. Pages go to swap, come back in whichever frame
 //! is free, go home when they are imported. With a rule left out the race need not be met in the first life: there are as many as it
-//! takes, up to [`LIVES_MAX`].
+//! takes, up to [`LIVES_MAX`], some brisk and some lazy.
 
 use std::io;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use umbra_mmu::external::{ImporterId, SegmentId};
 use umbra_mmu::invalidation::May;
 use umbra_mmu::records::Cause;
 use umbra_mmu::swap::MemorySwap;
-use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, thread};
+use umbra_mmu::sync::{AtomicBool, AtomicU64, Ordering, sim, thread};
 use umbra_mmu::twins::{Importer, Importers, Kick, Manner, SoftCpu, Yields};
 use umbra_mmu::{Config, Gfn, Machine, Mmu, TlbKind};
 
@@ -31,7 +31,7 @@ const PAUSE: u32 = 24;
 const PACE: Yields<fn(u32) -> u32> = Yields(PAUSE, draw);
 /// Lives of a guest that keeps all rules, and of one that goes without.
 const LIVES: u32 = 12;
-const LIVES_MAX: u32 = 2000;
+const LIVES_MAX: u32 = 20_000;
 /// What is not asked before it is done would wait then.
 const ATTEMPTS: u32 = 40;
 
@@ -109,6 +109,7 @@ fn lives(stage: &Stage) -> u32 {
 pub fn play(stage: &Stage) -> io::Result<()> {
     let mut taken = 0;
     for _ in 0..lives(stage) {
+        sim::change_pace();
         let house = house(stage);
         let (threads, gone) = move_in(stage, &house)?;
         while gone.load(Ordering::SeqCst) < u64::from(IMPORTERS) {
