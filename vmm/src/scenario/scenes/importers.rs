@@ -31,7 +31,7 @@ const PAUSE: u32 = 24;
 const PACE: Yields<fn(u32) -> u32> = Yields(PAUSE, draw);
 /// Lives of a guest that keeps all rules, and of one that goes without.
 const LIVES: u32 = 12;
-const LIVES_MAX: u32 = 20_000;
+const LIVES_MAX: u32 = 2000;
 /// What is not asked before it is done would wait then.
 const ATTEMPTS: u32 = 40;
 
