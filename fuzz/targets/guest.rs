@@ -339,7 +339,9 @@ impl Pair {
             Operation::Invalidate(at) => self.each(|twin| {
                 twin.guest.with_bus(|_, bus| bus.invalidate_page(Gva(at.get())));
             }),
-            Operation::Evict(count) => self.each(|twin| twin.guest.mmu.evict_shadow(u32::from(count % 16))),
+            Operation::Evict(count) => self.each(|twin| {
+                twin.guest.mmu.evict_shadow(u32::from(count % 16));
+            }),
             Operation::Watch(frame) => self.each(|twin| {
                 let _ = twin.guest.mmu.watch(twin.guest.vcpu(), Gfn(u32::from(frame) % GUEST_PAGES));
             }),
