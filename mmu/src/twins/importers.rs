@@ -2,7 +2,8 @@
 //!
 //! Story: one thread asks for pages and uses them ([`Importer::live`]), the other hears that they must be given up
 //! ([`Importer::listen`]), so that a telling overtakes a grant. An importer of a segment that may be written has a word of its own in
-//! every page, and finds what it stored last. One that reads finds the page at home for as long as it has not given it up.
+//! every page, and finds what it stored last. Another looks whether the page is at home, for as long as it has not given it up. Each sees
+//! zeros in a home that is nobody's.
 
 use std::collections::VecDeque;
 use std::fmt::Write;
@@ -137,7 +138,7 @@ pub struct Importer<M> {
     pub id: u32,
     /// What it imports.
     pub segment: SegmentId,
-    /// It stores to its pages, of a segment that may be written; or it reads.
+    /// It stores to its pages, of a segment that may be written; or it looks where they are.
     pub stores: bool,
     /// What it does with what it is told.
     pub manner: Manner,
