@@ -39,10 +39,13 @@ static void visit_table(struct space *space, u32 start, u32 end, bool take)
     struct leaf leaf;
     if (!upt_open_held(&space->upt, start, false, &leaf))
         return;
-    for (u32 va = start; va < end; va += PAGE_SIZE, upt_next(&leaf)) {
+    u32 left = upt_count(&leaf);
+    for (u32 va = start; va < end && left; va += PAGE_SIZE, upt_next(&leaf)) {
         pte_t entry = upt_get(&leaf);
-        if (entry)
-            visit_entry(entry, take);
+        if (!entry)
+            continue;
+        visit_entry(entry, take);
+        left--;
     }
     upt_close_held(&leaf);
 }

@@ -94,7 +94,7 @@ static void take_answers(struct virtq *queue, u32 which)
         if (which == STATS)
             wake();
         else
-            task_wake_expected(queue);
+            task_expected_came(queue);
     }
 }
 

@@ -48,6 +48,7 @@ static const u32 types[BLK_OPERATIONS] = {
 struct blk_request {
     struct blk *disk; /* NULL: free */
     volatile bool done;
+    bool awaited; /* by a task that sleeps */
     volatile u8 status;
     enum blk_operation operation;
     u32 pages; /* that it is about */
@@ -65,25 +66,32 @@ struct blk {
     struct blk_counts counts;
     struct blk_request places[PLACES];
     u32 claimed; /* places whose request is still to be offered: descriptors are kept for them */
+    bool wanted; /* somebody found no place */
 };
 
 static struct blk disks[DISKS_MAX];
 static u32 disk_count;
 static volatile u32 under_way, waiters; /* requests that devices have; tasks in blk_wait_any */
 
-static void interrupt(struct virtio_device *device)
+/* What the device has done; the lock of devices is held. */
+static void take_done(struct blk *disk)
 {
-    for (struct blk *disk = disks; disk < disks + disk_count; disk++) {
-        u32 bytes;
-        struct blk_request *request;
-        while (disk->device == device && (request = virtq_take(&disk->queue, &bytes))) {
-            request->done = true;
-            under_way--;
-            task_wake_expected(request);
-        }
+    u32 bytes;
+    struct blk_request *request;
+    while ((request = virtq_take(&disk->queue, &bytes))) {
+        request->done = true;
+        under_way--;
+        task_expected_came(request->awaited ? request : NULL);
     }
     if (waiters)
         task_wake(&under_way);
+}
+
+static void interrupt(struct virtio_device *device)
+{
+    for (struct blk *disk = disks; disk < disks + disk_count; disk++)
+        if (disk->device == device)
+            take_done(disk);
 }
 
 /* A place, and descriptors for the longest request; NULL when there is none. */
@@ -99,6 +107,7 @@ static struct blk_request *try_claim(struct blk *disk)
         found->disk = disk;
         disk->claimed++;
     }
+    disk->wanted |= !found;
     devices_give();
     return found;
 }
@@ -124,7 +133,7 @@ static struct blk_request *offer(struct blk_request *request, const struct virtq
     for (u32 i = 0; i < count; i++)
         parts[1 + i] = middle[i];
     parts[1 + count] = part_of(&request->status, 1);
-    request->done = false;
+    request->done = request->awaited = false;
     request->status = STATUS_PENDING;
     devices_take();
     disk->claimed--;
@@ -173,10 +182,22 @@ struct blk_request *blk_start(struct blk *disk, enum blk_operation operation, u3
     return offer(request, middle, count, operation == BLK_READ);
 }
 
+/* Has the end of the request wake who waits; false where it is done. */
+static bool await(struct blk_request *request)
+{
+    devices_take();
+    /* The interrupt goes to the first CPU, which would have to call this one. */
+    if (smp && !request->done)
+        take_done(request->disk);
+    bool away = request->awaited = !request->done;
+    devices_give();
+    return away;
+}
+
 bool blk_wait(struct blk_request *request)
 {
     struct blk *disk = request->disk;
-    task_wait_while(!request->done, request);
+    task_wait_while(await(request), request);
     bool ok = request->status == STATUS_OK;
     pages_take();
     for (u32 i = 0; i < request->count; i++)
@@ -185,8 +206,11 @@ bool blk_wait(struct blk_request *request)
     devices_take();
     disk->counts.errors += !ok;
     request->disk = NULL;
+    bool wanted = disk->wanted;
+    disk->wanted = false;
     devices_give();
-    task_wake(disk);
+    if (wanted)
+        task_wake(disk);
     return ok;
 }
 

@@ -23,8 +23,6 @@ void lock_out_of_order(const struct cpu *self, enum lock_level level)
     panic("CPU %u has locks of levels %x and wants one of level %u", self->index, self->locks, level);
 }
 
-void pages_spin(void) { lock_spin(&pages_lock, LOCK_PAGES); }
-
 void lock_take_unordered(struct lock *lock)
 {
     if (smp && !__sync_bool_compare_and_swap(&lock->owner, NULL, cpu_self()))

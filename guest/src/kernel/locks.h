@@ -12,14 +12,15 @@
  *   LOCK_DEVICES      spin   rings of virtio devices and their requests; interrupts are off
  *   LOCK_TASKS        spin   who runs, who waits for what, which CPU is idle; interrupts are off, held over a switch
  *
- * Holds: INV-G-LOCK-1: a lock is taken only by a CPU that has none of its level or below it, which lock_take checks. INV-G-LOCK-2: nobody sleeps with any but LOCK_KERNEL (schedule checks). INV-G-LOCK-3: who waits for a lock
- * does what others want of its TLB, so that who has it may wait for that (tlb.c). Interrupt handlers take the last two alone.
+ * Holds: INV-G-LOCK-1: a lock is taken only by a CPU that has none of its level or below it, which lock_take checks. INV-G-LOCK-2: nobody sleeps with any but LOCK_KERNEL (schedule checks). INV-G-LOCK-3: who takes a lock,
+ * or waits for it, does what others want of its TLB, so that who has it may wait for that (tlb.c). Interrupt handlers take the last two alone.
  * Limits: whoever comes first gets it, in no order.
  * Nothing of this is done on a machine of one CPU. */
 #ifndef LOCKS_H
 #define LOCKS_H
 
 #include "cpus.h"
+#include "tlb.h"
 
 enum lock_level { LOCK_KERNEL, LOCK_SPACE_LIST, LOCK_SPACE, LOCK_CHILD, LOCK_PAGES, LOCK_DEVICES, LOCK_TASKS };
 
@@ -35,6 +36,7 @@ static inline void lock_spin(struct lock *lock, enum lock_level level)
     struct cpu *self = cpu_self();
     if (self->locks >> level)
         lock_out_of_order(self, level);
+    tlb_serve(self);
     if (!__sync_bool_compare_and_swap(&lock->owner, NULL, self))
         lock_wait(lock, self);
     self->locks |= 1u << level;
@@ -62,12 +64,7 @@ static inline void lock_give(struct lock *lock, enum lock_level level)
 /* LOCK_PAGES: frames.h, lru.h and swap.h. What each call of these does is one step for all others; who needs several to be one has
  * the lock around them, and calls those whose names end in _held. */
 extern struct lock pages_lock;
-void pages_spin(void);
-static inline void pages_take(void)
-{
-    if (smp)
-        pages_spin();
-}
+static inline void pages_take(void) { lock_take(&pages_lock, LOCK_PAGES); }
 static inline void pages_give(void) { lock_give(&pages_lock, LOCK_PAGES); }
 
 #endif

@@ -241,6 +241,7 @@ static bool free_or_put_back_held(u32 frame)
     if (in_swap_cache(frame))
         swap_forget_held(frame);
     frame_put_held(frame);
+    reclaim_counts.stolen++;
     return true;
 }
 
@@ -248,13 +249,11 @@ static bool free_or_put_back_held(u32 frame)
 static u32 free_all(const u32 *frames, u32 count)
 {
     u32 freed = 0;
-    if (count == 0)
-        return 0;
-    pages_take();
-    for (u32 i = 0; i < count; i++)
+    for (u32 i = 0; i < count; i++) {
+        pages_take();
         freed += free_or_put_back_held(frames[i]);
-    reclaim_counts.stolen += freed;
-    pages_give();
+        pages_give();
+    }
     return freed;
 }
 

@@ -7,7 +7,7 @@
  * with the page before that. The space may be that of a task that runs on another CPU, which sets A and D as it likes: an entry is
  * taken, or aged, by one locked instruction.
  * Locks: that of each space in turn, and of the list of them where the first look did not find all; for a file's page the caller has
- * the kernel, since regions are looked at. Never sleeps. */
+ * the kernel, since regions are looked at, and without it the list does not change. Never sleeps. */
 #include "rmap.h"
 
 #include "file.h"
@@ -74,13 +74,16 @@ static pte_t visit(u32 frame, change_t change)
         left--;
     if (!left)
         return all;
-    spaces_take();
+    bool of_file = frame_of(frame)->flags & FRAME_FILE;
+    if (!of_file)
+        spaces_take();
     for (struct space *space = spaces; space && left; space = space->next) {
         pte_t entry = space == likely ? 0 : visit_one(space, frame, change);
         all |= entry;
         left -= entry != 0;
     }
-    spaces_give();
+    if (!of_file)
+        spaces_give();
     return all;
 }
 

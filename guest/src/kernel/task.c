@@ -436,11 +436,13 @@ static volatile u32 expected;
 
 void task_expect(void) { __sync_fetch_and_add(&expected, 1); }
 
-void task_wake_expected(const volatile void *channel)
+void task_expected_came(const volatile void *channel)
 {
-    task_wake(channel);
+    if (channel) {
+        task_wake(channel);
+        cpu_self()->need_resched = true;
+    }
     __sync_fetch_and_sub(&expected, 1);
-    cpu_self()->need_resched = true;
 }
 
 void task_sleep(u32 for_ticks)

@@ -102,9 +102,10 @@ void task_will_not_wait(void);
         }                              \
     } while (0)
 void task_wake(const volatile void *channel);
-/* Says that an interrupt will wake somebody: while one is to come, everybody may wait. task_wake_expected is that waking. */
+/* Says that an interrupt will wake somebody: while one is to come, everybody may wait. Then that it has come, for who waits
+ * on the channel, if anybody does. */
 void task_expect(void);
-void task_wake_expected(const volatile void *channel);
+void task_expected_came(const volatile void *channel);
 void task_sleep(u32 for_ticks);
 
 /* What a process left user mode with. */

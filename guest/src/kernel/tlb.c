@@ -9,7 +9,7 @@
  *   ... more pages, other spaces ...
  *   tlb_finish: wanted := true, called := true,
  *   interrupt
- *   waits until not wanted; meanwhile does      takes the interrupt, or sees `called` while it waits itself
+ *   waits until not wanted; meanwhile does      takes the interrupt, or sees `called` where it takes a lock
  *   what others want of it                      INVLPG each page, or MOV CR3; wanted := false
  *   reads, writes or frees the frames           faults if it touches one, and waits for the space's lock
  *

@@ -25,7 +25,7 @@ void tlb_age(u32 root, u32 page);
 /* Returns when no CPU can use what was dropped. Before that nothing is done with the frames behind it. */
 void tlb_finish(void);
 
-/* For whoever waits for another CPU, and the flush interrupt: does what is wanted of this CPU. */
+/* For whoever takes a lock or waits for another CPU, and the flush interrupt: does what is wanted of this CPU. */
 void tlb_serve_all(struct cpu *self);
 static inline void tlb_serve(struct cpu *self)
 {
