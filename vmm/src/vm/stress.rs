@@ -7,15 +7,20 @@
 //! | a run, without sleep | what needs no write and nobody's answer, or nothing |
 //! | a batch | the least recently used, as reclaim does |
 //! | of the shadow | shadow pages, the least recently used, as a want of table frames does |
+//! | of the importers' | a run of the pages that importers store to |
 //!
 //! And frames are refused once in [`REFUSED_ONE_IN`], though there are some: whoever wants one reclaims for it.
 //!
-//! Beside it [`IMPORTERS`] importers want pages at their homes ([`umbra_mmu::twins`]), and look whether they are there. Each lives for a while,
-//! is slow to hear and to answer, and dies with what it has; another comes, [`LIVES`] times.
+//! Beside it [`PLACES`] importers at a time want pages at their homes ([`umbra_mmu::twins`]). All but the last want the guest's own, and
+//! look whether they are there. The last has what lies at [`STORED`], where firmware would have its ROMs and a guest stores nothing: it
+//! stores words of its own and looks for them. Each lives for a while, is slow to hear and to answer, and dies with what it has; another
+//! comes, [`LIVES`] times.
 //!
-//! Holds: what the guest has stored stays; a page that goes without a copy is one of zeros. Importers find their pages where they are.
+//! Holds: what the guest has stored stays, and what importers have stored; a page that goes without a copy is one of zeros. Importers
+//! find their pages where they are.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -41,13 +46,15 @@ const SINGLE: u64 = 4;
 /// Shadow pages that are taken at a time, at most.
 const TABLES: u64 = 8;
 /// Importers at a time, and how many live one after the other in each one's place.
-const IMPORTERS: u32 = 2;
+const PLACES: u32 = 3;
 const LIVES: u32 = 64;
 /// Steps of a life at most, and adjacent pages that it is about.
 const STEPS: u64 = 96;
 const WANTED: u32 = 64;
 /// Memory from here on is imported: below it are devices.
 const FIRST: u32 = 256;
+/// The pages that importers store to: 0xc0000 to 0xeffff.
+const STORED: Range<u32> = 0xc0..0xf0;
 
 /// Its threads; dropping it ends them.
 pub struct Stress {
@@ -57,7 +64,7 @@ pub struct Stress {
 
 /// Importers to be, of a guest in `machine`.
 pub fn importers(machine: Machine) -> Importers {
-    Importers::new(IMPORTERS * LIVES, machine)
+    Importers::new(PLACES * LIVES, machine)
 }
 
 impl Stress {
@@ -71,11 +78,17 @@ impl Stress {
         let mut stress = Stress { stopped, threads: Vec::new() };
         let memory = |gfn: &u32| mmu.p2m().lookup(Gfn(*gfn)) != PageState::Device;
         let end = FIRST + (FIRST..mmu.p2m().pages()).take_while(memory).count() as u32;
-        let segment = mmu.make_segment(Gfn(FIRST), end - FIRST, false).map_err(io::Error::other)?;
-        for place in 0..IMPORTERS {
+        let segment_of = |pages: &Range<u32>, stores| {
+            mmu.make_segment(Gfn(pages.start), pages.len() as u32, stores).map_err(io::Error::other)
+        };
+        let looked_at = segment_of(&(FIRST..end), false)?;
+        let stored = segment_of(&STORED, true)?;
+        for number in 0..PLACES {
+            let stores = number + 1 == PLACES;
+            let (pages, segment) = if stores { (STORED, stored) } else { (FIRST..end, looked_at) };
             let (mmu, all, stopped) = (Arc::clone(&mmu), importers.clone(), Arc::clone(&stress.stopped));
-            let place =
-                Arc::new(Place { number: place, mmu, all, segment, end, stopped, ending: ending.clone() });
+            let ending = ending.clone();
+            let place = Arc::new(Place { number, mmu, all, segment, pages, stores, stopped, ending });
             let ear = Arc::clone(&place);
             let name = format!("importer {}", place.number);
             let ear = Thread::start("importer's ear", &format!("{name}, its ear"), move || ear.listen())?;
@@ -105,8 +118,8 @@ struct Place {
     mmu: Arc<Mmu>,
     all: Importers,
     segment: SegmentId,
-    /// The segment's pages are those below, from [`FIRST`] on.
-    end: u32,
+    pages: Range<u32>,
+    stores: bool,
     stopped: Arc<AtomicBool>,
     ending: Ending,
 }
@@ -116,9 +129,9 @@ impl Place {
         (0..LIVES).map(|life| Importer {
             mmu: Arc::clone(&self.mmu),
             all: self.all.clone(),
-            id: life * IMPORTERS + self.number,
+            id: life * PLACES + self.number,
             segment: self.segment,
-            stores: false,
+            stores: self.stores,
             manner: Manner::Honest,
         })
     }
@@ -131,8 +144,8 @@ impl Place {
     fn live(&self) {
         for importer in self.importers() {
             let is_last = self.is_over();
-            let first = FIRST + draw(u64::from(self.end - FIRST));
-            let wanted = first..self.end.min(first + WANTED);
+            let first = self.pages.start + draw(self.pages.len() as u64);
+            let wanted = first..self.pages.end.min(first + WANTED);
             let steps = if is_last { 0 } else { u64::from(draw(STEPS)) };
             self.ending.watch("importer", || importer.live(wanted, steps, &InTime));
             if is_last {
@@ -188,15 +201,17 @@ fn take(mmu: &Mmu, ending: &Ending, stopped: &AtomicBool) {
 fn take_some(mmu: &Mmu) -> Result<(), SwapFailed> {
     let pages = mmu.p2m().pages();
     let page = || draw(u64::from(pages));
-    let run = || {
-        let first = page();
-        (first..pages.min(first + 1 + draw(u64::from(CLUSTER)))).map(Gfn).collect::<Vec<_>>()
+    let run_from = |first: u32, end: u32| {
+        (first..end.min(first + 1 + draw(u64::from(CLUSTER)))).map(Gfn).collect::<Vec<_>>()
     };
-    let (what, taken) = match draw(5) {
+    let run = || run_from(page(), pages);
+    let stored = || run_from(STORED.start + draw(STORED.len() as u64), STORED.end);
+    let (what, taken) = match draw(6) {
         0 => ("a run", mmu.page_out(None, &run())?),
         1 => ("single ones", mmu.page_out(None, &(0..SINGLE).map(|_| Gfn(page())).collect::<Vec<_>>())?),
         2 => ("without sleep", mmu.page_out_atomic(None, &run()).unwrap_or_default()),
         3 => ("of the shadow", mmu.evict_shadow(1 + draw(TABLES))),
+        4 => ("of the importers'", mmu.page_out(None, &stored())?),
         _ => ("the idle", mmu.reclaim(1 + draw(u64::from(CLUSTER)), Cause::Reclaim, None)?),
     };
     sim::note(|line| {
