@@ -13,6 +13,7 @@ use std::thread;
 use std::time::Instant;
 
 use libtest_mimic::{Failed, Trial};
+use umbra::scenario::guest_rules::{FLUSHES, Flush};
 
 use super::umbra::{SOFT, SOFT_STICKY, Way, status};
 use crate::ensure;
@@ -32,16 +33,6 @@ pub fn cases() -> Vec<Trial> {
     trials
 }
 
-/// Where a flush matters.
-#[derive(Clone, Copy)]
-struct Omission {
-    name: &'static str,
-    vcpus: u32,
-    append: &'static str,
-    /// As what it is caught, most often.
-    usually: Class,
-}
-
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Class {
     Certain,
@@ -59,40 +50,10 @@ impl fmt::Display for Class {
     }
 }
 
-const fn omission(name: &'static str, vcpus: u32, append: &'static str, usually: Class) -> Omission {
-    Omission { name, vcpus, append, usually }
-}
-
 /// How often a run with several vCPUs is tried.
 const SEEDS: u32 = 20;
 const SHOOT: &str = "workload=shoot scale=20";
 const ACCESS: &str = "workload=access scale=2";
-
-/// In the order of omit.h.
-const OMISSIONS: [Omission; 22] = [
-    omission("window", 1, "workload=kmap", Class::Certain),
-    omission("pool-local", 1, "workload=kmap", Class::Certain),
-    omission("pool-remote", 2, "workload=kmap", Class::Suspect),
-    omission("drop-local", 1, "workload=shoot scale=1", Class::Suspect),
-    omission("drop-remote", 3, SHOOT, Class::Certain),
-    omission("finish", 3, SHOOT, Class::Certain),
-    omission("finish-wait", 3, SHOOT, Class::Certain),
-    omission("serve-pages", 3, SHOOT, Class::Certain),
-    omission("serve-all", 2, "workload=kmap", Class::Suspect),
-    omission("refresh-trap", 2, "workload=age", Class::Suspect),
-    omission("refresh-halt", 2, "workload=age", Class::Suspect),
-    omission("age-local", 1, "workload=age", Class::Suspect),
-    omission("age-remote", 2, "workload=age", Class::Suspect),
-    omission("copy-on-write", 1, "workload=mm", Class::Suspect),
-    omission("fork", 1, "workload=mm", Class::Suspect),
-    omission("zap-few", 1, "workload=mm", Class::Suspect),
-    omission("zap-many", 1, "workload=mm", Class::Certain),
-    omission("pointers", 1, "workload=hello", Class::Suspect),
-    omission("access-slot", 1, ACCESS, Class::Suspect),
-    omission("access-close", 1, ACCESS, Class::Suspect),
-    omission("access-pointers", 1, ACCESS, Class::Suspect),
-    omission("storm", 1, "workload=storm scale=1", Class::Certain),
-];
 
 fn check(way: Way, vcpus: u32, append: &str, options: &[&str]) -> Result<Outcome, Failed> {
     let vcpus = vcpus.to_string();
@@ -126,7 +87,7 @@ fn caught(run: &Outcome) -> Result<BTreeSet<Class>, Failed> {
 }
 
 /// As what it was caught, and in how many seconds.
-fn try_one(omission: &Omission) -> Result<(BTreeSet<Class>, f64), Failed> {
+fn try_one(omission: &Flush) -> Result<(BTreeSet<Class>, f64), Failed> {
     let begun = Instant::now();
     let seeds = if omission.vcpus == 1 { 1 } else { SEEDS };
     let mut classes = BTreeSet::new();
@@ -144,7 +105,7 @@ fn try_one(omission: &Omission) -> Result<(BTreeSet<Class>, f64), Failed> {
 fn each_is_caught() -> Verdict {
     let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let work = || {
-        while let Some(omission) = OMISSIONS.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(omission) = FLUSHES.get(next.fetch_add(1, Ordering::Relaxed)) {
             let result = try_one(omission);
             results.lock().unwrap_or_else(PoisonError::into_inner).push((omission.name, result));
         }
@@ -156,7 +117,7 @@ fn each_is_caught() -> Verdict {
     let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     println!("| flush left out | run | caught as | seconds |\n|---|---|---|---|");
     let mut missed = Vec::new();
-    for omission in &OMISSIONS {
+    for omission in FLUSHES {
         let Some((_, result)) = results.iter().find(|(name, _)| *name == omission.name) else { continue };
         let (classes, took) = match result {
             Ok((classes, took)) => (classes, *took),
@@ -165,14 +126,14 @@ fn each_is_caught() -> Verdict {
             }
         };
         let names: Vec<_> = classes.iter().map(ToString::to_string).collect();
-        let Omission { name, vcpus, append, .. } = omission;
+        let Flush { name, vcpus, append, .. } = omission;
         let by = if names.is_empty() { "MISSED".to_owned() } else { names.join(", ") };
         println!("| `{name}` | `--vcpus {vcpus}`, `{append}` | {by} | {took:.1} |");
         if names.is_empty() {
             missed.push(*name);
         }
     }
-    ensure!(missed.is_empty() && results.len() == OMISSIONS.len(), "not caught: {missed:?}");
+    ensure!(missed.is_empty() && results.len() == FLUSHES.len(), "not caught: {missed:?}");
     Ok(())
 }
 
@@ -244,19 +205,20 @@ fn of_the_kernel() -> Result<Vec<(String, String)>, Failed> {
 
 fn in_print() -> Verdict {
     let rules = of_the_kernel()?;
-    let ours: Vec<_> = OMISSIONS.iter().map(|omission| omission.name).collect();
-    let names: Vec<_> = rules.iter().map(|(name, _)| name.as_str()).collect();
-    ensure!(names == ours, "omit.h has {names:?}, and this test {ours:?}");
+    let ours: Vec<_> = FLUSHES.iter().map(|flush| (flush.name.to_owned(), flush.what.to_owned())).collect();
+    ensure!(rules == ours, "omit.h has {rules:?}, and Umbra {ours:?}");
     let mut text = String::from(
         "# The guest's flushes\n\n\
          Each flush of a TLB in the built-in guest's kernel has a name (`guest/src/kernel/omit.h`). `omit=NAME` leaves it out, and\n\
          `umbra run --check-guest-tlb` catches that, as *certain* or as *suspect*, unless the guest's own checks fail before. The test\n\
          `guest_omission_of_each_flush_is_caught` leaves out each in turn, and prints as what it was caught. Here is what that mostly\n\
          is; with several vCPUs it may be another.\n\n\
+         `umbra scenario run guest-rules/NAME --bug` leaves one out of a simulation of the same guest, seed by seed until that is caught.\n\
+         The first suspect ends such a run (`--check-guest-tlb=strict`), and counts if the same seed has none where the flush is made.\n\n\
          | flush | what for | left out in | caught as |\n|---|---|---|---|\n",
     );
-    for ((name, what), Omission { vcpus, append, usually, .. }) in rules.iter().zip(&OMISSIONS) {
-        text += &format!("| `{name}` | {what} | `--vcpus {vcpus}`, `{append}` | {usually} |\n");
+    for Flush { name, what, vcpus, append, usually } in FLUSHES {
+        text += &format!("| `{name}` | {what} | `--vcpus {vcpus}`, `{append}` | {} |\n", usually.name());
     }
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/GUEST-RULES.md");
     if std::env::var_os("UMBRA_BLESS").is_some() {

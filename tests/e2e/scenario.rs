@@ -1,6 +1,7 @@
 //! `umbra scenario`: each discussion with its rules in force, and each rule left out and caught.
 
 use libtest_mimic::{Failed, Trial};
+use umbra::scenario::guest_rules::FLUSHES;
 use umbra::scenario::table::{Play, SCENARIOS, Scenario};
 
 use super::umbra::{status, umbra};
@@ -33,6 +34,8 @@ pub fn cases() -> Vec<Trial> {
         cases.push(case(format!("scenario_{name}_is_caught_without_them"), &[], || is_caught(scenario)));
     }
     cases.push(case("scenario_rules_are_missed_by_whole_guests", &[], rules));
+    cases.push(case("scenario_guest_rules_pass_where_each_flush_is_made", &[], flushes_made));
+    cases.push(case("scenario_guest_rules_are_missed_in_simulations", &[], flushes_left_out));
     cases.push(case("scenario_is_the_same_for_a_seed", &[], same));
     cases.push(case("scenario_explains_itself", &[], explains));
     cases.push(case("scenario_lists_what_there_is", &[], lists));
@@ -40,9 +43,9 @@ pub fn cases() -> Vec<Trial> {
     cases
 }
 
-/// Those that are discussions: the rules of Umbra's own have no cases by hand.
+/// Those that are discussions: the rules of Umbra's own and the guest's flushes have no cases by hand.
 fn discussions() -> impl Iterator<Item = &'static Scenario> {
-    SCENARIOS.iter().filter(|scenario| scenario.name != "rules")
+    SCENARIOS.iter().filter(|scenario| !["rules", "guest-rules"].contains(&scenario.name))
 }
 
 fn scenario(options: &[&str]) -> Result<Outcome, Failed> {
@@ -96,6 +99,26 @@ fn rules() -> Verdict {
         all(&scenario(&[&name])?, 1, "passed")?;
         all(&scenario(&[&name, "--bug"])?, 1, "caught")?;
     }
+    Ok(())
+}
+
+/// Whose guests are all guests that a flush is left out of.
+const GUESTS: [&str; 5] = ["window", "serve-all", "drop-local", "age-remote", "zap-few"];
+
+fn flushes_made() -> Verdict {
+    GUESTS.iter().try_for_each(|name| all(&scenario(&[&format!("guest-rules/{name}")])?, 1, "passed"))
+}
+
+/// Certainly, or as a suspect that the same seed has not where the flush is made.
+fn flushes_left_out() -> Verdict {
+    let run = scenario(&["guest-rules", "--bug"])?;
+    all(&run, FLUSHES.len(), "caught")?;
+    let told = told(&run);
+    let count = |words: &str| told.lines().filter(|line| line.starts_with(words)).count();
+    let (certain, suspect) = (count("  certain: "), count("  suspect: "));
+    let compared = count("    where it makes that flush, the same seed has no suspect");
+    println!("{certain} certain, {suspect} suspect");
+    ensure!(certain > 0 && certain + suspect == FLUSHES.len() && compared == suspect, "diagnoses:\n{run}");
     Ok(())
 }
 

@@ -211,6 +211,15 @@ pub enum Huge {
     On,
 }
 
+/// Which flushes that a guest misses end its run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GuestCheck {
+    /// Those that are certain; what is suspect is counted.
+    Certain,
+    /// Suspects too.
+    Strict,
+}
+
 /// Locks and gates of the reverse map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Locks {
@@ -239,9 +248,9 @@ pub struct RunArgs {
     pub tlb: Tlb,
     /// Find TLB flushes that the guest's kernel misses: before each access, ask a model of the guest's own TLBs whether it may still use
     /// a translation that the kernel has taken away. Needs the soft backend, and is several times as slow. A certain miss ends the
-    /// run with status 18; suspects are counted.
-    #[arg(long)]
-    pub check_guest_tlb: bool,
+    /// run with status 18; suspects are counted, or with --check-guest-tlb=strict the first one does so too.
+    #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "certain")]
+    pub check_guest_tlb: Option<GuestCheck>,
     /// How vCPUs are made to forget pages that go to swap, where the backend is kvm.
     #[arg(long, value_enum, default_value = "auto")]
     pub shootdown: Shootdown,

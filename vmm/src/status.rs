@@ -28,7 +28,7 @@ pub enum Status {
     Deadlock,
     /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
     Incoherent,
-    /// The guest has missed a flush of a TLB of its own: `--check-guest-tlb` is certain.
+    /// The guest has missed a flush of a TLB of its own: `--check-guest-tlb` is certain, or strict.
     GuestTlb,
 }
 

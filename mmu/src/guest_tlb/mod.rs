@@ -25,7 +25,8 @@
 //!    an entry made since. While other user entries led to it at the time of the edit, only what came after the last of them is gone
 //!    counts. Where a right alone was taken (copy on write), it is the use by user code through another entry that hands it on.
 //!
-//! *Suspect* is an edit whose CPU lets go while some CPU still holds what it took away (suspects).
+//! *Suspect* is an edit whose CPU lets go while some CPU still holds what it took away (suspects). A strict model has the run end by the
+//! first.
 //!
 //! Locks: a CPU's part, then the tables; below both what reading memory takes. Nothing sleeps.
 //!
@@ -49,7 +50,7 @@ use crate::vcpu::Vcpu;
 use crate::{LocalStack, Mmu};
 
 use cpu::{Cpu, Held};
-pub use report::{Finding, HandedOn, LetGo, Seen, Suspect, Verdicts, Why};
+pub use report::{Finding, HandedOn, LetGo, Missed, Seen, Suspect, Verdicts, Why};
 use tables::{Author, Tables, allows};
 pub use tables::{Edit, Loss, Memory, Used, Walk, Walked};
 
@@ -122,6 +123,10 @@ pub struct GuestTlb {
     /// Counts edits.
     epoch: AtomicU64,
     verdicts: Lock<Verdicts>,
+    /// Suspects end the run.
+    strict: bool,
+    /// There are some.
+    suspected: AtomicBool,
 }
 
 impl GuestTlb {
@@ -137,7 +142,14 @@ impl GuestTlb {
             clock: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
             verdicts: Lock::new(lock_order::GUEST_VERDICTS, Verdicts::default()),
+            strict: false,
+            suspected: AtomicBool::new(false),
         }
+    }
+
+    /// The same, but that a suspect ends the run as what is certain does.
+    pub fn strict(self) -> GuestTlb {
+        GuestTlb { strict: true, ..self }
     }
 
     /// The guest has begun anew, and all its vCPUs are outside: none of them holds anything, and nothing is a table. What was found
@@ -157,6 +169,17 @@ impl GuestTlb {
     pub fn verdicts(&self) -> Verdicts {
         let edits = self.tables.lock().edits_seen;
         Verdicts { edits, ..self.verdicts.lock().clone() }
+    }
+
+    fn suspect(&self, suspect: Suspect) {
+        self.verdicts.lock().add(suspect);
+        self.suspected.store(true, Ordering::Release);
+    }
+
+    /// The first suspect, where that is to end the run.
+    pub fn suspected(&self) -> Option<Suspect> {
+        let ends = self.strict && self.suspected.load(Ordering::Acquire);
+        if ends { self.verdicts.lock().listed.first().cloned() } else { None }
     }
 
     /// Changes whenever an entry does: what was found to agree with the tables before may not any more.
@@ -482,9 +505,10 @@ fn shared_out(facts: &tables::Facts, departure: &Edit, let_go: u64) -> Option<Ha
 }
 
 impl Mmu {
-    /// The same, with a judge of the guest's own flushes. Before anything uses it.
-    pub fn with_guest_tlb(self) -> Mmu {
+    /// The same, with a judge of the guest's own flushes, strict or not. Before anything uses it.
+    pub fn with_guest_tlb(self, strict: bool) -> Mmu {
         let model = GuestTlb::new(self.config.vcpus, self.config.guest_pages);
+        let model = if strict { model.strict() } else { model };
         Mmu { guest_tlb: Some(Box::new(model)), ..self }
     }
 

@@ -136,6 +136,15 @@ pub enum Suspect {
     },
 }
 
+/// What a run ends by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Missed {
+    /// A flush that was certainly missed.
+    Certain(Box<Finding>),
+    /// The first suspect, where the model is strict.
+    Suspect(Box<Suspect>),
+}
+
 /// What was found in a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdicts {
@@ -278,6 +287,17 @@ impl fmt::Display for Finding {
             }
         }
         write!(f, "\n  tick {}: the use", self.at)
+    }
+}
+
+impl fmt::Display for Missed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Missed::Certain(finding) => write!(f, "{finding}"),
+            Missed::Suspect(suspect) => {
+                write!(f, "the guest may have missed a TLB flush (suspect): {suspect}")
+            }
+        }
     }
 }
 

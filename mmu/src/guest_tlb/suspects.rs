@@ -65,11 +65,11 @@ impl GuestTlb {
             (std::mem::take(&mut cpu.pending), pointers)
         };
         if let Some(stored) = pointers {
-            self.verdicts.lock().add(Suspect::Pointers { stored, let_go: how });
+            self.suspect(Suspect::Pointers { stored, let_go: how });
         }
         for taken in &pending {
             if let Some(suspect) = self.still_held(memory, site, taken, how) {
-                self.verdicts.lock().add(suspect);
+                self.suspect(suspect);
             }
         }
     }
@@ -87,7 +87,7 @@ impl GuestTlb {
             };
             if due && owed.grace == 0 {
                 let Owed { taken: Taken { edit, loss, .. }, let_go, .. } = owed;
-                self.verdicts.lock().add(Suspect::Held { edit, loss, gva, gfn, vcpu: site.vcpu, let_go });
+                self.suspect(Suspect::Held { edit, loss, gva, gfn, vcpu: site.vcpu, let_go });
             } else {
                 owed.grace = owed.grace.saturating_sub(u32::from(due));
                 cpu.owed.push(owed);

@@ -293,6 +293,20 @@ fn an_editor_that_lets_go_while_another_holds_is_suspect() {
 }
 
 #[test]
+fn a_suspect_ends_the_run_where_the_model_is_strict_alone() {
+    for strict in [false, true] {
+        let Guest { model, memory } = Guest::new();
+        let guest = Guest { model: if strict { model.strict() } else { model }, memory };
+        handed_to_another_process(&guest);
+        assert_eq!(guest.model.suspected(), None, "the editor has not let go");
+        guest.lets_go(0, DIRECTORY);
+        let first = guest.model.verdicts().listed.first().cloned();
+        assert!(first.is_some());
+        assert_eq!(guest.model.suspected(), first.filter(|_| strict));
+    }
+}
+
+#[test]
 fn what_is_flushed_and_what_a_window_leaves_is_not_suspect() {
     let guest = Guest::new();
     handed_to_another_process(&guest);

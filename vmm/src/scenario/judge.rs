@@ -95,6 +95,36 @@ pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
     line.map(|line| Verdict::Caught(vec![line]))
 }
 
+/// As what the guest's own TLBs were found stale, if they were, and the words for it.
+pub fn flush(outcome: Outcome, said: &str) -> Option<(Kind, String)> {
+    let found = |words: &str| said.lines().find(|line| line.contains(words));
+    if outcome != Outcome::Status(Status::GuestTlb.code()) {
+        return None;
+    }
+    let certain = found("(certain)").map(|line| (Kind::Certain, line));
+    let (kind, line) = certain.or_else(|| found("suspect").map(|line| (Kind::Suspect, line)))?;
+    Some((kind, format!("{}: {}", kind.name(), line.trim_start_matches("umbra: ").trim())))
+}
+
+/// Judges a guest that runs without a flush of its own: a suspect counts where the same seed `with` the flush passes. Nothing where it was
+/// not missed: another seed may.
+pub fn without_flush<E>(
+    outcome: Outcome,
+    said: &str,
+    with: impl FnOnce() -> Result<Option<Outcome>, E>,
+) -> Result<Option<Verdict>, E> {
+    let Some((kind, line)) = flush(outcome, said) else { return Ok(None) };
+    if kind == Kind::Certain {
+        return Ok(Some(Verdict::Caught(vec![line])));
+    }
+    let Some(outcome) = with()? else { return Ok(None) };
+    let told = |how: &str| format!("  where it makes that flush, the same seed {how}");
+    Ok(Some(match outcome {
+        Outcome::Status(0) => Verdict::Caught(vec![line, told("has no suspect")]),
+        _ => Verdict::Missed(format!("{line}\n{}", told(&outcome.to_string()))),
+    }))
+}
+
 /// The built-in guest has found something wrong.
 const GUEST_FAILS: Status = Status::Guest(1);
 
@@ -152,6 +182,26 @@ mod tests {
         assert!(
             !judged(Outcome::Signal(9), breach) && !judged(Outcome::Hung(std::time::Duration::ZERO), breach)
         );
+    }
+
+    #[test]
+    fn a_suspect_counts_where_the_flush_made_has_none() {
+        let missed = Outcome::Status(Status::GuestTlb.code());
+        let judged = |outcome, said: &str, with: Option<u8>| {
+            let with = || with.map(|code| Some(Outcome::Status(code))).ok_or("it was run with the flush");
+            without_flush(outcome, said, with)
+        };
+        let certain = "umbra: the guest has missed a TLB flush (certain): x\numbra: suspect: y\n";
+        let suspect = "umbra: the guest may have missed a TLB flush (suspect): y\n";
+        let Ok(Some(Verdict::Caught(lines))) = judged(missed, certain, None) else { panic!("certain") };
+        assert_eq!(lines, ["certain: the guest has missed a TLB flush (certain): x"]);
+        let Ok(Some(Verdict::Caught(lines))) = judged(missed, suspect, Some(0)) else { panic!("suspect") };
+        assert_eq!(lines[0], "suspect: the guest may have missed a TLB flush (suspect): y");
+        assert!(matches!(judged(missed, suspect, Some(18)), Ok(Some(Verdict::Missed(_)))));
+        for status in [Status::Pass, Status::Guest(1), Status::Timeout, Status::Failure] {
+            assert_eq!(judged(Outcome::Status(status.code()), suspect, None), Ok(None), "{status:?}");
+        }
+        assert_eq!(judged(missed, "umbra: nothing\n", None), Ok(None));
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | args | the command line |
 //! | table | the scenarios, their cases, their stories; docs/scenarios.md is made of it |
+//! | guest_rules | the flushes of the guest's kernel; docs/GUEST-RULES.md is made of it |
 //! | story | the facts that a case tells, and who waits for whom |
 //! | judge | what a case came to |
 //! | run | cases in processes of their own, seed by seed |
@@ -25,6 +26,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod guest_rules;
 mod judge;
 mod run;
 mod scenes;

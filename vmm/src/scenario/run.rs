@@ -7,9 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::args::{Order, Player};
+use super::guest_rules;
 use super::judge::{self, Verdict};
 use super::story::{Fact, Story};
-use super::table::{Case, Play, SEEDS_MAX, STRESS, options};
+use super::table::{Case, Play, STRESS, options};
 use crate::child::{Child, LOOK, Outcome};
 use crate::pressure::progress::Progress;
 use crate::status::Status;
@@ -143,13 +144,13 @@ fn show(out: &mut impl Write, order: &Order, case: &Case, played: &Played, all: 
     if let Verdict::Caught(lines) = &played.verdict {
         lines.iter().try_for_each(|line| writeln!(out, "  {line}"))?;
     }
-    if !played.verdict.is_good() || all && matches!(case.play, Play::Omission(..)) {
+    if !played.verdict.is_good() || all && matches!(case.play, Play::Omission(..) | Play::Flush(..)) {
         played.said.lines().try_for_each(|line| writeln!(out, "    {line}"))?;
     }
     Ok(())
 }
 
-/// Plays a case by one seed; by seeds from there on, where it takes several to miss a rule. Nothing where a signal has come.
+/// Plays a case by one seed; by seeds from there on, where it takes several to miss what is left out. Nothing where a signal has come.
 fn play(
     order: &Order,
     case: &Case,
@@ -157,14 +158,21 @@ fn play(
     signals: &dyn Fn() -> u32,
 ) -> Result<Option<Played>, ScenarioError> {
     let begun = Instant::now();
-    let tries = if order.bug && matches!(case.play, Play::Omission(..)) { SEEDS_MAX } else { 1 };
+    let tries = if order.bug { case.play.tries() } else { 1 };
     for seed in seed..seed.saturating_add(tries) {
-        let Some((outcome, heard, said)) = once(order, case, seed, signals)? else { return Ok(None) };
+        let Some((outcome, heard, said)) = once(order, case, seed, order.bug, signals)? else {
+            return Ok(None);
+        };
         let story = Story::of(&heard, told_by(case));
         let verdict = match (order.bug, case.play) {
             (true, Play::Omission(..)) => judge::omission(outcome, &said),
+            (true, Play::Flush(..)) => judge::without_flush(outcome, &said, || {
+                once(order, case, seed, false, signals).map(|run| run.map(|(outcome, ..)| outcome))
+            })?,
             (true, _) => Some(judge::left_out(case, outcome, &story)),
-            (false, Play::Omission(..)) if outcome == Outcome::Status(0) => Some(Verdict::Passed),
+            (false, Play::Omission(..) | Play::Flush(..)) if outcome == Outcome::Status(0) => {
+                Some(Verdict::Passed)
+            }
             (false, _) => Some(judge::in_force(outcome, &story)),
         };
         if let Some(verdict) = verdict {
@@ -178,20 +186,21 @@ fn play(
 /// Who tells the facts.
 fn told_by(case: &Case) -> &'static str {
     match case.play {
-        Play::Guest(..) | Play::Omission(..) => case.name,
+        Play::Guest(..) | Play::Omission(..) | Play::Flush(..) => case.name,
         Play::Scene(scene, _) => scene.name(),
     }
 }
 
-/// One run: how it ended, and what was said by the case and by Umbra.
+/// One run, with `bug` or without: how it ended, and what was said by the case and by Umbra.
 fn once(
     order: &Order,
     case: &Case,
     seed: u64,
+    bug: bool,
     signals: &dyn Fn() -> u32,
 ) -> Result<Option<(Outcome, String, String)>, ScenarioError> {
     let failed = |source| ScenarioError::Play { case: case.name, seed, source };
-    let mut child = Child::start(words(order, case, seed), true).map_err(failed)?;
+    let mut child = Child::start(words(order.player, case, seed, bug), true).map_err(failed)?;
     let outcome = loop {
         let outcome = child.look(order.patience).map_err(failed)?;
         // The terminal's Ctrl-C is the run's, too.
@@ -208,33 +217,39 @@ fn once(
 }
 
 /// The arguments of the program that plays it.
-fn words(order: &Order, case: &Case, seed: u64) -> Vec<OsString> {
+fn words(player: Player, case: &Case, seed: u64, bug: bool) -> Vec<OsString> {
     let seed = seed.to_string();
     let simulated = ["play", "--deterministic", "--seed", &seed];
     let mut words: Vec<OsString> = Vec::new();
     let mut say = |all: &[&str]| words.extend(all.iter().map(OsString::from));
     match case.play {
         Play::Guest(workload, cpus) => {
-            match order.player {
+            match player {
                 Player::Soft => say(&simulated),
                 Player::Kvm => say(&["play", "--backend", "kvm"]),
             }
-            let bug = if order.bug { " bug" } else { "" };
+            let bug = if bug { " bug" } else { "" };
             let append = format!("workload={workload} case={}{bug}", case.name);
             say(&["--vcpus", &cpus.to_string(), "--mem", MEMORY, "--append", &append]);
         }
         Play::Scene(scene, rule) => {
             say(&simulated);
             say(&["--scene", scene.name()]);
-            rule.filter(|_| order.bug).iter().for_each(|rule| say(&["--without", rule.name()]));
+            rule.filter(|_| bug).iter().for_each(|rule| say(&["--without", rule.name()]));
         }
         Play::Omission(rule) => {
             say(&simulated);
             say(options(rule));
             say(&STRESS);
-            if order.bug {
+            if bug {
                 say(&["--without", rule.name()]);
             }
+        }
+        Play::Flush(flush) => {
+            say(&simulated);
+            say(&guest_rules::OPTIONS);
+            let omit = if bug { format!(" omit={}", flush.name) } else { String::new() };
+            say(&["--vcpus", &flush.vcpus.to_string(), "--append", &format!("{}{omit}", flush.append)]);
         }
     }
     words

@@ -45,13 +45,17 @@ pub enum Kind {
     Incoherent,
     /// What Umbra keeps of its pages does not agree any more.
     Books,
+    /// The guest has certainly missed a flush of its own.
+    Certain,
+    /// It may have.
+    Suspect,
     /// Something that no case fears.
     Broken,
 }
 
 impl Kind {
     /// All there are.
-    pub const ALL: [Kind; 12] = [
+    pub const ALL: [Kind; 14] = [
         Kind::Deadlock,
         Kind::Sleep,
         Kind::Type,
@@ -63,6 +67,8 @@ impl Kind {
         Kind::Scattered,
         Kind::Incoherent,
         Kind::Books,
+        Kind::Certain,
+        Kind::Suspect,
         Kind::Broken,
     ];
 
@@ -80,6 +86,8 @@ impl Kind {
             Kind::Scattered => "scattered",
             Kind::Incoherent => "incoherent",
             Kind::Books => "books",
+            Kind::Certain => "certain",
+            Kind::Suspect => "suspect",
             Kind::Broken => "broken",
         }
     }
@@ -104,6 +112,12 @@ impl Kind {
                 "a translation has outlived what it was of: the oracle or the ledger found it"
             }
             Kind::Books => "what Umbra keeps of its pages does not agree any more: the audit found it",
+            Kind::Certain => {
+                "the guest's kernel has missed a flush of a TLB: a CPU uses what was taken away, and is somebody else's by now"
+            }
+            Kind::Suspect => {
+                "it seems to have missed one: who took something away goes on while a CPU holds it; and where it makes that flush, the same seed has no suspect"
+            }
             Kind::Broken => "something else broke, which no case fears: a mistake in Umbra",
         }
     }

@@ -41,7 +41,7 @@ impl Plan {
     /// When KVM was asked for and cannot be used, or does not go with `--deterministic`.
     pub fn make(args: &RunArgs) -> Result<Plan, RunError> {
         let backend = args.backend;
-        if args.check_guest_tlb {
+        if args.check_guest_tlb.is_some() {
             let why = || "backend=soft: --check-guest-tlb judges what is interpreted".to_owned();
             return match backend {
                 cli::Backend::Kvm => Err(RunError::CheckNeedsSoft),

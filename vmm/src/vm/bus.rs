@@ -21,7 +21,7 @@
 
 mod judge;
 
-use umbra_mmu::guest_tlb::Finding;
+use umbra_mmu::guest_tlb::Missed;
 use umbra_mmu::sync::sim;
 use umbra_mmu::{
     Access, Beyond, CodeFrame, Flush, Gfn, Gpa, Gva, Mfn, Miss, Mmu, NotLoaded, Outcome, Refill, Refusal,
@@ -49,8 +49,8 @@ pub struct Aftermath {
     pub shortage: Option<Shortage>,
     /// It was answered because the TLB is incoherent: the run must end.
     pub violation: Option<Box<Violation>>,
-    /// It was answered because the guest has certainly missed a flush of its own: the run must end.
-    pub finding: Option<Box<Finding>>,
+    /// It was answered because the guest has missed a flush of its own, certainly or as a strict judge has it: the run must end.
+    pub finding: Option<Missed>,
     /// Full flushes of the software TLB on the way.
     pub flushes: u64,
     /// The FPU was used, or it was wanted and hardware has it: [`BusError::Again`] was answered.

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use umbra_mmu::guest_tlb::Finding;
+use umbra_mmu::guest_tlb::Missed;
 use umbra_mmu::{Shortage, Violation};
 
 use super::devices::Devices;
@@ -52,8 +52,8 @@ pub enum End {
     Shortage(Shortage),
     /// A software TLB used a translation that should have been flushed.
     Incoherent(Box<Violation>),
-    /// The guest has used a translation that it should have flushed (`--check-guest-tlb`).
-    GuestTlb(Box<Finding>),
+    /// The guest has used a translation that it should have flushed, or may have (`--check-guest-tlb`).
+    GuestTlb(Missed),
     /// One of Umbra's own threads has panicked.
     Panic {
         /// Which.
@@ -132,7 +132,7 @@ impl fmt::Display for End {
                     "{violation}\n  a TLB flush was missed; this is a mistake in Umbra, please report it"
                 )
             }
-            End::GuestTlb(finding) => write!(f, "{finding}"),
+            End::GuestTlb(missed) => write!(f, "{missed}"),
             End::Panic { thread, why } => write!(
                 f,
                 "Umbra's {thread} thread has panicked: {why}. The guest cannot go on without it; this is a mistake in \

@@ -70,6 +70,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use umbra_mmu::external::External;
 use umbra_mmu::frames::Host;
+use umbra_mmu::guest_tlb::GuestTlb;
 use umbra_mmu::records::Clock;
 use umbra_mmu::sync::sim::{self, Ticket};
 use umbra_mmu::twins::Importers;
@@ -88,7 +89,7 @@ pub use vcpu::VcpuStats;
 use crate::board::{Board, BoardConfig, BoardError, MemoryMap, MemorySizeError};
 use crate::boot::notes::Notes;
 use crate::boot::{ImageError, MemoryError};
-use crate::cli::{Huge, Locks, RunArgs, Swap, Window};
+use crate::cli::{GuestCheck, Huge, Locks, RunArgs, Swap, Window};
 use crate::cpu::CpuState;
 use crate::export::{ByHub, ExportSocket, Exporter, Hub, Segments};
 use crate::kvm::{HostError, KvmError};
@@ -332,7 +333,10 @@ impl Guest {
             (None, None) => None,
         };
         let mmu = build_mmu(config, &runner, &pool, outside)?.with_rules(args.omit.unwrap_or_default());
-        let mmu = if args.check_guest_tlb { mmu.with_guest_tlb() } else { mmu };
+        let mmu = match args.check_guest_tlb {
+            Some(check) => mmu.with_guest_tlb(check == GuestCheck::Strict),
+            None => mmu,
+        };
         let mmu = Arc::new(overcommit.apply(mmu, args)?);
         let exporter = hub.map(|hub| {
             let segments = Segments::new(Arc::clone(&mmu), Arc::clone(&pool), runner.vm());
@@ -637,6 +641,8 @@ fn judge(
     let (regions, witness_error) = witness::hear(mmu, &LocalStack::new(Context::Host), notes, end);
     let audit = mmu.audit();
     let status = summary::judge(end, &regions, witness_error.as_deref(), &audit);
+    let suspected = mmu.guest_tlb().and_then(GuestTlb::suspected);
+    let status = summary::strictly(status, suspected.is_some());
     Summary {
         version: env!("CARGO_PKG_VERSION"),
         backend,

@@ -6,7 +6,7 @@
 //!
 //! Locks: the model's own; none of the MMU's is held.
 
-use umbra_mmu::guest_tlb::{GuestTlb, Memory, Paging, Site};
+use umbra_mmu::guest_tlb::{GuestTlb, Memory, Missed, Paging, Site};
 use umbra_mmu::{Access, Gpa, Gva, PageFault};
 
 use super::{GuestBus, in_one_page};
@@ -47,7 +47,9 @@ impl GuestBus<'_> {
         let last = gva.wrapping_add(bytes.max(1) - 1);
         let pages = [Some(gva), (last.page() != gva.page()).then_some(last)];
         let finding = self.tell(|model, memory, site| {
-            pages.into_iter().flatten().find_map(|at| model.access(memory, site, at, access))
+            let certain = pages.into_iter().flatten().find_map(|at| model.access(memory, site, at, access));
+            let suspect = || model.suspected().map(|suspect| Missed::Suspect(Box::new(suspect)));
+            certain.map(Missed::Certain).or_else(suspect)
         });
         match finding.flatten() {
             None => Ok(()),
