@@ -41,6 +41,8 @@ mod reset;
 mod rig;
 #[path = "e2e/scenario.rs"]
 mod scenario;
+#[path = "e2e/seeds.rs"]
+mod seeds;
 #[path = "e2e/series.rs"]
 mod series;
 #[path = "e2e/simulate.rs"]
@@ -90,6 +92,7 @@ fn test() -> ExitCode {
         reset::cases(),
         rig::cases(),
         scenario::cases(),
+        seeds::cases(),
         series::cases(),
         simulate::cases(),
         simulation::cases(),

@@ -418,7 +418,7 @@ fn copy(a: &mut CodeAssembler, to: u32, bytes: &[u8]) -> Result<(), IcedError> {
     Ok(())
 }
 
-fn exit(a: &mut CodeAssembler, value: u32) -> Result<(), IcedError> {
+pub(super) fn exit(a: &mut CodeAssembler, value: u32) -> Result<(), IcedError> {
     a.mov(eax, value)?;
     a.out(0xf4, eax)?;
     let mut rest = a.create_label();
@@ -431,7 +431,7 @@ fn exit(a: &mut CodeAssembler, value: u32) -> Result<(), IcedError> {
 /// # Panics
 ///
 /// When an instruction is none: the code above is the same every time.
-fn assemble(
+pub(super) fn assemble(
     bitness: u32,
     at: u32,
     write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,

@@ -11,6 +11,7 @@ pub mod litmus;
 pub mod noise;
 pub mod process;
 pub mod qemu;
+pub mod remap;
 
 use libtest_mimic::{Completion, Failed, Trial};
 

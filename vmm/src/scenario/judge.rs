@@ -87,9 +87,9 @@ pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
     let Outcome::Status(code) = outcome else { return None };
     let of = |status: Status| status.code() == code;
     let line = match () {
-        () if of(Status::Incoherent) || of(Status::Failure) => found(&["INV-", "importers: importer"]),
+        () if of(Status::Incoherent) || of(Status::Failure) => found(&["INV-", "importers: "]),
         () if of(Status::Deadlock) => found(&["everybody waits"]),
-        () if of(Status::Witness) || of(GUEST_FAILS) => found(&["verdict=FAIL"]),
+        () if of(Status::Witness) || of(GUEST_FAILS) || of(GUEST_PANICS) => found(&["verdict=FAIL"]),
         () => None,
     };
     line.map(|line| Verdict::Caught(vec![line]))
@@ -125,8 +125,9 @@ pub fn without_flush<E>(
     }))
 }
 
-/// The built-in guest has found something wrong.
+/// The built-in guest has found something wrong, in its work or in its kernel.
 const GUEST_FAILS: Status = Status::Guest(1);
+const GUEST_PANICS: Status = Status::Guest(3);
 
 #[cfg(test)]
 mod tests {

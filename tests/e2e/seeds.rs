@@ -1,0 +1,71 @@
+//! Rules of Umbra's that the built-in guest does not miss, left out of small guests that do, seed by seed: `umbra simulate`.
+//!
+//! Story: a rule that owes a flush for something is hidden by whatever else owes one. These guests do one thing, in each round. With
+//! the rule in force they pass by other seeds.
+
+use std::ffi::OsStr;
+use std::time::Instant;
+
+use libtest_mimic::Trial;
+
+use super::umbra::{file_of, umbra};
+use crate::ensure;
+use crate::support::host::Need;
+use crate::support::litmus::{Form, Litmus, Place};
+use crate::support::process::End;
+use crate::support::remap::Remap;
+use crate::support::{Verdict, case, image};
+
+/// The tests of this file: only a build for tests can leave a rule out.
+pub fn cases() -> Vec<Trial> {
+    if std::env::var_os("UMBRA_BIN").is_some() || Need::Rig.met().is_ok() {
+        return Vec::new();
+    }
+    let trial = |missed: &'static Missed| {
+        case(format!("simulated_guest_misses_{}", missed.rule), &[], move || found(missed))
+    };
+    MISSED.iter().map(trial).collect()
+}
+
+/// A guest that misses a rule.
+struct Missed {
+    rule: &'static str,
+    guest: fn() -> Vec<u8>,
+    options: &'static [&'static str],
+}
+
+const fn missed(rule: &'static str, guest: fn() -> Vec<u8>, options: &'static [&'static str]) -> Missed {
+    Missed { rule, guest, options }
+}
+
+const ONE: &[&str] = &["--mem", "24M", "--tlb", "sticky"];
+const TWO: &[&str] = &["--mem", "24M", "--vcpus", "2"];
+const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
+
+const MISSED: &[Missed] = &[
+    missed("code-at-store", || Litmus::Code.guest(Form::Right, 4, 200), TWO),
+    missed("bus-at-split", || Litmus::Counter(Place::AcrossPages).guest(Form::Right, 4, 200), TWO),
+    missed("code-at-flush", || Remap::Code.guest(100), ONE),
+    missed("debt-of-unlink", || Remap::Directory.guest(100), ONE),
+    missed("debt-of-narrowing", || Remap::Right.guest(100), ONE),
+    missed("flush-at-mode-change", || Remap::Global.guest(100), ONE),
+    missed("flush-of-large-page", || Remap::Block.guest(300), HUGE),
+];
+
+fn found(missed: &Missed) -> Verdict {
+    let Missed { rule, guest, options } = missed;
+    let image = file_of(&image::multiboot(&guest()))?;
+    let sweep = |seeds: &str, omit: &[&str]| {
+        let words = ["simulate", "--seeds", seeds, "--"].map(OsStr::new);
+        let words = words.into_iter().chain([image.path().as_os_str()]);
+        umbra(words.chain(options.iter().chain(omit).map(OsStr::new)))
+    };
+    let in_force = sweep("200..203", &[])?;
+    ensure!(in_force.end == End::Status(0), "with {rule} in force it should pass:\n{in_force}");
+    let begun = Instant::now();
+    let run = sweep("0..200", &["--omit", rule])?;
+    let caught = matches!(run.end, End::Status(code) if code % 2 == 1 || code == 16);
+    ensure!(caught, "without {rule} it should not:\n{run}");
+    println!("without {rule}, in {:.1?}:\n{}", begun.elapsed(), run.stderr);
+    Ok(())
+}

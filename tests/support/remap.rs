@@ -1,0 +1,223 @@
+//! Guests of one CPU that map an address anew, flush as they must, and look at what they find there.
+//!
+//! Story: two-level paging, the first 4 MiB mapped as they are, no interrupts. A guest ends with 0 where it has found what its tables say
+//! in every round, else with 1. Nothing else goes on in it, so that no flush is made for another's sake: the built-in guest, which does
+//! much at once, hides what is missed here.
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use super::image::CODE;
+use super::litmus::{assemble, exit};
+
+/// Page directory, and the table of the first 4 MiB.
+const DIRECTORY: u32 = 0x20_0000;
+const TABLE: u32 = 0x20_1000;
+/// Tables of [`PAGE`]: their first entry leads to [`ONE`], to [`TWO`].
+const TABLE_ONE: u32 = 0x20_2000;
+const TABLE_TWO: u32 = 0x20_3000;
+/// Interrupt descriptors, code and data descriptors, and what loads them.
+const IDT: u32 = 0x20_5000;
+const GDT: u32 = 0x20_6000;
+const POINTER: u32 = 0x20_7000;
+/// Page faults so far.
+const FAULTS: u32 = 0x20_8000;
+const STACK: u32 = 0x7_f000;
+/// Two blocks of 4 MiB: each page has the word 1, or 2, at [`WORD`]. What they begin with returns the same number where it is called.
+const ONE: u32 = 0x80_0000;
+const TWO: u32 = 0xc0_0000;
+const WORD: u32 = 8;
+/// What is mapped anew: a page, and 4 MiB.
+const PAGE: u32 = 0x40_0000;
+const BLOCK: u32 = 0x100_0000;
+const PRESENT: u32 = 3;
+const USED: u32 = 0x60;
+const READ_ONLY: u32 = 1;
+const LARGE: u32 = 0x83;
+const GLOBAL: u32 = 0x100;
+const PSE: u32 = 0x10;
+const PGE: u32 = 0x80;
+
+/// What is changed, and flushed how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remap {
+    /// The page of some code; INVLPG.
+    Code,
+    /// A directory's entry, from table to table; MOV CR3.
+    Directory,
+    /// A page loses the right to be written; MOV CR3.
+    Right,
+    /// 4 MiB by one entry; INVLPG of one address in it.
+    Block,
+    /// A page that is global; global pages are switched off, and on again.
+    Global,
+}
+
+impl Remap {
+    /// The code of a Multiboot image that does so in so many rounds.
+    pub fn guest(self, rounds: u32) -> Vec<u8> {
+        assemble(32, CODE, |a| {
+            a.mov(esp, STACK)?;
+            self.prepare(a)?;
+            let (mut round, mut bad) = (a.create_label(), a.create_label());
+            a.mov(edi, rounds)?;
+            a.set_label(&mut round)?;
+            self.round(a, bad)?;
+            a.dec(edi)?;
+            a.jne(round)?;
+            exit(a, 0)?;
+            a.set_label(&mut bad)?;
+            exit(a, 1)
+        })
+    }
+
+    /// Tables and contents; then paging.
+    fn prepare(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        each(a, 1024, |a| {
+            a.mov(eax, ecx)?;
+            a.shl(eax, 12)?;
+            a.mov(dword_ptr(eax + (ONE + WORD)), 1)?;
+            a.mov(dword_ptr(eax + (TWO + WORD)), 2)?;
+            a.or(eax, PRESENT as i32)?;
+            a.mov(dword_ptr(ecx * 4 + TABLE), eax)
+        })?;
+        for (block, number) in [(ONE, 1), (TWO, 2)] {
+            a.mov(dword_ptr(block), 0xb8 | number << 8)?; // mov eax, number; ret
+            a.mov(dword_ptr(block + 4), 0xc300)?;
+        }
+        a.mov(dword_ptr(TABLE_ONE), ONE | PRESENT)?;
+        a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)?;
+        a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT)?;
+        a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT)?;
+        if self == Remap::Right {
+            count_faults(a)?;
+        }
+        if self == Remap::Block {
+            a.mov(eax, PSE)?;
+            a.mov(cr4, eax)?;
+        }
+        a.mov(eax, DIRECTORY)?;
+        a.mov(cr3, eax)?;
+        a.mov(eax, cr0)?;
+        a.or(eax, 0x8001_0000u32 as i32)?; // PG, WP
+        a.mov(cr0, eax)
+    }
+
+    fn round(self, a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
+        match self {
+            Remap::Code => {
+                for (block, number) in [(ONE, 1), (TWO, 2)] {
+                    a.mov(dword_ptr(TABLE_ONE), block | PRESENT)?;
+                    a.invlpg(ptr(PAGE))?;
+                    a.mov(ebx, PAGE)?;
+                    a.call(ebx)?;
+                    a.cmp(eax, number)?;
+                    a.jne(bad)?;
+                }
+            }
+            Remap::Directory => {
+                for (table, number) in [(TABLE_ONE, 1), (TABLE_TWO, 2)] {
+                    a.mov(dword_ptr(DIRECTORY + 4), table | PRESENT)?;
+                    reload(a)?;
+                    a.cmp(dword_ptr(PAGE + WORD), number)?;
+                    a.jne(bad)?;
+                }
+            }
+            Remap::Right => {
+                for (right, faults) in [(PRESENT, 0), (READ_ONLY, 1)] {
+                    a.mov(dword_ptr(TABLE_ONE), ONE | right | USED)?;
+                    reload(a)?;
+                    a.mov(dword_ptr(FAULTS), 0)?;
+                    a.mov(dword_ptr(PAGE + 2 * WORD), 7)?;
+                    a.cmp(dword_ptr(FAULTS), faults)?;
+                    a.jne(bad)?;
+                }
+            }
+            Remap::Block => {
+                for (block, number) in [(ONE, 1), (TWO, 2)] {
+                    a.mov(dword_ptr(DIRECTORY + 16), block | LARGE)?;
+                    a.invlpg(ptr(BLOCK))?;
+                    each(a, 1024, |a| {
+                        a.mov(eax, ecx)?;
+                        a.shl(eax, 12)?;
+                        a.cmp(dword_ptr(eax + (BLOCK + WORD)), number)?;
+                        a.jne(bad)
+                    })?;
+                }
+            }
+            Remap::Global => {
+                for (block, number) in [(ONE, 1), (TWO, 2)] {
+                    a.mov(dword_ptr(TABLE_ONE), block | PRESENT | GLOBAL)?;
+                    for pge in [0, PGE] {
+                        a.mov(eax, pge)?;
+                        a.mov(cr4, eax)?;
+                    }
+                    a.cmp(dword_ptr(PAGE + WORD), number)?;
+                    a.jne(bad)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// ECX from 0 on.
+fn each(
+    a: &mut CodeAssembler,
+    end: u32,
+    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    let mut again = a.create_label();
+    a.xor(ecx, ecx)?;
+    a.set_label(&mut again)?;
+    body(a)?;
+    a.inc(ecx)?;
+    a.cmp(ecx, end as i32)?;
+    a.jb(again)
+}
+
+fn reload(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(eax, cr3)?;
+    a.mov(cr3, eax)
+}
+
+/// A page fault is counted, and the store of 10 bytes that it came of passed over.
+fn count_faults(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut set_up, mut return_far, mut done) = (a.create_label(), a.create_label(), a.create_label());
+    // What follows the call is the handler.
+    a.call(set_up)?;
+    a.add(esp, 4)?;
+    a.inc(dword_ptr(FAULTS))?;
+    a.add(dword_ptr(esp), 10)?;
+    a.iretd()?;
+    a.set_label(&mut set_up)?;
+    let flat = [0, 0, 0xffff, 0x00cf_9b00, 0xffff, 0x00cf_9300];
+    for (at, word) in (GDT..).step_by(4).zip(flat) {
+        a.mov(dword_ptr(at), word)?;
+    }
+    for (at, table, limit) in [(POINTER, GDT, 23), (POINTER + 8, IDT, 15 * 8 - 1)] {
+        a.mov(dword_ptr(at), table << 16 | limit)?;
+        a.mov(dword_ptr(at + 4), table >> 16)?;
+    }
+    a.pop(eax)?;
+    a.mov(ebx, eax)?;
+    a.and(eax, 0xffff)?;
+    a.or(eax, 8 << 16)?;
+    a.mov(dword_ptr(IDT + 14 * 8), eax)?;
+    a.and(ebx, 0xffff_0000u32 as i32)?;
+    a.or(ebx, 0x8e00)?;
+    a.mov(dword_ptr(IDT + 14 * 8 + 4), ebx)?;
+    a.lgdt(ptr(POINTER))?;
+    a.lidt(ptr(POINTER + 8))?;
+    a.mov(eax, 16)?;
+    a.mov(ds, eax)?;
+    a.mov(es, eax)?;
+    a.mov(ss, eax)?;
+    a.push(8)?;
+    a.call(return_far)?;
+    a.jmp(done)?;
+    a.set_label(&mut return_far)?;
+    a.retf()?;
+    a.set_label(&mut done)?;
+    a.nop()
+}
