@@ -16,6 +16,8 @@ const TABLE: u32 = 0x20_1000;
 /// Tables of [`PAGE`]: their first entry leads to [`ONE`], to [`TWO`].
 const TABLE_ONE: u32 = 0x20_2000;
 const TABLE_TWO: u32 = 0x20_3000;
+/// A page in the middle of a block, and where that is mapped.
+const WITHIN: u32 = 0x5000;
 /// Interrupt descriptors, code and data descriptors, and what loads them.
 const IDT: u32 = 0x20_5000;
 const GDT: u32 = 0x20_6000;
@@ -30,6 +32,8 @@ const WORD: u32 = 8;
 /// What is mapped anew: a page, and 4 MiB.
 const PAGE: u32 = 0x40_0000;
 const BLOCK: u32 = 0x100_0000;
+/// Times that each page of a block is used before it changes.
+const USES: u32 = 1000;
 const PRESENT: u32 = 3;
 const USED: u32 = 0x60;
 const READ_ONLY: u32 = 1;
@@ -49,6 +53,8 @@ pub enum Remap {
     Right,
     /// 4 MiB by one entry; INVLPG of one address in it.
     Block,
+    /// An entry of a table in a block that was mapped as a whole before; MOV CR3.
+    Within,
     /// A page that is global; global pages are switched off, and on again.
     Global,
 }
@@ -89,10 +95,12 @@ impl Remap {
         a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)?;
         a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT)?;
         a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT)?;
-        if self == Remap::Right {
-            count_faults(a)?;
+        match self {
+            Remap::Right => count_faults(a)?,
+            Remap::Within => a.mov(dword_ptr(DIRECTORY + 16), ONE | LARGE)?,
+            _ => {}
         }
-        if self == Remap::Block {
+        if matches!(self, Remap::Block | Remap::Within) {
             a.mov(eax, PSE)?;
             a.mov(cr4, eax)?;
         }
@@ -100,7 +108,22 @@ impl Remap {
         a.mov(cr3, eax)?;
         a.mov(eax, cr0)?;
         a.or(eax, 0x8001_0000u32 as i32)?; // PG, WP
-        a.mov(cr0, eax)
+        a.mov(cr0, eax)?;
+        if self == Remap::Within {
+            // In use as a block for a while, until it is mapped by one entry.
+            a.mov(ebx, USES)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            each(a, 1024, |a| {
+                a.mov(eax, ecx)?;
+                a.shl(eax, 12)?;
+                a.inc(dword_ptr(eax + (BLOCK + 2 * WORD)))
+            })?;
+            a.dec(ebx)?;
+            a.jne(again)?;
+            a.mov(dword_ptr(DIRECTORY + 4), (ONE + WITHIN) | PRESENT)?;
+        }
+        a.nop()
     }
 
     fn round(self, a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
@@ -143,6 +166,14 @@ impl Remap {
                         a.cmp(dword_ptr(eax + (BLOCK + WORD)), number)?;
                         a.jne(bad)
                     })?;
+                }
+            }
+            Remap::Within => {
+                for (block, number) in [(ONE, 1), (TWO, 2)] {
+                    a.mov(dword_ptr(BLOCK + WITHIN), block | PRESENT)?;
+                    reload(a)?;
+                    a.cmp(dword_ptr(PAGE + WORD), number)?;
+                    a.jne(bad)?;
                 }
             }
             Remap::Global => {
