@@ -26,7 +26,8 @@
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
-use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering, spin_until};
+use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering, Thing, Wait, spin_until};
+use crate::sync::{holds, lets_go};
 
 /// The most buckets of one guest.
 pub const BUCKETS_MAX: u32 = 1 << 16;
@@ -163,6 +164,12 @@ impl Buckets {
         for gfn in gfns {
             self.bucket(*gfn).gate.fetch_add(1, Ordering::SeqCst);
         }
+        holds(gfns.iter().map(|gfn| self.gate(*gfn)));
+    }
+
+    /// The gate of `gfn`, for who waits for it: by its bucket's number.
+    fn gate(&self, gfn: Gfn) -> Thing {
+        Thing::held("gate", Some(self.place(gfn) as u32), self.bucket(gfn))
     }
 
     /// Ends one closing of the gate of `gfn`. What was found behind it is no good any more than what was found before:
@@ -178,6 +185,7 @@ impl Buckets {
 
     /// Ends one closing of each of the `gfns` of a [`Buckets::close_all`], and wakes who sleeps at them.
     pub fn open_all(&self, gfns: &[Gfn]) {
+        lets_go(gfns.iter().map(|gfn| self.gate(*gfn)));
         let now = self.traffic.sequence.fetch_add(1, Ordering::SeqCst) + 1;
         for gfn in gfns {
             self.bucket(*gfn).open(now, *gfn);
@@ -205,7 +213,7 @@ impl Buckets {
         self.traffic.waiting.fetch_add(1, Ordering::SeqCst);
         let mut sleepers = self.sleepers.lock();
         while is_shut() {
-            sleepers = sleepers.wait("a gate");
+            sleepers = sleepers.wait(Wait::from("a gate").of(self.gate(gfn)));
         }
         drop(sleepers);
         self.traffic.waiting.fetch_sub(1, Ordering::SeqCst);

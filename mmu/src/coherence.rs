@@ -49,7 +49,8 @@ use crate::addr::Mfn;
 use crate::invalidation::Held;
 use crate::lock_order;
 use crate::rules::{Rule, Rules};
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Ordering, point, raise, spin_until, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Having, Lock, Ordering, Thing, Wait};
+use crate::sync::{point, raise, spin_until, thread};
 
 /// The most pages that are flushed one by one; past it a flush is a full one.
 pub const FLUSH_PAGES_MAX: usize = 32;
@@ -255,10 +256,29 @@ impl Coherence {
         }
         if self.rules.keep(Rule::AwaitAnswers) && !spin_until(|| self.covered(stamp)) {
             while !self.covered(stamp) {
-                thread::yield_now();
+                thread::yield_for(|| self.for_vcpu("an answer", |vcpu| !vcpu.covers(stamp)));
             }
         }
         kicked
+    }
+
+    /// What `vcpu` owes whoever shoots it down: an answer, by flushing or by being outside.
+    pub fn answer(&self, vcpu: u32) -> Thing {
+        Thing::owed("the answer of vCPU", vcpu, &self.vcpus[vcpu as usize])
+    }
+
+    /// The wait for the first vCPU of which it is so.
+    fn for_vcpu(&self, what: &'static str, is_so: impl Fn(&VcpuFlush) -> bool) -> Wait {
+        let first = (0..).zip(self.vcpus.iter()).find(|(_, vcpu)| is_so(vcpu));
+        first.map_or(what.into(), |(number, _)| Wait::from(what).of(self.answer(number)))
+    }
+
+    fn bus_lock(&self) -> Thing {
+        Thing::held("the bus", None, &self.bus)
+    }
+
+    fn for_bus(&self) -> Wait {
+        Wait::from("the bus").of(self.bus_lock())
     }
 
     /// [`Shootdown::settle_stores`], if there is another vCPU.
@@ -339,15 +359,20 @@ impl Coherence {
     pub fn lock_bus(&self, own: u32) -> BusLock<'_> {
         lock_order::assert_may_sleep();
         while self.bus.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err() {
-            thread::yield_now();
+            thread::yield_for(|| self.for_bus());
         }
+        let has = Having::new(self.bus_lock());
         self.inside().filter(|number| *number != own).for_each(|number| self.shootdown.kick(number));
         if !spin_until(|| !self.is_anyone_inside(Some(own))) {
             while self.is_anyone_inside(Some(own)) {
-                thread::yield_now();
+                thread::yield_for(|| {
+                    let mut others = self.inside().filter(|number| *number != own);
+                    let wait = Wait::from("a vCPU to be outside");
+                    others.next().map_or(wait, |number| wait.of(self.answer(number)))
+                });
             }
         }
-        BusLock(self)
+        BusLock { ledger: self, _has: has }
     }
 
     fn inside(&self) -> impl Iterator<Item = u32> {
@@ -371,7 +396,7 @@ impl Coherence {
             self.leave_guest(vcpu);
             lock_order::assert_may_sleep();
             while self.bus.load(Ordering::SeqCst) {
-                thread::yield_now();
+                thread::yield_for(|| self.for_bus());
             }
             self.set_inside(state);
         }
@@ -409,11 +434,14 @@ impl Coherence {
 
 /// Proof that no vCPU but the holder's reaches guest memory ([`Coherence::lock_bus`]).
 #[must_use]
-pub struct BusLock<'a>(&'a Coherence);
+pub struct BusLock<'a> {
+    ledger: &'a Coherence,
+    _has: Having,
+}
 
 impl Drop for BusLock<'_> {
     fn drop(&mut self) {
-        self.0.bus.store(false, Ordering::SeqCst);
+        self.ledger.bus.store(false, Ordering::SeqCst);
     }
 }
 

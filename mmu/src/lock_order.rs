@@ -27,6 +27,15 @@ impl Level {
             name,
         }
     }
+
+    /// What a simulation calls a lock of it.
+    #[cfg(not(any(loom, shuttle)))]
+    pub(crate) const fn name(self) -> &'static str {
+        #[cfg(debug_assertions)]
+        return self.name;
+        #[cfg(not(debug_assertions))]
+        "some"
+    }
 }
 
 /// What the model of the guest's TLBs has for one vCPU; memory is read with it held.
@@ -90,7 +99,8 @@ mod held {
     use std::thread_local;
 
     thread_local! {
-        static HELD: RefCell<Vec<Level>> = RefCell::default();
+        /// Each with its lock's address.
+        static HELD: RefCell<Vec<(Level, usize)>> = RefCell::default();
         static MAPPED: Cell<u32> = Cell::default();
     }
 
@@ -102,48 +112,66 @@ mod held {
         MAPPED.with(|open| open.set(open.get() - 1));
     }
 
-    pub fn taken(level: Level) {
+    pub fn taken(level: Level, at: usize) {
         with(|held| {
-            if let Some(top) = held.iter().max() {
-                assert!(*top < level, "INV-LOCK-1: {level:?} taken while holding {held:?}");
+            if let Some((top, _)) = held.iter().max() {
+                assert!(*top < level, "INV-LOCK-1: {level:?} taken while holding {:?}", levels(held));
             }
-            held.push(level);
+            held.push((level, at));
         });
     }
 
-    pub fn released(level: Level) {
+    pub fn released(level: Level, at: usize) {
         with(|held| {
-            let at = held.iter().rposition(|l| *l == level).expect("a released lock was held");
+            let at = held.iter().rposition(|one| *one == (level, at)).expect("a released lock was held");
             held.remove(at);
         });
     }
 
+    #[cfg(not(any(loom, shuttle)))]
+    pub fn addresses(into: &mut Vec<usize>) {
+        with(|held| into.extend(held.iter().map(|(_, at)| *at)));
+    }
+
+    fn levels(held: &[(Level, usize)]) -> Vec<Level> {
+        held.iter().map(|(level, _)| *level).collect()
+    }
+
     pub fn assert_none() {
-        with(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {held:?}"));
+        with(|held| assert!(held.is_empty(), "INV-LOCK-2: about to sleep holding {:?}", levels(held)));
         let open = MAPPED.with(Cell::get);
         assert!(open == 0, "INV-WINDOW-3: about to sleep with {open} local mappings open");
         assert!(!NoSleep::is_entered(), "INV-WAIT-2: about to sleep for a caller that may not");
     }
 
-    fn with<T>(look: impl FnOnce(&mut Vec<Level>) -> T) -> T {
+    fn with<T>(look: impl FnOnce(&mut Vec<(Level, usize)>) -> T) -> T {
         HELD.with(|held| look(&mut held.borrow_mut()))
     }
 }
 
-/// Records that this thread holds `level` now. Panics (debug builds) when that breaks the order.
+/// Records that this thread holds `level` now, or is about to, by the lock at that address. Panics (debug builds) when that breaks
+/// the order.
 #[inline]
-pub(crate) fn taken(level: Level) {
+pub(crate) fn taken(level: Level, at: usize) {
     #[cfg(debug_assertions)]
-    held::taken(level);
-    let _ = level;
+    held::taken(level, at);
+    let _ = (level, at);
 }
 
 /// Records that this thread has let go of `level`.
 #[inline]
-pub(crate) fn released(level: Level) {
+pub(crate) fn released(level: Level, at: usize) {
     #[cfg(debug_assertions)]
-    held::released(level);
-    let _ = level;
+    held::released(level, at);
+    let _ = (level, at);
+}
+
+/// The addresses of the locks that this thread holds or is about to; of none where they are not recorded.
+#[cfg(not(any(loom, shuttle)))]
+pub(crate) fn addresses(into: &mut Vec<usize>) {
+    #[cfg(debug_assertions)]
+    held::addresses(into);
+    let _ = into;
 }
 
 /// Records that this thread has one more local mapping open.

@@ -39,7 +39,7 @@ use crate::bucket::Asker;
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::physical::{NotReached, Width};
-use crate::sync::{Monitor, MonitorGuard};
+use crate::sync::{Having, Monitor, MonitorGuard, Thing, Wait};
 use crate::window::Intent;
 
 /// Slots of a pool: fewer than the frames that the smallest budget leaves to high memory.
@@ -108,6 +108,9 @@ pub(crate) struct Pool {
     slots: Monitor<Slots>,
 }
 
+/// What is waited for.
+const A_SLOT: &str = "a window slot";
+
 impl Pool {
     pub fn new(size: u32) -> Pool {
         let slots = Slots {
@@ -121,13 +124,18 @@ impl Pool {
         Pool { size, slots: Monitor::new(lock_order::SLEEPERS, slots) }
     }
 
+    /// The turn, for who waits for it.
+    fn turn(&self) -> Thing {
+        Thing::held("the turn", None, self)
+    }
+
     /// Sleeps until it is so.
-    fn wait_until(&self, is_so: impl Fn(&Slots) -> bool) -> MonitorGuard<'_, Slots> {
+    fn wait_until(&self, wait: Wait, is_so: impl Fn(&Slots) -> bool) -> MonitorGuard<'_, Slots> {
         let mut slots = self.slots.lock();
         slots.stats.waits += u64::from(!is_so(&slots));
         while !is_so(&slots) {
             slots.stats.waiters += 1;
-            slots = slots.wait("a window slot");
+            slots = slots.wait(wait);
             slots.stats.waiters -= 1;
         }
         slots
@@ -201,7 +209,9 @@ impl Mmu {
                 Ok(map) => return Ok(map),
                 Err(NotTaken::Device(gfn)) => return Err(NotReached::Device(gfn.at(0))),
                 Err(NotTaken::Need(gfn)) => self.bring_in(own, gfn)?,
-                Err(NotTaken::Full) => drop(self.pool.wait_until(|slots| slots.not_taken() > slots.kept)),
+                Err(NotTaken::Full) => {
+                    drop(self.pool.wait_until(A_SLOT.into(), |slots| slots.not_taken() > slots.kept))
+                }
             }
         }
     }
@@ -340,15 +350,18 @@ enum By {
 pub(crate) struct Turn<'m> {
     mmu: &'m Mmu,
     pages: Vec<Gfn>,
+    _has: Having,
 }
 
 impl<'m> Turn<'m> {
     /// Sleeps until nobody else has the turn. The caller holds nothing; the pages are no more than there are slots.
     pub fn wait(mmu: &'m Mmu, pages: Vec<Gfn>) -> Turn<'m> {
         assert_none_held();
-        mmu.pool.wait_until(|slots| !slots.turn).turn = true;
+        let turn = Wait::from(A_SLOT).of(mmu.pool.turn());
+        mmu.pool.wait_until(turn, |slots| !slots.turn).turn = true;
+        let has = Having::new(mmu.pool.turn());
         pages.iter().for_each(|gfn| mmu.buckets.starve(Asker::Turn, *gfn));
-        Turn { mmu, pages }
+        Turn { mmu, pages, _has: has }
     }
 
     /// Sleeps until there is a slot for each of the pages, whoever else may have them; they are kept as they come free. The
@@ -357,7 +370,7 @@ impl<'m> Turn<'m> {
         assert_none_held();
         let (pool, want) = (&self.mmu.pool, self.pages.len() as u32);
         pool.slots.lock().kept = want;
-        drop(pool.wait_until(|slots| slots.not_taken() >= want));
+        drop(pool.wait_until(A_SLOT.into(), |slots| slots.not_taken() >= want));
     }
 
     /// [`Mmu::try_take_page`] of one of the pages, out of the slots that were claimed.

@@ -36,7 +36,7 @@ use crate::records::{Cause, GateWait};
 use crate::rules::Rule;
 use crate::scope::{MemAlloc, NoIo, NoSleep};
 use crate::swap::{CLUSTER, READ_AHEAD, SwapSlot};
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Monitor, Ordering, thread};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Lock, Monitor, Ordering, Wait, thread};
 
 /// Batches of direct reclaim without a frame made free, after which there is none to be had: these, and as many as it takes to look
 /// at every page so often. Where all have just been used, the first look only finds that out.
@@ -737,7 +737,7 @@ impl Mmu {
             if self.background.wanted.swap(false, Ordering::SeqCst) {
                 return true;
             }
-            stop = stop.wait("work");
+            stop = stop.wait(Wait::idle("work"));
         }
     }
 

@@ -19,6 +19,7 @@
 
 #[cfg(not(any(loom, shuttle)))]
 pub mod sim;
+mod wait;
 #[cfg(loom)]
 mod weak;
 
@@ -42,6 +43,7 @@ pub use std::sync::OnceLock;
 pub use std::sync::atomic::Ordering;
 #[cfg(not(any(loom, shuttle)))]
 pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, fence};
+pub use wait::{Having, Thing, Wait, holds, lets_go};
 #[cfg(loom)]
 pub use weak::{AtomicBool, AtomicU32, AtomicU64, fence};
 
@@ -59,9 +61,20 @@ pub mod thread {
     /// Lets others run, for one who looks again then.
     #[cfg(not(any(loom, shuttle)))]
     pub fn yield_now() {
-        if !super::sim::spin("another to get on") {
+        if !super::sim::spin(super::Wait::idle("another to get on")) {
             std::thread::yield_now();
         }
+    }
+
+    /// The same, of one who looks for as long as it takes, and can say what for.
+    pub fn yield_for(wait: impl FnOnce() -> super::Wait) {
+        #[cfg(not(any(loom, shuttle)))]
+        if super::sim::is_on() && super::sim::spin(wait()) {
+            return;
+        }
+        #[cfg(any(loom, shuttle))]
+        let _ = wait;
+        yield_now();
     }
 
     /// Lets others run for a while, 100 microseconds or so.
@@ -177,19 +190,23 @@ mod brief {
 
     /// Takes it.
     #[inline]
-    pub fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
+    pub fn lock<T>(mutex: &Mutex<T>, thing: super::Thing) -> Guard<'_, T> {
         #[cfg(any(loom, shuttle))]
-        return mutex.lock().unwrap_or_else(super::PoisonError::into_inner);
+        {
+            let _ = thing;
+            mutex.lock().unwrap_or_else(super::PoisonError::into_inner)
+        }
         #[cfg(not(any(loom, shuttle)))]
-        mutex.try_lock().unwrap_or_else(|| wait(mutex))
+        mutex.try_lock().unwrap_or_else(|| wait(mutex, thing))
     }
 
     /// Its holder never sleeps; in a simulation it may wait for its turn.
     #[cfg(not(any(loom, shuttle)))]
     #[cold]
-    fn wait<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
-        while super::sim::spin("a lock") {
+    fn wait<T>(mutex: &Mutex<T>, thing: super::Thing) -> Guard<'_, T> {
+        while super::sim::spin(super::Wait::from("a lock").of(thing)) {
             if let Some(guard) = mutex.try_lock() {
+                super::sim::goes_on();
                 return guard;
             }
         }
@@ -212,22 +229,22 @@ pub struct Guard<'a, T> {
     inner: brief::Guard<'a, T>,
 }
 
-/// The guard's entry on this thread's stack of levels.
+/// The guard's entry on this thread's stack of levels, for the lock at an address.
 #[derive(Debug)]
-struct Place(Level);
+struct Place(Level, usize);
 
 impl Place {
     #[inline]
-    fn take(level: Level) -> Place {
-        lock_order::taken(level);
-        Place(level)
+    fn take(level: Level, at: usize) -> Place {
+        lock_order::taken(level, at);
+        Place(level, at)
     }
 }
 
 impl Drop for Place {
     #[inline]
     fn drop(&mut self) {
-        lock_order::released(self.0);
+        lock_order::released(self.0, self.1);
     }
 }
 
@@ -247,8 +264,9 @@ impl<T> Lock<T> {
     /// slot for shadow pages does.
     #[inline]
     pub fn lock_as(&self, level: Level) -> Guard<'_, T> {
-        let place = Place::take(level);
-        Guard { _place: place, inner: brief::lock(&self.inner) }
+        let at = std::ptr::from_ref(self) as usize;
+        let place = Place::take(level, at);
+        Guard { _place: place, inner: brief::lock(&self.inner, Thing::lock(level, at)) }
     }
 }
 
@@ -292,13 +310,17 @@ impl<T> Monitor<T> {
 
     /// Takes the lock, waiting for its holder.
     pub fn lock(&self) -> MonitorGuard<'_, T> {
-        let place = Place::take(self.level);
+        let place = Place::take(self.level, self.at());
         MonitorGuard { monitor: self, place, inner: self.take() }
+    }
+
+    fn at(&self) -> usize {
+        std::ptr::from_ref(self) as usize
     }
 
     #[cfg(not(any(loom, shuttle)))]
     fn take(&self) -> MutexGuard<'_, T> {
-        sim::lock(&self.inner)
+        sim::lock(&self.inner, self.thing())
     }
 
     #[cfg(any(loom, shuttle))]
@@ -306,14 +328,19 @@ impl<T> Monitor<T> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[cfg(not(any(loom, shuttle)))]
+    fn thing(&self) -> Thing {
+        Thing::lock(self.level, self.at())
+    }
+
     /// Sleeps until notified, with the lock let go of.
     #[cfg(not(any(loom, shuttle)))]
-    fn sleep<'a>(&'a self, inner: MutexGuard<'a, T>, what: &'static str) -> MutexGuard<'a, T> {
-        self.changed.wait(&self.inner, inner, what)
+    fn sleep<'a>(&'a self, inner: MutexGuard<'a, T>, wait: Wait) -> MutexGuard<'a, T> {
+        self.changed.wait(&self.inner, self.thing(), inner, wait)
     }
 
     #[cfg(any(loom, shuttle))]
-    fn sleep<'a>(&'a self, inner: MutexGuard<'a, T>, _what: &'static str) -> MutexGuard<'a, T> {
+    fn sleep<'a>(&'a self, inner: MutexGuard<'a, T>, _wait: Wait) -> MutexGuard<'a, T> {
         self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -324,18 +351,18 @@ impl<T> Monitor<T> {
 }
 
 impl<'a, T> MonitorGuard<'a, T> {
-    /// Lets go of the lock, sleeps until notified, and takes the lock again. It may return for no reason: look again. `what`
-    /// is waited for, in words.
+    /// Lets go of the lock, sleeps until notified, and takes the lock again. It may return for no reason: look again. `wait`
+    /// says what for: words are enough.
     ///
     /// # Panics
     ///
     /// In debug builds if the thread holds a lock of this crate (INV-LOCK-2).
-    pub fn wait(self, what: &'static str) -> MonitorGuard<'a, T> {
+    pub fn wait(self, wait: impl Into<Wait>) -> MonitorGuard<'a, T> {
         let MonitorGuard { monitor, place, inner } = self;
         drop(place);
         lock_order::assert_may_sleep();
-        let inner = monitor.sleep(inner, what);
-        MonitorGuard { monitor, place: Place::take(monitor.level), inner }
+        let inner = monitor.sleep(inner, wait.into());
+        MonitorGuard { monitor, place: Place::take(monitor.level, monitor.at()), inner }
     }
 }
 

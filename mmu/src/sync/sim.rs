@@ -15,7 +15,9 @@
 //! Where the seed's choices are limited ([`Sim::limit_choices`]), all take turns after the last of them, and nobody is interrupted at a point.
 //!
 //! Holds: the baton is with an actor that can run, as long as there is one. Where none can, and no time is waited for, nobody will
-//! ever go on: that is reported ([`Stuck`]), with what each waits for.
+//! ever go on. Nor will some who wait for each other, whatever others do; and who has stood at one wait for [`WAIT_NANOS_MAX`] is taken
+//! for one of these. Each is reported ([`Stuck`]) and ends the simulation, with what each waits for and who has that (`waits`). To look
+//! on draws nothing from the seed and takes no time.
 //!
 //! Threads that are no actors run as ever. In a process without a simulation each of these calls is one relaxed load.
 //!
@@ -26,6 +28,7 @@
 
 mod log;
 mod pace;
+mod waits;
 
 use std::cell::RefCell;
 use std::fmt::{self, Write as _};
@@ -39,6 +42,11 @@ use log::Log;
 pub use log::Logged;
 pub use pace::Pace;
 use pace::Random;
+use rustc_hash::FxHashMap;
+pub use waits::{Stuck, Waiter, Why};
+
+use super::wait::{Sort, Thing, Wait};
+use crate::lock_order;
 
 /// Nanoseconds of a look at something that is not there yet.
 const SPIN_NANOS: u64 = 1000;
@@ -46,6 +54,10 @@ const SPIN_NANOS: u64 = 1000;
 const IDLE_ROUNDS_MAX: u32 = 10_000;
 /// The same, before time jumps to what another waits for.
 const ROUNDS_A_JUMP: u32 = 16;
+/// Nobody stands at one wait for longer, in virtual time, but who has nothing to do, or waits for a thread's end. A gate is closed for one
+/// batch ([`crate::invalidation::BATCH_MAX`]), each page of which is a transfer at worst, of the slowest pace: 2.6 s; a lock, an answer
+/// and the bus are a matter of less.
+pub const WAIT_NANOS_MAX: u64 = 10_000_000_000;
 /// No actor has the baton.
 const NOBODY: usize = usize::MAX;
 
@@ -63,9 +75,9 @@ enum State {
     /// It can go on.
     Ready,
     /// It looks again and again whether something is so; last when `progress` stood there.
-    Spins { what: &'static str, progress: u64 },
+    Spins { wait: Wait, progress: u64 },
     /// It sleeps until its key is woken, or its time has come.
-    Sleeps { what: &'static str, key: usize, until: Option<u64> },
+    Sleeps { wait: Wait, key: usize, until: Option<u64> },
     /// It has ended.
     Ended,
 }
@@ -76,37 +88,12 @@ struct Actor {
     state: State,
     /// When it came to be so.
     since: u64,
+    /// The wait that it has come to and has done nothing since but look.
+    stands: Option<waits::Stand>,
+    /// Addresses of the locks that it held when it last handed the baton on.
+    locks: Vec<usize>,
     /// Its thread, once that has begun, which is parked unless it has the baton.
     thread: Option<Thread>,
-}
-
-/// What an actor of a simulation in which nobody can go on waits for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiter {
-    /// Its name.
-    pub name: String,
-    /// In words.
-    pub what: &'static str,
-    /// Since when, in nanoseconds.
-    pub since: u64,
-}
-
-/// Nobody can go on, ever.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stuck {
-    /// When, in nanoseconds.
-    pub now: u64,
-    /// The actors that have not ended.
-    pub waiters: Vec<Waiter>,
-}
-
-impl fmt::Display for Stuck {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "at {} ns everybody waits, and for no time that could come:", self.now)?;
-        self.waiters
-            .iter()
-            .try_for_each(|w| write!(f, "\n  {} waits for {}, since {} ns", w.name, w.what, w.since))
-    }
 }
 
 struct Inner {
@@ -121,6 +108,12 @@ struct Inner {
     progress: u64,
     idle_rounds: u32,
     log: Log,
+    /// Who has what, by its key.
+    had: FxHashMap<usize, Vec<waits::Had>>,
+    /// How often somebody has come to a wait, or has looked again.
+    looks: u64,
+    /// Who has waited for too long.
+    late: Option<usize>,
 }
 
 impl Inner {
@@ -140,6 +133,11 @@ impl Inner {
         (actor.state, actor.since) = (state, now);
     }
 
+    /// It does something else than to wait.
+    fn goes_on(&mut self, actor: usize) {
+        self.actors[actor].stands = None;
+    }
+
     /// Sleepers whose time has come can go on.
     fn wake_by_time(&mut self) {
         for actor in 0..self.actors.len() {
@@ -148,6 +146,9 @@ impl Inner {
             {
                 self.set(actor, State::Ready);
                 self.got_on();
+            }
+            if self.is_late(actor) {
+                self.late.get_or_insert(actor);
             }
         }
     }
@@ -202,19 +203,6 @@ impl Inner {
             self.now = self.now.max(next?);
         }
     }
-
-    fn stuck(&self) -> Option<Stuck> {
-        let waiter = |actor: &Actor| {
-            let what = match actor.state {
-                State::Ready => "its turn",
-                State::Spins { what, .. } | State::Sleeps { what, .. } => what,
-                State::Ended => return None,
-            };
-            Some(Waiter { name: actor.name.clone(), what, since: actor.since })
-        };
-        let waiters: Vec<_> = self.actors.iter().filter_map(waiter).collect();
-        (!waiters.is_empty()).then_some(Stuck { now: self.now, waiters })
-    }
 }
 
 /// What is done where nobody can go on, on the thread that noticed; the log is complete then. If it returns, that thread sleeps
@@ -258,6 +246,9 @@ impl Sim {
             progress: 0,
             idle_rounds: 0,
             log,
+            had: FxHashMap::default(),
+            looks: 0,
+            late: None,
         };
         let sim = Arc::new(Sim { inner: Mutex::new(inner), on_stuck });
         SIMULATIONS.fetch_add(1, Ordering::Relaxed);
@@ -297,7 +288,8 @@ impl Sim {
     fn register(self: &Arc<Sim>, name: &str) -> Ticket {
         let mut inner = self.lock();
         let since = inner.now;
-        let actor = Actor { name: name.into(), state: State::Ready, since, thread: None };
+        let name = name.into();
+        let actor = Actor { name, state: State::Ready, since, stands: None, locks: Vec::new(), thread: None };
         inner.actors.push(actor);
         inner.got_on();
         let id = inner.actors.len() - 1;
@@ -314,18 +306,25 @@ impl Sim {
 
     /// Gives the baton to whoever is to have it next, and says who that is. Where nobody ever can have it, that is reported.
     fn hand_on(&self, mut inner: MutexGuard<'_, Inner>) -> Option<usize> {
-        if let Some(next) = inner.choose() {
-            let is_other = inner.current != next;
-            inner.current = next;
-            inner.set(next, State::Ready);
-            let thread = inner.actors[next].thread.clone();
-            // So that it does not wake up to wait for this lock.
-            drop(inner);
-            thread.filter(|_| is_other).iter().for_each(Thread::unpark);
-            return Some(next);
+        let next = inner.choose();
+        if let Some(late) = inner.late {
+            return self.give_up(inner, Why::TooLong(late));
         }
+        let Some(next) = next else { return self.give_up(inner, Why::Everybody) };
+        let is_other = inner.current != next;
+        inner.current = next;
+        inner.set(next, State::Ready);
+        let thread = inner.actors[next].thread.clone();
+        // So that it does not wake up to wait for this lock.
+        drop(inner);
+        thread.filter(|_| is_other).iter().for_each(Thread::unpark);
+        Some(next)
+    }
+
+    /// Nobody has the baton any more.
+    fn give_up(&self, mut inner: MutexGuard<'_, Inner>, why: Why) -> Option<usize> {
         inner.current = NOBODY;
-        let stuck = inner.stuck()?;
+        let stuck = inner.stuck(why)?;
         inner.log.write(stuck.now, "umbra", |line| line.push_str(&stuck.to_string().replace('\n', ";")));
         inner.log.flush();
         drop(inner);
@@ -334,8 +333,28 @@ impl Sim {
     }
 
     /// The same, and waits for `me` to have it again.
-    fn take_turn(&self, me: usize, inner: MutexGuard<'_, Inner>) {
+    fn take_turn(&self, me: usize, mut inner: MutexGuard<'_, Inner>) {
+        let locks = &mut inner.actors[me].locks;
+        locks.clear();
+        lock_order::addresses(locks);
         if self.hand_on(inner) != Some(me) {
+            self.await_turn(me);
+        }
+    }
+
+    /// Hands it on until what `me` has just come to wait for may be there.
+    fn take_turn_after(&self, me: usize, mut inner: MutexGuard<'_, Inner>) {
+        inner.looks(me);
+        if !inner.may_be_stuck(me) {
+            return self.take_turn(me, inner);
+        }
+        let locks = &mut inner.actors[me].locks;
+        locks.clear();
+        lock_order::addresses(locks);
+        if inner.is_stuck(me) {
+            self.give_up(inner, Why::EachOther);
+            self.await_turn(me)
+        } else if self.hand_on(inner) != Some(me) {
             self.await_turn(me);
         }
     }
@@ -460,6 +479,7 @@ pub fn point() {
         with(|sim, me| {
             let mut inner = sim.lock();
             inner.got_on();
+            inner.goes_on(me);
             let one_in = inner.pace.switch_one_in;
             if inner.random.below(one_in) == 0 && inner.choices != Some(0) {
                 sim.take_turn(me, inner);
@@ -474,27 +494,35 @@ pub fn work(nanos: u64) {
         let mut inner = sim.lock();
         inner.now = inner.now.saturating_add(nanos);
         inner.got_on();
+        inner.goes_on(me);
         sim.take_turn(me, inner);
     });
 }
 
 /// So much time has passed, and nobody has come in.
 pub fn pass(nanos: u64) {
-    with(|sim, _| {
+    with(|sim, me| {
         let mut inner = sim.lock();
         inner.now = inner.now.saturating_add(nanos);
         inner.got_on();
+        inner.goes_on(me);
     });
 }
 
-/// Looks again later, when another has got on: for loops that wait for `what` by looking. False on threads of no simulation.
-pub fn spin(what: &'static str) -> bool {
+/// The caller has what it looked for.
+pub(super) fn goes_on() {
+    with(|sim, me| sim.lock().goes_on(me));
+}
+
+/// Looks again later, when another has got on: for loops that wait by looking. False on threads of no simulation.
+pub fn spin(wait: impl Into<Wait>) -> bool {
+    let wait = wait.into();
     let spins = |sim: &Arc<Sim>, me| {
         let mut inner = sim.lock();
         inner.now = inner.now.saturating_add(SPIN_NANOS);
         let progress = inner.progress;
-        inner.set(me, State::Spins { what, progress });
-        sim.take_turn(me, inner);
+        inner.set(me, State::Spins { wait, progress });
+        sim.take_turn_after(me, inner);
     };
     with(spins).is_some()
 }
@@ -508,17 +536,17 @@ pub fn pause() -> bool {
 
 /// Sleeps until `key` is woken, or for `limit`, without `held`. What the caller sleeps for it has looked at with nothing in between:
 /// it holds what a thread that is no actor needs to change that. False on threads of no simulation.
-fn block(key: usize, what: &'static str, limit: Option<u64>, held: impl Sized) -> bool {
+fn block(key: usize, wait: Wait, limit: Option<u64>, held: impl Sized) -> bool {
     let blocks = |sim: &Arc<Sim>, me| {
         let mut inner = sim.lock();
         inner.got_on();
         let until = limit.map(|limit| inner.now.saturating_add(limit));
         inner.note(me, |line| {
-            let _ = write!(line, "waits for {what}");
+            let _ = write!(line, "waits for {}", wait.what);
         });
-        inner.set(me, State::Sleeps { what, key, until });
+        inner.set(me, State::Sleeps { wait, key, until });
         drop(held);
-        sim.take_turn(me, inner);
+        sim.take_turn_after(me, inner);
     };
     with(blocks).is_some()
 }
@@ -533,14 +561,14 @@ fn wake(key: usize) {
 
 /// Sleeps for so long, in virtual time. False on threads of no simulation, which have not slept.
 pub fn sleep(time: Duration, what: &'static str) -> bool {
-    block(NOBODY, what, Some(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)), ())
+    block(NOBODY, what.into(), Some(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)), ())
 }
 
 /// A device's transfer: sleeps for as long as the seed says.
 pub fn transfer() {
     if let Some(pace) = pace() {
         let nanos = choose(pace.transfer_nanos_max).unwrap_or(0);
-        block(NOBODY, "a transfer", Some(nanos), ());
+        block(NOBODY, "a transfer".into(), Some(nanos), ());
     }
 }
 
@@ -574,20 +602,45 @@ pub fn register(name: &str) -> Option<Ticket> {
 /// Sleeps until that actor of this thread's simulation has ended.
 pub fn await_end(actor: &ActorId) {
     while has_ended(actor) == Some(false) {
-        block(key_of_end(actor.0), "the end of a thread", None, ());
+        let end = Thing { sort: Sort::End, words: "", number: None, key: actor.0 };
+        block(key_of_end(actor.0), Wait::idle("the end of a thread").of(end), None, ());
     }
 }
 
-/// Takes a lock whose holder may hand the baton on.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Takes a lock whose holder may hand the baton on; `thing` is what it locks.
+pub fn lock<T>(mutex: &Mutex<T>, thing: Thing) -> MutexGuard<'_, T> {
+    let mut waited = false;
     while is_on() {
-        match mutex.try_lock() {
-            Ok(guard) => return guard,
-            Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => spin("a lock"),
+        let guard = match mutex.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                waited = spin(Wait::from("a lock").of(thing));
+                continue;
+            }
         };
+        if waited {
+            goes_on();
+        }
+        return guard;
     }
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// [`super::holds`].
+#[inline]
+pub(super) fn holds(things: impl Iterator<Item = Thing>) {
+    if is_any() {
+        with(|sim, me| sim.lock().holds(me, things));
+    }
+}
+
+/// [`super::lets_go`].
+#[inline]
+pub(super) fn lets_go(things: impl Iterator<Item = Thing>) {
+    if is_any() {
+        with(|sim, me| sim.lock().lets_go(me, things));
+    }
 }
 
 /// A condition variable, whose sleepers are a simulation's where there is one.
@@ -600,24 +653,25 @@ impl Bed {
         Bed::default()
     }
 
-    /// Lets go of the lock, sleeps until notified (or for no reason), and takes it again. `what` is waited for.
+    /// Lets go of the lock of `thing`, sleeps until notified (or for no reason), and takes it again.
     pub fn wait<'a, T>(
         &self,
         mutex: &'a Mutex<T>,
+        thing: Thing,
         guard: MutexGuard<'a, T>,
-        what: &'static str,
+        wait: impl Into<Wait>,
     ) -> MutexGuard<'a, T> {
         if is_on() {
-            block(self.key(), what, None, guard);
-            return lock(mutex);
+            block(self.key(), wait.into(), None, guard);
+            return lock(mutex, thing);
         }
         self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// On a thread of a simulation: sleeps until notified or until `until`, in virtual nanoseconds, with nothing held.
-    pub fn wait_until(&self, until: Option<u64>, what: &'static str) {
+    pub fn wait_until(&self, until: Option<u64>, wait: impl Into<Wait>) {
         let now = now().unwrap_or(0);
-        block(self.key(), what, until.map(|until| until.saturating_sub(now)), ());
+        block(self.key(), wait.into(), until.map(|until| until.saturating_sub(now)), ());
     }
 
     /// Wakes all who sleep here.

@@ -4,7 +4,7 @@
 
 use std::ops::Deref;
 
-use crate::sync::{Arc, AtomicBool, Ordering, thread};
+use crate::sync::{Arc, AtomicBool, Having, Ordering, thread};
 use crate::{Access, AccessKind, Gva, Miss, Mmu, Outcome, Refill, Shootdown, Shortage, TlbKind, Vcpu, Width};
 
 /// Kicks its one vCPU by a flag.
@@ -24,6 +24,8 @@ pub struct SoftCpu<M> {
     vcpu: Vcpu,
     kicked: Arc<AtomicBool>,
     inside: bool,
+    /// What it owes to others, inside.
+    owes: Option<Having>,
     /// It flushes when it is asked to. Without that the checks must fail.
     pub obeys: bool,
     /// Closed gates slept at by one access, at most.
@@ -34,13 +36,14 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
     /// The first vCPU of `mmu`, outside the guest; who kicks it sets `kicked`.
     pub fn new(mmu: M, kind: TlbKind, kicked: Arc<AtomicBool>) -> SoftCpu<M> {
         let vcpu = mmu.soft_vcpu(0, kind);
-        SoftCpu { mmu, vcpu, kicked, inside: false, obeys: true, gates_max: 0 }
+        SoftCpu { mmu, vcpu, kicked, inside: false, owes: None, obeys: true, gates_max: 0 }
     }
 
     /// Leaves the guest.
     pub fn leave(&mut self) {
         self.mmu.leave(&self.vcpu);
         self.inside = false;
+        self.owes = None;
     }
 
     /// Entries that its TLB has made so far.
@@ -57,6 +60,7 @@ impl<M: Deref<Target = Mmu>> SoftCpu<M> {
 
     fn enter(&mut self) {
         self.inside = true;
+        self.owes.get_or_insert_with(|| Having::new(self.mmu.coherence().answer(self.vcpu.id())));
         if self.obeys {
             self.mmu.tlb_enter(&self.vcpu);
         } else if self.mmu.enter(&self.vcpu) {

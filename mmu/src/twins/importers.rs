@@ -16,7 +16,7 @@ use crate::external::{Answers, External, ImporterId, SegmentId};
 use crate::frames::Host;
 use crate::p2m::PageState;
 use crate::scope::NoSleep;
-use crate::sync::{self, Arc, Monitor, thread};
+use crate::sync::{self, Arc, Having, Monitor, Thing, Wait, thread};
 use crate::{Gfn, Machine, Mfn, Mmu, Width, lock_order};
 
 /// Where an importer's word is in a page: that of importer `n` so many bytes after the first.
@@ -84,6 +84,11 @@ impl Importers {
         let desks = (0..count).map(|_| Monitor::new(lock_order::SLEEPERS, Desk::default())).collect();
         Importers { desks: Arc::new(desks), machine }
     }
+
+    /// The answer of an importer: its ear owes it; and its other thread, whose death is one.
+    fn answer(&self, importer: u32) -> Thing {
+        Thing::owed("the answer of importer", importer, &self.desks[importer as usize])
+    }
 }
 
 impl Desk {
@@ -110,10 +115,10 @@ impl External for Importers {
 
     fn wait(&self, order: u64) -> Answers {
         assert!(!NoSleep::is_entered(), "importers: somebody who may not sleep waits for an answer");
-        for desk in self.desks.iter() {
+        for (number, desk) in (0..).zip(self.desks.iter()) {
             let mut at = desk.lock();
             while at.unanswered.contains(&order) {
-                at = at.wait("an answer");
+                at = at.wait(Wait::from("an answer").of(self.answer(number)));
             }
         }
         Answers::default()
@@ -185,6 +190,7 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
     /// When it finds another word than its own, or a page elsewhere: "importers: ..".
     pub fn live(&self, pages: Range<u32>, steps: u64, pace: &dyn Pace) {
         // Also where it panics: others would wait for its answers.
+        let _owes = Having::new(self.all.answer(self.id));
         let _alive = Alive(self);
         let mut kept = vec![0; pages.len()];
         for _ in 0..steps {
@@ -230,11 +236,12 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
 
     /// Hears what it must give up, and answers, until it is gone.
     pub fn listen(&self, pace: &dyn Pace) {
+        let _owes = Having::new(self.all.answer(self.id));
         loop {
             pace.travel();
             let mut desk = self.desk().lock();
             while desk.mail.is_empty() && !desk.gone {
-                desk = desk.wait("a letter");
+                desk = desk.wait(Wait::idle("a letter"));
             }
             let Some((order, pages)) = desk.mail.pop_front().filter(|_| !desk.gone) else { return };
             for gfn in pages.iter().filter(|_| self.manner != Manner::Lies) {

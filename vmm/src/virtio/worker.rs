@@ -12,6 +12,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use umbra_mmu::sync::sim::Bed;
+use umbra_mmu::sync::{Thing, Wait};
 use umbra_mmu::{Mmu, Shortage};
 
 use super::ring::{Ring, Trouble};
@@ -53,7 +54,8 @@ impl Bell {
     pub fn wait(&self) -> bool {
         let mut state = self.lock();
         while !state.rung && !state.stopped {
-            state = self.changed.wait(&self.state, state, "its bell");
+            let thing = Thing::held("a bell", None, &self.state);
+            state = self.changed.wait(&self.state, thing, state, Wait::idle("its bell"));
         }
         state.rung = false;
         !state.stopped

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use umbra_mmu::sync::sim::{self, Bed};
+use umbra_mmu::sync::{Thing, Wait};
 use umbra_mmu::{Mmu, Shortage};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -57,7 +58,8 @@ impl Waker {
     fn sleep(&self) {
         let mut woken = lock(&self.woken);
         while !*woken {
-            woken = self.changed.wait(&self.woken, woken, "a wake");
+            let thing = Thing::held("a waker", None, &self.woken);
+            woken = self.changed.wait(&self.woken, thing, woken, Wait::idle("a wake"));
         }
         *woken = false;
     }
@@ -383,7 +385,7 @@ impl Devices {
         let deadline = lock(&self.state).deadline;
         let first = [deadline, until].into_iter().flatten().min();
         if first.is_none_or(|first| first > self.now()) {
-            self.clock.wait_until(first.map(|first| first.0), "the next timer");
+            self.clock.wait_until(first.map(|first| first.0), Wait::idle("the next timer"));
         }
         if deadline.is_some_and(|deadline| deadline <= self.now()) {
             self.alarm_rang();

@@ -72,6 +72,7 @@ use umbra_mmu::external::External;
 use umbra_mmu::frames::Host;
 use umbra_mmu::guest_tlb::GuestTlb;
 use umbra_mmu::records::Clock;
+use umbra_mmu::sync::Having;
 use umbra_mmu::sync::sim::{self, Ticket};
 use umbra_mmu::twins::Importers;
 use umbra_mmu::{BudgetRefused, Config, Context, Gfn, LocalStack, Mfn, Mmu, PAGE_SIZE, SoftTlb};
@@ -541,6 +542,7 @@ fn run_vcpus(cores: &mut [Core], backends: &mut [Box<dyn Backend>], ending: &End
 }
 
 fn run_vcpu(core: &mut Core, backend: &mut dyn Backend, ending: &Ending) {
+    let _owes = Having::new(core.mmu.coherence().answer(core.mmu_vcpu.id()));
     ending.watch("vCPU", || core.run(backend));
     // Had it panicked inside the guest, all others would wait for it for ever.
     core.mmu.coherence().leave_guest(core.mmu_vcpu.id());

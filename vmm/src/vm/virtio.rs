@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use umbra_mmu::sync::sim;
+use umbra_mmu::sync::{Having, Thing};
 use umbra_mmu::{Mmu, PAGE_SIZE, Shortage};
 
 use super::control::{BalloonControl, News};
@@ -85,6 +86,11 @@ struct Plugged<D> {
     bell: Arc<Bell>,
 }
 
+/// A device in its slot, for who waits until another has served it.
+fn in_hand<D>(slot: usize, worker: &Arc<Mutex<Worker<D>>>) -> Thing {
+    Thing::held("the device of slot", Some(slot as u32), &**worker)
+}
+
 /// The same for the vCPUs that notify it.
 struct Noticed<D> {
     worker: Arc<Mutex<Worker<D>>>,
@@ -96,6 +102,7 @@ impl<D: Device> Prompt for Noticed<D> {
     fn serve(&self, vcpu: u32, mmu: &Mmu, devices: &Devices) -> Result<(), Shortage> {
         let more = match self.worker.try_lock() {
             Ok(mut worker) => {
+                let _has = Having::new(in_hand(self.slot, &self.worker));
                 let port = SlotPort { devices, slot: self.slot, vcpu: Some(vcpu) };
                 worker.rounds(mmu, &port, ROUNDS_OF_A_VCPU)?
             }
@@ -128,13 +135,17 @@ impl<D: Device + 'static> Plugged<D> {
     fn start(self, thread: &'static str, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<Thread> {
         let Plugged { worker, port, bell } = self;
         let (mmu, ending, own) = (Arc::clone(mmu), ending.clone(), Arc::clone(&bell));
-        let name = sim::lock(&worker).name().to_owned();
+        let device = in_hand(port.slot, &worker);
+        let name = sim::lock(&worker, device).name().to_owned();
         let work = move || {
             ending.watch(thread, || {
                 while own.wait() {
                     // Each round by itself: a vCPU that comes meanwhile is not kept.
                     while !own.is_stopped() {
-                        match sim::lock(&worker).rounds(&mmu, &*port, 1) {
+                        let device = in_hand(port.slot, &worker);
+                        let mut at_it = sim::lock(&worker, device);
+                        let _has = Having::new(device);
+                        match at_it.rounds(&mmu, &*port, 1) {
                             Ok(true) => {}
                             Ok(false) => break,
                             Err(short) => return ending.set(End::Shortage(short)),
@@ -194,7 +205,10 @@ impl VirtioDevices {
     /// When the host has no thread left.
     pub fn start(self, mmu: &Arc<Mmu>, ending: &Ending) -> io::Result<VirtioThreads> {
         let VirtioDevices { disks, balloon } = self;
-        let handles = disks.iter().map(|disk| sim::lock(&disk.worker).device().handle()).collect();
+        let handle = |disk: &Plugged<Blk>| {
+            sim::lock(&disk.worker, in_hand(disk.port.slot, &disk.worker)).device().handle()
+        };
+        let handles = disks.iter().map(handle).collect();
         let handle = host_side(&balloon);
         let mut threads = vec![balloon.start("balloon", mmu, ending)?];
         for disk in disks {
@@ -206,7 +220,8 @@ impl VirtioDevices {
 
 fn host_side(balloon: &Plugged<BalloonDevice>) -> Balloon {
     let port: Arc<dyn Port> = Arc::clone(&balloon.port) as _;
-    sim::lock(&balloon.worker).device().handle(port, Arc::clone(&balloon.bell))
+    let device = in_hand(balloon.port.slot, &balloon.worker);
+    sim::lock(&balloon.worker, device).device().handle(port, Arc::clone(&balloon.bell))
 }
 
 /// The balloon as the control socket has it: in bytes of what the guest keeps.

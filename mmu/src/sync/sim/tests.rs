@@ -26,6 +26,9 @@ impl Write for Text {
     }
 }
 
+/// Of tests that do not look at it.
+const THING: Thing = Thing { sort: Sort::Held, words: "a count", number: None, key: 0 };
+
 fn never() -> OnStuck {
     Box::new(|stuck| panic!("{stuck}"))
 }
@@ -106,7 +109,7 @@ fn a_sleeper_is_woken_by_actors_and_by_other_threads() {
     let (id, thread) = start("sleeper", move || {
         let mut count = ours.0.lock().expect("no panic");
         while *count < 2 {
-            count = ours.1.wait(&ours.0, count, "two");
+            count = ours.1.wait(&ours.0, THING, count, "two");
         }
     });
     sleep(Duration::from_millis(1), "the sleeper");
@@ -146,10 +149,10 @@ fn a_wake_by_another_thread_just_before_the_sleep_is_not_lost() {
     let actor = sim.enter("main");
     let (id, sleeper) = start("sleeper", move || {
         for _ in 0..ROUNDS {
-            let mut count = lock(&shared.0);
+            let mut count = lock(&shared.0, THING);
             *count += 1;
             while *count % 2 == 1 {
-                count = shared.1.wait(&shared.0, count, "an answer");
+                count = shared.1.wait(&shared.0, THING, count, "an answer");
             }
         }
     });
@@ -175,8 +178,8 @@ fn who_waits_for_ever_is_named_with_what_it_waits_for() {
         Bed::default().wait_until(None, "a letter");
     });
     let stuck = told.recv_timeout(Duration::from_secs(20)).expect("a report");
-    let words: Vec<_> = stuck.waiters.iter().map(|w| (w.name.as_str(), w.what)).collect();
-    assert_eq!(words, [("first", "a letter"), ("second", "an answer")]);
+    let words: Vec<_> = stuck.waiters.iter().map(Waiter::to_string).collect();
+    assert_eq!(words, ["first waits for a letter", "second waits for an answer"]);
     assert!(text.lines().last().is_some_and(|line| line.contains("first waits for a letter")));
 }
 
@@ -188,4 +191,112 @@ fn a_thread_that_panics_hands_the_baton_on() {
     await_end(&id);
     drop(actor);
     assert!(thread.join().is_err());
+}
+
+/// What a simulation of `act`, on two threads, ends with while a third looks at the time for ever.
+fn stuck_of(acts: [(&'static str, Box<dyn FnOnce() + Send>); 2]) -> Stuck {
+    let (tell, told) = channel();
+    let on_stuck: OnStuck = Box::new(move |stuck| drop(tell.send(stuck.clone())));
+    let sim = Sim::new(3, None, on_stuck);
+    thread::spawn(move || {
+        let _actor = sim.enter("timer");
+        acts.into_iter().for_each(|(name, act)| drop(start(name, act)));
+        while sleep(Duration::from_millis(1), "its next look") {}
+    });
+    told.recv_timeout(Duration::from_secs(60)).expect("a report")
+}
+
+fn cycle_of(stuck: &Stuck) -> Vec<String> {
+    stuck.cycle.iter().map(Waiter::to_string).collect()
+}
+
+/// An invalidation that awaits an importer with a lock held, which that importer wants first.
+#[test]
+#[cfg(debug_assertions)]
+fn who_wait_for_each_other_are_found_at_once_whoever_else_goes_on() {
+    use super::super::{Having, Lock, thread::yield_for};
+    let bucket = Arc::new(Lock::new(lock_order::BUCKET, ()));
+    let theirs = Arc::clone(&bucket);
+    let answer = || Thing { sort: Sort::Owed, words: "the answer of importer", number: Some(0), key: 1 };
+    let ear = move || {
+        let _owes = Having::new(answer());
+        sleep(Duration::from_millis(5), "a letter on its way");
+        drop(theirs.lock());
+    };
+    let taker = move || {
+        let _bucket = bucket.lock();
+        loop {
+            yield_for(|| Wait::from("an answer").of(answer()));
+        }
+    };
+    let stuck = stuck_of([("ear", Box::new(ear)), ("taker", Box::new(taker))]);
+    let found = [
+        "ear waits for lock 'bucket' 1, which taker holds",
+        "taker waits for the answer of importer 0, which ear owes",
+    ];
+    assert_eq!(cycle_of(&stuck), found);
+    assert_eq!(stuck.why, Why::EachOther);
+    assert!(stuck.now < 6_000_000, "at once: {stuck}");
+    let text = stuck.to_string();
+    assert!(text.contains("some wait for each other") && text.contains("\n  timer "), "{text}");
+}
+
+#[test]
+fn who_sleeps_at_a_gate_of_its_own_is_a_cycle_by_itself() {
+    let own = || {
+        let buckets = crate::bucket::Buckets::new(1024);
+        buckets.close(crate::Gfn(5));
+        buckets.wait(crate::Gfn(5));
+    };
+    let stuck = stuck_of([("vcpu 0", Box::new(own)), ("other", Box::new(|| ()))]);
+    assert_eq!(cycle_of(&stuck), ["vcpu 0 waits for gate 5, which vcpu 0 holds"]);
+    assert_eq!(stuck.why, Why::EachOther);
+}
+
+/// As a wake that is lost has it. Who has nothing to do may wait for ever.
+#[test]
+fn who_waits_for_longer_than_anybody_does_is_found_and_who_has_nothing_to_do_is_not() {
+    let idle = || Bed::default().wait_until(None, Wait::idle("work"));
+    let lost = || {
+        sleep(Duration::from_secs(5), "a while");
+        Bed::default().wait_until(None, "a wake that is lost");
+    };
+    let stuck = stuck_of([("idle", Box::new(idle)), ("sleeper", Box::new(lost))]);
+    assert!(matches!(stuck.why, Why::TooLong(_)) && stuck.cycle.is_empty(), "{stuck}");
+    let text = stuck.to_string();
+    assert!(text.contains("sleeper has waited for longer than 10 s"), "{text}");
+    assert!(text.contains("\n  sleeper waits for a wake that is lost, since 5000000000 ns"), "{text}");
+}
+
+/// What it looks for has come since it last looked.
+#[test]
+fn who_has_not_looked_again_waits_for_nobody() {
+    use super::super::{Having, thread::yield_for};
+    for seed in 0..50 {
+        let sim = Sim::new(seed, None, never());
+        let actor = sim.enter("main");
+        let answered = Arc::new(AtomicU32::new(0));
+        let shared = Arc::new((Mutex::new(false), Bed::default()));
+        let thing = |words| Thing { sort: Sort::Owed, words, number: None, key: 1 };
+        let (theirs, ours) = (Arc::clone(&answered), Arc::clone(&shared));
+        let (other, other_thread) = start("other", move || {
+            let _owes = Having::new(thing("an answer"));
+            sleep(Duration::from_micros(3), "its time");
+            theirs.store(1, Ordering::SeqCst);
+            let mut has_come = lock(&ours.0, THING);
+            while !*has_come {
+                has_come = ours.1.wait(&ours.0, THING, has_come, Wait::from("a word").of(thing("a word")));
+            }
+        });
+        let owes = Having::new(thing("a word"));
+        while answered.load(Ordering::SeqCst) == 0 {
+            yield_for(|| Wait::from("an answer").of(thing("an answer")));
+        }
+        *lock(&shared.0, THING) = true;
+        shared.1.notify_all();
+        drop(owes);
+        await_end(&other);
+        drop(actor);
+        other_thread.join().expect("no panic");
+    }
 }

@@ -141,8 +141,19 @@ impl Stage {
     }
 
     fn is_stuck(&self, stuck: &Stuck) {
-        stuck.waiters.iter().for_each(|w| self.tell(&Fact::Waits(w.name.clone(), w.what.into())));
-        self.fail(Kind::Deadlock, "nobody can go on");
+        // Who has something is told before who waits for it, as a case does.
+        for waiter in &stuck.waiters {
+            let Some(what) = &waiter.what else { continue };
+            for holder in &waiter.holders {
+                let has = if waiter.is_owed { Fact::Owes } else { Fact::Holds };
+                self.tell(&has(holder.clone(), what.clone()));
+            }
+        }
+        for waiter in &stuck.waiters {
+            waiter.what.iter().for_each(|what| self.tell(&Fact::Waits(waiter.name.clone(), what.clone())));
+        }
+        let first = stuck.to_string();
+        self.fail(Kind::Deadlock, first.lines().next().unwrap_or_default().trim_end_matches(':'));
     }
 }
 
