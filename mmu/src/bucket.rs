@@ -26,6 +26,7 @@
 
 use crate::addr::{Gfn, Mpa};
 use crate::lock_order;
+use crate::rules::{Rule, Rules};
 use crate::sync::{AtomicU32, AtomicU64, Guard, Lock, Monitor, Ordering, Thing, Wait, spin_until};
 use crate::sync::{holds, lets_go};
 
@@ -89,6 +90,7 @@ pub struct Buckets {
     asking: AtomicU32,
     traffic: Traffic,
     sleepers: Monitor<()>,
+    rules: Rules,
 }
 
 /// What every invalidation writes and every fill reads: on a line of the cache for itself, so that one of them is all that goes
@@ -137,7 +139,12 @@ impl Buckets {
                 waiting: AtomicU32::new(0),
             },
             sleepers: Monitor::new(lock_order::SLEEPERS, ()),
+            rules: Rules::default(),
         }
+    }
+
+    pub(crate) fn set_rules(&mut self, rules: Rules) {
+        self.rules = rules;
     }
 
     /// The gates' sequence: to be read before the walk that leads to a fill.
@@ -192,7 +199,7 @@ impl Buckets {
         }
         self.traffic.closings.fetch_sub(1, Ordering::Relaxed);
         // Opened, then looked for sleepers; they are counted, then look at the gate.
-        if self.traffic.waiting.load(Ordering::SeqCst) > 0 {
+        if self.traffic.waiting.load(Ordering::SeqCst) > 0 && self.rules.keep(Rule::WakeAtOpen) {
             drop(self.sleepers.lock());
             self.sleepers.notify_all();
         }

@@ -325,6 +325,7 @@ impl Mmu {
         self.rules = rules;
         self.coherence.set_rules(rules);
         self.frames.set_rules(rules);
+        self.buckets.set_rules(rules);
         self
     }
 

@@ -605,6 +605,9 @@ impl Mmu {
         for (slot, other, mfn) in &claimed {
             self.finish_swap_in(*slot, *other, *mfn, wanted);
         }
+        if !self.rules.keep(Rule::OpenBeforeWait) {
+            self.buckets.wait(gfn);
+        }
         self.buckets.open_all(&gates);
         if wanted {
             self.background.counters.refaults.fetch_add(1, Relaxed);

@@ -152,6 +152,10 @@ rules! {
         "a page that is a shadowed table, or watched, stays in its frame";
     GateAtImport "gate-at-import" Gate "Mmu::enter_importer":
         "no importer is entered for a page while it is invalidated, nor by a look from before";
+    WakeAtOpen "wake-at-open" Wait "Buckets::open_all":
+        "who sleeps at a gate goes on once it has been opened";
+    OpenBeforeWait "open-before-wait" Wait "Mmu::swap_in":
+        "who has closed a gate sleeps at none, its own among them";
 
     // Ranges of 2 MiB.
     SplitAtUnmap "split-at-unmap" Gate "Hold::take":

@@ -30,7 +30,8 @@ enum Killer {
     Programs(Caches),
     /// A scene, which says what went wrong.
     Scene(fn(Rules) -> Option<String>),
-    /// Tests of the VMM (vmm/src/vm/omissions_tests.rs), or a guest in the program `umbra` (tests/e2e/smp.rs).
+    /// Tests of the VMM (vmm/src/vm/omissions_tests.rs), or a guest in the program `umbra` (tests/e2e/smp.rs; where a rule keeps threads
+    /// from waiting for ever, tests/e2e/simulation.rs).
     Vmm,
 }
 
@@ -70,6 +71,8 @@ fn killer(rule: Rule) -> Killer {
         | Rule::FlushBesideHardware
         | Rule::HardwareOwesFlush
         | Rule::BusAtSplit
+        | Rule::WakeAtOpen
+        | Rule::OpenBeforeWait
         | Rule::ShootdownAtDescriptors => Killer::Vmm,
         Rule::HardwareFlushAtInvlpg | Rule::HardwareFlushAtCr3 | Rule::DebtOfUnlink => {
             Killer::Programs(HARDWARE)

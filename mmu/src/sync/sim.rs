@@ -308,9 +308,9 @@ impl Sim {
     fn hand_on(&self, mut inner: MutexGuard<'_, Inner>) -> Option<usize> {
         let next = inner.choose();
         if let Some(late) = inner.late {
-            return self.give_up(inner, Why::TooLong(late));
+            return self.give_up(inner, Why::TooLong(late), "");
         }
-        let Some(next) = next else { return self.give_up(inner, Why::Everybody) };
+        let Some(next) = next else { return self.give_up(inner, Why::Everybody, "") };
         let is_other = inner.current != next;
         inner.current = next;
         inner.set(next, State::Ready);
@@ -322,9 +322,9 @@ impl Sim {
     }
 
     /// Nobody has the baton any more.
-    fn give_up(&self, mut inner: MutexGuard<'_, Inner>, why: Why) -> Option<usize> {
+    fn give_up(&self, mut inner: MutexGuard<'_, Inner>, why: Why, how: &str) -> Option<usize> {
         inner.current = NOBODY;
-        let stuck = inner.stuck(why)?;
+        let stuck = inner.stuck(why, how)?;
         inner.log.write(stuck.now, "umbra", |line| line.push_str(&stuck.to_string().replace('\n', ";")));
         inner.log.flush();
         drop(inner);
@@ -352,7 +352,7 @@ impl Sim {
         locks.clear();
         lock_order::addresses(locks);
         if inner.is_stuck(me) {
-            self.give_up(inner, Why::EachOther);
+            self.give_up(inner, Why::EachOther, "");
             self.await_turn(me)
         } else if self.hand_on(inner) != Some(me) {
             self.await_turn(me);
@@ -496,6 +496,14 @@ pub fn work(nanos: u64) {
         inner.got_on();
         inner.goes_on(me);
         sim.take_turn(me, inner);
+    });
+}
+
+/// The caller does the same again and again, and will for ever: that ends the simulation. `how` says what it does.
+pub fn gets_nowhere(how: &str) {
+    with(|sim, me| {
+        sim.give_up(sim.lock(), Why::GetsNowhere(me), how);
+        sim.await_turn(me);
     });
 }
 

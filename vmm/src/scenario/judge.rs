@@ -88,11 +88,22 @@ pub fn omission(outcome: Outcome, said: &str) -> Option<Verdict> {
     let of = |status: Status| status.code() == code;
     let line = match () {
         () if of(Status::Incoherent) || of(Status::Failure) => found(&["INV-", "importers: "]),
-        () if of(Status::Deadlock) => found(&["everybody waits"]),
+        () if of(Status::Deadlock) => return stuck(said).map(Verdict::Caught),
         () if of(Status::Witness) || of(GUEST_FAILS) || of(GUEST_PANICS) => found(&["verdict=FAIL"]),
         () => None,
     };
     line.map(|line| Verdict::Caught(vec![line]))
+}
+
+/// What is said of threads that do not get on: why, and the cycle, if there is one.
+fn stuck(said: &str) -> Option<Vec<String>> {
+    const WHY: [&str; 4] =
+        ["everybody waits", "wait for each other", "has waited for longer than", "gets nowhere"];
+    let mut lines = said.lines().skip_while(|line| !WHY.iter().any(|why| line.contains(why)));
+    let why = lines.next()?.trim_start_matches("umbra: ").to_owned();
+    let mut cycle = lines.skip_while(|line| line.trim() != "the cycle:").skip(1);
+    let cycle = std::iter::from_fn(|| cycle.next().filter(|line| line.contains(" waits for ")));
+    Some([why].into_iter().chain(cycle.map(|line| format!("  {}", line.trim()))).collect())
 }
 
 /// As what the guest's own TLBs were found stale, if they were, and the words for it.
@@ -172,6 +183,15 @@ mod tests {
         let breach = "umbra: INV-TLB-2: vCPU 0 used a stale translation\n";
         assert!(judged(Outcome::Status(Status::Incoherent.code()), breach));
         assert!(judged(Outcome::Status(3), "umbra: verdict=FAIL status=3\n"));
+        let cycle = "umbra: at 5 ns some wait for each other, and for nobody else:\n  a waits for l, which a holds, since 3 ns\n  \
+                     the cycle:\n    a waits for l, which a holds\n  this is a mistake\n";
+        let Some(Verdict::Caught(lines)) = omission(Outcome::Status(Status::Deadlock.code()), cycle) else {
+            panic!("a cycle")
+        };
+        assert_eq!(
+            lines,
+            ["at 5 ns some wait for each other, and for nobody else:", "  a waits for l, which a holds"]
+        );
         for status in
             [Status::Pass, Status::Usage, Status::Operator, Status::Timeout, Status::Quit, Status::Failure]
         {

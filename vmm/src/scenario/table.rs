@@ -131,6 +131,10 @@ fn is_missed(rule: Rule) -> bool {
             | Rule::DebtOfSplit
             | Rule::SyncAtLink
             | Rule::AskFirst
+            | Rule::FlushAtInvlpg
+            | Rule::DropAtInvlpg
+            | Rule::WakeAtOpen
+            | Rule::OpenBeforeWait
     )
 }
 

@@ -12,8 +12,9 @@ use super::ending::End;
 use super::kick::Attention;
 use super::simulation;
 use super::vcpu::{Backend, Core, lacking};
+use crate::cpu::CpuState;
 use crate::interp::engine::{Engine, Extent, Ran};
-use crate::interp::{Delivered, Event, Step, deliver, vector};
+use crate::interp::{Delivered, Event, Exception, Step, deliver, vector};
 
 /// Instructions of one slice: between two looks at the board.
 const SLICE: u64 = 1 << 14;
@@ -23,6 +24,38 @@ const SLICE: u64 = 1 << 14;
 pub struct Soft {
     attention: Attention,
     engine: Engine,
+    last: Repeated,
+}
+
+/// How often a vCPU faults by the same instruction, for the same address and with the same registers, and by no other in between, before
+/// that is taken for ever. A handler that has made the entry valid meets it once, one that finds no memory and lets others run some
+/// dozens of times.
+const FAULTS_MAX: u32 = 10_000;
+
+/// The last page fault of a vCPU in a simulation, and how often it has come in a row. Limits: a program that counts in memory alone, and
+/// loses the same page each time around, is taken for one that does not get on.
+#[derive(Debug, Default)]
+struct Repeated {
+    state: [u32; 12],
+    times: u32,
+}
+
+impl Repeated {
+    /// One more exception.
+    fn see(&mut self, cpu: &CpuState, exception: Exception) {
+        let Some(address) = exception.cr2 else { return };
+        let mut state = [0; 12];
+        state[..8].copy_from_slice(&cpu.gpr);
+        state[8..].copy_from_slice(&[cpu.eip, cpu.cr3, address, exception.error.unwrap_or(0)]);
+        self.times = if self.state == state { self.times + 1 } else { 1 };
+        self.state = state;
+        if self.times == FAULTS_MAX {
+            sim::gets_nowhere(&format!(
+                "the instruction at {:#x} has faulted for {address:#x} {FAULTS_MAX} times, and nothing else has",
+                cpu.eip
+            ));
+        }
+    }
 }
 
 impl Soft {
@@ -35,6 +68,7 @@ impl Soft {
     pub fn interpret(&mut self, core: &mut Core, budget: u64, extent: Extent) -> Option<End> {
         core.stats.entries += 1;
         let (engine, attention, waiting) = (&mut self.engine, self.attention.clone(), core.waiting);
+        let mut last = sim::is_on().then_some(&mut self.last);
         let mut exceptions = 0;
         let mut user_faults = 0;
         let executed = core.stats.interpreted;
@@ -48,6 +82,9 @@ impl Soft {
                 bus.settle();
                 // What delivery takes apart from memory that is there is for the vCPU's loop.
                 if let Step::Exception(exception) = ran.last {
+                    if let Some(last) = &mut last {
+                        last.see(cpu, exception);
+                    }
                     let user_fault = exception.vector == vector::PF && cpu.cpl == 3;
                     if deliver(cpu, bus, Event::Exception(exception)) == Delivered::Handler {
                         exceptions += 1;

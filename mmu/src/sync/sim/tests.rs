@@ -193,8 +193,10 @@ fn a_thread_that_panics_hands_the_baton_on() {
     assert!(thread.join().is_err());
 }
 
-/// What a simulation of `act`, on two threads, ends with while a third looks at the time for ever.
-fn stuck_of(acts: [(&'static str, Box<dyn FnOnce() + Send>); 2]) -> Stuck {
+type Act = Box<dyn FnOnce() + Send>;
+
+/// What a simulation of `acts`, on two threads, ends with while a third looks at the time for ever.
+fn stuck_of(acts: [(&'static str, Act); 2]) -> Stuck {
     let (tell, told) = channel();
     let on_stuck: OnStuck = Box::new(move |stuck| drop(tell.send(stuck.clone())));
     let sim = Sim::new(3, None, on_stuck);

@@ -50,6 +50,8 @@ pub enum Why {
     EachOther,
     /// This actor has waited for longer than anybody does.
     TooLong(usize),
+    /// This actor does the same again and again ([`super::gets_nowhere`]).
+    GetsNowhere(usize),
 }
 
 /// What an actor of a simulation that cannot go on waits for.
@@ -97,20 +99,20 @@ pub struct Stuck {
     /// Those that wait for each other, from one to who has what it waits for, and the last for one of those before. Nobody where it is not
     /// known who has what somebody waits for.
     pub cycle: Vec<Waiter>,
-    /// Who has waited for too long.
-    late: Option<String>,
+    /// Who has waited for too long, or gets nowhere and how.
+    about: String,
 }
 
 impl fmt::Display for Stuck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "at {} ns ", self.now)?;
-        match (self.why, &self.late) {
-            (Why::Everybody, _) => f.write_str("everybody waits, and for no time that could come:")?,
-            (Why::EachOther, _) => f.write_str("some wait for each other, and for nobody else:")?,
-            (Why::TooLong(_), late) => {
-                let late = late.as_deref().unwrap_or_default();
-                write!(f, "{late} has waited for longer than {} s:", WAIT_NANOS_MAX / 1_000_000_000)?;
+        match self.why {
+            Why::Everybody => f.write_str("everybody waits, and for no time that could come:")?,
+            Why::EachOther => f.write_str("some wait for each other, and for nobody else:")?,
+            Why::TooLong(_) => {
+                write!(f, "{} has waited for longer than {} s:", self.about, WAIT_NANOS_MAX / 1_000_000_000)?;
             }
+            Why::GetsNowhere(_) => write!(f, "{}:", self.about)?,
         }
         for waiter in &self.waiters {
             write!(f, "\n  {waiter}")?;
@@ -266,7 +268,7 @@ impl Inner {
     }
 
     /// The report; nothing where everybody has ended.
-    pub fn stuck(&self, why: Why) -> Option<Stuck> {
+    pub fn stuck(&self, why: Why, how: &str) -> Option<Stuck> {
         let mut names = Names::default();
         let mut waiter = |actor: usize| {
             let own = &self.actors[actor];
@@ -293,11 +295,12 @@ impl Inner {
             holders: vec![self.actors[holder].name.clone()],
             ..waiter(actor)
         });
-        let late = match why {
-            Why::TooLong(actor) => Some(self.actors[actor].name.clone()),
-            Why::Everybody | Why::EachOther => None,
+        let about = match why {
+            Why::TooLong(actor) => self.actors[actor].name.clone(),
+            Why::GetsNowhere(actor) => format!("{} gets nowhere: {how}", self.actors[actor].name),
+            Why::Everybody | Why::EachOther => String::new(),
         };
-        let stuck = Stuck { now: self.now, why, cycle: cycle.collect(), late, waiters: Vec::new() };
+        let stuck = Stuck { now: self.now, why, cycle: cycle.collect(), about, waiters: Vec::new() };
         (!waiters.is_empty()).then_some(Stuck { waiters, ..stuck })
     }
 
