@@ -197,6 +197,9 @@ static bool await(struct blk_request *request)
 bool blk_wait(struct blk_request *request)
 {
     struct blk *disk = request->disk;
+    /* Others are to have the kernel meanwhile, even where the request is done already. */
+    if (smp && has_kernel())
+        schedule();
     task_wait_while(await(request), request);
     bool ok = request->status == STATUS_OK;
     pages_take();
