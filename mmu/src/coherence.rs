@@ -361,7 +361,7 @@ impl Coherence {
         while self.bus.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             thread::yield_for(|| self.for_bus());
         }
-        let has = Having::new(self.bus_lock());
+        let lock = BusLock::taken(self);
         self.inside().filter(|number| *number != own).for_each(|number| self.shootdown.kick(number));
         if !spin_until(|| !self.is_anyone_inside(Some(own))) {
             while self.is_anyone_inside(Some(own)) {
@@ -372,7 +372,7 @@ impl Coherence {
                 });
             }
         }
-        BusLock { ledger: self, _has: has }
+        lock
     }
 
     fn inside(&self) -> impl Iterator<Item = u32> {
@@ -437,6 +437,13 @@ impl Coherence {
 pub struct BusLock<'a> {
     ledger: &'a Coherence,
     _has: Having,
+}
+
+impl BusLock<'_> {
+    /// That of who has just taken it.
+    pub(crate) fn taken(ledger: &Coherence) -> BusLock<'_> {
+        BusLock { ledger, _has: Having::new(ledger.bus_lock()) }
+    }
 }
 
 impl Drop for BusLock<'_> {

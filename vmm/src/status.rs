@@ -24,7 +24,7 @@ pub enum Status {
     Reset,
     /// Ended by an operator.
     Quit,
-    /// A simulation came to where each of Umbra's threads waits for another.
+    /// A simulation came to where threads wait for each other, or one for too long, or a vCPU gets nowhere.
     Deadlock,
     /// A flush of a TLB was missed, by Umbra: a software TLB has used what had been handed on.
     Incoherent,

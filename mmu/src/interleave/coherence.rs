@@ -338,7 +338,7 @@ fn lock(ledger: &Coherence) -> BusLock<'_> {
 
 fn lock_at_once(ledger: &Coherence) -> BusLock<'_> {
     ledger.bus.store(true, Ordering::SeqCst);
-    BusLock(ledger)
+    BusLock::taken(ledger)
 }
 
 /// Two locked additions to a word, one of which is none to the hardware.

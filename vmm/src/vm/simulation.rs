@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use umbra_mmu::sync::sim::{self, ActorGuard, ActorId, Logged, Sim, Stuck, Ticket};
+use umbra_mmu::sync::sim::{self, ActorGuard, ActorId, Logged, Sim, Stuck, Ticket, Why};
 
 use super::RunError;
 use super::budget::BudgetTimer;
@@ -81,10 +81,13 @@ impl Simulation {
 
 /// Nobody can go on: nothing can be taken apart, for each thread waits for another.
 fn give_up(stuck: &Stuck) {
-    let _ = io::Write::write_all(
-        &mut io::stderr(),
-        format!("umbra: {stuck}\n  this is a mistake in Umbra, please report it with the seed\n").as_bytes(),
-    );
+    let whose = match stuck.why {
+        Why::GetsNowhere(_) => {
+            "either the guest's handler mends nothing, or this is a mistake in Umbra; please report that with the seed"
+        }
+        _ => "this is a mistake in Umbra, please report it with the seed",
+    };
+    let _ = io::Write::write_all(&mut io::stderr(), format!("umbra: {stuck}\n  {whose}\n").as_bytes());
     process::exit(Status::Deadlock.code().into());
 }
 
