@@ -11,6 +11,7 @@
 //! | reclaim_gain | the first over the second | 1.7 |
 //! | reclaim_apart | the time of each of two guests that have nothing to do with each other | |
 //! | host_gain | what two such do in the time that one takes alone | |
+//! | line_round_trip | how long a cache line takes to the other CPU and back, beside each round; the median, and the extremes: what two vCPUs share comes to that, and hosts that lend CPUs change it from one second to the next | |
 //!
 //! The guest is built in, or the image in `UMBRA_GUEST`, so that two kernels can be compared. `work=N` is the workload's own.
 //!
@@ -18,6 +19,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use umbra_benches::Effort;
 use umbra_benches::peer::quantile;
@@ -33,8 +36,9 @@ fn main() {
     };
     let append = format!("workload=reclaim {}", options.join(" "));
     let run = |vcpus| milliseconds(&umbra, vcpus, append.trim_end());
-    let (mut one, mut two, mut apart) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut one, mut two, mut apart, mut line) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..if smoke { 1 } else { ROUNDS } {
+        line.push(line_round_trip());
         one.push(run("1"));
         two.push(run("2"));
         std::thread::scope(|scope| {
@@ -49,6 +53,33 @@ fn main() {
     println!("reclaim_gain  {:.2}", one / two);
     println!("reclaim_apart {apart:.1} ms");
     println!("host_gain     {:.2}", 2.0 * one / apart);
+    let [least, median, most] = [0.0, 0.5, 1.0].map(|part| quantile(&line, part));
+    println!("line_round_trip {median:.0} ns ({least:.0} to {most:.0})");
+}
+
+/// Nanoseconds that a word takes to a thread on another CPU and back.
+fn line_round_trip() -> f64 {
+    const TRIPS: u32 = 20_000;
+    let word = AtomicU32::new(0);
+    let wait_for = |value| {
+        while word.load(Ordering::Acquire) != value {
+            std::hint::spin_loop();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for trip in 0..TRIPS {
+                wait_for(2 * trip + 1);
+                word.store(2 * trip + 2, Ordering::Release);
+            }
+        });
+        let start = Instant::now();
+        for trip in 0..TRIPS {
+            word.store(2 * trip + 1, Ordering::Release);
+            wait_for(2 * trip + 2);
+        }
+        start.elapsed().as_nanos() as f64 / f64::from(TRIPS)
+    })
 }
 
 fn umbra() -> Option<PathBuf> {

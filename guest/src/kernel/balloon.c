@@ -261,6 +261,14 @@ u32 balloon_give_back(u32 frames)
 
 /* Job 2: statistics. */
 
+static u32 faults(void)
+{
+    u32 faults = 0;
+    for (const struct cpu *each = cpus; each < cpus_end; each++)
+        faults += each->faults;
+    return faults;
+}
+
 static void offer_stats(void)
 {
     if (!(balloon.features & FEATURE_STATS))
@@ -270,7 +278,7 @@ static void offer_stats(void)
         {STAT_SWAP_IN, (u64)swap_counts.pages_read << PAGE_SHIFT},
         {STAT_SWAP_OUT, (u64)swap_counts.pages_written << PAGE_SHIFT},
         {STAT_MAJOR_FAULTS, waited},
-        {STAT_MINOR_FAULTS, space_faults - waited},
+        {STAT_MINOR_FAULTS, faults() - waited},
         {STAT_FREE, (u64)frames_free() << PAGE_SHIFT},
         {STAT_TOTAL, (u64)(frames_total() - balloon.held) << PAGE_SHIFT},
         {STAT_SWAPPED, (u64)swap_slots_used() << PAGE_SHIFT},

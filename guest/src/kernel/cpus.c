@@ -8,8 +8,8 @@
 #include "task.h"
 
 struct cpu cpus[CPUS_MAX] = {{.irq_depth = 1}}; /* boot.S left interrupts off */
-struct cpu *cpus_end = &cpus[1];
-bool smp;
+struct cpu *cpus_end READ_MOSTLY = &cpus[1];
+bool smp READ_MOSTLY;
 
 static struct lock kernel_lock;
 

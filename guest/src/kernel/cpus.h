@@ -25,9 +25,8 @@ struct flush_request {
     u32 pages[FLUSH_PAGES_MAX];
 };
 
-/* Changed by the CPU itself, if nothing else is said. */
+/* Changed by the CPU itself, if nothing else is said: at each lock and interrupt, up to what others look at. */
 struct cpu {
-    u32 index, apic_id;
     struct task *task;            /* on whose stack it is: `current` */
     u32 irq_depth;                /* irq.h */
     bool need_resched;            /* the next return to user mode switches */
@@ -35,17 +34,20 @@ struct cpu {
     u32 window_base;              /* of its slots */
     u32 window_depth_max;         /* how deep who runs now may go; an NMI changes it and puts it back */
     u32 locks;                    /* that it has, a bit for each level (locks.h) */
+    u32 flushes_sent, flushes;    /* requests to others, and served */
+    u32 faults;                   /* at user addresses that were somebody's to mend */
+    u32 to_call;                  /* those that an interrupt is to have look for something to do, once LOCK_TASKS is let go of */
+    bool fpu_on, fpu_closed;      /* its FPU is set up; its CR0.TS is set */
+    struct fpu *fpu_owner;        /* whose registers it has */
+    u32 index OWN_LINE;
+    u32 apic_id;
     volatile u32 loaded_root;     /* what CR3 holds */
     volatile bool halted;         /* it uses no translation of user memory before it has looked at `stale` */
     volatile bool stale;          /* it forgets what is not global at its next trap, or when it goes on; set by others */
     volatile bool called;         /* somebody's request for it is wanted; set by others */
-    struct flush_request flush[CPUS_MAX]; /* of each other one; `wanted` is cleared by that one */
-    u32 flushes;                  /* requests served */
-    u32 to_call;                  /* those that an interrupt is to have look for something to do, once LOCK_TASKS is let go of */
-    bool fpu_on, fpu_closed;      /* its FPU is set up; its CR0.TS is set */
-    struct fpu *fpu_owner;        /* whose registers it has */
     volatile bool idle;           /* halted, and nobody has called it; LOCK_TASKS */
     volatile bool up, admitted;   /* it runs kernel code; it may go on, which another says (smp.c) */
+    struct flush_request flush[CPUS_MAX]; /* of each other one; `wanted` is cleared by that one */
 };
 
 extern struct cpu cpus[CPUS_MAX];

@@ -203,8 +203,6 @@ static SELDOM enum fault_result fix_swapped(struct space *space, const struct re
     return FAULT_FIXED;
 }
 
-u32 space_faults;
-
 static SELDOM enum fault_result fix_file(struct space *space, const struct region *region, u32 page)
 {
     kernel_take();
@@ -250,7 +248,7 @@ enum fault_result space_fault(struct space *space, u32 va, u32 error)
         return FAULT_BAD_ACCESS;
     u32 page = va & PAGE_MASK;
     enum fault_result result;
-    __sync_fetch_and_add(&space_faults, 1);
+    cpu_self()->faults++;
     do {
         if (rule_kept(RULE_ROOM_FIRST) && !make_room(ROOM))
             return FAULT_OUT_OF_MEMORY;

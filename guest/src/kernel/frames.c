@@ -35,7 +35,7 @@ static struct frame *const table = (struct frame *)FRAME_TABLE_BASE;
 
 extern const char kernel_end[];
 
-u32 frames_low_end;
+u32 frames_low_end READ_MOSTLY;
 
 static u32 zone_of(u32 frame) { return frame_is_low(frame) ? ZONE_LOW : ZONE_HIGH; }
 

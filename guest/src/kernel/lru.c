@@ -65,14 +65,20 @@ void lru_remove_held(u32 number)
     frame->flags &= ~FRAME_LISTED;
 }
 
-u32 lru_isolate(enum lru which)
+u32 lru_isolate_held(enum lru which)
 {
-    pages_take();
     u32 frame = lists[which].old;
     if (frame != FRAME_NONE) {
         frame_get_held(frame);
         lru_remove_held(frame);
     }
+    return frame;
+}
+
+u32 lru_isolate(enum lru which)
+{
+    pages_take();
+    u32 frame = lru_isolate_held(which);
     pages_give();
     return frame;
 }

@@ -4,7 +4,7 @@
 #include "boot.h"
 #include "cpu.h"
 
-struct paging paging;
+struct paging paging READ_MOSTLY;
 
 #define CPUID_1_EDX_PGE (1u << 13)
 #define CPUID_7_EBX_SMEP (1u << 7)

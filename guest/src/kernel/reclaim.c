@@ -45,7 +45,7 @@
 #define KEPT 16
 
 struct reclaim_counts reclaim_counts;
-static u32 mark_min, mark_low, mark_high;
+static READ_MOSTLY u32 mark_min, mark_low, mark_high;
 static const struct task *started;
 static volatile bool kswapd_sleeps;
 static const u32 frames_wanted; /* stands for them, where somebody waits for others to make some free */
@@ -151,7 +151,7 @@ static bool can_go(u32 frame, bool mapped_dirty)
     return swap_slot_for(frame) != SLOT_NONE;
 }
 
-static enum write_order write_order;
+static enum write_order write_order READ_MOSTLY;
 void reclaim_choose_order(enum write_order order) { write_order = order; }
 
 static void write_at_once(u32 frame)
@@ -195,22 +195,44 @@ static void sort_page(struct batch *batch, u32 frame)
     }
 }
 
+/* Pages off the old end of the inactive list, one process's after the other's, each in the order of the list: how many. Two CPUs use
+ * pages of two processes in turn, but each process wants back what it used together. */
+static u32 isolate(u32 *frames, u32 most)
+{
+    u32 count = 0, frame;
+    pages_take();
+    while (count < most && (frame = lru_isolate_held(LRU_INACTIVE)) != FRAME_NONE)
+        frames[count++] = frame;
+    pages_give();
+    for (u32 i = 1; i < count; i++) {
+        frame = frames[i];
+        u32 at = i, space = frame_of(frame)->space;
+        for (; at > 0 && frame_of(frames[at - 1])->space > space; at--)
+            frames[at] = frames[at - 1];
+        frames[at] = frame;
+    }
+    return count;
+}
+
 /* 2. */
 static void pick(struct batch *batch)
 {
-    for (u32 steps = 4 * BATCH; steps && batch->clean_count + batch->anon_count + batch->file_count < BATCH; steps--) {
-        u32 frame = lru_isolate(LRU_INACTIVE);
-        if (frame == FRAME_NONE)
-            break;
-        batch->looked++;
-        reclaim_counts.scanned++;
-        bool of_file = frame_of(frame)->flags & FRAME_FILE;
-        if (of_file)
-            kernel_take();
-        sort_page(batch, frame);
-        if (of_file)
-            kernel_give_back();
-    }
+    u32 frames[BATCH], steps = 4 * BATCH, wanted, count;
+    do {
+        wanted = min_u32(steps, BATCH - batch->clean_count - batch->anon_count - batch->file_count);
+        count = isolate(frames, wanted);
+        for (u32 i = 0; i < count; i++) {
+            bool of_file = frame_of(frames[i])->flags & FRAME_FILE;
+            if (of_file)
+                kernel_take();
+            sort_page(batch, frames[i]);
+            if (of_file)
+                kernel_give_back();
+        }
+        steps -= count;
+        batch->looked += count;
+        reclaim_counts.scanned += count;
+    } while (count && count == wanted);
     tlb_finish();
 }
 

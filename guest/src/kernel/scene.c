@@ -21,8 +21,8 @@
 /* Longer than a case takes on the slowest machine, in seconds. */
 #define PATIENCE 60
 
-u32 rules_off;
-bool scene_looks_on;
+u32 rules_off READ_MOSTLY;
+bool scene_looks_on READ_MOSTLY;
 u32 places_closed;
 
 struct known {

@@ -128,8 +128,10 @@ void smp_print_counts(void)
 {
     if (!smp)
         return;
-    u32 served = 0;
-    for (const struct cpu *each = cpus; each < cpus_end; each++)
+    u32 sent = 0, served = 0;
+    for (const struct cpu *each = cpus; each < cpus_end; each++) {
+        sent += each->flushes_sent;
         served += each->flushes;
-    printk("smp: flushes sent=%u served=%u\n", flushes_sent, served);
+    }
+    printk("smp: flushes sent=%u served=%u\n", sent, served);
 }

@@ -17,7 +17,7 @@
 #include "tlb.h"
 #include "window.h"
 
-u32 zero_frame;
+u32 zero_frame READ_MOSTLY;
 struct space *spaces;
 
 static struct lock list_lock;

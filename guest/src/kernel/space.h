@@ -73,8 +73,6 @@ enum fault_result {
     FAULT_LOST,          /* the page cannot be read back */
 };
 
-/* Faults at user addresses that were somebody's to mend. */
-extern u32 space_faults;
 /* fault.c: a page fault at a user address, from user or kernel mode. May sleep, and holds nothing then. */
 enum fault_result space_fault(struct space *space, u32 va, u32 error);
 

@@ -3,8 +3,8 @@
  * Jobs: 1. slots, 2. the cache, 3. in, 4. out.
  *
  * Story: a slot is free if no page-table entry names it and the cache has no page for it. A page gets its slot when reclaim
- * first picks it, next to those of the pages picked before, so that what was used together is written together and read
- * ahead together. While a page is in the cache its slot's entries and its mappings may both exist: whoever faults finds it.
+ * first picks it, next to those of the pages of its process that were picked before, so that what was used together is written
+ * together and read ahead together. While a page is in the cache its slot's entries and its mappings may both exist: whoever faults finds it.
  *
  *   mapped only --picked--> mapped, cached, dirty --unmapped, written--> cached, clean --dropped--> in swap alone
  *        ^                                                                    |                         |
@@ -44,14 +44,15 @@ struct slot {
     u32 sum;     /* of what was written to it last */
 };
 
-static struct blk *disk;
+static struct blk *disk READ_MOSTLY;
 static struct slot *const slots = (struct slot *)SWAP_MAP_BASE;
-static u32 slot_count, used;
+static u32 slot_count READ_MOSTLY;
+static u32 used;
 /* Where each CPU takes new slots from, so that what reclaimers on two find together does not mix. */
 static struct cluster {
     u32 cursor, left;
 } clusters[CPUS_MAX];
-static bool sums_all; /* words of a page */
+static bool sums_all READ_MOSTLY; /* words of a page */
 struct swap_counts swap_counts;
 
 /* Job 1: slots. */

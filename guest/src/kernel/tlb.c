@@ -32,8 +32,6 @@
 #include "kpt.h"
 #include "omit.h"
 
-u32 flushes_sent;
-
 bool tlb_is_loaded_anywhere(u32 root)
 {
     for (const struct cpu *other = cpus; other < cpus_end; other++)
@@ -108,9 +106,10 @@ void tlb_age(u32 root, u32 page)
     }
 }
 
-static void ask(struct flush_request *request, struct cpu *other)
+static void ask(struct cpu *self, struct cpu *other)
 {
-    __sync_fetch_and_add(&flushes_sent, 1);
+    struct flush_request *request = &self->flush[other->index];
+    self->flushes_sent++;
     request->wanted = true;
     fence();
     other->called = true;
@@ -122,7 +121,7 @@ static void shoot_down(struct cpu *self)
 {
     for (struct cpu *other = cpus; other < cpus_end; other++)
         if (self->flush[other->index].count && flush_kept(FLUSH_FINISH))
-            ask(&self->flush[other->index], other);
+            ask(self, other);
     for (struct cpu *other = cpus; other < cpus_end; other++) {
         struct flush_request *request = &self->flush[other->index];
         while (request->wanted && flush_kept(FLUSH_FINISH_WAIT)) {

@@ -39,7 +39,4 @@ static inline void tlb_refresh(enum flush flush)
         flush_not_global(flush);
 }
 
-/* Requests sent to other CPUs. */
-extern u32 flushes_sent;
-
 #endif

@@ -23,6 +23,12 @@ typedef unsigned long long u64;
 static inline u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
 static inline u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
 
+/* Lines of CPUs' caches. What all CPUs read, and hardly any writes, has lines of its own: beside a lock or a count it would have to come
+ * from the CPU that took or counted last, again and again. */
+#define CACHE_LINE 64
+#define OWN_LINE __attribute__((aligned(CACHE_LINE)))
+#define READ_MOSTLY __attribute__((section(".data.read_mostly")))
+
 /* Keeps the compiler from moving memory accesses across this point. */
 #define barrier() __asm__ volatile("" ::: "memory")
 

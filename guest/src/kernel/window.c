@@ -19,7 +19,7 @@
 #include "omit.h"
 #include "rule.h"
 
-static u32 high_water;
+static u32 high_water READ_MOSTLY;
 
 /* While tags are collected the high-water mark stays 0, and every mapping goes deeper than that. */
 #define TAGS_MAX 64

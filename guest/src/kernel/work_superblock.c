@@ -21,8 +21,9 @@
 #include "swap.h"
 #include "work.h"
 
-/* Pages of the file: mapped and dirty ones, more than both who reclaim have in a batch each; then those that the writer wants. */
-#define DIRTY 64
+/* Pages of the file: mapped and dirty ones, half as many again as both who reclaim have in a batch each; then those that the writer
+ * wants. */
+#define DIRTY 96
 #define WANTED 6
 #define PAGES (DIRTY + WANTED)
 

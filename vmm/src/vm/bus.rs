@@ -72,8 +72,10 @@ pub const NANOS_PER_INSTRUCTION: u64 = 1;
 /// How long an access to a device takes in a simulation: about as long as an exit to a VMM. A guest that waits by asking a device for the
 /// time asks that much less often.
 const DEVICE_NANOS: u64 = 1000;
-/// PAUSEs in a stretch of code after which a vCPU gives its CPU to others.
-const PAUSES_MAX: u32 = 16;
+/// PAUSEs of one loop after which a vCPU gives its CPU to others: most locks come free before.
+const PAUSES_MAX: u32 = 64;
+/// Instructions from one PAUSE to the next in a loop that waits.
+const PAUSE_LOOP_MAX: u64 = 64;
 /// Attempts to have an access mapped, after which it is made by walk: each is lost to somebody else's progress.
 const ATTEMPTS_MAX: u32 = 8;
 
@@ -95,8 +97,9 @@ pub struct GuestBus<'a> {
     attention: Option<Attention>,
     /// Hardware has the FPU's registers.
     fpu_in_hardware: bool,
-    /// PAUSEs since it last gave its CPU to others.
+    /// PAUSEs of the loop that it is in, and the count of instructions at the last.
     pauses: u32,
+    paused_at: u64,
     aftermath: Aftermath,
 }
 
@@ -125,6 +128,7 @@ impl<'a> GuestBus<'a> {
             attention: None,
             fpu_in_hardware: false,
             pauses: 0,
+            paused_at: 0,
             aftermath,
         };
         bus.go_inside();
@@ -694,7 +698,10 @@ impl Bus for GuestBus<'_> {
     }
 
     fn pause(&mut self) {
-        self.pauses += 1;
+        let now = self.executed + self.step;
+        let goes_on = now - self.paused_at <= PAUSE_LOOP_MAX;
+        self.pauses = if goes_on { self.pauses + 1 } else { 1 };
+        self.paused_at = now;
         if self.pauses == PAUSES_MAX {
             self.pauses = 0;
             // There may be more vCPUs than CPUs, and the one that it spins for without one.
