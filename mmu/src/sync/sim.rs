@@ -7,7 +7,7 @@
 //!
 //! | actor comes to | it |
 //! |---|---|
-//! | [`point`], the end of a slice ([`work`]) | may hand the baton on; could go on at once |
+//! | [`point`], the end of a slice ([`work`]) | may hand the baton on; could go on at once. At a point it may also *stall*: it goes on after a while |
 //! | [`spin()`]: a lock that another has, an answer that is not there yet | hands it on, and is looked at again when another has got on |
 //! | a condition variable ([`Bed`]), [`sleep`] | hands it on until it is woken or its time has come |
 //! | its end ([`ActorGuard`] dropped) | hands it on, and wakes who waits for it |
@@ -50,6 +50,8 @@ use crate::lock_order;
 
 /// Nanoseconds of a look at something that is not there yet.
 const SPIN_NANOS: u64 = 1000;
+/// An actor stalls for less than two to this power of nanoseconds: short stalls as often as long ones.
+const STALL_BITS_MAX: u64 = 20;
 /// Rounds in which everybody spins and nobody gets on, before that is called for ever.
 const IDLE_ROUNDS_MAX: u32 = 10_000;
 /// The same, before time jumps to what another waits for.
@@ -131,6 +133,14 @@ impl Inner {
         let now = self.now;
         let actor = &mut self.actors[actor];
         (actor.state, actor.since) = (state, now);
+    }
+
+    /// It goes on after a while, as a thread does whose CPU another has: others have time for much meanwhile.
+    fn stall(&mut self, actor: usize) {
+        let bits = self.random.below(STALL_BITS_MAX + 1);
+        let until = self.now.saturating_add(self.random.below(1 << bits));
+        self.note(actor, |line| line.push_str("stalls"));
+        self.set(actor, State::Sleeps { wait: "its CPU".into(), key: NOBODY, until: Some(until) });
     }
 
     /// It does something else than to wait.
@@ -480,8 +490,13 @@ pub fn point() {
             let mut inner = sim.lock();
             inner.got_on();
             inner.goes_on(me);
-            let one_in = inner.pace.switch_one_in;
-            if inner.random.below(one_in) == 0 && inner.choices != Some(0) {
+            let Pace { switch_one_in, stall_one_in, .. } = inner.pace;
+            let stalls = inner.random.below(stall_one_in) == 0;
+            let switches = stalls || inner.random.below(switch_one_in) == 0;
+            if switches && inner.choices != Some(0) {
+                if stalls {
+                    inner.stall(me);
+                }
                 sim.take_turn(me, inner);
             }
         });

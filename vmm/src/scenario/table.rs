@@ -135,6 +135,7 @@ fn is_missed(rule: Rule) -> bool {
             | Rule::DropAtInvlpg
             | Rule::WakeAtOpen
             | Rule::OpenBeforeWait
+            | Rule::PageAfterPin
     )
 }
 

@@ -302,3 +302,45 @@ fn who_has_not_looked_again_waits_for_nobody() {
         other_thread.join().expect("no panic");
     }
 }
+
+/// Somebody comes to points while another works, a microsecond at a time.
+fn pointed(seed: u64, choices: Option<u64>) -> Vec<String> {
+    let text = Text::default();
+    let sim = Sim::new(seed, Some(Box::new(text.clone())), never());
+    choices.iter().for_each(|choices| sim.limit_choices(*choices));
+    let actor = sim.enter("main");
+    let (id, thread) = start("a", || {
+        for _ in 0..2000 {
+            point();
+            note(|line| line.push_str("is there"));
+        }
+    });
+    for _ in 0..4000 {
+        work(1000);
+        note(|line| line.push_str("works"));
+    }
+    await_end(&id);
+    drop(actor);
+    thread.join().expect("no panic");
+    sim.logged().expect("written");
+    text.lines()
+}
+
+#[test]
+fn others_do_much_while_an_actor_stalls() {
+    let longest = |seed| {
+        let lines = pointed(seed, None);
+        let stalls = lines.split(|line| line.ends_with("a: stalls")).skip(1);
+        stalls.map(|after| after.iter().take_while(|line| line.ends_with("main: works")).count()).max()
+    };
+    let longest: Vec<_> = (0..20).filter_map(longest).collect();
+    assert!(longest.len() < 20, "there are seeds that do not stall");
+    assert!(longest.iter().any(|works| *works > 100), "{longest:?}");
+}
+
+#[test]
+fn nobody_stalls_once_all_take_turns() {
+    for seed in 0..20 {
+        assert!(!pointed(seed, Some(0)).iter().any(|line| line.ends_with("stalls")), "seed {seed}");
+    }
+}
