@@ -263,10 +263,10 @@ u32 balloon_give_back(u32 frames)
 
 static u32 faults(void)
 {
-    u32 faults = 0;
+    u32 sum = 0;
     for (const struct cpu *each = cpus; each < cpus_end; each++)
-        faults += each->faults;
-    return faults;
+        sum += each->faults;
+    return sum;
 }
 
 static void offer_stats(void)

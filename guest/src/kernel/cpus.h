@@ -25,7 +25,7 @@ struct flush_request {
     u32 pages[FLUSH_PAGES_MAX];
 };
 
-/* Changed by the CPU itself, if nothing else is said: at each lock and interrupt, up to what others look at. */
+/* Changed by the CPU itself, if nothing else is said. What it changes all the time is in other lines than what others look at all the time. */
 struct cpu {
     struct task *task;            /* on whose stack it is: `current` */
     u32 irq_depth;                /* irq.h */
@@ -47,7 +47,7 @@ struct cpu {
     volatile bool called;         /* somebody's request for it is wanted; set by others */
     volatile bool idle;           /* halted, and nobody has called it; LOCK_TASKS */
     volatile bool up, admitted;   /* it runs kernel code; it may go on, which another says (smp.c) */
-    struct flush_request flush[CPUS_MAX]; /* of each other one; `wanted` is cleared by that one */
+    struct flush_request flush[CPUS_MAX] OWN_LINE; /* of each other one; `wanted` is cleared by that one */
 };
 
 extern struct cpu cpus[CPUS_MAX];

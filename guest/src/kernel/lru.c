@@ -65,9 +65,9 @@ void lru_remove_held(u32 number)
     frame->flags &= ~FRAME_LISTED;
 }
 
-u32 lru_isolate_held(enum lru which)
+u32 lru_isolate_held(enum lru list)
 {
-    u32 frame = lists[which].old;
+    u32 frame = lists[list].old;
     if (frame != FRAME_NONE) {
         frame_get_held(frame);
         lru_remove_held(frame);
@@ -75,10 +75,10 @@ u32 lru_isolate_held(enum lru which)
     return frame;
 }
 
-u32 lru_isolate(enum lru which)
+u32 lru_isolate(enum lru list)
 {
     pages_take();
-    u32 frame = lru_isolate_held(which);
+    u32 frame = lru_isolate_held(list);
     pages_give();
     return frame;
 }

@@ -8,13 +8,13 @@
  *            reserve      direct reclaim       kswapd is woken      kswapd sleeps
  *
  * One batch: 1. balance: used pages that have not been used any more go to the inactive list. 2. pick: from the old end of that
- * list; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is
+ * list, a batch at a time, one process's after the other's; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is
  * dirty, in order of slots. 5. free what nobody has come to want meanwhile.
  *
  * Anonymous pages that have no slot in swap, while there is none, are on a list of their own until one comes free.
  *
  * When to give up: not while a disk has a request, since what it has may come free; else after looking at each page of both
- * lists a few times, and once more after all others have run. Then the balloon gives back; then the largest process is killed.
+ * lists a few times, and once more after others have run; nor while another CPU has some in hand. Then the balloon gives back; then the largest process is killed.
  *
  * Holds: INV-G-RECLAIM-1: a page is freed only unmapped, flushed, clean and in nobody's hands. INV-G-RECLAIM-2: no file-system
  * lock is taken against the scope of the task that reclaims.
@@ -45,7 +45,8 @@
 #define KEPT 16
 
 struct reclaim_counts reclaim_counts;
-static READ_MOSTLY u32 mark_min, mark_low, mark_high;
+static u32 mark_min READ_MOSTLY, mark_low READ_MOSTLY, mark_high READ_MOSTLY;
+static u32 in_hand; /* pages off the inactive list that nobody has looked at yet; LOCK_PAGES */
 static const struct task *started;
 static volatile bool kswapd_sleeps;
 static const u32 frames_wanted; /* stands for them, where somebody waits for others to make some free */
@@ -195,44 +196,61 @@ static void sort_page(struct batch *batch, u32 frame)
     }
 }
 
-/* Pages off the old end of the inactive list, one process's after the other's, each in the order of the list: how many. Two CPUs use
- * pages of two processes in turn, but each process wants back what it used together. */
+/* Pages off the old end of the inactive list: how many. */
 static u32 isolate(u32 *frames, u32 most)
 {
     u32 count = 0, frame;
     pages_take();
     while (count < most && (frame = lru_isolate_held(LRU_INACTIVE)) != FRAME_NONE)
         frames[count++] = frame;
+    in_hand += count;
     pages_give();
+    return count;
+}
+
+/* One process's pages after the other's, each in the order they are in: two CPUs use pages of two processes in turn, but each process
+ * wants back what it used together. Whose they are is a guess, as for rmap.c. */
+static void sort_by_space(u32 *frames, u32 count)
+{
     for (u32 i = 1; i < count; i++) {
-        frame = frames[i];
-        u32 at = i, space = frame_of(frame)->space;
+        u32 frame = frames[i], at = i, space = frame_of(frame)->space;
         for (; at > 0 && frame_of(frames[at - 1])->space > space; at--)
             frames[at] = frames[at - 1];
         frames[at] = frame;
     }
-    return count;
 }
+
+static void sort_pages(struct batch *batch, const u32 *frames, u32 count)
+{
+    for (u32 i = 0; i < count; i++) {
+        bool of_file = frame_of(frames[i])->flags & FRAME_FILE;
+        if (of_file)
+            kernel_take();
+        sort_page(batch, frames[i]);
+        if (of_file)
+            kernel_give_back();
+    }
+    pages_take();
+    in_hand -= count;
+    pages_give();
+}
+
+static u32 room_in(const struct batch *batch) { return BATCH - batch->clean_count - batch->anon_count - batch->file_count; }
 
 /* 2. */
 static void pick(struct batch *batch)
 {
-    u32 frames[BATCH], steps = 4 * BATCH, wanted, count;
-    do {
-        wanted = min_u32(steps, BATCH - batch->clean_count - batch->anon_count - batch->file_count);
-        count = isolate(frames, wanted);
-        for (u32 i = 0; i < count; i++) {
-            bool of_file = frame_of(frames[i])->flags & FRAME_FILE;
-            if (of_file)
-                kernel_take();
-            sort_page(batch, frames[i]);
-            if (of_file)
-                kernel_give_back();
-        }
+    u32 frames[BATCH], steps = 4 * BATCH, wanted;
+    while ((wanted = min_u32(steps, room_in(batch)))) {
+        u32 count = isolate(frames, wanted);
+        sort_by_space(frames, count);
+        sort_pages(batch, frames, count);
         steps -= count;
         batch->looked += count;
         reclaim_counts.scanned += count;
-    } while (count && count == wanted);
+        if (count < wanted)
+            break;
+    }
     tlb_finish();
 }
 
@@ -354,7 +372,7 @@ static u32 reclaim_to(u32 goal, u32 enough)
         } else if (content && looked >= pages) {
             break;
         } else if (few || looked >= LOOKS * pages) {
-            if (others_ran)
+            if (others_ran && !in_hand)
                 break;
             looked = 0;
             others_ran = true;

@@ -3,8 +3,8 @@
  * Jobs: 1. slots, 2. the cache, 3. in, 4. out.
  *
  * Story: a slot is free if no page-table entry names it and the cache has no page for it. A page gets its slot when reclaim
- * first picks it, next to those of the pages of its process that were picked before, so that what was used together is written
- * together and read ahead together. While a page is in the cache its slot's entries and its mappings may both exist: whoever faults finds it.
+ * first picks it, next to those that were picked with it, of its own process first, so that what was used together is written together
+ * and read ahead together. While a page is in the cache its slot's entries and its mappings may both exist: whoever faults finds it.
  *
  *   mapped only --picked--> mapped, cached, dirty --unmapped, written--> cached, clean --dropped--> in swap alone
  *        ^                                                                    |                         |

@@ -21,9 +21,9 @@
 #include "swap.h"
 #include "work.h"
 
-/* Pages of the file: mapped and dirty ones, half as many again as both who reclaim have in a batch each; then those that the writer
- * wants. */
-#define DIRTY 96
+/* Pages of the file: mapped and dirty ones, so many that each of two who reclaim finds more than it would leave alone, whatever the other
+ * has in hand; then those that the writer wants. */
+#define DIRTY (3 * SWAP_OUT_MAX)
 #define WANTED 6
 #define PAGES (DIRTY + WANTED)
 

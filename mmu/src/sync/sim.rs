@@ -12,7 +12,8 @@
 //! | a condition variable ([`Bed`]), [`sleep`] | hands it on until it is woken or its time has come |
 //! | its end ([`ActorGuard`] dropped) | hands it on, and wakes who waits for it |
 //!
-//! Where the seed's choices are limited ([`Sim::limit_choices`]), all take turns after the last of them, and nobody is interrupted at a point.
+//! Where the seed's choices are limited ([`Sim::limit_choices`]), all take turns after the last of them, and nobody is interrupted at a point,
+//! or stalls.
 //!
 //! Holds: the baton is with an actor that can run, as long as there is one. Where none can, and no time is waited for, nobody will
 //! ever go on. Nor will some who wait for each other, whatever others do; and who has stood at one wait for [`WAIT_NANOS_MAX`] is taken
@@ -58,7 +59,7 @@ const IDLE_ROUNDS_MAX: u32 = 10_000;
 const ROUNDS_A_JUMP: u32 = 16;
 /// Nobody stands at one wait for longer, in virtual time, but who has nothing to do, or waits for a thread's end. A gate is closed for one
 /// batch ([`crate::invalidation::BATCH_MAX`]), each page of which is a transfer at worst, of the slowest pace: 2.6 s; a lock, an answer
-/// and the bus are a matter of less.
+/// and the bus are a matter of less. Stalls are of another order: at the most frequent they add some 0.25 us a point.
 pub const WAIT_NANOS_MAX: u64 = 10_000_000_000;
 /// No actor has the baton.
 const NOBODY: usize = usize::MAX;

@@ -74,7 +74,7 @@ pub const NANOS_PER_INSTRUCTION: u64 = 1;
 const DEVICE_NANOS: u64 = 1000;
 /// PAUSEs of one loop after which a vCPU gives its CPU to others: most locks come free before.
 const PAUSES_MAX: u32 = 64;
-/// Instructions from one PAUSE to the next in a loop that waits.
+/// Instructions from one PAUSE to the next in a loop that waits. One that takes more keeps its CPU for a slice.
 const PAUSE_LOOP_MAX: u64 = 64;
 /// Attempts to have an access mapped, after which it is made by walk: each is lost to somebody else's progress.
 const ATTEMPTS_MAX: u32 = 8;
@@ -699,7 +699,7 @@ impl Bus for GuestBus<'_> {
 
     fn pause(&mut self) {
         let now = self.executed + self.step;
-        let goes_on = now - self.paused_at <= PAUSE_LOOP_MAX;
+        let goes_on = now.saturating_sub(self.paused_at) <= PAUSE_LOOP_MAX;
         self.pauses = if goes_on { self.pauses + 1 } else { 1 };
         self.paused_at = now;
         if self.pauses == PAUSES_MAX {

@@ -325,3 +325,28 @@ fn a_vcpu_that_is_wanted_leaves_when_a_page_has_been_brought_in() {
     assert_eq!(read(false), (Ok(0), Ok(0)));
     assert_eq!(read(true), (Err(BusError::Again), Ok(0)), "the page is there when it is back");
 }
+
+#[test]
+fn pauses_of_one_loop_give_the_cpu_to_others() {
+    let sim = sim::Sim::new(1, None, Box::new(|stuck| panic!("{stuck}")));
+    let _actor = sim.enter("vcpu 0");
+    let mut rig = Rig::new(None);
+    let mut bus = rig.bus();
+    let mut step = 0;
+    // Times that others could run while it paused so often, so many instructions apart.
+    let mut given = |times: u32, apart: u64| {
+        let before = sim::now();
+        for _ in 0..times {
+            step += apart;
+            bus.begin(step, 0);
+            bus.pause();
+        }
+        sim::now() != before
+    };
+    assert!(!given(PAUSES_MAX - 1, 3), "most locks come free before");
+    assert!(given(1, 3));
+    assert!(!given(PAUSES_MAX - 1, PAUSE_LOOP_MAX), "it begins anew");
+    assert!(!given(PAUSES_MAX - 1, PAUSE_LOOP_MAX + 1), "none is of the same loop as the one before");
+    assert!(!given(PAUSES_MAX - 2, PAUSE_LOOP_MAX));
+    assert!(given(1, PAUSE_LOOP_MAX));
+}

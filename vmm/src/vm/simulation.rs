@@ -6,7 +6,7 @@
 //!
 //! | source of chance | in a simulation |
 //! |---|---|
-//! | which thread runs | the seed's choice, at scheduling points |
+//! | which thread runs, and where one stalls | the seed's choice, at scheduling points |
 //! | time: guest's, records', budget steps, `--timeout`, pauses | virtual: instructions run, devices asked, then jumps to what is waited for |
 //! | how long a disk or swap takes | the seed's choice |
 //! | the date | [`EPOCH_SECONDS`] and guest time |

@@ -27,12 +27,15 @@ impl Random {
     }
 }
 
+/// At one point of so many: at none.
+const NEVER: u64 = 1 << 40;
+
 /// How a seed drives a simulation: each seed has its own, so that a sweep meets brisk ones and lazy ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
     /// At one scheduling point of so many the baton goes on.
     pub switch_one_in: u64,
-    /// At one of so many its actor stalls.
+    /// At one of so many its actor stalls, unless it is [`NEVER`].
     pub stall_one_in: u64,
     /// A slice has at most two to this power of instructions.
     pub slice_bits: u32,
@@ -47,7 +50,7 @@ impl Pace {
         let mut choose = |of: &[u64]| of[random.below(of.len() as u64) as usize];
         Pace {
             switch_one_in: choose(&[1, 2, 4, 16, 64]),
-            stall_one_in: choose(&[200, 1000, 5000, 25_000, 1 << 40]),
+            stall_one_in: choose(&[200, 1000, 5000, 25_000, NEVER]),
             slice_bits: choose(&[6, 8, 10, 12, 14]) as u32,
             instruction_nanos: choose(&[1, 2, 4, 8, 16]),
             transfer_nanos_max: choose(&[1, 10_000, 100_000, 1_000_000, 5_000_000]),
@@ -57,11 +60,14 @@ impl Pace {
 
 impl fmt::Display for Pace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "switches 1 in {}, ", self.switch_one_in)?;
+        match self.stall_one_in {
+            NEVER => f.write_str("no stalls")?,
+            one_in => write!(f, "stalls 1 in {one_in}")?,
+        }
         write!(
             f,
-            "switches 1 in {}, stalls 1 in {}, slices to {}, {} ns an instruction, transfers to {} ns",
-            self.switch_one_in,
-            self.stall_one_in,
+            ", slices to {}, {} ns an instruction, transfers to {} ns",
             1u64 << self.slice_bits,
             self.instruction_nanos,
             self.transfer_nanos_max
