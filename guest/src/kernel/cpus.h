@@ -25,7 +25,8 @@ struct flush_request {
     u32 pages[FLUSH_PAGES_MAX];
 };
 
-/* Changed by the CPU itself, if nothing else is said. What it changes all the time is in other lines than what others look at all the time. */
+/* Changed by the CPU itself, if nothing else is said. What it changes all the time is in other lines of the caches than what others look
+ * at all the time. */
 struct cpu {
     struct task *task;            /* on whose stack it is: `current` */
     u32 irq_depth;                /* irq.h */

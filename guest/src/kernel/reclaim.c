@@ -8,13 +8,15 @@
  *            reserve      direct reclaim       kswapd is woken      kswapd sleeps
  *
  * One batch: 1. balance: used pages that have not been used any more go to the inactive list. 2. pick: from the old end of that
- * list, a batch at a time, one process's after the other's; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush of the other CPUs. 4. write what is
- * dirty, in order of slots. 5. free what nobody has come to want meanwhile.
+ * list, a batch at a time, one process's after the other's; one that was used, or cannot go now, goes to the active list.
+ * 3. unmap, all with one flush of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has come to want
+ * meanwhile.
  *
  * Anonymous pages that have no slot in swap, while there is none, are on a list of their own until one comes free.
  *
  * When to give up: not while a disk has a request, since what it has may come free; else after looking at each page of both
- * lists a few times, and once more after others have run; nor while another CPU has some in hand. Then the balloon gives back; then the largest process is killed.
+ * lists a few times, and once more after others have run; nor while another CPU has some in hand. Then the balloon gives back;
+ * then the largest process is killed.
  *
  * Holds: INV-G-RECLAIM-1: a page is freed only unmapped, flushed, clean and in nobody's hands. INV-G-RECLAIM-2: no file-system
  * lock is taken against the scope of the task that reclaims.
