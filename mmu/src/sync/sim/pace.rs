@@ -27,7 +27,7 @@ impl Random {
     }
 }
 
-/// At one point of so many: at none.
+/// At one point of so many, which nobody lives to see.
 const NEVER: u64 = 1 << 40;
 
 /// How a seed drives a simulation: each seed has its own, so that a sweep meets brisk ones and lazy ones.
@@ -35,7 +35,7 @@ const NEVER: u64 = 1 << 40;
 pub struct Pace {
     /// At one scheduling point of so many the baton goes on.
     pub switch_one_in: u64,
-    /// At one of so many its actor stalls, unless it is [`NEVER`].
+    /// At one of so many its actor stalls; at none, where it is 2^40.
     pub stall_one_in: u64,
     /// A slice has at most two to this power of instructions.
     pub slice_bits: u32,
