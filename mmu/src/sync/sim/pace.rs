@@ -28,7 +28,7 @@ impl Random {
 }
 
 /// At one point of so many, which nobody lives to see.
-const NEVER: u64 = 1 << 40;
+pub(super) const NEVER: u64 = 1 << 40;
 
 /// How a seed drives a simulation: each seed has its own, so that a sweep meets brisk ones and lazy ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
