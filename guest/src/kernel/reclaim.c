@@ -210,17 +210,20 @@ static u32 isolate(u32 *frames, u32 most)
     return count;
 }
 
-/* One process's pages after the other's, each in the order they are in: two CPUs use pages of two processes in turn, but each process
- * wants back what it used together. Whose they are is a guess, as for rmap.c. */
-static void sort_by_space(u32 *frames, u32 count)
+/* In the order of their keys; those of one key stay in the order they are in. */
+static inline __attribute__((always_inline)) void sort(u32 *frames, u32 count, u32 (*key)(u32 frame))
 {
     for (u32 i = 1; i < count; i++) {
-        u32 frame = frames[i], at = i, space = frame_of(frame)->space;
-        for (; at > 0 && frame_of(frames[at - 1])->space > space; at--)
+        u32 frame = frames[i], at = i, own = key(frame);
+        for (; at > 0 && key(frames[at - 1]) > own; at--)
             frames[at] = frames[at - 1];
         frames[at] = frame;
     }
 }
+
+/* Pages are sorted by it since two CPUs use pages of two processes in turn, but each process wants back what it used together. It is a
+ * guess, as for rmap.c. */
+static u32 owner(u32 frame) { return frame_of(frame)->space; }
 
 static void sort_pages(struct batch *batch, const u32 *frames, u32 count)
 {
@@ -245,7 +248,7 @@ static void pick(struct batch *batch)
     u32 frames[BATCH], steps = 4 * BATCH, wanted;
     while ((wanted = min_u32(steps, room_in(batch)))) {
         u32 count = isolate(frames, wanted);
-        sort_by_space(frames, count);
+        sort(frames, count, owner);
         sort_pages(batch, frames, count);
         steps -= count;
         batch->looked += count;
@@ -257,16 +260,6 @@ static void pick(struct batch *batch)
 }
 
 static u32 rank(u32 frame) { return write_order == WRITE_BY_FRAMES ? frame : swap_slot_of(frame); }
-
-static void sort(u32 *frames, u32 count)
-{
-    for (u32 i = 1; i < count; i++) {
-        u32 frame = frames[i], at = i;
-        for (; at > 0 && rank(frames[at - 1]) > rank(frame); at--)
-            frames[at] = frames[at - 1];
-        frames[at] = frame;
-    }
-}
 
 /* 5. Frees the page if only the cache has it beside this reference, and it is clean. */
 static bool free_or_put_back_held(u32 frame)
@@ -312,7 +305,7 @@ static u32 free_clean(const struct batch *batch)
 
 static u32 write_and_free_anon(struct batch *batch)
 {
-    sort(batch->anon, batch->anon_count);
+    sort(batch->anon, batch->anon_count, rank);
     if (write_order != WRITE_AT_SCAN)
         swap_out(batch->anon, batch->anon_count);
     return free_all(batch->anon, batch->anon_count);
