@@ -75,14 +75,6 @@ u32 lru_isolate_held(enum lru list)
     return frame;
 }
 
-u32 lru_isolate(enum lru list)
-{
-    pages_take();
-    u32 frame = lru_isolate_held(list);
-    pages_give();
-    return frame;
-}
-
 void frame_mark(u32 frame, u32 set, u32 clear)
 {
     pages_take();

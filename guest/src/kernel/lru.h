@@ -41,7 +41,6 @@ void frame_arrived_held(u32 frame, u32 set, u32 clear);
 /* Sleeps while the page has one of these flags: of those that are on their way, whose end wakes the frame. */
 void frame_wait_while(u32 frame, u32 flags);
 /* The oldest page of a list, taken off it with a reference; FRAME_NONE when it is empty. */
-u32 lru_isolate(enum lru list);
 u32 lru_isolate_held(enum lru list);
 
 #endif

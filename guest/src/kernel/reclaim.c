@@ -8,9 +8,10 @@
  *            reserve      direct reclaim       kswapd is woken      kswapd sleeps
  *
  * One batch: 1. balance: used pages that have not been used any more go to the inactive list. 2. pick: from the old end of that
- * list, a batch at a time, one process's after the other's; one that was used, or cannot go now, goes to the active list.
- * 3. unmap, all with one flush of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has come to want
- * meanwhile.
+ * list, one process's after the other's; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush
+ * of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has come to want meanwhile. Each of these is one
+ * step under LOCK_PAGES for all pages of the batch, since where two CPUs reclaim it is this lock, and the lines of the caches that go
+ * with it from one to the other, that they wait for.
  *
  * Anonymous pages that have no slot in swap, while there is none, are on a list of their own until one comes free.
  *
@@ -48,7 +49,7 @@
 
 struct reclaim_counts reclaim_counts;
 static u32 mark_min READ_MOSTLY, mark_low READ_MOSTLY, mark_high READ_MOSTLY;
-static u32 in_hand; /* pages off the inactive list that nobody has looked at yet; LOCK_PAGES */
+static u32 in_hand; /* pages off a list that are being looked at; LOCK_PAGES */
 static const struct task *started;
 static volatile bool kswapd_sleeps;
 static const u32 frames_wanted; /* stands for them, where somebody waits for others to make some free */
@@ -80,59 +81,157 @@ static void put_back_held(u32 frame, enum lru list)
     swap_put_held(frame);
 }
 
-static void put_back(u32 frame, enum lru list)
+/* In the order of their keys; those of one key stay in the order they are in. */
+static inline __attribute__((always_inline)) void sort(u32 *frames, u32 count, u32 (*key)(u32 frame))
 {
-    pages_take();
-    put_back_held(frame, list);
-    pages_give();
+    for (u32 i = 1; i < count; i++) {
+        u32 frame = frames[i], at = i, own = key(frame);
+        for (; at > 0 && key(frames[at - 1]) > own; at--)
+            frames[at] = frames[at - 1];
+        frames[at] = frame;
+    }
 }
 
-/* Puts a page back that has to stay whether it was used or not, out of the way. When a slot comes free for one that is stuck, it is to
- * be known whether it was used since: else the page that has just come in would be the only one that looks unused, and go again. */
-static bool put_aside(u32 frame)
+/* Pages are sorted by it since two CPUs use pages of two processes in turn, but each process wants back what it used together; those of
+ * the file come first. It is a guess, as for rmap.c. */
+static u32 owner(u32 frame) { return frame_of(frame)->flags & FRAME_FILE ? 0 : frame_of(frame)->space | 1; }
+
+/* Pages off the old end of a list: how many. */
+static u32 isolate(enum lru list, u32 *frames, u32 most)
+{
+    u32 count = 0, frame;
+    pages_take();
+    while (count < most && (frame = lru_isolate_held(list)) != FRAME_NONE)
+        frames[count++] = frame;
+    in_hand += count;
+    pages_give();
+    sort(frames, count, owner);
+    return count;
+}
+
+/* No list. */
+#define LRU_NONE LRU_LISTS
+
+/* The list of a page that has to stay whether it was used or not. When a slot comes free for one that is stuck, it is to be known whether
+ * it was used since: else the page that has just come in would be the only one that looks unused, and go again. */
+static enum lru aside(u32 frame)
 {
     const struct frame *page = frame_of(frame);
     if (frame_is(frame, FRAME_READING | FRAME_WRITING | FRAME_FAILED)) {
         reclaim_counts.busy++;
-        put_back(frame, LRU_ACTIVE);
-        return true;
+        return LRU_ACTIVE;
     }
     if (!(page->flags & FRAME_ANON) || in_swap_cache(frame) || !swap_is_full())
-        return false;
+        return LRU_NONE;
     reclaim_counts.no_slot++;
-    rmap_take_used(frame);
-    put_back(frame, LRU_STUCK);
-    return true;
+    return LRU_STUCK;
+}
+
+static enum write_order write_order READ_MOSTLY;
+void reclaim_choose_order(enum write_order order) { write_order = order; }
+
+/* A page that is unmapped, but may still be in a TLB; LOCK_PAGES is held. */
+static void add_held(struct batch *batch, u32 frame, bool written_to)
+{
+    bool of_file = frame_of(frame)->flags & FRAME_FILE;
+    if (!written_to && !frame_is(frame, FRAME_DIRTY)) {
+        batch->clean[batch->clean_count++] = frame;
+        batch->clean_of_file |= of_file;
+    } else if (of_file) {
+        frame_mark_held(frame, FRAME_DIRTY, 0);
+        batch->file[batch->file_count++] = frame;
+    } else {
+        frame_mark_held(frame, FRAME_DIRTY | FRAME_WRITING, 0);
+        batch->anon[batch->anon_count++] = frame;
+    }
+}
+
+/* 3. Whoever calls has the other CPUs flush after. */
+static void begin_unmap(struct batch *batch, const u32 *frames, u32 count)
+{
+    pte_t bits[BATCH];
+    u32 begun = batch->anon_count;
+    rmap_begin_unmap(frames, count, bits);
+    pages_take();
+    for (u32 i = 0; i < count; i++)
+        add_held(batch, frames[i], bits[i] & PTE_D);
+    pages_give();
+    for (; write_order == WRITE_AT_SCAN && begun < batch->anon_count; begun++) {
+        tlb_finish();
+        swap_out(&batch->anon[begun], 1);
+    }
+}
+
+/* Where a page goes that need not go aside; LOCK_PAGES is held, and for one of the file the kernel. */
+typedef enum lru (*decide_t)(u32 frame, pte_t used);
+
+/* Pages of the file alone, with the kernel, or none. Those that go to no list are unmapped. */
+static void look_at_some(const u32 *frames, u32 count, decide_t decide, struct batch *batch)
+{
+    pte_t used[BATCH];
+    u32 going[BATCH], gone = 0;
+    rmap_take_used(frames, count, used);
+    pages_take();
+    for (u32 i = 0; i < count; i++) {
+        enum lru list = aside(frames[i]);
+        if (list == LRU_NONE)
+            list = decide(frames[i], used[i]);
+        if (list == LRU_NONE)
+            going[gone++] = frames[i];
+        else
+            put_back_held(frames[i], list);
+    }
+    in_hand -= count;
+    pages_give();
+    if (gone)
+        begin_unmap(batch, going, gone);
+}
+
+/* At pages off a list, those of the file first. */
+static void look_at(const u32 *frames, u32 count, decide_t decide, struct batch *batch)
+{
+    u32 of_file = 0;
+    while (of_file < count && frame_of(frames[of_file])->flags & FRAME_FILE)
+        of_file++;
+    if (of_file) {
+        kernel_take();
+        look_at_some(frames, of_file, decide, batch);
+        kernel_give_back();
+    }
+    if (of_file < count)
+        look_at_some(frames + of_file, count - of_file, decide, batch);
+    batch->looked += count;
 }
 
 /* Where slots have come free, pages that wait for one come back; most of them to no avail, but then few slots are free. */
 static void unstick(void)
 {
-    for (u32 steps = BATCH / 4; steps && lru_count[LRU_STUCK] && !swap_is_full(); steps--) {
-        u32 frame = lru_isolate(LRU_STUCK);
-        if (frame != FRAME_NONE)
-            put_back(frame, LRU_INACTIVE);
-    }
+    pages_take();
+    for (u32 steps = BATCH / 4, frame; steps && !swap_is_full() && (frame = lru_isolate_held(LRU_STUCK)) != FRAME_NONE; steps--)
+        put_back_held(frame, LRU_INACTIVE);
+    pages_give();
 }
 
-/* 1. Returns how many pages it looked at. */
-static u32 balance(void)
+static enum lru keep_if_used(u32 frame, pte_t used)
 {
-    u32 steps = 0;
+    (void)frame;
+    return used & PTE_A ? LRU_ACTIVE : LRU_INACTIVE;
+}
+
+/* Pages that the active list has beyond its half of both. */
+static u32 surplus(void)
+{
+    u32 active = lru_count[LRU_ACTIVE], inactive = lru_count[LRU_INACTIVE];
+    return active > inactive ? (active - inactive + 1) / 2 : 0;
+}
+
+/* 1. */
+static void balance(struct batch *batch)
+{
+    u32 frames[BATCH], steps = BATCH, count;
     unstick();
-    for (; steps < BATCH && lru_count[LRU_ACTIVE] > lru_count[LRU_INACTIVE]; steps++) {
-        u32 frame = lru_isolate(LRU_ACTIVE);
-        if (frame == FRAME_NONE)
-            break;
-        bool of_file = frame_of(frame)->flags & FRAME_FILE;
-        if (of_file)
-            kernel_take();
-        if (!put_aside(frame))
-            put_back(frame, rmap_take_used(frame) & PTE_A ? LRU_ACTIVE : LRU_INACTIVE);
-        if (of_file)
-            kernel_give_back();
-    }
-    return steps;
+    for (; steps && (count = isolate(LRU_ACTIVE, frames, min_u32(steps, surplus()))); steps -= count)
+        look_at(frames, count, keep_if_used, batch);
 }
 
 /* The file's pages need the lock of the file system only for a block, and a block only when they are written. */
@@ -151,93 +250,16 @@ static bool can_go(u32 frame, bool mapped_dirty)
     const struct frame *page = frame_of(frame);
     if (page->flags & FRAME_FILE)
         return file_page_can_go(page, mapped_dirty || page->flags & FRAME_DIRTY);
-    return swap_slot_for(frame) != SLOT_NONE;
+    return swap_slot_for_held(frame) != SLOT_NONE;
 }
 
-static enum write_order write_order READ_MOSTLY;
-void reclaim_choose_order(enum write_order order) { write_order = order; }
-
-static void write_at_once(u32 frame)
+static enum lru unmap_if_unused(u32 frame, pte_t used)
 {
-    tlb_finish();
-    swap_out(&frame, 1);
-}
-
-/* 3. Whoever calls has the other CPUs flush after: what it was written through is known before. */
-static void begin_unmap(struct batch *batch, u32 frame)
-{
-    struct frame *page = frame_of(frame);
-    bool written_to = rmap_begin_unmap(frame), of_file = page->flags & FRAME_FILE;
-    if (!written_to && !frame_is(frame, FRAME_DIRTY)) {
-        batch->clean[batch->clean_count++] = frame;
-        batch->clean_of_file |= of_file;
-        return;
-    }
-    frame_mark(frame, of_file ? FRAME_DIRTY : FRAME_DIRTY | FRAME_WRITING, 0);
-    if (of_file)
-        batch->file[batch->file_count++] = frame;
-    else
-        batch->anon[batch->anon_count++] = frame;
-    if (write_order == WRITE_AT_SCAN && !of_file)
-        write_at_once(frame);
-}
-
-/* One page off the list: where it goes. */
-static void sort_page(struct batch *batch, u32 frame)
-{
-    if (put_aside(frame))
-        return;
-    pte_t used = rmap_take_used(frame);
     if (used & PTE_A) {
         reclaim_counts.referenced++;
-        put_back(frame, LRU_ACTIVE);
-    } else if (!can_go(frame, used & PTE_D)) {
-        put_back(frame, LRU_ACTIVE);
-    } else {
-        begin_unmap(batch, frame);
+        return LRU_ACTIVE;
     }
-}
-
-/* Pages off the old end of the inactive list: how many. */
-static u32 isolate(u32 *frames, u32 most)
-{
-    u32 count = 0, frame;
-    pages_take();
-    while (count < most && (frame = lru_isolate_held(LRU_INACTIVE)) != FRAME_NONE)
-        frames[count++] = frame;
-    in_hand += count;
-    pages_give();
-    return count;
-}
-
-/* In the order of their keys; those of one key stay in the order they are in. */
-static inline __attribute__((always_inline)) void sort(u32 *frames, u32 count, u32 (*key)(u32 frame))
-{
-    for (u32 i = 1; i < count; i++) {
-        u32 frame = frames[i], at = i, own = key(frame);
-        for (; at > 0 && key(frames[at - 1]) > own; at--)
-            frames[at] = frames[at - 1];
-        frames[at] = frame;
-    }
-}
-
-/* Pages are sorted by it since two CPUs use pages of two processes in turn, but each process wants back what it used together. It is a
- * guess, as for rmap.c. */
-static u32 owner(u32 frame) { return frame_of(frame)->space; }
-
-static void sort_pages(struct batch *batch, const u32 *frames, u32 count)
-{
-    for (u32 i = 0; i < count; i++) {
-        bool of_file = frame_of(frames[i])->flags & FRAME_FILE;
-        if (of_file)
-            kernel_take();
-        sort_page(batch, frames[i]);
-        if (of_file)
-            kernel_give_back();
-    }
-    pages_take();
-    in_hand -= count;
-    pages_give();
+    return can_go(frame, used & PTE_D) ? LRU_NONE : LRU_ACTIVE;
 }
 
 static u32 room_in(const struct batch *batch) { return BATCH - batch->clean_count - batch->anon_count - batch->file_count; }
@@ -247,11 +269,9 @@ static void pick(struct batch *batch)
 {
     u32 frames[BATCH], steps = 4 * BATCH, wanted;
     while ((wanted = min_u32(steps, room_in(batch)))) {
-        u32 count = isolate(frames, wanted);
-        sort(frames, count, owner);
-        sort_pages(batch, frames, count);
+        u32 count = isolate(LRU_INACTIVE, frames, wanted);
+        look_at(frames, count, unmap_if_unused, batch);
         steps -= count;
-        batch->looked += count;
         reclaim_counts.scanned += count;
         if (count < wanted)
             break;
@@ -284,11 +304,10 @@ static bool free_or_put_back_held(u32 frame)
 static u32 free_all(const u32 *frames, u32 count)
 {
     u32 freed = 0;
-    for (u32 i = 0; i < count; i++) {
-        pages_take();
+    pages_take();
+    for (u32 i = 0; i < count; i++)
         freed += free_or_put_back_held(frames[i]);
-        pages_give();
-    }
+    pages_give();
     return freed;
 }
 
@@ -330,10 +349,10 @@ static u32 write_and_free_file(const struct batch *batch)
 static u32 shrink(u32 *looked)
 {
     struct batch batch;
-    batch.clean_count = batch.anon_count = batch.file_count = 0;
+    batch.looked = batch.clean_count = batch.anon_count = batch.file_count = 0;
     batch.clean_of_file = false;
     current->has_batch = true;
-    batch.looked = balance();
+    balance(&batch);
     pick(&batch);
     *looked += batch.looked;
     u32 freed = free_clean(&batch);

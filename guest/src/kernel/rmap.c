@@ -35,29 +35,65 @@ static bool place_of(struct space *space, const struct frame *page, u32 *va)
     return true;
 }
 
-/* The table where the space would have the page; false if there is none, or no such space any more. */
-static bool open_there(struct space *space, struct mapping *mapping)
+/* A walk from page to page, which keeps the lock of a space and the table that it has open for as long as the next page wants the same. */
+struct look {
+    struct space *space; /* whose lock it has; NULL for none */
+    bool open;           /* the leaf of `mapping` */
+    struct mapping mapping;
+};
+
+static void close_table(struct look *look)
 {
-    upt_take(&space->upt);
-    bool open = space_is_live(space) && place_of(space, frame_of(mapping->frame), &mapping->va) &&
-                upt_open_held(&space->upt, mapping->va, false, &mapping->leaf);
-    if (!open)
-        upt_give(&space->upt);
-    return open;
+    if (look->open)
+        upt_close_held(&look->mapping.leaf);
+    look->open = false;
 }
 
-/* The entry in this space, as it was before; 0 if it does not map the frame. */
-static pte_t visit_one(struct space *space, u32 frame, change_t change)
+static void leave(struct look *look)
 {
-    struct mapping mapping = {.frame = frame, .root = space->upt.cr3};
-    if (!open_there(space, &mapping))
+    close_table(look);
+    if (look->space)
+        upt_give(&look->space->upt);
+    look->space = NULL;
+}
+
+static void enter(struct look *look, struct space *space)
+{
+    if (look->space == space)
+        return;
+    leave(look);
+    upt_take(&space->upt);
+    look->space = space;
+    look->mapping.root = space->upt.cr3;
+}
+
+/* To the entry of the page; false if the space has no table there, or is none any more. */
+static bool move_to(struct look *look, u32 frame)
+{
+    struct mapping *mapping = &look->mapping;
+    u32 va, before = mapping->va;
+    if (!space_is_live(look->space) || !place_of(look->space, frame_of(frame), &va))
+        return false;
+    mapping->frame = frame;
+    mapping->va = va;
+    if (look->open && upt_reaches(before, va)) {
+        upt_move(&mapping->leaf, va);
+        return true;
+    }
+    close_table(look);
+    look->open = upt_open_held(&look->space->upt, va, false, &mapping->leaf);
+    return look->open;
+}
+
+/* The page's entry in this space, as it was before; 0 if there is none. */
+static pte_t look_in(struct look *look, struct space *space, u32 frame, change_t change)
+{
+    enter(look, space);
+    if (!move_to(look, frame))
         return 0;
-    pte_t entry = upt_get(&mapping.leaf);
+    pte_t entry = upt_get(&look->mapping.leaf);
     bool maps = (entry & PTE_P) && pte_frame(entry) == frame;
-    if (maps)
-        entry = change(&mapping);
-    upt_close(&mapping.leaf);
-    return maps ? entry : 0;
+    return maps ? change(&look->mapping) : 0;
 }
 
 /* Without a lock: others may add one at any time after. Mappings, if nobody else holds the page but who asks and the cache: at
@@ -65,23 +101,25 @@ static pte_t visit_one(struct space *space, u32 frame, change_t change)
 static u32 mappings(u32 frame) { return frame_of(frame)->refs - 1 - (in_swap_cache(frame) || file_has(frame)); }
 
 /* All bits that the entries had, together. */
-static pte_t visit(u32 frame, change_t change)
+static pte_t visit(struct look *look, u32 frame, change_t change)
 {
     struct space *likely = (struct space *)frame_of(frame)->space;
     u32 left = mappings(frame);
     pte_t all = 0;
-    if (left && likely && (all = visit_one(likely, frame, change)))
+    if (left && likely && (all = look_in(look, likely, frame, change)))
         left--;
     if (!left)
         return all;
+    leave(look);
     bool of_file = frame_of(frame)->flags & FRAME_FILE;
     if (!of_file)
         spaces_take();
     for (struct space *space = spaces; space && left; space = space->next) {
-        pte_t entry = space == likely ? 0 : visit_one(space, frame, change);
+        pte_t entry = space == likely ? 0 : look_in(look, space, frame, change);
         all |= entry;
         left -= entry != 0;
     }
+    leave(look);
     if (!of_file)
         spaces_give();
     return all;
@@ -97,7 +135,13 @@ static pte_t age(struct mapping *mapping)
     return entry;
 }
 
-pte_t rmap_take_used(u32 frame) { return visit(frame, age) & (PTE_A | PTE_D); }
+void rmap_take_used(const u32 *frames, u32 count, pte_t *used)
+{
+    struct look look = {.space = NULL};
+    for (u32 i = 0; i < count; i++)
+        used[i] = visit(&look, frames[i], age) & (PTE_A | PTE_D);
+    leave(&look);
+}
 
 /* The reference goes here too: whoever asks has one of its own. */
 static pte_t replace(struct mapping *mapping, pte_t by)
@@ -122,14 +166,18 @@ static pte_t to_nothing(struct mapping *mapping)
     return entry;
 }
 
-bool rmap_begin_unmap(u32 frame)
+void rmap_begin_unmap(const u32 *frames, u32 count, pte_t *bits)
 {
-    return visit(frame, frame_of(frame)->flags & FRAME_FILE ? to_nothing : to_swap) & PTE_D;
+    struct look look = {.space = NULL};
+    for (u32 i = 0; i < count; i++)
+        bits[i] = visit(&look, frames[i], frame_of(frames[i])->flags & FRAME_FILE ? to_nothing : to_swap);
+    leave(&look);
 }
 
 bool rmap_unmap(u32 frame)
 {
-    bool dirty = rmap_begin_unmap(frame);
+    pte_t bits;
+    rmap_begin_unmap(&frame, 1, &bits);
     tlb_finish();
-    return dirty;
+    return bits & PTE_D;
 }

@@ -204,15 +204,13 @@ void swap_unmapped(u32 frame)
     pages_give();
 }
 
-u32 swap_slot_for(u32 frame)
+u32 swap_slot_for_held(u32 frame)
 {
-    pages_take();
     u32 slot = in_swap_cache(frame) ? swap_slot_of(frame) : alloc_slot();
     if (slot != SLOT_NONE && !in_swap_cache(frame)) {
         cache(frame, slot);
         frame_of(frame)->flags |= FRAME_DIRTY;
     }
-    pages_give();
     return slot;
 }
 
@@ -289,18 +287,23 @@ static u32 begin_in(u32 slot)
     return frame;
 }
 
-static void end_in(u32 frame, bool read, u32 sum)
+/* Pages that have been read, or not. */
+static void end_group(const u32 *frames, u32 count, bool read, const u32 *sums)
 {
-    struct frame *entry = frame_of(frame);
-    u32 slot = entry->slot - 1;
-    bool same = read && sum == slots[slot].sum;
-    if (!same)
-        swap_lost(read ? "is not what was written" : "could not be read", slot);
+    bool same[READ_AHEAD];
+    for (u32 i = 0; i < count; i++) {
+        u32 slot = swap_slot_of(frames[i]);
+        same[i] = read && sums[i] == slots[slot].sum;
+        if (!same[i])
+            swap_lost(read ? "is not what was written" : "could not be read", slot);
+    }
     pages_take();
-    swap_counts.checked++;
-    frame_arrived_held(frame, same ? 0 : FRAME_FAILED, FRAME_READING);
-    lru_add_held(frame, LRU_INACTIVE);
-    swap_put_held(frame);
+    swap_counts.checked += count;
+    for (u32 i = 0; i < count; i++) {
+        frame_arrived_held(frames[i], same[i] ? 0 : FRAME_FAILED, FRAME_READING);
+        lru_add_held(frames[i], LRU_INACTIVE);
+        swap_put_held(frames[i]);
+    }
     pages_give();
 }
 
@@ -356,8 +359,7 @@ static void read_group(u32 slot)
     bool read = blk_transfer(disk, BLK_READ, first, frames, count);
     damage(frames, count);
     sum_pages(frames, count, sums);
-    for (u32 i = 0; i < count; i++)
-        end_in(frames[i], read, sums[i]);
+    end_group(frames, count, read, sums);
 }
 
 /* The slot's page, with a reference; FRAME_NONE where it has none in the cache. False where no entry names the slot. */

@@ -35,8 +35,8 @@ void swap_entry_copied(u32 slot);
 void swap_entry_dropped(u32 slot);
 
 /* The slot of a page: the one it has, or a new one, near those given out last; SLOT_NONE when swap is full. A new one makes
- * the page dirty. */
-u32 swap_slot_for(u32 frame);
+ * the page dirty. LOCK_PAGES is held. */
+u32 swap_slot_for_held(u32 frame);
 /* There is none for a page that has none. */
 bool swap_is_full(void);
 static inline bool in_swap_cache(u32 frame) { return frame_of(frame)->slot != 0; }

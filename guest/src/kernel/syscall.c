@@ -120,6 +120,7 @@ static u8 aged;
 static u32 sys_age(u32 start, u32 pages)
 {
     u32 used = 0;
+    pte_t bits;
     if (start % PAGE_SIZE || pages > USER_END / PAGE_SIZE || !in_user_half(start, pages * PAGE_SIZE))
         return SYS_ERROR;
     for (u32 i = 0; i < pages; i++) {
@@ -127,7 +128,8 @@ static u32 sys_age(u32 start, u32 pages)
         if (frame == FRAME_NONE || frame == zero_frame)
             continue;
         frame_get(frame);
-        used += (rmap_take_used(frame) & PTE_A) != 0;
+        rmap_take_used(&frame, 1, &bits);
+        used += (bits & PTE_A) != 0;
         swap_put(frame);
     }
     task_wake(&aged);

@@ -50,11 +50,17 @@ static inline void upt_take_as(struct upt *upt, enum lock_level level)
 static inline void upt_take(struct upt *upt) { upt_take_as(upt, LOCK_SPACE); }
 static inline void upt_give(struct upt *upt) { lock_give(&upt->lock, upt->taken_as); }
 
+/* One table covers both. */
+static inline bool upt_reaches(u32 va, u32 other) { return !((va ^ other) >> paging.directory_shift); }
+
+/* To the entry of an address that the table covers. */
+static inline void upt_move(struct leaf *leaf, u32 va) { leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes; }
+
 /* False if there is no table for `va` and `create` is not set, or memory has run out. What is touched next is near: most of
  * the time the directory need not be looked at again. */
 static inline bool upt_open_held(struct upt *upt, u32 va, bool create, struct leaf *leaf)
 {
-    if (upt->recent == FRAME_NONE || (upt->recent_va ^ va) >> paging.directory_shift)
+    if (upt->recent == FRAME_NONE || !upt_reaches(upt->recent_va, va))
         upt_find_recent(upt, va, create);
     leaf->upt = upt;
     leaf->frame = upt->recent;
@@ -64,7 +70,7 @@ static inline bool upt_open_held(struct upt *upt, u32 va, bool create, struct le
         leaf->table = kmap_local(leaf->frame, "user page table");
     else
         upt_map_by_pool(leaf, va);
-    leaf->entry = (u8 *)leaf->table + table_index(va) * paging.entry_bytes;
+    upt_move(leaf, va);
     return true;
 }
 
