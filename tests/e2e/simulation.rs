@@ -21,6 +21,9 @@ pub fn cases() -> Vec<Trial> {
             same(&DISKS, &[5], &[&["vcpu 1: ran"], &["vcpu", "waits for a transfer"]])
         }),
         case("simulation_of_a_disk_in_a_file_is_the_same_for_a_seed", &[], disk_in_a_file),
+        case("simulation_of_a_disk_that_fails_is_the_same_for_a_seed_and_loses_nothing", &[], || {
+            same(&FAILING, &[1, 2], &[&["has a disk fail to write"]])
+        }),
         case("simulation_under_stress_is_the_same_for_a_seed", &[], || same(&STRESS, &[2], &STRESSED)),
         case("simulation_under_stress_with_one_lock_is_the_same_for_a_seed", &[], || {
             same(&[&STRESS[..], &["--locks", "one"]].concat(), &[2], &STRESSED)
@@ -44,6 +47,19 @@ pub fn cases() -> Vec<Trial> {
 
 const HELLO: [&str; 2] = ["--append", "workload=hello"];
 const DISKS: [&str; 6] = ["--vcpus", "2", "--mem", "16M", "--append", "workload=disk scale=1"];
+/// Of the guest's own writes to swap one in eight fails; the pages stay, and it finds in all what it stored.
+const FAILING: [&str; 10] = [
+    "--vcpus",
+    "2",
+    "--mem",
+    "24M",
+    "--disk",
+    "64M,id=swap,write-errors=8",
+    "--disk",
+    "16M,id=file",
+    "--append",
+    "workload=reclaim pace=slow ram=9",
+];
 /// Pages go to swap and come back; the budget is cut at a virtual time.
 const SWAP: [&str; 10] = [
     "--vcpus",

@@ -3,15 +3,19 @@
 //! Story: `--disk` names one. It is opened, looked at and locked before the run; then the block device reads and writes it in
 //! whole sectors, within its capacity, which does not change.
 //!
+//! A disk can be told to fail now and then, so that a guest's own way out is seen.
+//!
 //! Holds: no two guests have a file for writing, nor one while another reads it: by advisory locks, which `flock` honours. A
 //! short read or write is an error, never a guess. A punched hole reads as zeros.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::num::NonZeroU32;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use umbra_mmu::sync::transfer;
+use umbra_mmu::sync::{sim, transfer};
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use crate::machine::memory_file;
@@ -35,6 +39,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// What it is called; `disk0`, `disk1`.. by its place if left out.
     pub id: Option<String>,
+    /// One write of so many fails.
+    pub write_errors: Option<NonZeroU32>,
 }
 
 /// Where a disk's bytes are.
@@ -53,12 +59,13 @@ impl DiskSpec {
             source: DiskSource::Memory(bytes),
             read_only: false,
             id: Some(id.into()),
+            write_errors: None,
         };
         vec![memory(256 << 20, "swap"), memory(16 << 20, "file")]
     }
 }
 
-/// Reads `FILE[,ro][,id=NAME]` or `SIZE[,id=NAME]`.
+/// Reads `FILE|SIZE[,ro][,id=NAME][,write-errors=N]`; what is in memory cannot be `ro`.
 ///
 /// # Errors
 ///
@@ -74,22 +81,24 @@ pub fn parse_disk(text: &str) -> Result<DiskSpec, String> {
         Err(_) if first.is_empty() => return Err("name a file, or a size".into()),
         Err(_) => DiskSource::File(first.into()),
     };
-    let mut spec = DiskSpec { source, read_only: false, id: None };
+    let mut spec = DiskSpec { source, read_only: false, id: None, write_errors: None };
     for word in words {
-        match (word, word.strip_prefix("id=")) {
-            ("ro", _) if matches!(spec.source, DiskSource::Memory(_)) => {
-                return Err(
-                    "a disk in memory that nobody can write to has nothing on it; leave out ro".into()
-                );
-            }
-            ("ro", _) => spec.read_only = true,
-            (_, Some(id)) => spec.id = Some(parse_id(id)?),
+        match word.split_once('=') {
+            None if word == "ro" => spec.read_only = true,
+            Some(("id", id)) => spec.id = Some(parse_id(id)?),
+            Some(("write-errors", count)) => spec.write_errors = Some(parse_write_errors(count)?),
             _ => {
                 return Err(format!(
-                    "'{word}' is no option of a disk; write ro or id=NAME (a name has no comma)"
+                    "'{word}' is no option of a disk; write ro, id=NAME (a name has no comma) or write-errors=N"
                 ));
             }
         }
+    }
+    if spec.read_only && matches!(spec.source, DiskSource::Memory(_)) {
+        return Err("a disk in memory that nobody can write to has nothing on it; leave out ro".into());
+    }
+    if spec.read_only && spec.write_errors.is_some() {
+        return Err("all writes to a disk that is ro fail; leave out ro, or write-errors".into());
     }
     Ok(spec)
 }
@@ -102,6 +111,12 @@ fn whole_sectors(text: &str, bytes: u64) -> Result<u64, String> {
         )),
         _ => Ok(bytes),
     }
+}
+
+fn parse_write_errors(count: &str) -> Result<NonZeroU32, String> {
+    count.parse().map_err(|_| {
+        format!("'{count}' is no number of writes of which one fails; write one from 1 to {}", u32::MAX)
+    })
 }
 
 fn parse_id(id: &str) -> Result<String, String> {
@@ -231,6 +246,47 @@ impl Medium for File {
     }
 }
 
+/// A medium of which one write in so many fails, and changes nothing: which, a simulation's seed draws; else each that makes as many.
+struct Failing {
+    medium: Box<dyn Medium>,
+    one_in: NonZeroU32,
+    writes: AtomicU32,
+}
+
+impl Failing {
+    fn write_fails(&self) -> bool {
+        let writes = self.writes.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let one_in = self.one_in.get();
+        sim::choose(one_in.into()).map_or(writes.is_multiple_of(one_in), |drawn| drawn == 0)
+    }
+}
+
+impl Medium for Failing {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.medium.read(offset, buffer)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if self.write_fails() {
+            sim::note(|line| line.push_str("has a disk fail to write"));
+            return Err(io::Error::other(format!("one write in {} fails, by write-errors", self.one_in)));
+        }
+        self.medium.write(offset, data)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.medium.sync()
+    }
+
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.medium.punch(offset, bytes)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.medium.zero(offset, bytes)
+    }
+}
+
 /// A disk.
 pub struct Disk {
     medium: Box<dyn Medium>,
@@ -256,9 +312,13 @@ impl Disk {
             if disks.iter().any(|other| other.id == id) {
                 return Err(DiskError::SameId(id));
             }
-            disks.push(match &spec.source {
+            let disk = match &spec.source {
                 DiskSource::File(path) => Disk::open(path, spec.read_only, id)?,
                 DiskSource::Memory(bytes) => Disk::in_memory(*bytes, id)?,
+            };
+            disks.push(match spec.write_errors {
+                Some(one_in) => disk.failing(one_in),
+                None => disk,
             });
         }
         Ok(disks)
@@ -303,6 +363,11 @@ impl Disk {
     /// A disk on any medium.
     pub fn new(medium: Box<dyn Medium>, sectors: u64, read_only: bool, id: String) -> Disk {
         Disk { medium, sectors, read_only, prompt: false, id }
+    }
+
+    /// The same, of whose writes one in so many fails.
+    pub fn failing(self, one_in: NonZeroU32) -> Disk {
+        Disk { medium: Box::new(Failing { medium: self.medium, one_in, writes: AtomicU32::new(0) }), ..self }
     }
 
     /// Its capacity.

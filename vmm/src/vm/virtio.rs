@@ -362,7 +362,8 @@ mod tests {
     }
 
     fn memory_disks(count: usize) -> Vec<Disk> {
-        let disk = DiskSpec { source: DiskSource::Memory(1 << 20), read_only: false, id: None };
+        let disk =
+            DiskSpec { source: DiskSource::Memory(1 << 20), read_only: false, id: None, write_errors: None };
         Disk::open_all(&vec![disk; count]).expect("memory")
     }
 

@@ -1,6 +1,7 @@
 //! Disks on files: what is one, who has it, what it is called.
 
 use std::fs::{self, File};
+use std::num::NonZeroU32;
 
 use tempfile::{TempDir, tempdir};
 
@@ -9,7 +10,7 @@ use super::super::disk::{Disk, DiskError, DiskSource, DiskSpec, parse_disk};
 fn image(directory: &TempDir, name: &str, bytes: u64) -> DiskSpec {
     let path = directory.path().join(name);
     File::create(&path).and_then(|file| file.set_len(bytes)).expect("a file");
-    DiskSpec { source: DiskSource::File(path), read_only: false, id: None }
+    DiskSpec { source: DiskSource::File(path), read_only: false, id: None, write_errors: None }
 }
 
 fn open(spec: &DiskSpec) -> Result<Disk, DiskError> {
@@ -22,11 +23,18 @@ fn words(spec: &DiskSpec) -> String {
 
 #[test]
 fn a_disk_is_a_file_or_a_size_with_options() {
-    let disk = |source, read_only, id: Option<&str>| DiskSpec { source, read_only, id: id.map(Into::into) };
+    let disk = |source, read_only, id: Option<&str>| DiskSpec {
+        source,
+        read_only,
+        id: id.map(Into::into),
+        write_errors: None,
+    };
     let file = |path: &str| DiskSource::File(path.into());
     assert_eq!(parse_disk("root.img"), Ok(disk(file("root.img"), false, None)));
     assert_eq!(parse_disk("./64M,ro,id=a b"), Ok(disk(file("./64M"), true, Some("a b"))));
     assert_eq!(parse_disk("64M,id=x"), Ok(disk(DiskSource::Memory(64 << 20), false, Some("x"))));
+    let failing = DiskSpec { write_errors: NonZeroU32::new(9), ..disk(file("a"), false, None) };
+    assert_eq!(parse_disk("a,write-errors=9"), Ok(failing));
     for (text, word) in [
         ("", "name a file"),
         (",ro", "name a file"),
@@ -39,6 +47,10 @@ fn a_disk_is_a_file_or_a_size_with_options() {
         ("a,id=123456789012345678901", "20 printable"),
         ("a,id=\u{e4}", "no name"),
         ("a,id=x\ty", "no name"),
+        ("64M,write-errors=0", "no number of writes"),
+        ("64M,write-errors=", "no number of writes"),
+        ("64M,write-errors", "no option"),
+        ("a,write-errors=4,ro", "leave out ro"),
     ] {
         let error = parse_disk(text).expect_err(text);
         assert!(error.contains(word), "'{text}': {error}");
@@ -51,6 +63,7 @@ fn names_are_given_in_order_and_no_two_are_the_same() {
         source: DiskSource::Memory(512),
         read_only: false,
         id: id.map(Into::into),
+        write_errors: None,
     };
     let disks = Disk::open_all(&[memory(None), memory(Some("x")), memory(None)]).expect("memory");
     assert_eq!(disks.iter().map(Disk::id).collect::<Vec<_>>(), ["disk0", "x", "disk2"]);
@@ -67,6 +80,7 @@ fn what_is_no_disk_is_refused_in_a_sentence() {
         source: DiskSource::File(path.into()),
         read_only: true,
         id: None,
+        write_errors: None,
     };
     assert!(words(&image(&directory, "short", 1000)).contains("1000 bytes"));
     assert!(words(&image(&directory, "empty", 0)).contains("0 bytes"));
@@ -93,7 +107,8 @@ fn two_may_read_a_disk_and_one_may_write_to_it() {
 fn a_disk_keeps_what_is_written_and_gives_back_what_is_discarded() {
     let directory = tempdir().expect("a directory");
     let spec = image(&directory, "disk", 1 << 20);
-    let memory = DiskSpec { source: DiskSource::Memory(1 << 20), read_only: false, id: None };
+    let memory =
+        DiskSpec { source: DiskSource::Memory(1 << 20), read_only: false, id: None, write_errors: None };
     for spec in [&spec, &memory] {
         let disk = open(spec).expect("a disk");
         assert_eq!(disk.sectors(), 2048);
@@ -122,4 +137,17 @@ fn a_file_that_has_become_short_is_an_error_and_one_that_is_only_read_stays_as_i
     assert_eq!(fs::read(path).expect("there"), [0; 4096]);
     File::options().write(true).open(path).and_then(|file| file.set_len(512)).expect("cut");
     assert!(disk.read(0, &mut [0; 512]).is_ok() && disk.read(0, &mut [0; 1024]).is_err());
+}
+
+#[test]
+fn a_disk_that_is_to_fail_fails_each_so_many_writes_and_nothing_else() {
+    let disk =
+        Disk::in_memory(1 << 20, "disk".into()).expect("memory").failing(NonZeroU32::new(3).expect("3"));
+    let written: Vec<bool> = (0..7).map(|sector| disk.write(sector, &[7; 512]).is_ok()).collect();
+    assert_eq!(written, [true, true, false, true, true, false, true]);
+    let mut back = [0; 7 * 512];
+    disk.read(0, &mut back).expect("read");
+    let there: Vec<bool> = back.chunks(512).map(|sector| sector == [7; 512]).collect();
+    assert_eq!(there, written, "a write that failed has changed nothing");
+    assert!(disk.sync().is_ok() && disk.discard(0, 1).is_ok() && disk.write_zeroes(1, 1, true).is_ok());
 }
