@@ -37,6 +37,7 @@ use crate::shadow::large::LargeLeaf;
 use crate::shadow::leaf::Leaf;
 use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
+use crate::sync::Ordering;
 use crate::vcpu::Vcpu;
 use crate::violation::{Filled, Violation};
 
@@ -481,6 +482,27 @@ impl Mmu {
         true
     }
 
+    /// [`Mmu::tlb_update`] likewise, of an aligned word: `new` takes the place of `expected`, else nothing changes. What was there;
+    /// `None` where it has not been done. The cache line is fetched once, to be owned.
+    #[inline(always)]
+    pub fn tlb_quick_compare_exchange(
+        &self,
+        vcpu: &Vcpu,
+        tag: u64,
+        gva: Gva,
+        expected: u32,
+        new: u32,
+    ) -> Option<u32> {
+        let mfn = self.tlb_front(vcpu, tag, gva, AccessKind::Write)?;
+        if self.frames.code(mfn) != 0 {
+            return None;
+        }
+        let word = self.hardware.word32(mfn.at(gva.offset() & !3));
+        let old = word.compare_exchange(expected, new, Ordering::AcqRel, Ordering::Acquire);
+        self.frames.code_written(mfn);
+        Some(old.unwrap_or_else(|old| old))
+    }
+
     /// The frame by the entry in front of its set, where that is current and allows the access.
     #[inline(always)]
     fn tlb_front(&self, vcpu: &Vcpu, tag: u64, gva: Gva, kind: AccessKind) -> Option<Mfn> {
@@ -605,7 +627,7 @@ impl Mmu {
         let checked = self.p2m.advances();
         let still = self.spte(at) == spte;
         if still && !spte.is_accessed() {
-            self.machine.word64(at).fetch_or(Spte::ACCESSED, crate::sync::Ordering::AcqRel);
+            self.machine.word64(at).fetch_or(Spte::ACCESSED, Ordering::AcqRel);
         }
         let tag = tag_of(root.index, gva);
         let generations = self.p2m.generations(gfn);

@@ -338,4 +338,10 @@ impl CodeBus for FlatBus {
         self.put(gva, width, value);
         true
     }
+
+    fn quick_compare_exchange(&mut self, tag: u64, gva: Gva, expected: u32, new: u32) -> Option<u32> {
+        let old = self.quick_read(tag, gva, Width::B4, Access::write(tag == 2))? as u32;
+        let now = if old == expected { new } else { old };
+        self.quick_write(tag, gva, Width::B4, now.into()).then_some(old)
+    }
 }

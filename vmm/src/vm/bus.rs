@@ -783,6 +783,11 @@ impl CodeBus for GuestBus<'_> {
     fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool {
         self.mmu.tlb_quick_store(self.vcpu, tag, gva, width.into(), value)
     }
+
+    #[inline(always)]
+    fn quick_compare_exchange(&mut self, tag: u64, gva: Gva, expected: u32, new: u32) -> Option<u32> {
+        self.mmu.tlb_quick_compare_exchange(self.vcpu, tag, gva, expected, new)
+    }
 }
 
 #[cfg(test)]

@@ -71,6 +71,9 @@ pub trait CodeBus: Bus {
 
     /// [`Bus::write`] likewise; false where it has not been made, as where code has been decoded from that frame.
     fn quick_write(&mut self, tag: u64, gva: Gva, width: Width, value: u64) -> bool;
+
+    /// [`Bus::update_locked`] of an aligned word likewise: `new` takes the place of `expected`, else nothing changes. What was there.
+    fn quick_compare_exchange(&mut self, tag: u64, gva: Gva, expected: u32, new: u32) -> Option<u32>;
 }
 
 /// A tag that no access goes by.

@@ -392,6 +392,16 @@ pub fn exchange<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     Next::On
 }
 
+/// LOCK CMPXCHG with memory.
+#[inline(always)]
+pub fn compare_exchange<const M: u8, B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
+    let (expected, source) = (run.core.cpu.gpr[EAX], run.get::<4>(op.src));
+    let old = get!(run, run.compare_exchange::<M>(op, expected, source));
+    run.flags = alu::sub(expected, old, run.flags, Width::B4).flags;
+    run.core.cpu.gpr[EAX] = old;
+    run.stored::<M>()
+}
+
 #[inline(always)]
 pub fn swap_bytes<B: CodeBus>(run: &mut Run<'_, B>, op: &Op) -> Next {
     let value = run.get::<4>(op.dst).swap_bytes();

@@ -230,6 +230,21 @@ impl<'a, B: CodeBus> Run<'a, B> {
         self.quick_write::<W>(Gva(offset), change(old))
     }
 
+    /// LOCK CMPXCHG of the memory operand: what was there.
+    #[inline(always)]
+    pub fn compare_exchange<const M: u8>(&mut self, op: &Op, expected: u32, new: u32) -> Reach<u32> {
+        let offset = self.offset::<M>(op);
+        if M == FULL {
+            let seg = ALL_SEGMENTS[usize::from(op.seg)];
+            let change = &mut |old| if old == u64::from(expected) { u64::from(new) } else { old };
+            return Ok(self.core.update(seg, offset, Width::B4, true, change)? as u32);
+        }
+        if offset & 3 != 0 {
+            return Err(None);
+        }
+        self.core.bus.quick_compare_exchange(self.tag, Gva(offset), expected, new).ok_or(None)
+    }
+
     #[inline(always)]
     pub fn push<const M: u8>(&mut self, value: u32) -> Reach {
         if M == FULL {

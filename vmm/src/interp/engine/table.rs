@@ -168,7 +168,8 @@ pub const SHLD: u16 = MORE + 8;
 pub const SHRD: u16 = MORE + 9;
 pub const CALL_ON: u16 = MORE + 16;
 /// CMP of two registers, CMP with an immediate, TEST likewise; sixteen conditions each.
-const BRANCHING: u16 = MORE + 17;
+const BRANCHING: u16 = MORE + 18;
+pub const LOCK_CMPXCHG: u16 = MORE + 17;
 const MUL: u16 = MORE + 10;
 const IMUL_BY: u16 = MORE + 14;
 /// Handlers of each way, beyond the last number; a power of two.
@@ -398,7 +399,7 @@ impl<B: CodeBus> Handlers<B> {
         table
     }
 
-    const fn more<const M: u8>() -> [Handler<B>; 17] {
+    const fn more<const M: u8>() -> [Handler<B>; 18] {
         [
             memory!(push_all),
             memory!(pop_all),
@@ -417,6 +418,7 @@ impl<B: CodeBus> Handlers<B> {
             memory!(multiply_by, true),
             memory!(multiply_by, false),
             memory!(call_on),
+            memory!(compare_exchange),
         ]
     }
 

@@ -123,7 +123,10 @@ fn instruction(random: &mut Random) -> Vec<u8> {
             bytes.push(prefix);
         }
     }
-    if random.one_in(3) {
+    if random.one_in(48) {
+        // Has a handler of its own.
+        bytes.extend([0xf0, 0x0f, 0xb1]);
+    } else if random.one_in(3) {
         bytes.extend([0x0f, random.pick(TWO)]);
     } else {
         bytes.push(random.pick(ONE));

@@ -119,10 +119,8 @@ pub fn translate(i: &Instruction, number: u8, end: i16, instruction: u32) -> Op 
         disp: 0,
         imm: instruction,
     };
-    if i.has_lock_prefix() {
-        return op;
-    }
-    match specialised(i, &mut op) {
+    let handler = if i.has_lock_prefix() { locked(i, &mut op) } else { specialised(i, &mut op) };
+    match handler {
         Some(handler) => op.handler = table::by_way(handler, op.way()),
         None => op.imm = instruction,
     }
@@ -174,6 +172,14 @@ fn specialised(i: &Instruction, op: &mut Op) -> Option<u16> {
             _ => None,
         }),
     }
+}
+
+/// The same of one with a LOCK prefix: what locks are taken by.
+fn locked(i: &Instruction, op: &mut Op) -> Option<u16> {
+    if i.code() != iced_x86::Code::Cmpxchg_rm32_r32 || operands(i, op)? != Form::MemReg {
+        return None;
+    }
+    Some(table::LOCK_CMPXCHG)
 }
 
 /// Near branches with 32-bit targets, calls and returns; and what has no operand worth the name.
