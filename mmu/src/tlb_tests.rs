@@ -135,3 +135,64 @@ fn who_finds_a_mark_whose_barrier_is_under_way_makes_one_too() {
     assert_eq!(mmu.code_frame(&vcpu, PAGE, false), Ok(code));
     assert_eq!(made(), 1, "once it has ended nobody needs another");
 }
+
+#[test]
+fn a_quick_exchange_wants_an_entry_that_may_be_stored_by_and_no_code_behind_it() {
+    let (mmu, vcpu) = world(TlbKind::Sized);
+    let exchange =
+        |expected, new| mmu.tlb_quick_compare_exchange(&vcpu, vcpu.tlb_tag(false), PAGE, expected, new);
+    assert_eq!(exchange(0, 1), None, "nothing is known of the page");
+    assert_eq!(store(&mmu, &vcpu, PAGE, 5), Ok(()));
+    assert_eq!((exchange(5, 7), exchange(5, 9)), (Some(5), Some(7)));
+    assert_eq!(mmu.tlb_load(&vcpu, PAGE, Width::B4, false), Ok(7), "not what it was compared with: it stays");
+    let code = mmu.code_frame(&vcpu, PAGE, false).expect("mapped");
+    assert_eq!(exchange(7, 9), None, "whoever decoded it is to hear of a store");
+    assert_eq!(mmu.code_generation(code.mfn), code.generation);
+    let (mmu, vcpu) = world(TlbKind::Sized);
+    mmu.write_bytes(vcpu.window(), Gfn(3).at(0), &[0]).expect("memory");
+    let PageState::Resident(mfn) = mmu.p2m().lookup(Gfn(3)) else { panic!("the page has a frame") };
+    mmu.frames.change_flags(mfn, 0, WATCHED);
+    assert_eq!(mmu.fault(&vcpu, PAGE, Access::read(false)), Outcome::Fixed);
+    mmu.tlb_enter(&vcpu);
+    assert_eq!(mmu.tlb_load(&vcpu, PAGE, Width::B4, false), Ok(0));
+    assert_eq!(
+        mmu.tlb_quick_compare_exchange(&vcpu, vcpu.tlb_tag(false), PAGE, 0, 1),
+        None,
+        "it is read-only"
+    );
+}
+
+/// One by load and store would lose some.
+#[test]
+fn quick_exchanges_of_two_vcpus_lose_nothing() {
+    const ROUNDS: u32 = 100_000;
+    let config = Config { shadow_pages_max: 64, roots_max: 8, vcpus: 2, ..Config::of_pages(64) };
+    let mmu = Mmu::new(Machine::anonymous(256), config, Box::new(NoVcpus));
+    std::thread::scope(|scope| {
+        for id in 0..2 {
+            let mmu = &mmu;
+            scope.spawn(move || {
+                let vcpu = mmu.soft_vcpu(id, TlbKind::Sized);
+                mmu.tlb_enter(&vcpu);
+                while mmu.tlb_store(&vcpu, Gva(PAGE.0 + 64 + 4 * id), Width::B4, 1, false).is_err() {
+                    mmu.coherence().leave_guest(id);
+                    mmu.fault(&vcpu, PAGE, Access::write(false));
+                    mmu.tlb_enter(&vcpu);
+                }
+                let (mut done, mut seen) = (0, 0);
+                while done < ROUNDS {
+                    let quick =
+                        mmu.tlb_quick_compare_exchange(&vcpu, vcpu.tlb_tag(false), PAGE, seen, seen + 1);
+                    let old = quick.expect("nobody takes the page");
+                    done += u32::from(old == seen);
+                    seen = old + u32::from(old == seen);
+                }
+                mmu.coherence().leave_guest(id);
+            });
+        }
+    });
+    let mut sum = [0; 4];
+    let window = crate::LocalStack::new(crate::Context::Host);
+    mmu.read_bytes(&window, Gfn(3).at(0), &mut sum).expect("memory");
+    assert_eq!(u32::from_le_bytes(sum), 2 * ROUNDS);
+}

@@ -275,9 +275,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "OPERATION", requires = "frames", value_parser = parse_fault)]
     pub swap_fault: Vec<Fault>,
     /// A disk: FILE, a raw image or a block device, or SIZE of memory; with ,ro the guest may only read it, ,id=NAME is what
-    /// it sees as the serial number, and with ,write-errors=N one write in N fails. May be given 8 times; the first is the first virtio slot's. The built-in guest has two in
-    /// memory if left out, swap and file.
-    #[arg(long, value_name = "FILE|SIZE[,ro][,id=NAME][,write-errors=N]", value_parser = parse_disk)]
+    /// it sees as the serial number, and with ,write-errors=N one write in N fails. May be given 8 times; the first is the
+    /// first virtio slot's. The built-in guest has two in memory if left out, swap and file.
+    #[arg(long, value_name = "FILE[,ro][,id=NAME][,write-errors=N]|SIZE[,id=NAME][,write-errors=N]", value_parser = parse_disk)]
     pub disk: Vec<DiskSpec>,
     /// How Umbra's own code touches guest memory.
     #[arg(long, value_enum, default_value = "pinned")]

@@ -9,9 +9,9 @@
  *
  * One batch: 1. balance: used pages that have not been used any more go to the inactive list. 2. pick: from the old end of that
  * list, one process's after the other's; one that was used, or cannot go now, goes to the active list. 3. unmap, all with one flush
- * of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has come to want meanwhile. Each of these is one
- * step under LOCK_PAGES for all pages of the batch, since where two CPUs reclaim it is this lock, and the lines of the caches that go
- * with it from one to the other, that they wait for.
+ * of the other CPUs. 4. write what is dirty, in order of slots. 5. free what nobody has come to want meanwhile. LOCK_PAGES is held for
+ * many pages at once, but in the middle of 3, where each mapping takes it: where two CPUs reclaim they wait for this lock, and for the
+ * lines of the caches that go with it from one to the other.
  *
  * Anonymous pages that have no slot in swap, while there is none, are on a list of their own until one comes free.
  *
@@ -49,7 +49,7 @@
 
 struct reclaim_counts reclaim_counts;
 static u32 mark_min READ_MOSTLY, mark_low READ_MOSTLY, mark_high READ_MOSTLY;
-static u32 in_hand; /* pages off a list that are being looked at; LOCK_PAGES */
+static u32 in_hand; /* pages off a list that are being looked at or unmapped; LOCK_PAGES */
 static const struct task *started;
 static volatile bool kswapd_sleeps;
 static const u32 frames_wanted; /* stands for them, where somebody waits for others to make some free */
@@ -112,8 +112,7 @@ static u32 isolate(enum lru list, u32 *frames, u32 most)
 /* No list. */
 #define LRU_NONE LRU_LISTS
 
-/* The list of a page that has to stay whether it was used or not. When a slot comes free for one that is stuck, it is to be known whether
- * it was used since: else the page that has just come in would be the only one that looks unused, and go again. */
+/* The list of a page that has to stay whether it was used or not. */
 static enum lru aside(u32 frame)
 {
     const struct frame *page = frame_of(frame);
@@ -146,7 +145,7 @@ static void add_held(struct batch *batch, u32 frame, bool written_to)
     }
 }
 
-/* 3. Whoever calls has the other CPUs flush after. */
+/* 3. Whoever calls has the other CPUs flush after, where nothing is written yet. */
 static void begin_unmap(struct batch *batch, const u32 *frames, u32 count)
 {
     pte_t bits[BATCH];
@@ -155,6 +154,7 @@ static void begin_unmap(struct batch *batch, const u32 *frames, u32 count)
     pages_take();
     for (u32 i = 0; i < count; i++)
         add_held(batch, frames[i], bits[i] & PTE_D);
+    in_hand -= count;
     pages_give();
     for (; write_order == WRITE_AT_SCAN && begun < batch->anon_count; begun++) {
         tlb_finish();
@@ -165,7 +165,9 @@ static void begin_unmap(struct batch *batch, const u32 *frames, u32 count)
 /* Where a page goes that need not go aside; LOCK_PAGES is held, and for one of the file the kernel. */
 typedef enum lru (*decide_t)(u32 frame, pte_t used);
 
-/* Pages of the file alone, with the kernel, or none. Those that go to no list are unmapped. */
+/* Pages of the file alone, with the kernel, or none. Those that go to no list are unmapped. A is taken from all: when a slot comes free
+ * for one that is stuck, it is to be known whether it was used since, or the page that has just come in would be the only one that
+ * looks unused, and go again. */
 static void look_at_some(const u32 *frames, u32 count, decide_t decide, struct batch *batch)
 {
     pte_t used[BATCH];
@@ -181,7 +183,7 @@ static void look_at_some(const u32 *frames, u32 count, decide_t decide, struct b
         else
             put_back_held(frames[i], list);
     }
-    in_hand -= count;
+    in_hand -= count - gone;
     pages_give();
     if (gone)
         begin_unmap(batch, going, gone);

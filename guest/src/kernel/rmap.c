@@ -64,24 +64,29 @@ static void enter(struct look *look, struct space *space)
     leave(look);
     upt_take(&space->upt);
     look->space = space;
-    look->mapping.root = space->upt.cr3;
 }
 
 /* To the entry of the page; false if the space has no table there, or is none any more. */
 static bool move_to(struct look *look, u32 frame)
 {
     struct mapping *mapping = &look->mapping;
-    u32 va, before = mapping->va;
-    if (!space_is_live(look->space) || !place_of(look->space, frame_of(frame), &va))
+    struct space *space = look->space;
+    u32 va;
+    if (!space_is_live(space) || !place_of(space, frame_of(frame), &va))
         return false;
-    mapping->frame = frame;
-    mapping->va = va;
-    if (look->open && upt_reaches(before, va)) {
-        upt_move(&mapping->leaf, va);
-        return true;
+    if (look->open && !upt_reaches(mapping->va, va)) {
+        close_table(look);
+        /* Where tables are in the pool the lock was let go of. */
+        if (!space_is_live(space))
+            return false;
     }
-    close_table(look);
-    look->open = upt_open_held(&look->space->upt, va, false, &mapping->leaf);
+    mapping->frame = frame;
+    mapping->root = space->upt.cr3;
+    mapping->va = va;
+    if (look->open)
+        upt_move(&mapping->leaf, va);
+    else
+        look->open = upt_open_held(&space->upt, va, false, &mapping->leaf);
     return look->open;
 }
 

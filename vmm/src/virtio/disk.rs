@@ -65,7 +65,7 @@ impl DiskSpec {
     }
 }
 
-/// Reads `FILE|SIZE[,ro][,id=NAME][,write-errors=N]`; what is in memory cannot be `ro`.
+/// Reads `FILE[,ro][,id=NAME][,write-errors=N]` or `SIZE[,id=NAME][,write-errors=N]`.
 ///
 /// # Errors
 ///

@@ -167,9 +167,9 @@ pub const STD: u16 = MORE + 7;
 pub const SHLD: u16 = MORE + 8;
 pub const SHRD: u16 = MORE + 9;
 pub const CALL_ON: u16 = MORE + 16;
+pub const LOCK_CMPXCHG: u16 = MORE + 17;
 /// CMP of two registers, CMP with an immediate, TEST likewise; sixteen conditions each.
 const BRANCHING: u16 = MORE + 18;
-pub const LOCK_CMPXCHG: u16 = MORE + 17;
 const MUL: u16 = MORE + 10;
 const IMUL_BY: u16 = MORE + 14;
 /// Handlers of each way, beyond the last number; a power of two.

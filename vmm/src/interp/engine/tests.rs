@@ -308,6 +308,28 @@ fn a_store_by_a_generic_op_into_the_running_block_is_seen_by_the_next_instructio
     assert_eq!((ran.last, ran.steps, cpu.gpr[0] & 0xff), (Step::Halted, 3, 7));
 }
 
+/// LOCK CMPXCHG by its handler: aligned, by a register and by an index, and across two words, the long way.
+#[test]
+fn a_locked_exchange_compares_with_eax_and_says_in_zf_what_came_of_it() {
+    use crate::cpu::eflags::ZF;
+    // lock cmpxchg [ebx], ecx; lock cmpxchg [esi + edi * 2], ecx; hlt
+    let code = [0xf0, 0x0f, 0xb1, 0x0b, 0xf4, 0xf0, 0x0f, 0xb1, 0x0c, 0x7e, 0xf4];
+    for (entry, offset, there) in (0..2).flat_map(|n| [(n, 0, 7), (n, 0, 8), (n, 2, 7), (n, 3, 8)]) {
+        let mut bus = FlatBus::new(0, SIZE as usize);
+        bus.place(CODE, &code);
+        bus.place(DATA + offset, &u32::to_le_bytes(there));
+        let mut cpu = CpuState::flat_protected_mode(CODE + 5 * entry);
+        (cpu.gpr[0], cpu.gpr[1], cpu.gpr[3]) = (7, 9, DATA + offset);
+        (cpu.gpr[6], cpu.gpr[7]) = (DATA + offset - 8, 4);
+        let ran = Engine::default().run(&mut cpu, &mut bus, 100, Extent::All, Waiting::default());
+        assert_eq!((ran.last, ran.steps), (Step::Halted, 2));
+        let now = bus.dword(DATA + offset);
+        let equal = there == 7;
+        assert_eq!((cpu.gpr[0], now), if equal { (7, 9) } else { (8, 8) }, "{entry} at {offset}");
+        assert_eq!(cpu.eflags & ZF != 0, equal, "{entry} at {offset}");
+    }
+}
+
 #[test]
 fn a_budget_is_met_exactly_wherever_it_ends_in_a_block() {
     // inc eax, twenty times; jmp back.
