@@ -597,6 +597,8 @@ fn a_starving_vcpu_asks_until_it_has_run() {
     assert!(!mmu.buckets().is_starving(page), "it has gone on to something else");
 }
 
+const STEPS_MIN: u64 = 1000;
+
 /// A vCPU, a device, the background thread and an operator who changes the budget, all at once.
 #[test]
 fn guest_device_background_and_operator_lose_no_word_between_them() {
@@ -623,7 +625,8 @@ fn guest_device_background_and_operator_lose_no_word_between_them() {
         let mut rng = rng(4);
         let mut kept = vec![0u64; PAGES as usize];
         let mut steps = 0u64;
-        while Instant::now() < end {
+        // On a machine that has no time for it, after the others too.
+        while Instant::now() < end || steps <= STEPS_MIN {
             let page = rng.random_range(0..PAGES);
             steps += 1;
             if rng.random_range(0..3) == 0 {
@@ -644,7 +647,6 @@ fn guest_device_background_and_operator_lose_no_word_between_them() {
             device_rounds.load(Ordering::SeqCst),
             mmu.usage()
         );
-        assert!(steps > 1000);
     });
     audit(&mmu);
     assert!(mmu.records().totals(Cause::Reclaim).pages > 100, "{:?}", mmu.usage());

@@ -20,6 +20,8 @@ pub mod kvm;
 pub mod machine;
 pub mod measure;
 #[forbid(unsafe_code)]
+mod output;
+#[forbid(unsafe_code)]
 pub mod plot;
 pub mod pressure;
 pub mod probe;

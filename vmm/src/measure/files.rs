@@ -8,7 +8,6 @@
 //! | `--hgrm DIR`, `intervals.hlog` | a histogram in nanoseconds for each measure and interval, as HdrHistogram logs them, `Tag=GROUP.MEASURE` |
 
 use std::fmt::Write as _;
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -19,6 +18,7 @@ use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 
 use super::collect::Collected;
 use super::{Measured, Order, page};
+use crate::output::OutputFile;
 
 /// The name of the interval log.
 pub const LOG_NAME: &str = "intervals.hlog";
@@ -49,7 +49,7 @@ struct Sink {
     option: &'static str,
     path: PathBuf,
     /// `None` for standard error.
-    file: Option<File>,
+    file: Option<OutputFile>,
 }
 
 impl Sink {
@@ -57,14 +57,16 @@ impl Sink {
         let is_stderr = path == Path::new("-");
         let file = match is_stderr {
             true => None,
-            false => Some(File::create(path).map_err(|error| FileError::new(option, path, WRITE, error))?),
+            false => {
+                Some(OutputFile::open(path).map_err(|error| FileError::new(option, path, WRITE, error))?)
+            }
         };
         Ok(Sink { option, path: path.into(), file })
     }
 
     fn write(&self, bytes: &[u8]) -> Result<(), FileError> {
         let written = match &self.file {
-            Some(file) => { file }.write_all(bytes),
+            Some(file) => file.replace(bytes),
             None => io::stderr().write_all(bytes),
         };
         written.map_err(|source| FileError::new(self.option, &self.path, WRITE, source))
@@ -75,12 +77,12 @@ impl Sink {
 #[derive(Debug)]
 struct Folder {
     path: PathBuf,
-    log: File,
+    log: OutputFile,
 }
 
 impl Folder {
     fn open(path: &Path) -> Result<Folder, FileError> {
-        let log = std::fs::create_dir_all(path).and_then(|()| File::create(path.join(LOG_NAME)));
+        let log = std::fs::create_dir_all(path).and_then(|()| OutputFile::open(&path.join(LOG_NAME)));
         let log = log.map_err(|source| FileError::new("--hgrm", path, FOLDER, source))?;
         Ok(Folder { path: path.into(), log })
     }
@@ -90,7 +92,7 @@ impl Folder {
             std::fs::write(self.path.join(format!("{name}.hgrm")), distribution(histogram))
         });
         written
-            .and_then(|()| { &self.log }.write_all(log))
+            .and_then(|()| self.log.replace(log))
             .map_err(|source| FileError::new("--hgrm", &self.path, FOLDER, source))
     }
 }
@@ -104,7 +106,7 @@ pub struct Files {
 }
 
 impl Files {
-    /// Opens, and empties, what `order` names.
+    /// Opens what `order` names.
     ///
     /// # Errors
     ///

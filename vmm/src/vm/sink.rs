@@ -1,13 +1,11 @@
 //! The files that a run leaves: its summary and its plot.
-//!
-//! Story: they are opened before the run, so that a wrong path costs no run.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::{RunError, Summary};
 use crate::cli::RunArgs;
+use crate::output::OutputFile;
 use crate::plot;
 
 /// Where the summary goes.
@@ -15,7 +13,7 @@ use crate::plot;
 pub struct JsonSink {
     path: PathBuf,
     /// `None` for standard error.
-    file: Option<File>,
+    file: Option<OutputFile>,
 }
 
 impl JsonSink {
@@ -27,7 +25,7 @@ impl JsonSink {
     pub fn open(path: &Path) -> Result<JsonSink, RunError> {
         let failed = |source| RunError::Json { path: path.to_owned(), source };
         let is_stderr = path == Path::new("-");
-        let file = if is_stderr { None } else { Some(File::create(path).map_err(failed)?) };
+        let file = if is_stderr { None } else { Some(OutputFile::open(path).map_err(failed)?) };
         Ok(JsonSink { path: path.to_owned(), file })
     }
 
@@ -41,7 +39,7 @@ impl JsonSink {
         let mut text = serde_json::to_string_pretty(summary).map_err(|e| failed(e.into()))?;
         text.push('\n');
         match &mut self.file {
-            Some(file) => file.write_all(text.as_bytes()),
+            Some(file) => file.replace(text.as_bytes()),
             None => io::stderr().write_all(text.as_bytes()),
         }
         .map_err(failed)
@@ -52,7 +50,7 @@ impl JsonSink {
 #[derive(Debug)]
 pub struct PlotSink {
     path: PathBuf,
-    file: File,
+    file: OutputFile,
 }
 
 impl PlotSink {
@@ -62,7 +60,8 @@ impl PlotSink {
     ///
     /// When the file cannot be made.
     pub fn open(path: &Path) -> Result<PlotSink, RunError> {
-        let file = File::create(path).map_err(|source| RunError::Plot { path: path.to_owned(), source })?;
+        let file =
+            OutputFile::open(path).map_err(|source| RunError::Plot { path: path.to_owned(), source })?;
         Ok(PlotSink { path: path.to_owned(), file })
     }
 
@@ -82,7 +81,7 @@ impl PlotSink {
     ///
     /// When the file does not take it.
     pub fn write_image(&mut self, image: &str) -> Result<(), RunError> {
-        let written = self.file.write_all(image.as_bytes());
+        let written = self.file.replace(image.as_bytes());
         written.map_err(|source| RunError::Plot { path: self.path.clone(), source })
     }
 }
