@@ -10,8 +10,8 @@ void rmap_take_used(const u32 *frames, u32 count, pte_t *used);
 /* Takes all mappings of an anonymous page away, an entry for its slot in the place of each, or of a file's page; and every
  * TLB's memory of them. True if one was written through. Each mapping's reference is dropped. */
 bool rmap_unmap(u32 frame);
-/* The same of several, but other CPUs' memory of them lasts until tlb_finish. What the entries of each were, together: PTE_D where it was written
- * through. */
+/* The same of several, but other CPUs' memory of them lasts until tlb_finish. What the entries of each were, together: PTE_D where it
+ * was written through. */
 void rmap_begin_unmap(const u32 *frames, u32 count, pte_t *bits);
 
 #endif
