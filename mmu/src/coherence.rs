@@ -495,6 +495,8 @@ impl Removal<'_> {
 
     #[inline]
     fn stamp(self) -> u64 {
+        // The spte has gone, and nobody knows yet but by the count of who removes.
+        point();
         let (clock, last) = (&self.ledger.clock.0, &self.ledger.last_removal);
         let mut word = self.word;
         loop {

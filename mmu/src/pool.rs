@@ -39,7 +39,7 @@ use crate::bucket::Asker;
 use crate::lock_order;
 use crate::p2m::PageState;
 use crate::physical::{NotReached, Width};
-use crate::sync::{Having, Monitor, MonitorGuard, Thing, Wait};
+use crate::sync::{Having, Monitor, MonitorGuard, Thing, Wait, point};
 use crate::window::Intent;
 
 /// Slots of a pool: fewer than the frames that the smallest budget leaves to high memory.
@@ -460,6 +460,8 @@ impl PersistentMap<'_> {
         if intent == Intent::Write {
             self.note(offset, length);
         }
+        // Whoever asks for it makes its access later.
+        point();
         Ok(slice)
     }
 

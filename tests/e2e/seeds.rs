@@ -12,6 +12,7 @@ use super::umbra::{file_of, status, umbra};
 use crate::ensure;
 use crate::support::host::Need;
 use crate::support::litmus::{Form, Litmus, Place};
+use crate::support::pair::Pair;
 use crate::support::process::{End, Outcome};
 use crate::support::remap::Remap;
 use crate::support::{Verdict, case, image};
@@ -40,6 +41,7 @@ const fn missed(rule: &'static str, guest: fn() -> Vec<u8>, options: &'static [&
 
 const ONE: &[&str] = &["--mem", "24M", "--tlb", "sticky"];
 const TWO: &[&str] = &["--mem", "24M", "--vcpus", "2"];
+const PAIR: &[&str] = &["--mem", "24M", "--vcpus", "2", "--tlb", "sticky"];
 const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
 
 const MISSED: &[Missed] = &[
@@ -50,6 +52,11 @@ const MISSED: &[Missed] = &[
     missed("debt-of-narrowing", || Remap::Right.guest(100), ONE),
     missed("flush-at-mode-change", || Remap::Global.guest(100), ONE),
     missed("split-at-protection", || Remap::Within.guest(20), HUGE),
+    missed("debt-of-fill", || Remap::Executable.guest(100), ONE),
+    missed("sync-at-promotion", || Remap::Promoted.guest(100), ONE),
+    missed("removal-under-way", || Pair::Together.guest(200), PAIR),
+    missed("sync-at-tracking", || Pair::Often.guest(200), PAIR),
+    missed("entry-at-fill", || Pair::Recursive.guest(200), PAIR),
     missed("flush-of-large-page", || Remap::Block.guest(300), HUGE),
 ];
 

@@ -32,8 +32,8 @@ const TRAMPOLINE: u32 = 0x7000;
 const AP_CODE: u32 = 0x8000;
 const AP_STACK: u32 = 0xf000;
 /// Words that both use, for epochs.
-const FLAG: u32 = 0x1000;
-const MET: u32 = 0x1100;
+pub(super) const FLAG: u32 = 0x1000;
+pub(super) const MET: u32 = 0x1100;
 const BACK: u32 = 0x1200;
 /// And for rounds.
 const X: u32 = 0x1300;
@@ -129,18 +129,9 @@ impl Litmus {
     /// For more than [`ROUNDS_MAX`] rounds.
     pub fn guest(self, form: Form, epochs: u32, rounds: u32) -> Vec<u8> {
         assert!(rounds <= ROUNDS_MAX, "{rounds} rounds");
-        let trampoline = assemble(16, TRAMPOLINE, enter_flat);
-        let ap = assemble(32, AP_CODE, |a| self.second(a, form, epochs, rounds));
-        let descriptors: Vec<u8> = GDT.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        let pointer =
-            [&(descriptors.len() as u16 - 1).to_le_bytes()[..], &DESCRIPTORS.to_le_bytes()].concat();
         assemble(32, CODE, |a| {
-            copy(a, DESCRIPTORS, &descriptors)?;
-            copy(a, POINTER, &pointer)?;
-            copy(a, TRAMPOLINE, &trampoline)?;
-            copy(a, AP_CODE, &ap)?;
             copy(a, PATCHED, &[0xb8, 0, 0, 0, 0, 0xc3])?; // mov eax, 0; ret
-            start(a)?;
+            start(a, |a| self.second(a, form, epochs, rounds))?;
             self.first(a, form, epochs, rounds)
         })
     }
@@ -201,11 +192,6 @@ impl Litmus {
     /// What the second CPU does.
     fn second(self, a: &mut CodeAssembler, form: Form, epochs: u32, rounds: u32) -> Result<(), IcedError> {
         let (mut epoch, mut round) = (a.create_label(), a.create_label());
-        a.mov(eax, 16)?;
-        a.mov(ds, eax)?;
-        a.mov(es, eax)?;
-        a.mov(ss, eax)?;
-        a.mov(esp, AP_STACK)?;
         a.xor(ebp, ebp)?;
         a.set_label(&mut epoch)?;
         a.inc(ebp)?;
@@ -240,11 +226,7 @@ impl Litmus {
         a.mov(dword_ptr(BACK), ebp)?;
         a.cmp(ebp, epochs as i32)?;
         a.jb(epoch)?;
-        let mut rest = a.create_label();
-        a.set_label(&mut rest)?;
-        a.cli()?;
-        a.hlt()?;
-        a.jmp(rest)
+        rest(a)
     }
 
     /// A round that is the same on both CPUs, but for the words' names.
@@ -340,8 +322,8 @@ fn meet(a: &mut CodeAssembler, own: u32, other: u32) -> Result<(), IcedError> {
     await_word(a, other)
 }
 
-/// Counts to a number below 1024 that differs from round to round.
-fn delay(a: &mut CodeAssembler) -> Result<(), IcedError> {
+/// Counts to a number below 1024 that differs from round (ESI) to round.
+pub(super) fn delay(a: &mut CodeAssembler) -> Result<(), IcedError> {
     let mut again = a.create_label();
     a.imul_3(ecx, esi, 0x9e37_79b1u32 as i32)?;
     a.shr(ecx, 22)?;
@@ -362,7 +344,7 @@ fn expect(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// Waits for the word at `address` to be EBP, or more: the other CPU may have gone on.
-fn await_word(a: &mut CodeAssembler, address: u32) -> Result<(), IcedError> {
+pub(super) fn await_word(a: &mut CodeAssembler, address: u32) -> Result<(), IcedError> {
     let (mut again, mut look, mut there) = (a.create_label(), a.create_label(), a.create_label());
     a.set_label(&mut again)?;
     a.mov(ecx, LOOKS)?;
@@ -403,8 +385,27 @@ fn add_wide(a: &mut CodeAssembler, form: Form, place: Place) -> Result<(), IcedE
     a.jne(again)
 }
 
-/// INIT and start-up for CPU 1.
-fn start(a: &mut CodeAssembler) -> Result<(), IcedError> {
+/// Has CPU 1 go through `second`, in flat protected mode with a stack.
+pub(super) fn start(
+    a: &mut CodeAssembler,
+    second: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    let trampoline = assemble(16, TRAMPOLINE, enter_flat);
+    let ap = assemble(32, AP_CODE, |a| {
+        a.mov(eax, 16)?;
+        a.mov(ds, eax)?;
+        a.mov(es, eax)?;
+        a.mov(ss, eax)?;
+        a.mov(esp, AP_STACK)?;
+        second(a)
+    });
+    let descriptors: Vec<u8> = GDT.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+    let pointer = [&(descriptors.len() as u16 - 1).to_le_bytes()[..], &DESCRIPTORS.to_le_bytes()].concat();
+    copy(a, DESCRIPTORS, &descriptors)?;
+    copy(a, POINTER, &pointer)?;
+    copy(a, TRAMPOLINE, &trampoline)?;
+    copy(a, AP_CODE, &ap)?;
+    // INIT and start-up.
     for (register, value) in [(0x310u32, 1u32 << 24), (0x300, 0x4500), (0x300, 0x4600 | TRAMPOLINE >> 12)] {
         a.mov(dword_ptr(0xfee0_0000u32 + register), value)?;
     }
@@ -421,11 +422,16 @@ fn copy(a: &mut CodeAssembler, to: u32, bytes: &[u8]) -> Result<(), IcedError> {
 pub(super) fn exit(a: &mut CodeAssembler, value: u32) -> Result<(), IcedError> {
     a.mov(eax, value)?;
     a.out(0xf4, eax)?;
-    let mut rest = a.create_label();
-    a.set_label(&mut rest)?;
+    rest(a)
+}
+
+/// For ever.
+pub(super) fn rest(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut again = a.create_label();
+    a.set_label(&mut again)?;
     a.cli()?;
     a.hlt()?;
-    a.jmp(rest)
+    a.jmp(again)
 }
 
 /// # Panics

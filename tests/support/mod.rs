@@ -9,6 +9,7 @@ pub mod host;
 pub mod image;
 pub mod litmus;
 pub mod noise;
+pub mod pair;
 pub mod process;
 pub mod qemu;
 pub mod remap;

@@ -1,6 +1,6 @@
 //! Guests of one CPU that map an address anew, flush as they must, and look at what they find there.
 //!
-//! Story: two-level paging, the first 4 MiB mapped as they are, no interrupts. A guest ends with 0 where it has found what its tables say
+//! Story: two-level paging but where an entry needs more bits, the first 4 MiB mapped as they are, no interrupts. A guest ends with 0 where it has found what its tables say
 //! in every round, else with 1. Nothing else goes on in it, so that no flush is made for another's sake: the built-in guest, which does
 //! much at once, hides what is missed here.
 
@@ -11,11 +11,11 @@ use super::image::CODE;
 use super::litmus::{assemble, exit};
 
 /// Page directory, and the table of the first 4 MiB.
-const DIRECTORY: u32 = 0x20_0000;
+pub(super) const DIRECTORY: u32 = 0x20_0000;
 const TABLE: u32 = 0x20_1000;
 /// Tables of [`PAGE`]: their first entry leads to [`ONE`], to [`TWO`].
-const TABLE_ONE: u32 = 0x20_2000;
-const TABLE_TWO: u32 = 0x20_3000;
+pub(super) const TABLE_ONE: u32 = 0x20_2000;
+pub(super) const TABLE_TWO: u32 = 0x20_3000;
 /// A page in the middle of a block, and where that is mapped.
 const WITHIN: u32 = 0x5000;
 /// Interrupt descriptors, code and data descriptors, and what loads them.
@@ -26,21 +26,35 @@ const POINTER: u32 = 0x20_7000;
 const FAULTS: u32 = 0x20_8000;
 const STACK: u32 = 0x7_f000;
 /// Two blocks of 4 MiB: each page has the word 1, or 2, at [`WORD`]. What they begin with returns the same number where it is called.
-const ONE: u32 = 0x80_0000;
-const TWO: u32 = 0xc0_0000;
-const WORD: u32 = 8;
+pub(super) const ONE: u32 = 0x80_0000;
+pub(super) const TWO: u32 = 0xc0_0000;
+pub(super) const WORD: u32 = 8;
 /// What is mapped anew: a page, and 4 MiB.
-const PAGE: u32 = 0x40_0000;
+pub(super) const PAGE: u32 = 0x40_0000;
 const BLOCK: u32 = 0x100_0000;
 /// Times that each page of a block is used before it changes.
 const USES: u32 = 1000;
-const PRESENT: u32 = 3;
+pub(super) const PRESENT: u32 = 3;
 const USED: u32 = 0x60;
 const READ_ONLY: u32 = 1;
 const LARGE: u32 = 0x83;
 const GLOBAL: u32 = 0x100;
 const PSE: u32 = 0x10;
+const PAE: u32 = 0x20;
 const PGE: u32 = 0x80;
+const EFER: u32 = 0xc000_0080;
+const NXE: u32 = 1 << 11;
+/// In the upper half of an entry of eight bytes: no code.
+const NO_EXECUTE: u32 = 1 << 31;
+/// Tables with such entries: the four of the top, a directory, and the table of 2 MiB from [`PAGE`] on and of the 2 MiB behind.
+const TOP: u32 = 0x20_9000;
+const WIDE_DIRECTORY: u32 = 0x20_a000;
+const WIDE_TABLE: u32 = 0x20_b000;
+const AGAIN: u32 = PAGE + 0x20_0000;
+/// The second page of [`PAGE`]'s table.
+const SECOND: u32 = PAGE + 0x1000;
+/// Stores to a directory, without a use in between, after which no VMM takes it for one.
+const FLOOD: u32 = 16;
 
 /// What is changed, and flushed how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +71,10 @@ pub enum Remap {
     Within,
     /// A page that is global; global pages are switched off, and on again.
     Global,
+    /// A page that could be written can be run instead, and is run by another address of the same table first; MOV CR3.
+    Executable,
+    /// An entry of a table that is loaded as a directory then; MOV CR3.
+    Promoted,
 }
 
 impl Remap {
@@ -79,36 +97,26 @@ impl Remap {
 
     /// Tables and contents; then paging.
     fn prepare(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
-        each(a, 1024, |a| {
-            a.mov(eax, ecx)?;
-            a.shl(eax, 12)?;
-            a.mov(dword_ptr(eax + (ONE + WORD)), 1)?;
-            a.mov(dword_ptr(eax + (TWO + WORD)), 2)?;
-            a.or(eax, PRESENT as i32)?;
-            a.mov(dword_ptr(ecx * 4 + TABLE), eax)
-        })?;
-        for (block, number) in [(ONE, 1), (TWO, 2)] {
-            a.mov(dword_ptr(block), 0xb8 | number << 8)?; // mov eax, number; ret
-            a.mov(dword_ptr(block + 4), 0xc300)?;
-        }
-        a.mov(dword_ptr(TABLE_ONE), ONE | PRESENT)?;
-        a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)?;
-        a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT)?;
-        a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT)?;
+        tables(a)?;
         match self {
             Remap::Right => count_faults(a)?,
+            Remap::Executable => {
+                count_faults(a)?;
+                widen(a)?;
+            }
+            // Whoever loads it finds the first 4 MiB where they are.
+            Remap::Promoted => a.mov(dword_ptr(TABLE_ONE), TABLE | PRESENT)?,
             Remap::Within => a.mov(dword_ptr(DIRECTORY + 16), ONE | LARGE)?,
             _ => {}
         }
-        if matches!(self, Remap::Block | Remap::Within) {
-            a.mov(eax, PSE)?;
-            a.mov(cr4, eax)?;
-        }
-        a.mov(eax, DIRECTORY)?;
-        a.mov(cr3, eax)?;
-        a.mov(eax, cr0)?;
-        a.or(eax, 0x8001_0000u32 as i32)?; // PG, WP
-        a.mov(cr0, eax)?;
+        let (features, top) = match self {
+            Remap::Block | Remap::Within => (PSE, DIRECTORY),
+            Remap::Executable => (PAE, TOP),
+            _ => (0, DIRECTORY),
+        };
+        a.mov(eax, features)?;
+        a.mov(cr4, eax)?;
+        page(a, top)?;
         if self == Remap::Within {
             // In use as a block for a while, until it is mapped by one entry.
             a.mov(ebx, USES)?;
@@ -187,9 +195,79 @@ impl Remap {
                     a.jne(bad)?;
                 }
             }
+            Remap::Executable => {
+                for (right, upper, faults) in [(PRESENT, NO_EXECUTE, 0), (READ_ONLY, 0, 1)] {
+                    a.mov(dword_ptr(WIDE_TABLE), ONE | right | USED)?;
+                    a.mov(dword_ptr(WIDE_TABLE + 4), upper)?;
+                    if upper == 0 {
+                        a.mov(ebx, AGAIN)?;
+                        a.call(ebx)?;
+                    }
+                    reload(a)?;
+                    a.mov(dword_ptr(FAULTS), 0)?;
+                    a.mov(dword_ptr(PAGE + 2 * WORD), 7)?;
+                    a.cmp(dword_ptr(FAULTS), faults)?;
+                    a.jne(bad)?;
+                }
+            }
+            // It ends with the directory that was a table.
+            Remap::Promoted => {
+                for (block, number) in [(ONE, 1), (TWO, 2)] {
+                    load(a, DIRECTORY)?;
+                    // It is a table alone, and in use.
+                    each(a, FLOOD, |a| a.mov(dword_ptr(ecx * 4 + (TABLE_ONE + 2048)), 0))?;
+                    a.cmp(dword_ptr(SECOND + WORD), 3 - number)?;
+                    a.jne(bad)?;
+                    a.mov(dword_ptr(TABLE_ONE + 4), block | PRESENT)?;
+                    load(a, TABLE_ONE)?;
+                }
+            }
         }
         Ok(())
     }
+}
+
+/// The contents of both blocks, and tables with entries of four bytes.
+pub(super) fn tables(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    each(a, 1024, |a| {
+        a.mov(eax, ecx)?;
+        a.shl(eax, 12)?;
+        a.mov(dword_ptr(eax + (ONE + WORD)), 1)?;
+        a.mov(dword_ptr(eax + (TWO + WORD)), 2)?;
+        a.or(eax, PRESENT as i32)?;
+        a.mov(dword_ptr(ecx * 4 + TABLE), eax)
+    })?;
+    for (block, number) in [(ONE, 1), (TWO, 2)] {
+        a.mov(dword_ptr(block), 0xb8 | number << 8)?; // mov eax, number; ret
+        a.mov(dword_ptr(block + 4), 0xc300)?;
+    }
+    a.mov(dword_ptr(TABLE_ONE), ONE | PRESENT)?;
+    a.mov(dword_ptr(TABLE_ONE + 4), TWO | PRESENT)?;
+    a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)?;
+    a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT)?;
+    a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT)
+}
+
+/// Paging, by the table at `top`.
+pub(super) fn page(a: &mut CodeAssembler, top: u32) -> Result<(), IcedError> {
+    load(a, top)?;
+    a.mov(eax, cr0)?;
+    a.or(eax, 0x8001_0000u32 as i32)?; // PG, WP
+    a.mov(cr0, eax)
+}
+
+/// Tables with entries of eight bytes, and code that is not to be run.
+fn widen(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let table = WIDE_TABLE | PRESENT;
+    let large = |number: u32| number << 21 | LARGE;
+    a.mov(dword_ptr(TOP), WIDE_DIRECTORY | 1)?;
+    for (entry, value) in (0..).step_by(8).zip([large(0), large(1), table, table]) {
+        a.mov(dword_ptr(WIDE_DIRECTORY + entry), value)?;
+    }
+    a.mov(ecx, EFER)?;
+    a.rdmsr()?;
+    a.or(eax, NXE as i32)?;
+    a.wrmsr()
 }
 
 /// ECX from 0 on.
@@ -207,7 +285,12 @@ fn each(
     a.jb(again)
 }
 
-fn reload(a: &mut CodeAssembler) -> Result<(), IcedError> {
+fn load(a: &mut CodeAssembler, directory: u32) -> Result<(), IcedError> {
+    a.mov(eax, directory)?;
+    a.mov(cr3, eax)
+}
+
+pub(super) fn reload(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(eax, cr3)?;
     a.mov(cr3, eax)
 }
