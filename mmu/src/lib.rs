@@ -110,6 +110,7 @@ use reclaim::Background;
 use records::{Clock, NoClock, Records};
 use shadow::large::Larges;
 use shadow::pages::Pages;
+use shadow::stores::Stores;
 use shadow::{Roots, track};
 use swap::{NoSwap, SwapDevice, SwapMap};
 use sync::{Arc, AtomicU64, Lock, Ordering};
@@ -207,6 +208,7 @@ pub struct Mmu {
     pages: Pages,
     roots: Lock<Roots>,
     unsync: Lock<Vec<track::Unsync>>,
+    stores: Stores,
     pool: Pool,
     lru: Lru,
     swap: SwapMap,
@@ -311,6 +313,7 @@ impl Mmu {
             pages: Pages::new(config.shadow_pages_max),
             roots: Lock::new(lock_order::ROOTS, Roots::default()),
             unsync: Lock::new(lock_order::UNSYNC, Vec::new()),
+            stores: Stores::default(),
             pool: Pool::new(pool::SLOTS),
             evictions: AtomicU64::new(0),
             tracked_stores: AtomicU64::new(0),

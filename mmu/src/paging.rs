@@ -65,6 +65,7 @@ impl Mmu {
         }
         // Other tables than before, though nothing was flushed: what INVLPG did under the old mode must hold there.
         if flush == Flush::Yes || !same_roots {
+            self.settle_stores();
             if self.rules.keep(Rule::SyncAtCr3) {
                 self.sync_loaded(vcpu);
             }
@@ -162,6 +163,7 @@ impl Mmu {
 
     /// Makes the vCPU unable to use anything for `gva` that the guest's tables do not say now.
     pub(crate) fn forget_address(&self, vcpu: &Vcpu, gva: Gva) {
+        self.settle_stores();
         if self.rules.keep(Rule::DropAtInvlpg) {
             self.drop_address(vcpu, gva);
         }
@@ -170,6 +172,13 @@ impl Mmu {
             && self.rules.keep(Rule::FlushAtInvlpg)
         {
             tlb.flush_page(gva);
+        }
+    }
+
+    /// What the guest may have seen of its tables is applied to the shadow, before it flushes.
+    fn settle_stores(&self) {
+        if self.rules.keep(Rule::AwaitStores) {
+            self.stores.settle();
         }
     }
 

@@ -194,6 +194,7 @@ impl Mmu {
         touch: impl FnOnce(&LocalMap<'_>) -> T,
     ) -> Result<T, Beyond> {
         self.with_memory(window, gpa, (tag, Intent::Write), |map| {
+            let _under_way = self.stores.begin();
             let done = touch(map);
             self.table_written(gpa.gfn(), map.mfn(), gpa.offset(), length);
             done

@@ -124,6 +124,8 @@ rules! {
         "hardware flushes as it enters, where INVLPG or a fault finds that something was removed";
     HardwareFlushAtCr3 "hardware-flush-at-cr3" Flush "Mmu::set_paging":
         "the same at a change of control registers";
+    AwaitStores "await-stores" Wait "Mmu::settle_stores":
+        "a store to a page table that another vCPU may have seen is applied before that one flushes";
     DropAtInvlpg "drop-at-invlpg" Sync "Mmu::forget_address":
         "the spte of an INVLPG's page is made anew from the guest's entry of now";
     SyncAtCr3 "sync-at-cr3" Sync "Mmu::set_paging":

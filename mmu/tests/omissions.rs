@@ -31,7 +31,7 @@ enum Killer {
     /// A scene, which says what went wrong.
     Scene(fn(Rules) -> Option<String>),
     /// Tests of the VMM (vmm/src/vm/omissions_tests.rs), or a guest in the program `umbra` (tests/e2e/smp.rs; where a rule keeps threads
-    /// from waiting for ever, tests/e2e/simulation.rs).
+    /// from waiting for ever, tests/e2e/simulation.rs; where it is of two vCPUs that do not wait for each other, tests/e2e/seeds.rs).
     Vmm,
 }
 
@@ -71,6 +71,7 @@ fn killer(rule: Rule) -> Killer {
         | Rule::FlushBesideHardware
         | Rule::HardwareOwesFlush
         | Rule::BusAtSplit
+        | Rule::AwaitStores
         | Rule::WakeAtOpen
         | Rule::OpenBeforeWait
         | Rule::ShootdownAtDescriptors => Killer::Vmm,

@@ -54,7 +54,7 @@ const MISSED: &[Missed] = &[
     missed("split-at-protection", || Remap::Within.guest(20), HUGE),
     missed("debt-of-fill", || Remap::Executable.guest(100), ONE),
     missed("sync-at-promotion", || Remap::Promoted.guest(100), ONE),
-    missed("removal-under-way", || Pair::Together.guest(200), PAIR),
+    missed("await-stores", || Pair::Seen.guest(200), PAIR),
     missed("sync-at-tracking", || Pair::Often.guest(200), PAIR),
     missed("entry-at-fill", || Pair::Recursive.guest(200), PAIR),
     missed("flush-of-large-page", || Remap::Block.guest(300), HUGE),

@@ -18,13 +18,13 @@ const TABLES: u32 = 0xffc0_0000;
 /// A page of its own.
 const OTHER: u32 = 0x1_0000;
 /// What the page leads to in two rounds, and the number in it.
-const BLOCKS: [(u32, u32); 2] = [(ONE, 1), (TWO, 2)];
+const BLOCKS: [(u32, u32); 2] = [(TWO, 2), (ONE, 1)];
 
 /// Who does what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pair {
-    /// The first changes the entry of a page, and flushes it by INVLPG while the other flushes by MOV CR3.
-    Together,
+    /// The first changes an entry of a directory; the second flushes by MOV CR3 as soon as it sees the entry change.
+    Seen,
     /// The second changes it, the first flushes by MOV CR3 all the time.
     Often,
     /// The second changes it in a directory that is its own last table; the first uses it by INVLPG all the time, and flushes by MOV CR3.
@@ -59,12 +59,8 @@ impl Pair {
     fn first(self, a: &mut CodeAssembler, block: u32, number: u32, bad: CodeLabel) -> Result<(), IcedError> {
         let mut again = a.create_label();
         match self {
-            Pair::Together => {
-                a.mov(dword_ptr(TABLE_ONE), block | PRESENT)?;
-                a.mov(dword_ptr(FLAG), ebp)?;
-                a.invlpg(ptr(PAGE))?;
-                a.cmp(dword_ptr(PAGE + WORD), number)?;
-                a.jne(bad)?;
+            Pair::Seen => {
+                a.mov(dword_ptr(DIRECTORY + 4), table(block) | PRESENT)?;
                 return await_word(a, MET);
             }
             Pair::Often => {
@@ -93,12 +89,15 @@ impl Pair {
     }
 
     fn second(self, a: &mut CodeAssembler, block: u32, number: u32) -> Result<(), IcedError> {
-        let table = |block| if block == ONE { TABLE_ONE } else { TABLE_TWO };
         a.mov(esi, ebp)?;
         match self {
-            Pair::Together => {
-                let mut good = a.create_label();
-                await_word(a, FLAG)?;
+            Pair::Seen => {
+                let (mut again, mut good) = (a.create_label(), a.create_label());
+                a.set_label(&mut again)?;
+                a.mov(eax, dword_ptr(DIRECTORY + 4))?;
+                a.and(eax, 0xffff_f000u32 as i32)?;
+                a.cmp(eax, table(block) as i32)?;
+                a.jne(again)?;
                 reload(a)?;
                 a.cmp(dword_ptr(PAGE + WORD), number)?;
                 a.je(good)?;
@@ -123,6 +122,11 @@ impl Pair {
         a.mov(dword_ptr(FLAG), ebp)?;
         await_word(a, MET)
     }
+}
+
+/// The table whose first entry leads to the block.
+fn table(block: u32) -> u32 {
+    if block == ONE { TABLE_ONE } else { TABLE_TWO }
 }
 
 /// EBP from 1 to `end`, an even number, with what the page leads to then.

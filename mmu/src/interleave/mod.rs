@@ -14,6 +14,7 @@
 //! | `coherence::interleave` | shootdown and entry, a removal without a stamp, a stamp's fence, a locked bus |
 //! | `bucket::interleave` | the gate, two removals of one leaf |
 //! | `external::interleave` | an importer that attaches, and whoever takes the page; the fence; late answers |
+//! | `shadow::stores::interleave` | a store to a page table, and a flush by who has seen it |
 //! | pages | a page that is mapped, filled, stored to or brought in, and whoever takes it |
 //! | pins | a window mapping and whoever moves the page |
 //! | gate_wait | sleeping at a closed gate |

@@ -8,6 +8,7 @@
 //! | link | making pages, linking them below each other, killing and evicting them |
 //! | leaf | leaf sptes: the one place that makes them, and the one that takes them away |
 //! | refill | the leaves that a software TLB misses, without a walk from the top |
+//! | stores | stores to guest tables that are not applied yet |
 //! | track | stores to shadowed tables; unsync tables and their resynchronisation |
 
 pub(crate) mod large;
@@ -17,6 +18,7 @@ pub(crate) mod pages;
 pub(crate) mod refill;
 pub mod role;
 pub(crate) mod roots;
+pub(crate) mod stores;
 pub(crate) mod track;
 
 pub(crate) use roots::{RootRef, Roots};
