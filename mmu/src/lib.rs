@@ -22,7 +22,7 @@
 //! | discard, power | pages that are not wanted any more; all that a guest has, at a reset |
 //! | lru, reclaim, swap, scope | which pages go, where to, and how they come back |
 //! | shadow | shadow pages: built, linked, filled, kept in step, evicted |
-//! | coherence, tlb, violation | flush epochs and the ack ledger; a TLB in software; the report of a flush that was missed |
+//! | coherence, tlb, link_cache, violation | flush epochs and the ack ledger; a TLB in software, and paging-structure caches; the report of a flush that was missed |
 //! | guest_tlb | a model of the guest's own TLBs, which finds the flushes that the guest misses |
 //! | rules | the rules of coherence and of reclaim by name, and going without one |
 //! | fault, paging, physical | what a backend calls: a page fault; CR and INVLPG; memory by address |
@@ -49,6 +49,7 @@ pub mod guest_tlb;
 #[cfg(all(test, loom))]
 mod interleave;
 pub mod invalidation;
+pub mod link_cache;
 pub mod lock_order;
 pub mod lru;
 pub mod machine;

@@ -87,6 +87,11 @@ impl Mmu {
     pub fn invalidate_page(&self, vcpu: &Vcpu, gva: Gva) {
         vcpu.events.borrow_mut().record(gva, Event::Invalidated);
         self.forget_address(vcpu, gva);
+        if let Some(tlb) = &vcpu.tlb
+            && self.rules.keep(Rule::FlushAtInvlpg)
+        {
+            tlb.flush_links();
+        }
         if vcpu.mode.paging && vcpu.hardware {
             self.prefill(vcpu, gva);
         }

@@ -14,12 +14,13 @@
 //!
 //! Entries carry the root they were made under, as with process-context identifiers: a change of CPL or of CR3 costs
 //! nothing, and nothing is forgotten by it. Three temperaments ([`TlbKind`]), of which the hostile ones find missing
-//! flushes: an entry that should be gone is used.
+//! flushes: an entry that should be gone is used. The most hostile one walks by paging-structure caches
+//! ([`crate::link_cache`]): what it misses it looks for in the tables that it has known, unlinked or not.
 //!
 //! Holds: INV-TLB-1, the generations of an entry are those that its frame had when the spte was read, both under
 //! bucket(gfn). INV-TLB-2, a hit whose generation is not that of now is never used, but reported: the frame has been
 //! handed on, or its write permission taken, and this TLB was not flushed. The check is made at each hit; while no
-//! generation anywhere has advanced since the entry was last checked, it is one comparison.
+//! generation anywhere has advanced since the entry was last checked, it is one comparison. INV-TLB-3 is link_cache's.
 //!
 //! Locks: a hit takes none; a fill takes its first-level page, then bucket(gfn). Nothing sleeps.
 //! Generations advance when a shootdown is complete, never before: until then an entry of old may well be used.
@@ -30,6 +31,7 @@ use std::collections::HashMap;
 use crate::Mmu;
 use crate::access::{Access, AccessKind};
 use crate::addr::{Gfn, Gva, Mfn, PAGE_SHIFT, PAGE_SIZE};
+use crate::link_cache::LinkCache;
 use crate::p2m::Generations;
 use crate::rules::{Rule, Rules};
 use crate::shadow::RootRef;
@@ -39,7 +41,7 @@ use crate::shadow::role::Shape;
 use crate::spte::{Spte, l1_index};
 use crate::sync::Ordering;
 use crate::vcpu::Vcpu;
-use crate::violation::{Filled, Violation};
+use crate::violation::{Filled, StaleTranslation, Violation};
 
 /// Sets of the cache, a power of two.
 const SETS: usize = 1024;
@@ -56,7 +58,7 @@ const LARGE_KEY: u32 = 1 << PAGE_BITS;
 /// Bits of the memory of which pages have code.
 const CODE_BITS: usize = 4096;
 /// Invalidations, and events, that the report of a missed flush has at most.
-const TRAIL_MAX: usize = 8;
+pub(crate) const TRAIL_MAX: usize = 8;
 /// A `lossy` TLB forgets one entry in so many hits.
 const LOSS: u64 = 8;
 
@@ -65,7 +67,8 @@ const LOSS: u64 = 8;
 pub enum TlbKind {
     /// As hardware does: set-associative, the oldest of a set goes when a new one comes.
     Sized,
-    /// Never: what it has learnt it knows until it is told to forget. The most hostile TLB that is legal.
+    /// Never: what it has learnt it knows until it is told to forget, links to tables too (paging-structure caches). The most
+    /// hostile TLB that is legal.
     Sticky,
     /// At random, seeded.
     Lossy(u64),
@@ -92,7 +95,7 @@ pub struct CodeFrame {
 /// One translation of a page of 4 KiB, or of a large one of 2 MiB: then `gfn` is its first, and the generations are its range's.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
-struct Entry {
+pub(crate) struct Entry {
     /// Valid bit, root and page; [`NO_TAG`] for no entry.
     tag: u64,
     /// The spte as it was.
@@ -173,6 +176,8 @@ pub struct SoftTlb {
     larges: Box<[Cell<Entry>; LARGE_ENTRIES]>,
     /// What `sticky` remembers beside the others, by page.
     store: RefCell<HashMap<u32, Vec<Entry>>>,
+    /// And the links to tables, which it alone remembers.
+    links: Option<LinkCache>,
     random: Cell<u64>,
     /// Sets that may hold entries, a bit each: what a flush has to look at.
     used: [Cell<u64>; SETS / 64],
@@ -209,6 +214,7 @@ impl SoftTlb {
             sets: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(NOTHING)))),
             larges: Box::new(std::array::from_fn(|_| Cell::new(NOTHING))),
             store: RefCell::default(),
+            links: (kind == TlbKind::Sticky).then(LinkCache::default),
             random: Cell::new(seed | 1),
             used: std::array::from_fn(|_| Cell::new(0)),
             large: std::array::from_fn(|_| Cell::new(0)),
@@ -230,7 +236,18 @@ impl SoftTlb {
         self.kind
     }
 
-    /// Forgets the page of `gva` under every root, and with it every part of a large page that the address may be in.
+    /// Its paging-structure caches, if it has any.
+    pub(crate) fn links(&self) -> Option<&LinkCache> {
+        self.links.as_ref()
+    }
+
+    /// Fills before the last flush of everything.
+    pub(crate) fn flushed_fills(&self) -> u64 {
+        self.flushed_fills.get()
+    }
+
+    /// Forgets the page of `gva` under every root, and with it every part of a large page that the address may be in, and the links
+    /// that lead to it: a page fault. INVLPG asks for [`SoftTlb::flush_links`] too.
     pub fn flush_page(&self, gva: Gva) {
         self.count(|s| s.page_flushes += 1);
         let page = gva.0 >> 12;
@@ -238,6 +255,7 @@ impl SoftTlb {
         if self.kind == TlbKind::Sticky {
             self.store.borrow_mut().remove(&page);
         }
+        self.links.iter().for_each(|links| links.forget_address(gva));
         let region = region_of(page);
         let (word, bit) = (&self.large[region / 64], 1 << (region % 64));
         if word.get() & bit != 0 && self.rules.keep(Rule::FlushOfLargePage) {
@@ -249,19 +267,26 @@ impl SoftTlb {
         }
     }
 
+    /// Forgets every link to a table, though not what is translated by it.
+    pub fn flush_links(&self) {
+        self.links.iter().for_each(LinkCache::forget_all);
+    }
+
     /// Forgets everything.
     pub fn flush_all(&self) {
         self.count(|s| s.flushes += 1);
         self.flushed_fills.set(self.stats.get().fills);
         self.retain(|_| false);
+        self.flush_links();
         self.large.iter().for_each(|word| word.set(0));
         self.change_version();
     }
 
-    /// Forgets everything but what the guest calls global.
+    /// Forgets everything but the translations that the guest calls global; the links to their tables too.
     pub fn flush_all_but_global(&self) {
         self.count(|s| s.flushes += 1);
         self.retain(|entry| entry.spte.is_global());
+        self.flush_links();
         self.change_version();
     }
 
@@ -398,6 +423,15 @@ impl SoftTlb {
         }
     }
 
+    /// Remembers what a walk has found, where it allows the access: its frame.
+    pub(crate) fn take_entry(&self, entry: Entry, gva: Gva, kind: AccessKind) -> Result<Mfn, Miss> {
+        if !entry.spte.allows(kind) {
+            return Err(Miss::Fault);
+        }
+        self.insert(entry, gva);
+        Ok(entry.spte.mfn())
+    }
+
     /// Remembers a leaf that has just been made under `root`; `large`: for a part of a large page.
     #[inline]
     pub(crate) fn learn(&self, root: RootRef, gva: Gva, leaf: &Leaf, large: bool) {
@@ -530,19 +564,21 @@ impl Mmu {
             }
             return Ok(entry.spte.mfn());
         }
-        if let Some(mfn) = self.tlb_find_large(vcpu, tlb, root, gva, kind)? {
+        if let Some(mfn) = self.tlb_recall_large(vcpu, tlb, root, gva, kind)? {
             return Ok(mfn);
         }
-        let entry = self.tlb_walk(root, gva).ok_or(Miss::Fault)?;
-        if !entry.spte.allows(kind) {
-            return Err(Miss::Fault);
+        if let Some(links) = &tlb.links {
+            return self.tlb_find_by_links(vcpu, (tlb, links), root, gva, kind);
         }
-        tlb.insert(entry, gva);
-        Ok(entry.spte.mfn())
+        if let Some(mfn) = self.tlb_walk_large(tlb, root, gva, kind)? {
+            return Ok(mfn);
+        }
+        let entry = self.find_link(root, gva).and_then(|link| self.tlb_walk_below(root, link, gva));
+        tlb.take_entry(entry.ok_or(Miss::Fault)?, gva, kind)
     }
 
-    /// The same in a large page; `None` where neither TLB nor shadow has one there.
-    fn tlb_find_large(
+    /// The same in a large page that the TLB knows; `None` where it knows none there.
+    fn tlb_recall_large(
         &self,
         vcpu: &Vcpu,
         tlb: &SoftTlb,
@@ -553,7 +589,6 @@ impl Mmu {
         if !self.config.blocks {
             return Ok(None);
         }
-        let within = within_large(gva);
         if let Some(mut entry) = tlb.recall_large(root, gva)
             && entry.spte.allows(kind)
         {
@@ -562,14 +597,28 @@ impl Mmu {
                 entry.checked = advances;
                 tlb.large_place(first_of(gva)).set(entry);
             }
-            return Ok(Some(Mfn(entry.spte.mfn().0 + within)));
+            return Ok(Some(Mfn(entry.spte.mfn().0 + within_large(gva))));
+        }
+        Ok(None)
+    }
+
+    /// The same in a large page that the shadow has.
+    pub(crate) fn tlb_walk_large(
+        &self,
+        tlb: &SoftTlb,
+        root: RootRef,
+        gva: Gva,
+        kind: AccessKind,
+    ) -> Result<Option<Mfn>, Miss> {
+        if !self.config.blocks {
+            return Ok(None);
         }
         let Some(leaf) = self.find_large(root, gva) else { return Ok(None) };
         if !leaf.spte.allows(kind) {
             return Err(Miss::Fault);
         }
         tlb.learn_large(root, gva, &leaf);
-        Ok(Some(Mfn(leaf.spte.mfn().0 + within)))
+        Ok(Some(Mfn(leaf.spte.mfn().0 + within_large(gva))))
     }
 
     /// INV-TLB-2. A read or a fetch needs the mapping to be of now, a store the right to write too. True when the entry
@@ -584,19 +633,27 @@ impl Mmu {
         if !stale {
             return Ok(filled == now);
         }
-        Err(Miss::Incoherent(Box::new(self.report(vcpu, entry, gva, kind, now))))
+        let stale = self.report(vcpu, entry, gva, kind, now);
+        Err(Miss::Incoherent(Box::new(Violation::Translation(stale))))
     }
 
     /// All that is known of the flush that was missed.
     #[cold]
-    fn report(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind, now: Generations) -> Violation {
+    fn report(
+        &self,
+        vcpu: &Vcpu,
+        entry: &Entry,
+        gva: Gva,
+        kind: AccessKind,
+        now: Generations,
+    ) -> StaleTranslation {
         let (stats, flushed) =
             vcpu.tlb.as_ref().map_or_else(Default::default, |tlb| (tlb.stats(), tlb.flushed_fills.get()));
         // Of a large entry, the page of the access.
         let within = if entry.spte.is_large() { within_large(gva) } else { 0 };
         let (gfn, mfn) = (Gfn(entry.gfn.0 + within), Mfn(entry.spte.mfn().0 + within));
         let invalidations = self.records.about(gfn, TRAIL_MAX);
-        Violation {
+        StaleTranslation {
             vcpu: vcpu.id,
             gva,
             kind,
@@ -612,9 +669,9 @@ impl Mmu {
         }
     }
 
-    /// Walks the shadow as hardware would; `None` where it has no leaf.
-    fn tlb_walk(&self, root: RootRef, gva: Gva) -> Option<Entry> {
-        let slot = self.slot_of(self.find_link(root, gva)?)?;
+    /// Walks the shadow as hardware would, from the first-level page that `link` leads to; `None` where it has no leaf.
+    pub(crate) fn tlb_walk_below(&self, root: RootRef, link: Spte, gva: Gva) -> Option<Entry> {
+        let slot = self.slot_of(link)?;
         let at = self.pages.mfn(slot).at(l1_index(gva) * 8);
         let spte = self.spte(at);
         let gfn = spte.is_present().then(|| self.frames.gfn(spte.mfn())).flatten()?;

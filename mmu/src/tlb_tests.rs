@@ -60,6 +60,7 @@ fn a_translation_that_outlives_its_page_is_reported() {
     let Err(Miss::Incoherent(violation)) = mmu.tlb_load(&vcpu, PAGE, Width::B4, false) else {
         panic!("a stale translation was used")
     };
+    let Violation::Translation(violation) = *violation else { panic!("{violation}") };
     assert_eq!((violation.gfn, violation.spte.mfn(), violation.gva), (Gfn(3), mfn, PAGE));
     assert!(violation.removed_at >= violation.flushed_at, "{violation}");
     assert!(violation.to_string().contains("frame"), "{violation}");

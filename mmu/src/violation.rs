@@ -3,7 +3,7 @@
 //! Story: a hit's generation is not that of now, so that the page has changed hands, or lost its right to be written, and this TLB was
 //! not flushed in between (INV-TLB-2, tlb). The access is not made. What is known of it is put together here: the access, the entry and
 //! when it was made, the invalidation, the flush that it called for against the last one that there was, and what has happened to the
-//! page.
+//! page. The same where a link to a table was used whose table, or root, has another life by now (INV-TLB-3, link_cache).
 //!
 //! Limits: an invalidation is found by its range of pages, and a batch need not have every page of its range. One that is not over yet has no record.
 
@@ -12,13 +12,32 @@ use std::fmt;
 use crate::access::AccessKind;
 use crate::addr::{Gfn, Gva};
 use crate::events::Event;
+use crate::link_cache::LinkLevel;
 use crate::p2m::Generations;
 use crate::records::{Kind, Record};
 use crate::spte::Spte;
 
-/// INV-TLB-2 broken: the TLB still held what had been handed on.
+/// What a TLB still held that had been handed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Violation {
+pub enum Violation {
+    /// A translation.
+    Translation(StaleTranslation),
+    /// A link to a table.
+    Link(StaleLink),
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Violation::Translation(stale) => stale.fmt(f),
+            Violation::Link(stale) => stale.fmt(f),
+        }
+    }
+}
+
+/// INV-TLB-2 broken: the TLB still held a page that had been handed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StaleTranslation {
     /// The vCPU whose TLB it is.
     pub vcpu: u32,
     /// The access that hit.
@@ -58,7 +77,7 @@ pub struct Filled {
     pub flushed: u64,
 }
 
-impl Violation {
+impl StaleTranslation {
     /// What the page has lost.
     fn lost(&self) -> Kind {
         match self.filled.generations.mapping == self.now.mapping {
@@ -73,7 +92,7 @@ impl Violation {
     }
 }
 
-impl fmt::Display for Violation {
+impl fmt::Display for StaleTranslation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lost = match self.lost() {
             Kind::Unmap => "frame",
@@ -106,7 +125,7 @@ impl fmt::Display for Violation {
                 self.removed_at
             }
         };
-        let Violation { flushed_at, requested, .. } = self;
+        let StaleTranslation { flushed_at, requested, .. } = self;
         let why = match *flushed_at > needed {
             true => "which it says that it has made, and the entry is there all the same",
             false => "which it has not made",
@@ -119,10 +138,92 @@ impl fmt::Display for Violation {
         for record in &self.invalidations {
             write!(f, "\n  page {}: {}", self.gfn, Told(record))?;
         }
-        for (event, ago) in &self.events {
-            write!(f, "\n  vCPU {} at {}: {event:?}, {ago} events ago", self.vcpu, self.gva.page())?;
+        tell(f, self.vcpu, self.gva, &self.events)
+    }
+}
+
+fn tell(f: &mut fmt::Formatter<'_>, vcpu: u32, gva: Gva, events: &[(Event, usize)]) -> fmt::Result {
+    for (event, ago) in events {
+        write!(f, "\n  vCPU {vcpu} at {}: {event:?}, {ago} events ago", gva.page())?;
+    }
+    Ok(())
+}
+
+/// What has become of what a link was part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// The table serves again: a shadow of this guest table, or one that is being made.
+    Table(Option<Gfn>),
+    /// The table's frame was given back.
+    Nothing,
+    /// The root serves another address space.
+    Root,
+}
+
+/// INV-TLB-3 broken: a paging-structure cache still led to a table that had been handed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StaleLink {
+    /// The vCPU whose cache it is.
+    pub vcpu: u32,
+    /// The access that was to go by it.
+    pub gva: Gva,
+    /// What it was to do.
+    pub kind: AccessKind,
+    /// Where the link was found.
+    pub level: LinkLevel,
+    /// The root that it was found under.
+    pub root: u32,
+    /// The link.
+    pub link: Spte,
+    /// What has become of it.
+    pub served: Served,
+    /// The life of the table, or of the root, then and now.
+    pub lives: (u64, u64),
+    /// Fills of the TLB before the link was learnt, and so far.
+    pub fills: (u64, u64),
+    /// Fills before the TLB's last full flush.
+    pub flushed_fills: u64,
+    /// The flush clock of this vCPU's last full flush.
+    pub flushed_at: u64,
+    /// The flush clock that one was last asked of it for.
+    pub requested: u64,
+    /// What this vCPU did at the page, the last first, and how many events ago.
+    pub events: Vec<(Event, usize)>,
+}
+
+impl fmt::Display for StaleLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StaleLink { vcpu, gva, kind, level, root, link, served, lives, fills, .. } = self;
+        let table = match level {
+            LinkLevel::Directory => "page table",
+            LinkLevel::Root => "directory",
+        };
+        write!(
+            f,
+            "INV-TLB-3: vCPU {vcpu} used a stale link, {kind:?} at {gva} by the {table} in frame {}: ",
+            link.mfn()
+        )?;
+        match served {
+            Served::Table(Some(gfn)) => writeln!(f, "the table serves again, for guest table {gfn}")?,
+            Served::Table(None) => writeln!(f, "the table serves again")?,
+            Served::Nothing => writeln!(f, "the table's frame was given back")?,
+            Served::Root => writeln!(f, "root {root} serves another address space")?,
         }
-        Ok(())
+        let region = gva.0 >> level.bits() << level.bits();
+        let (first, last) = (Gva(region), Gva(region + ((1 << level.bits()) - 1)));
+        writeln!(
+            f,
+            "  link: {link:?}, for {first}..={last} under root {root}, learnt after fill {} of {}, its TLB's last full flush was \
+             after fill {}; lives then and now: {} and {}",
+            fills.0, fills.1, self.flushed_fills, lives.0, lives.1,
+        )?;
+        write!(
+            f,
+            "  missed flush: one since the table was unlinked, which it has not made; the vCPU's last full one was at {}, and \
+             the last that was asked of it at {}",
+            self.flushed_at, self.requested,
+        )?;
+        tell(f, *vcpu, *gva, &self.events)
     }
 }
 

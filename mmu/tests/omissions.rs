@@ -89,7 +89,7 @@ fn killer(rule: Rule) -> Killer {
 /// Who noticed, by what it said.
 fn finder(why: &str) -> &'static str {
     let finders = [
-        ("INV-TLB-2", "oracle"),
+        ("INV-TLB-", "oracle"),
         ("INV-COH-1", "ledger"),
         ("INV-", "assertion"),
         ("audit:", "audit"),

@@ -10,6 +10,7 @@ use libtest_mimic::Trial;
 
 use super::umbra::{file_of, status, umbra};
 use crate::ensure;
+use crate::support::crowd::Crowd;
 use crate::support::host::Need;
 use crate::support::litmus::{Form, Litmus, Place};
 use crate::support::pair::Pair;
@@ -42,6 +43,9 @@ const fn missed(rule: &'static str, guest: fn() -> Vec<u8>, options: &'static [&
 const ONE: &[&str] = &["--mem", "24M", "--tlb", "sticky"];
 const TWO: &[&str] = &["--mem", "24M", "--vcpus", "2"];
 const PAIR: &[&str] = &["--mem", "24M", "--vcpus", "2", "--tlb", "sticky"];
+const FEW_TABLES: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--shadow-pages", "64"];
+const SHRINKING: &[&str] =
+    &["--mem", "24M", "--tlb", "sticky", "--low", "1M", "--frames", "4M@0s,2M@10ms", "--shadow-pages", "256"];
 const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
 
 const MISSED: &[Missed] = &[
@@ -51,6 +55,10 @@ const MISSED: &[Missed] = &[
     missed("debt-of-unlink", || Remap::Directory.guest(100), ONE),
     missed("debt-of-narrowing", || Remap::Right.guest(100), ONE),
     missed("flush-at-mode-change", || Remap::Global.guest(100), ONE),
+    missed("debt-of-eviction", || Crowd::Tables.guest(20), FEW_TABLES),
+    missed("shootdown-before-reuse", || Crowd::Tables.guest(20), FEW_TABLES),
+    missed("shootdown-before-giving-back", || Crowd::Rested.guest(8), SHRINKING),
+    missed("shootdown-before-root", || Crowd::Spaces.guest(5), ONE),
     missed("split-at-protection", || Remap::Within.guest(20), HUGE),
     missed("debt-of-fill", || Remap::Executable.guest(100), ONE),
     missed("sync-at-promotion", || Remap::Promoted.guest(100), ONE),

@@ -5,6 +5,7 @@
 //! a time limit and is gone when the test ends; a test that could not run is counted as ignored, with the reason,
 //! and as failed where the caller insists (`UMBRA_REQUIRE`).
 
+pub mod crowd;
 pub mod host;
 pub mod image;
 pub mod litmus;

@@ -271,7 +271,7 @@ fn widen(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// ECX from 0 on.
-fn each(
+pub(super) fn each(
     a: &mut CodeAssembler,
     end: u32,
     body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,

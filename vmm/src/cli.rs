@@ -155,7 +155,7 @@ impl Supervisor {
 pub enum Tlb {
     /// As hardware does.
     Sized,
-    /// Never, until it is told to: finds missing flushes.
+    /// Never, until it is told to, with paging-structure caches: finds missing flushes.
     Sticky,
     /// At random.
     Lossy,

@@ -148,6 +148,9 @@ impl Mmu {
         self.note_filled(vcpu, gfn);
         if let Some(tlb) = &vcpu.tlb {
             tlb.learn(place.root, gva, &leaf, place.key.role.shape == Shape::Linear);
+            if tlb.links().is_some() {
+                self.learn_table(tlb, place.root, gva, place.slot);
+            }
         }
         Mapped::Done { changed: leaf.changed, writable: leaf.spte.is_writable() }
     }
@@ -172,9 +175,12 @@ impl Mmu {
     #[inline]
     pub(crate) fn find_link(&self, root: RootRef, gva: Gva) -> Option<Spte> {
         let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
-        if !directory.is_present() {
-            return None;
-        }
+        if directory.is_present() { self.find_link_in(directory, gva) } else { None }
+    }
+
+    /// The same from the directory that `directory` leads to.
+    #[inline]
+    pub(crate) fn find_link_in(&self, directory: Spte, gva: Gva) -> Option<Spte> {
         point();
         debug_assert!(
             matches!(self.frames.kind(directory.mfn()), FrameKind::Shadow(_)),

@@ -251,6 +251,7 @@ impl Mmu {
                 if !self.coherence.covered(stamp) && self.rules.keep(Rule::ShootdownBeforeReuse) {
                     self.coherence.shoot_down(Some(vcpu.id));
                 }
+                self.pages.begin_life(slot);
                 return Some(slot);
             }
             let some = self.pages.max().div_ceil(16) as usize;
@@ -354,6 +355,7 @@ impl Mmu {
         if !self.coherence.covered(stamp) && self.rules.keep(Rule::ShootdownBeforeGivingBack) {
             self.coherence.shoot_down(own);
         }
+        self.pages.begin_life(slot);
         self.release_table(self.pages.take_mfn(slot));
         self.pages.put_fresh(slot);
         true

@@ -5,7 +5,7 @@
 //!
 //! Holds: INV-SHADOW-1, at most one live page per key, and it is in the cache. INV-SHADOW-2, a page's `parents`
 //! are exactly the entries that link to it; an entry that links to a page changes only under *that page's* lock.
-//! INV-SHADOW-3, a free slot's table is all zeros and is handed out again only when the ledger covers its death. INV-SHADOW-5,
+//! INV-SHADOW-3, a free slot's table is all zeros and is handed out again only when the ledger covers its death. A slot's life advances then (INV-TLB-3, link_cache). INV-SHADOW-5,
 //! an entry is read with its page, its shard or the bucket of its leaf locked, all of which its death needs, or by a vCPU inside
 //! the guest, which the ledger waits for: else its frame may have been given back.
 //!
@@ -42,6 +42,8 @@ pub(crate) struct Page {
 pub(crate) struct Slot {
     frame: AtomicU32,
     used: AtomicU64,
+    /// How often its table has begun to serve anew, or its frame was given back.
+    life: AtomicU64,
     page: Lock<Page>,
 }
 
@@ -81,6 +83,7 @@ impl Pages {
         let slot = |_| Slot {
             frame: AtomicU32::new(NO_FRAME),
             used: AtomicU64::new(0),
+            life: AtomicU64::new(0),
             page: Lock::new(lock_order::SHADOW_L1, Page::default()),
         };
         let shard = |_| Lock::new(lock_order::SHADOW_CACHE, Shard::default());
@@ -146,6 +149,17 @@ impl Pages {
     pub fn take_mfn(&self, slot: u32) -> Mfn {
         self.framed.fetch_sub(1, Ordering::Relaxed);
         Mfn(self.slots[slot as usize].frame.swap(NO_FRAME, Ordering::AcqRel))
+    }
+
+    /// Which life of its table a slot is in. It changes only when the ledger covers the death of its last page.
+    #[inline]
+    pub fn life(&self, slot: u32) -> u64 {
+        self.slots[slot as usize].life.load(Ordering::Acquire)
+    }
+
+    /// The table in a slot that was taken off the free list is about to serve again, or to lose its frame.
+    pub fn begin_life(&self, slot: u32) {
+        self.slots[slot as usize].life.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Sets how many slots may have a frame, at least [`crate::SHADOW_PAGES_MIN`].

@@ -32,6 +32,8 @@ pub(crate) struct RootRef {
     pub index: u32,
     pub pml4: Mfn,
     pub pdpt: Mfn,
+    /// How many address spaces it has served, this one included.
+    pub life: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -143,6 +145,7 @@ impl Mmu {
         roots.by_key.insert(key, index);
         let root = &mut roots.roots[index as usize];
         (root.key, root.loaded, root.used) = (Some(key), 1, now);
+        root.tables.life += 1;
         Search::Found(root.tables)
     }
 
@@ -176,7 +179,7 @@ impl Mmu {
         self.machine.word64(pml4.at(0)).store(Spte::link(pdpt).0, Ordering::Release);
         let firmware = self.machine.word64(pml4.at(FIRMWARE_SLOT * 8));
         firmware.store(self.config.firmware_entry, Ordering::Release);
-        Some(RootRef { index, pml4, pdpt })
+        Some(RootRef { index, pml4, pdpt, life: 0 })
     }
 
     fn unlink_root(&self, roots: &mut Roots, victim: usize) {

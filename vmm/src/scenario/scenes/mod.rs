@@ -130,7 +130,7 @@ impl Stage {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
         let kind = match () {
-            () if text.contains("INV-TLB-2") || text.contains("INV-COH-1") => Kind::Incoherent,
+            () if text.contains("INV-TLB-") || text.contains("INV-COH-1") => Kind::Incoherent,
             () if text.contains("was lost") => Kind::Lost,
             () if text.contains("may not sleep waits") || text.contains("INV-WAIT-2") => Kind::Sleep,
             () if text.starts_with("the audit: ") => Kind::Books,

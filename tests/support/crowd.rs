@@ -1,0 +1,154 @@
+//! Guests of one CPU that have more tables, or more address spaces, than the shadow has room for, and flush nothing.
+//!
+//! Story: two-level paging, the first 4 MiB mapped as they are, no interrupts. No entry changes once paging is on, so that the guest owes
+//! no flush: what its CPU still has of a table that was taken out of use, Umbra must see to alone. In each round another page is loaded
+//! from, which no TLB has yet. A guest ends with 0 where it has found what its tables say in every round, else with 1.
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use super::image::CODE;
+use super::litmus::{assemble, exit};
+use super::remap::each;
+
+/// The table of the first 4 MiB, and the directories.
+const TABLE: u32 = 0x20_0000;
+const DIRECTORIES: u32 = 0x20_1000;
+const STACK: u32 = 0x7_f000;
+/// Page tables, and pages: the word in each, at [`WORD`], is its number.
+const TABLES: u32 = 0x40_0000;
+const PAGES: u32 = 0x80_0000;
+const WORD: u32 = 8;
+/// What the tables map, 4 MiB each.
+const REGIONS: u32 = 0x1000_0000;
+/// More than there are shadow pages.
+const TABLE_COUNT: u32 = 200;
+/// More than there are roots.
+const SPACES: u32 = 129;
+/// Turns of the loop that a rest is.
+const REST: u32 = 1_000_000;
+/// Present, writable, accessed, dirty.
+const USED: u32 = 0x63;
+
+/// What there is too much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crowd {
+    /// Page tables of one address space.
+    Tables,
+    /// The same, and after each round the CPU uses none of them for a while: so that they go and it does not notice.
+    Rested,
+    /// Address spaces, with a table each.
+    Spaces,
+}
+
+impl Crowd {
+    /// The code of a Multiboot image that goes through them in so many rounds, less than 500.
+    pub fn guest(self, rounds: u32) -> Vec<u8> {
+        assemble(32, CODE, |a| {
+            a.mov(esp, STACK)?;
+            self.prepare(a)?;
+            let (mut round, mut bad) = (a.create_label(), a.create_label());
+            a.xor(edi, edi)?;
+            a.set_label(&mut round)?;
+            match self {
+                Crowd::Tables => round_of_tables(a, bad)?,
+                Crowd::Rested => {
+                    round_of_tables(a, bad)?;
+                    each(a, REST, |a| a.nop())?;
+                }
+                Crowd::Spaces => round_of_spaces(a, bad)?,
+            }
+            a.inc(edi)?;
+            a.cmp(edi, rounds as i32)?;
+            a.jb(round)?;
+            exit(a, 0)?;
+            a.set_label(&mut bad)?;
+            exit(a, 1)
+        })
+    }
+
+    /// Each table maps its own page all over, by the address space or by all in one.
+    fn prepare(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        let (tables, pages) = match self {
+            Crowd::Tables | Crowd::Rested => (TABLE_COUNT, 1),
+            Crowd::Spaces => (SPACES, SPACES),
+        };
+        each(a, 1024, |a| {
+            a.mov(eax, ecx)?;
+            a.shl(eax, 12)?;
+            a.or(eax, USED as i32)?;
+            a.mov(dword_ptr(ecx * 4 + TABLE), eax)
+        })?;
+        each(a, tables * 1024, |a| {
+            a.mov(eax, ecx)?;
+            a.shr(eax, 10)?;
+            if pages == 1 {
+                a.xor(eax, eax)?;
+            }
+            a.shl(eax, 12)?;
+            a.add(eax, (PAGES | USED) as i32)?;
+            a.mov(dword_ptr(ecx * 4 + TABLES), eax)
+        })?;
+        for page in 0..pages {
+            a.mov(dword_ptr(PAGES + (page << 12) + WORD), page)?;
+        }
+        for space in 0..pages {
+            a.mov(dword_ptr(DIRECTORIES + (space << 12)), TABLE | USED)?;
+        }
+        each(a, tables, |a| {
+            a.mov(eax, ecx)?;
+            a.shl(eax, 12)?;
+            a.mov(ebx, eax)?;
+            a.add(eax, (TABLES | USED) as i32)?;
+            let entry = DIRECTORIES + (REGIONS >> 22) * 4;
+            match self {
+                Crowd::Tables | Crowd::Rested => a.mov(dword_ptr(ecx * 4 + entry), eax),
+                Crowd::Spaces => {
+                    a.mov(dword_ptr(ebx + entry), eax)?;
+                    a.mov(dword_ptr(ebx + (entry + 4)), eax)
+                }
+            }
+        })?;
+        a.mov(eax, DIRECTORIES)?;
+        a.mov(cr3, eax)?;
+        a.mov(eax, cr0)?;
+        a.or(eax, 0x8001_0000u32 as i32)?; // PG, WP
+        a.mov(cr0, eax)
+    }
+}
+
+/// EDI is the round.
+fn round_of_tables(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
+    each(a, TABLE_COUNT, |a| {
+        a.mov(eax, ecx)?;
+        a.shl(eax, 10)?;
+        a.add(eax, edi)?;
+        a.shl(eax, 12)?;
+        a.cmp(dword_ptr(eax + (REGIONS + WORD)), 0)?;
+        a.jne(bad)
+    })
+}
+
+/// All but the last of the spaces twice: the second time nothing is taken out of use, and MOV CR3 has nothing to flush. Then the last,
+/// which takes the place of the first. Each space has its table at two places: the first access finds no root, and goes the long way.
+fn round_of_spaces(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
+    for _ in 0..2 {
+        each(a, SPACES - 1, |a| visit(a, 0, bad))?;
+    }
+    visit(a, 1, bad)
+}
+
+/// Loads the space in ECX, and from its page of this round.
+fn visit(a: &mut CodeAssembler, odd: u32, bad: CodeLabel) -> Result<(), IcedError> {
+    a.mov(eax, ecx)?;
+    a.shl(eax, 12)?;
+    a.add(eax, DIRECTORIES as i32)?;
+    a.mov(cr3, eax)?;
+    a.mov(eax, edi)?;
+    a.shl(eax, 13)?;
+    for region in [REGIONS, REGIONS + (1 << 22)] {
+        a.cmp(dword_ptr(eax + (region + (odd << 12) + WORD)), ecx)?;
+        a.jne(bad)?;
+    }
+    Ok(())
+}
