@@ -12,6 +12,10 @@ const AT: Gva = Gva(0);
 /// A page of the same region.
 const NEXT: Gva = Gva(1 << 12);
 
+fn region(n: u32) -> Gva {
+    Gva((n * REGION) << 12)
+}
+
 /// A guest without paging, with more regions than there are shadow pages.
 fn world(kind: TlbKind, rules: Rules) -> (Mmu, Vcpu) {
     let config = Config::of_pages((SHADOW_PAGES_MIN + 8) * REGION);
@@ -80,7 +84,7 @@ fn a_table_that_was_unlinked_is_used_until_something_flushes() {
 #[test]
 fn invlpg_forgets_all_links_and_a_page_fault_those_of_its_address() {
     let (mmu, vcpu) = loaded(TlbKind::Sticky, Rules::default());
-    let far = Gva(2 * REGION << 12);
+    let far = region(2);
     mmu.leave(&vcpu);
     fault(&mmu, &vcpu, far);
     assert!(knows(&vcpu, LinkLevel::Directory, AT) && knows(&vcpu, LinkLevel::Directory, far));
@@ -103,7 +107,7 @@ fn a_fault_by_a_dead_table_forgets_it() {
 fn crowd(mmu: &Mmu, vcpu: &Vcpu) {
     for n in 2..SHADOW_PAGES_MIN + 8 {
         mmu.leave(vcpu);
-        fault(mmu, vcpu, Gva(n * REGION << 12));
+        fault(mmu, vcpu, region(n));
         mmu.tlb_enter(vcpu);
     }
 }
