@@ -12,7 +12,7 @@
 //! under way - 1                      resynchronise, flush what is owed
 //! ```
 //!
-//! Holds: INV-SYNC-4, a flush that the guest orders after a load of an entry finds the shadow as that entry has it, or nothing.
+//! Holds: INV-SYNC-5, a flush that the guest orders after a load of an entry finds the shadow as that entry has it, or nothing.
 //!
 //! Progress: who stores sleeps for nobody, and waits for locks alone, which whoever flushes has none of.
 //!

@@ -18,7 +18,7 @@ use umbra_mmu::swap::MemorySwap;
 use umbra_mmu::window::Intent;
 use umbra_mmu::{
     Access, Config, Context, Flush, Gfn, Gpa, Gva, LocalStack, Machine, Mfn, Miss, Mmu, Mode, NoVcpus,
-    Outcome, Rules, Shootdown, TlbKind, Vcpu, Width,
+    Outcome, Rule, Rules, Shootdown, TlbKind, Vcpu, Width,
 };
 use vm_memory::MmapRegion;
 
@@ -713,8 +713,10 @@ pub fn root_taken_by_another(rules: Rules) -> Option<String> {
     }
     let (theirs, entered) = (mmu.clone(), Arc::new(AtomicBool::new(false)));
     let unflushed = entered.clone();
-    // Its one directory is unlinked at the first point, the shootdown begins at the second.
-    at_point(2, move || {
+    // Its one directory is unlinked and that stamped at the first two points, the root's end at the next, if it is; then the
+    // shootdown begins.
+    let points = if rules.left_out() == Some(Rule::DebtOfRoot) { 3 } else { 4 };
+    at_point(points, move || {
         theirs.root_address(&other, false).expect("frames for a root");
         unflushed.store(!theirs.enter(&other), Ordering::SeqCst);
         theirs.leave(&other);

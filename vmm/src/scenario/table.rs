@@ -101,6 +101,26 @@ const CROWDED: [&str; 14] = [
     "workload=mm scale=2",
 ];
 
+/// What a guest has whose disks read and write pages that are wanted elsewhere.
+const DISKS: [&str; 16] = [
+    "--vcpus",
+    "2",
+    "--mem",
+    "24M",
+    "--disk",
+    "64M,id=swap",
+    "--disk",
+    "16M,id=file",
+    "--low",
+    "1M",
+    "--frames",
+    "6M@0s,4M@1ms",
+    "--tlb",
+    "sticky",
+    "--append",
+    "workload=reclaim pace=slow ram=9",
+];
+
 /// Whether it misses `rule`: not, where that is hardware's, or where nothing that it does in so short a time depends on it. Those are left
 /// out by tests of their own.
 fn is_missed(rule: Rule) -> bool {
@@ -136,6 +156,7 @@ fn is_missed(rule: Rule) -> bool {
             | Rule::WakeAtOpen
             | Rule::OpenBeforeWait
             | Rule::PageAfterPin
+            | Rule::PinsAtUnmap
     )
 }
 
@@ -144,6 +165,7 @@ pub fn options(rule: Rule) -> &'static [&'static str] {
     match rule {
         Rule::SplitAtUnmap | Rule::DebtOfSplit => &HUGE,
         Rule::SyncAtLink => &CROWDED,
+        Rule::PinsAtUnmap => &DISKS,
         _ => &OPTIONS,
     }
 }
