@@ -44,8 +44,18 @@ const ONE: &[&str] = &["--mem", "24M", "--tlb", "sticky"];
 const TWO: &[&str] = &["--mem", "24M", "--vcpus", "2"];
 const PAIR: &[&str] = &["--mem", "24M", "--vcpus", "2", "--tlb", "sticky"];
 const FEW_TABLES: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--shadow-pages", "64"];
-const SHRINKING: &[&str] =
-    &["--mem", "24M", "--tlb", "sticky", "--low", "1M", "--frames", "4M@0s,2M@10ms", "--shadow-pages", "256"];
+const SHRINKING: &[&str] = &[
+    "--mem",
+    "24M",
+    "--tlb",
+    "sticky",
+    "--shadow-pages",
+    "256",
+    "--low",
+    "1M",
+    "--frames",
+    "4M@0s,2M@4ms,4M@7ms,2M@8ms,4M@11ms,2M@12ms,4M@15ms,2M@16ms,4M@19ms,2M@20ms,4M@23ms",
+];
 const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
 
 const MISSED: &[Missed] = &[
