@@ -160,11 +160,12 @@ impl Mmu {
                     Some(directory) => directory,
                     None => {
                         let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
-                        self.learn_link(tlb, LinkLevel::Root, root, gva, directory).ok_or(Miss::Fault)?
+                        self.learn_link((tlb, links), LinkLevel::Root, root, gva, directory)
+                            .ok_or(Miss::Fault)?
                     }
                 };
                 let table = self.find_link_in(directory, gva).ok_or(Miss::Fault)?;
-                self.learn_link(tlb, LinkLevel::Directory, root, gva, table).ok_or(Miss::Fault)?
+                self.learn_link((tlb, links), LinkLevel::Directory, root, gva, table).ok_or(Miss::Fault)?
             }
         };
         let entry = self.tlb_walk_below(root, link, gva).ok_or(Miss::Fault)?;
@@ -174,7 +175,7 @@ impl Mmu {
     /// Remembers an entry that leads to a table; `None` where it does not.
     fn learn_link(
         &self,
-        tlb: &SoftTlb,
+        (tlb, links): (&SoftTlb, &LinkCache),
         level: LinkLevel,
         root: RootRef,
         gva: Gva,
@@ -183,13 +184,16 @@ impl Mmu {
         let slot = link.is_present().then(|| self.slot_of(link)).flatten()?;
         let (life, fills) = (self.pages.life(slot), tlb.stats().fills);
         let new = CachedLink { root: root.index, root_life: root.life, link, slot, life, fills };
-        tlb.links()?.learn(level, gva, new);
+        links.learn(level, gva, new);
         Some(link)
     }
 
-    /// Remembers that the page in `slot`, which the caller has locked, is the page table for `gva`.
+    /// Remembers that the page in `slot`, which the caller has locked, is the page table for `gva`, where links are remembered.
+    #[inline]
     pub(crate) fn learn_table(&self, tlb: &SoftTlb, root: RootRef, gva: Gva, slot: u32) {
-        self.learn_link(tlb, LinkLevel::Directory, root, gva, Spte::link(self.pages.mfn(slot)));
+        if let Some(links) = tlb.links() {
+            self.learn_link((tlb, links), LinkLevel::Directory, root, gva, Spte::link(self.pages.mfn(slot)));
+        }
     }
 
     /// The link that is known for `gva` at a level. INV-TLB-3.
@@ -227,8 +231,9 @@ impl Mmu {
         } else {
             // A table that serves again may be a directory now: it is locked alone, so that its level does not matter.
             let key = || self.pages.lock(known.slot, false).key;
+            let guest_table = || key().filter(|key| key.role.shadows_table()).map(|key| key.gfn);
             let served = match self.frames.kind(mfn) {
-                FrameKind::Shadow(slot) if slot == known.slot => Served::Table(key().map(|key| key.gfn)),
+                FrameKind::Shadow(slot) if slot == known.slot => Served::Table(guest_table()),
                 _ => Served::Nothing,
             };
             (served, (known.life, self.pages.life(known.slot)))

@@ -65,7 +65,7 @@ impl Mmu {
         }
         // Other tables than before, though nothing was flushed: what INVLPG did under the old mode must hold there.
         if flush == Flush::Yes || !same_roots {
-            self.settle_stores();
+            self.await_stores();
             if self.rules.keep(Rule::SyncAtCr3) {
                 self.sync_loaded(vcpu);
             }
@@ -83,10 +83,11 @@ impl Mmu {
 
     /// INVLPG: brings the sptes for `gva` up to date. For hardware, makes the new one at once where the guest's entry says
     /// that it has been used (A; writable only with D): a kmap then costs one trap and not two. That may sleep; for a vCPU
-    /// that no hardware runs nothing does, and it may be in the guest.
+    /// that no hardware runs nothing does, but to wait for a store under way, and it may be in the guest.
     pub fn invalidate_page(&self, vcpu: &Vcpu, gva: Gva) {
         vcpu.events.borrow_mut().record(gva, Event::Invalidated);
         self.forget_address(vcpu, gva);
+        // A page fault forgets the links to one address, INVLPG all.
         if let Some(tlb) = &vcpu.tlb
             && self.rules.keep(Rule::FlushAtInvlpg)
         {
@@ -168,7 +169,7 @@ impl Mmu {
 
     /// Makes the vCPU unable to use anything for `gva` that the guest's tables do not say now.
     pub(crate) fn forget_address(&self, vcpu: &Vcpu, gva: Gva) {
-        self.settle_stores();
+        self.await_stores();
         if self.rules.keep(Rule::DropAtInvlpg) {
             self.drop_address(vcpu, gva);
         }
@@ -181,9 +182,9 @@ impl Mmu {
     }
 
     /// What the guest may have seen of its tables is applied to the shadow, before it flushes.
-    fn settle_stores(&self) {
+    fn await_stores(&self) {
         if self.rules.keep(Rule::AwaitStores) {
-            self.stores.settle();
+            self.stores.wait();
         }
     }
 

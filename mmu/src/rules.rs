@@ -113,7 +113,7 @@ rules! {
 
     // What the guest asks for.
     FlushAtInvlpg "flush-at-invlpg" Flush "Mmu::forget_address":
-        "a software TLB forgets the page of an INVLPG, and of a page fault that the guest sees";
+        "a software TLB forgets the page of an INVLPG, and of a page fault that the guest sees, and the links to tables";
     FlushOfLargePage "flush-of-large-page" Flush "SoftTlb::flush_page":
         "INVLPG of one address of a large page forgets all of it";
     FlushAtCr3 "flush-at-cr3" Flush "Mmu::set_paging":
@@ -124,7 +124,7 @@ rules! {
         "hardware flushes as it enters, where INVLPG or a fault finds that something was removed";
     HardwareFlushAtCr3 "hardware-flush-at-cr3" Flush "Mmu::set_paging":
         "the same at a change of control registers";
-    AwaitStores "await-stores" Wait "Mmu::settle_stores":
+    AwaitStores "await-stores" Wait "Mmu::await_stores":
         "a store to a page table that another vCPU may have seen is applied before that one flushes";
     DropAtInvlpg "drop-at-invlpg" Sync "Mmu::forget_address":
         "the spte of an INVLPG's page is made anew from the guest's entry of now";

@@ -111,7 +111,8 @@ pub fn spin_until(mut done: impl FnMut() -> bool) -> bool {
 }
 
 /// Where another thread may come in: called before words of machine memory that threads race for, which shuttle does
-/// not see, and where a thread may be for long with something half done. Elsewhere it is for simulations ([`sim`]), and for tests that come in by themselves (`rules::at_point`).
+/// not see, and where a thread may be for long with something half done. Elsewhere it is for simulations ([`sim`]), and for
+/// tests that come in by themselves (`rules::at_point`).
 #[inline(always)]
 pub fn point() {
     #[cfg(all(feature = "omissions", debug_assertions))]

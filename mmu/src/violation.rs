@@ -152,7 +152,7 @@ fn tell(f: &mut fmt::Formatter<'_>, vcpu: u32, gva: Gva, events: &[(Event, usize
 /// What has become of what a link was part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// The table serves again: a shadow of this guest table, or one that is being made.
+    /// The table serves again; now as a shadow of this guest table, if it is that of one.
     Table(Option<Gfn>),
     /// The table's frame was given back.
     Nothing,
@@ -219,9 +219,11 @@ impl fmt::Display for StaleLink {
         )?;
         write!(
             f,
-            "  missed flush: one since the table was unlinked, which it has not made; the vCPU's last full one was at {}, and \
+            "  missed flush: one since {} was taken out of use, not made or without this link; the vCPU's last full one was at {}, and \
              the last that was asked of it at {}",
-            self.flushed_at, self.requested,
+            if *served == Served::Root { "the root" } else { "the table" },
+            self.flushed_at,
+            self.requested,
         )?;
         tell(f, *vcpu, *gva, &self.events)
     }

@@ -207,6 +207,8 @@ impl Mmu {
         let old = std::mem::replace(&mut step.gpte, Gpte(wanted)).0;
         let map = self.map_page(&vcpu.window, step.table, Tag::Walk, Intent::Write);
         let map = map.map_err(|_| Refusal::Need(step.table))?;
+        // Elsewhere A and D take nothing away.
+        let _under_way = self.are_address_bits(vcpu.mode, step, &map).then(|| self.stores.begin());
         let swapped = if vcpu.mode.pae {
             let word = map.word64(offset);
             word.compare_exchange(old, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
@@ -222,12 +224,16 @@ impl Mmu {
 
     /// A or D has been set in the entry at `offset` of the table that `map` shows.
     fn status_written(&self, mode: Mode, step: &Step, map: &LocalMap<'_>, offset: u32) {
-        // Bits 5 and 6 of the upper half of a PAE entry are address bits.
-        if !mode.pae && step.index & 1 == 1 && self.frames.flags(map.mfn()) & WIDE != 0 {
+        if self.are_address_bits(mode, step, map) {
             self.table_written(step.table, map.mfn(), offset, 4);
         } else {
             self.frames.code_written(map.mfn());
         }
+    }
+
+    /// True where A and D of the entry are bits 5 and 6 of the upper half of a PAE entry, too: address bits.
+    fn are_address_bits(&self, mode: Mode, step: &Step, map: &LocalMap<'_>) -> bool {
+        !mode.pae && step.index & 1 == 1 && self.frames.flags(map.mfn()) & WIDE != 0
     }
 
     /// Reads an entry; for a look without a pin, where the frame did not change hands meanwhile.

@@ -82,7 +82,7 @@ impl Crowd {
         each(a, tables * 1024, |a| {
             a.mov(eax, ecx)?;
             a.shr(eax, 10)?;
-            if pages == 1 {
+            if self != Crowd::Spaces {
                 a.xor(eax, eax)?;
             }
             a.shl(eax, 12)?;

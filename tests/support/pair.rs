@@ -23,7 +23,7 @@ const BLOCKS: [(u32, u32); 2] = [(TWO, 2), (ONE, 1)];
 /// Who does what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pair {
-    /// The first changes an entry of a directory; the second flushes by MOV CR3 as soon as it sees the entry change.
+    /// The first changes an entry of a directory; the second flushes as soon as it sees the entry change, by MOV CR3 and INVLPG in turn.
     Seen,
     /// The second changes it, the first flushes by MOV CR3 all the time.
     Often,
@@ -98,7 +98,11 @@ impl Pair {
                 a.and(eax, 0xffff_f000u32 as i32)?;
                 a.cmp(eax, table(block) as i32)?;
                 a.jne(again)?;
-                reload(a)?;
+                if block == ONE {
+                    reload(a)?
+                } else {
+                    a.invlpg(ptr(PAGE))?
+                }
                 a.cmp(dword_ptr(PAGE + WORD), number)?;
                 a.je(good)?;
                 a.inc(dword_ptr(BROKEN))?;

@@ -1,8 +1,8 @@
 //! Guests of one CPU that map an address anew, flush as they must, and look at what they find there.
 //!
-//! Story: two-level paging but where an entry needs more bits, the first 4 MiB mapped as they are, no interrupts. A guest ends with 0 where it has found what its tables say
-//! in every round, else with 1. Nothing else goes on in it, so that no flush is made for another's sake: the built-in guest, which does
-//! much at once, hides what is missed here.
+//! Story: two-level paging (PAE for [`Remap::Executable`]), the first 4 MiB mapped as they are, no interrupts. A guest ends with 0 where it
+//! has found what its tables say in every round, else with 1. Nothing else goes on in it, so that no flush is made for another's sake:
+//! the built-in guest, which does much at once, hides what is missed here.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;

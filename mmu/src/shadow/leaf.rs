@@ -148,9 +148,7 @@ impl Mmu {
         self.note_filled(vcpu, gfn);
         if let Some(tlb) = &vcpu.tlb {
             tlb.learn(place.root, gva, &leaf, place.key.role.shape == Shape::Linear);
-            if tlb.links().is_some() {
-                self.learn_table(tlb, place.root, gva, place.slot);
-            }
+            self.learn_table(tlb, place.root, gva, place.slot);
         }
         Mapped::Done { changed: leaf.changed, writable: leaf.spte.is_writable() }
     }

@@ -8,7 +8,7 @@
 //! | link | making pages, linking them below each other, killing and evicting them |
 //! | leaf | leaf sptes: the one place that makes them, and the one that takes them away |
 //! | refill | the leaves that a software TLB misses, without a walk from the top |
-//! | stores | stores to guest tables that are not applied yet |
+//! | stores | stores to guest memory that are not applied yet |
 //! | track | stores to shadowed tables; unsync tables and their resynchronisation |
 
 pub(crate) mod large;

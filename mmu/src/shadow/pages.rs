@@ -5,9 +5,10 @@
 //!
 //! Holds: INV-SHADOW-1, at most one live page per key, and it is in the cache. INV-SHADOW-2, a page's `parents`
 //! are exactly the entries that link to it; an entry that links to a page changes only under *that page's* lock.
-//! INV-SHADOW-3, a free slot's table is all zeros and is handed out again only when the ledger covers its death. A slot's life advances then (INV-TLB-3, link_cache). INV-SHADOW-5,
-//! an entry is read with its page, its shard or the bucket of its leaf locked, all of which its death needs, or by a vCPU inside
-//! the guest, which the ledger waits for: else its frame may have been given back.
+//! INV-SHADOW-3, a free slot's table is all zeros and is handed out again only when the ledger covers its death;
+//! its life advances then (INV-TLB-3, link_cache). INV-SHADOW-5, an entry is read with its page, its shard or the bucket of
+//! its leaf locked, all of which its death needs, or by a vCPU inside the guest, which the ledger waits for: else its frame
+//! may have been given back.
 //!
 //! Locks: shard -> page (parent before child) -> bucket. A page's lock guards its key, its parents and who may
 //! store into its entries; the entries themselves are atomics, since zaps come from the reverse map.

@@ -8,7 +8,8 @@
 //! accessed, this table, these rights), whoever changes that entry takes the link away, and a link changes only under
 //! the lock of the page it leads to (INV-SHADOW-2).
 //!
-//! Holds: no guest entry is changed: what wants an A or D bit goes the long way. Never sleeps.
+//! Holds: no guest entry is changed: what wants an A or D bit goes the long way. Never sleeps; for a fault of the
+//! guest's it waits for stores under way (stores).
 //!
 //! Locks: the first-level page, then bucket(gfn). The link is looked at again once the page is held: before, its slot may
 //! have served another.
