@@ -2,7 +2,7 @@
 //!
 //! Story: a CPU remembers not only translations. It remembers the entries that lead to a directory and to a page table, too (SDM
 //! vol. 3A, 4.10.3), and goes on from there after they have been unlinked. A miss of a `sticky` TLB comes here: the lowest table
-//! that is known for the address is where the walk begins ([`Mmu::tlb_find_by_links`]).
+//! that is known for the address is where the walk begins (`Mmu::tlb_find_by_links`).
 //!
 //! ```text
 //! miss --> link to the page table known? ---------------------> its life still that of then? --> spte
@@ -15,7 +15,7 @@
 //! fault for ever by a table that is dead and empty.
 //!
 //! Holds: INV-TLB-3, a link is used only while the table that it led to, and the root that it was found under, have the life
-//! ([`crate::shadow::pages`], [`crate::shadow::roots`]) that they had then. A table that has died is empty and may be read; its next life,
+//! (`shadow::pages`, `shadow::roots`) that they had then. A table that has died is empty and may be read; its next life,
 //! or the end of its frame, waits until the ledger covers its death: until this vCPU has flushed, or is outside and will as it enters.
 //! So with all rules in force the lives are the same. A link to a table that was unlinked and lives on leads to what the guest's own
 //! flush, which it owes, has not taken away yet.
