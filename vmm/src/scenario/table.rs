@@ -114,7 +114,7 @@ const DISKS: [&str; 16] = [
     "--low",
     "1M",
     "--frames",
-    "6M@0s,4M@1ms",
+    "4M@0s,2500K@1ms",
     "--tlb",
     "sticky",
     "--append",
