@@ -126,8 +126,14 @@ impl Exporting {
 
     /// Somebody who behaves is served, and the guest has come to no harm.
     pub(super) fn end(mut self) -> Verdict {
-        let importer = self.importer()?;
-        let segment = importer.make(FIRST - PAGES, 4, false)?;
+        let (importer, begun) = (self.importer()?, Instant::now());
+        // Segments of importers that have gone may be there for a moment.
+        let segment = loop {
+            match importer.make(FIRST - PAGES, 4, false) {
+                Err(ImportError::Refused { code: Code::Limit, .. }) if begun.elapsed() < PATIENCE => {}
+                made => break made?,
+            }
+        };
         let access = importer.get(segment, false)?;
         let attachment = importer.attach(&access, FIRST - PAGES, 4)?;
         attachment.read(FIRST - PAGES, 0, &mut [0; 8])?;
