@@ -175,7 +175,8 @@ fn count_down(scratch: &mut Scratch, rounds: u32) -> Result<Duration, ProbeError
     Ok(begun.elapsed())
 }
 
-/// The speed, from some hundred instructions; from more where these took too little time to tell.
+/// The speed, from some hundred instructions; from more where these took too little time to tell, or no more than a trap does, which
+/// takes twice as long once in a while.
 ///
 /// # Errors
 /// Where the vCPU does anything else.
@@ -188,8 +189,9 @@ pub fn quick_speed(scratch: &mut Scratch) -> Result<Speed, ProbeError> {
         // Where the loop hides in the noise of a trap, a lower bound.
         Speed::new(u64::from(rounds) * 2, full.saturating_sub(empty).max(full / 10))
     };
-    let first = speed(least(scratch, FEW)?, FEW);
-    match first.instructions_per_second < SURELY_EMULATED_MAX {
+    let few = least(scratch, FEW)?;
+    let first = speed(few, FEW);
+    match first.instructions_per_second < SURELY_EMULATED_MAX && few > 2 * empty {
         true => Ok(first),
         false => Ok(speed(least(scratch, MANY)?, MANY)),
     }
