@@ -111,7 +111,7 @@ impl LinkCache {
     }
 
     /// The same under one root: a fault that the shadow raises, and the guest does not see.
-    fn forget_under(&self, root: RootRef, gva: Gva) {
+    pub fn forget_under(&self, root: RootRef, gva: Gva) {
         let mut links = self.links.borrow_mut();
         for level in [LinkLevel::Directory, LinkLevel::Root] {
             if let Some(known) = links.get_mut(&(level, level.number(gva))) {
@@ -123,25 +123,10 @@ impl LinkCache {
 
 impl Mmu {
     /// What a miss of a TLB with paging-structure caches comes to: the frame by the tables that it knows the way to, or that the true
-    /// ones lead to.
+    /// ones lead to. After [`Miss::Fault`] the caller has it forget the way ([`LinkCache::forget_under`]).
     #[cold]
     #[inline(never)]
     pub(crate) fn tlb_find_by_links(
-        &self,
-        vcpu: &Vcpu,
-        (tlb, links): (&SoftTlb, &LinkCache),
-        root: RootRef,
-        gva: Gva,
-        kind: AccessKind,
-    ) -> Result<Mfn, Miss> {
-        let found = self.tlb_walk_by_links(vcpu, (tlb, links), root, gva, kind);
-        if found == Err(Miss::Fault) {
-            links.forget_under(root, gva);
-        }
-        found
-    }
-
-    fn tlb_walk_by_links(
         &self,
         vcpu: &Vcpu,
         (tlb, links): (&SoftTlb, &LinkCache),

@@ -22,7 +22,8 @@
 //! handed on, or its write permission taken, and this TLB was not flushed. The check is made at each hit; while no
 //! generation anywhere has advanced since the entry was last checked, it is one comparison. INV-TLB-3 is link_cache's.
 //!
-//! Locks: a hit takes none; a fill takes its first-level page, then bucket(gfn). Nothing sleeps; a guest's flush waits for stores under way (shadow::stores).
+//! Locks: a hit takes none; a fill takes its first-level page, then bucket(gfn). Nothing sleeps; a guest's flush
+//! waits for stores under way (shadow::stores).
 //! Generations advance when a shootdown is complete, never before: until then an entry of old may well be used.
 
 use std::cell::{Cell, RefCell};
@@ -568,7 +569,11 @@ impl Mmu {
             return Ok(mfn);
         }
         if let Some(links) = &tlb.links {
-            return self.tlb_find_by_links(vcpu, (tlb, links), root, gva, kind);
+            let found = self.tlb_find_by_links(vcpu, (tlb, links), root, gva, kind);
+            if found == Err(Miss::Fault) {
+                links.forget_under(root, gva);
+            }
+            return found;
         }
         if let Some(mfn) = self.tlb_walk_large(tlb, root, gva, kind)? {
             return Ok(mfn);

@@ -9,7 +9,7 @@ use iced_x86::code_asm::*;
 
 use super::image::CODE;
 use super::litmus::{assemble, exit};
-use super::remap::each;
+use super::remap::{each, page};
 
 /// The table of the first 4 MiB, and the directories.
 const TABLE: u32 = 0x20_0000;
@@ -89,11 +89,9 @@ impl Crowd {
             a.add(eax, (PAGES | USED) as i32)?;
             a.mov(dword_ptr(ecx * 4 + TABLES), eax)
         })?;
-        for page in 0..pages {
-            a.mov(dword_ptr(PAGES + (page << 12) + WORD), page)?;
-        }
-        for space in 0..pages {
-            a.mov(dword_ptr(DIRECTORIES + (space << 12)), TABLE | USED)?;
+        for number in 0..pages {
+            a.mov(dword_ptr(PAGES + (number << 12) + WORD), number)?;
+            a.mov(dword_ptr(DIRECTORIES + (number << 12)), TABLE | USED)?;
         }
         each(a, tables, |a| {
             a.mov(eax, ecx)?;
@@ -109,11 +107,7 @@ impl Crowd {
                 }
             }
         })?;
-        a.mov(eax, DIRECTORIES)?;
-        a.mov(cr3, eax)?;
-        a.mov(eax, cr0)?;
-        a.or(eax, 0x8001_0000u32 as i32)?; // PG, WP
-        a.mov(cr0, eax)
+        page(a, DIRECTORIES)
     }
 }
 
