@@ -103,9 +103,8 @@ fn of_vcpus(name: &str, vcpus: u32) -> String {
     if vcpus == 1 { name.into() } else { format!("{name}_{vcpus}") }
 }
 
-/// Prints how long the parts of the invalidations since the last call took.
-fn print_stages(mmu: &Mmu, name: &str) {
-    let (records, _) = mmu.records().take();
+/// Prints how long the parts of the invalidations took.
+fn print_stages(records: &[Record], name: &str) {
     let median = |part: fn(&Record) -> u64| {
         quantile(&records.iter().map(|record| part(record) as f64).collect::<Vec<_>>(), 0.5)
     };
@@ -244,12 +243,11 @@ fn measure_kvm(taker: &Taker<'_>, notifier: &Notifier, effort: Effort) {
     let mut peer = if taker.vcpus == 1 { Some(CPeer::start("kick", &[])) } else { None };
     let mut theirs = Kind::new("shootdown_kick_c", 1);
     let ledger = taker.mmu.coherence();
-    for round in 0..effort.batches {
-        if round == effort.batches / 2 {
-            print_stages(taker.mmu, &of_vcpus("shootdown_both", taker.vcpus));
-        }
+    let (mut by_kick, mut by_notifier) = (Vec::new(), Vec::new());
+    for _ in 0..effort.batches {
         ledger.prefer_notifier(false);
         kinds[0].round(|| taker.page());
+        by_kick.extend(taker.mmu.records().take().0);
         kinds[1].round(|| taker.kick());
         if let Some(Ok(nanos)) = peer.as_mut().and_then(|peer| peer.as_mut().ok()).map(|peer| peer.ask(ROUND))
         {
@@ -257,11 +255,14 @@ fn measure_kvm(taker: &Taker<'_>, notifier: &Notifier, effort: Effort) {
         }
         ledger.prefer_notifier(true);
         kinds[2].round(|| taker.page());
+        by_notifier.extend(taker.mmu.records().take().0);
         kinds[3].round(|| {
             let frame = taker.frame();
             timed(|| notifier.drop_frame(frame).expect("a frame of the pool"))
         });
     }
+    print_stages(&by_kick, &of_vcpus("shootdown_kick", taker.vcpus));
+    print_stages(&by_notifier, &of_vcpus("shootdown_notifier", taker.vcpus));
     kinds.iter().for_each(Kind::print);
     kinds[0].print_over(&kinds[1], &of_vcpus("shootdown_kick_over_bare", taker.vcpus));
     kinds[2].print_over(&kinds[3], &of_vcpus("shootdown_notifier_over_bare", taker.vcpus));
@@ -384,7 +385,7 @@ fn soft(effort: Effort, vcpus: u32) {
         stop.store(true, Ordering::SeqCst);
         flags.iter().for_each(|flag| flag.store(1, Ordering::SeqCst));
     });
-    print_stages(&mmu, &of_vcpus("shootdown_soft", vcpus));
+    print_stages(&mmu.records().take().0, &of_vcpus("shootdown_soft", vcpus));
     kinds.iter().for_each(Kind::print);
     kinds[0].print_over(&kinds[1], &of_vcpus("shootdown_soft_over_bare", vcpus));
     assert!(mmu.audit().is_empty());
