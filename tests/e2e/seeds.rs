@@ -56,6 +56,8 @@ const SHRINKING: &[&str] = &[
     "--frames",
     "4M@0s,2M@4ms,4M@7ms,2M@8ms,4M@11ms,2M@12ms,4M@15ms,2M@16ms,4M@19ms,2M@20ms,4M@23ms",
 ];
+const STRESSED: &[&str] = &["--mem", "3M", "--low", "1M", "--tlb", "sticky", "--stress"];
+const CROWDED: &[&str] = &["--mem", "2304K", "--low", "1M", "--tlb", "sticky", "--stress"];
 const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
 
 const MISSED: &[Missed] = &[
@@ -69,12 +71,15 @@ const MISSED: &[Missed] = &[
     missed("shootdown-before-reuse", || Crowd::Tables.guest(20), FEW_TABLES),
     missed("shootdown-before-giving-back", || Crowd::Rested.guest(8), SHRINKING),
     missed("shootdown-before-root", || Crowd::Spaces.guest(5), ONE),
+    missed("debt-of-root", || Crowd::Shared.guest(20), PAIR),
     missed("split-at-protection", || Remap::Within.guest(20), HUGE),
     missed("debt-of-fill", || Remap::Executable.guest(100), ONE),
     missed("sync-at-promotion", || Remap::Promoted.guest(100), ONE),
     missed("await-stores", || Pair::Seen.guest(200), PAIR),
     missed("sync-at-tracking", || Pair::Often.guest(200), PAIR),
     missed("entry-at-fill", || Pair::Recursive.guest(200), PAIR),
+    missed("debt-of-put-back", || Remap::Nothing.guest(4000), STRESSED),
+    missed("removal-under-way", || Remap::Page.guest(20_000), CROWDED),
     missed("flush-of-large-page", || Remap::Block.guest(300), HUGE),
 ];
 

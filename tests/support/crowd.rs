@@ -1,14 +1,15 @@
-//! Guests of one CPU that have more tables, or more address spaces, than the shadow has room for, and flush nothing.
+//! Guests that have more tables, or more address spaces, than the shadow has room for, and flush nothing.
 //!
 //! Story: two-level paging, the first 4 MiB mapped as they are, no interrupts. No entry changes once paging is on, so that the guest owes
-//! no flush: what its CPU still has of a table that was taken out of use, Umbra must see to alone. In each round another page is loaded
-//! from, which no TLB has yet. A guest ends with 0 where it has found what its tables say in every round, else with 1.
+//! no flush: what a CPU still has of a table that was taken out of use, Umbra must see to alone. In each round another page is loaded
+//! from, which no TLB has yet. A guest ends with 0 where it has found what its tables say in every round, else with 1. All but
+//! [`Crowd::Shared`] are of one CPU.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::image::CODE;
-use super::litmus::{assemble, exit};
+use super::litmus::{FLAG, MET, assemble, exit, meet, start};
 use super::remap::{each, page};
 
 /// The table of the first 4 MiB, and the directories.
@@ -23,8 +24,9 @@ const WORD: u32 = 8;
 const REGIONS: u32 = 0x1000_0000;
 /// More than there are shadow pages.
 const TABLE_COUNT: u32 = 200;
-/// More than there are roots.
-const SPACES: u32 = 129;
+/// As many spaces as there are roots, and one more for each CPU.
+const ROOTS: u32 = 128;
+const SPACES: u32 = ROOTS + 2;
 /// Turns of the loop that a rest is.
 const REST: u32 = 1_000_000;
 /// Present, writable, accessed, dirty.
@@ -39,6 +41,8 @@ pub enum Crowd {
     Rested,
     /// Address spaces, with a table each.
     Spaces,
+    /// The same of two CPUs, which go through them together; the last ones, for which there is no room, are one for each CPU.
+    Shared,
 }
 
 impl Crowd {
@@ -47,23 +51,22 @@ impl Crowd {
         assemble(32, CODE, |a| {
             a.mov(esp, STACK)?;
             self.prepare(a)?;
-            let (mut round, mut bad) = (a.create_label(), a.create_label());
-            a.xor(edi, edi)?;
-            a.set_label(&mut round)?;
-            match self {
-                Crowd::Tables => round_of_tables(a, bad)?,
+            if self == Crowd::Shared {
+                start(a, |a| {
+                    page(a, DIRECTORIES)?;
+                    each_round(a, rounds, |a, bad| round_of_two(a, (MET, FLAG), ROOTS + 1, bad))
+                })?;
+            }
+            page(a, DIRECTORIES)?;
+            each_round(a, rounds, |a, bad| match self {
+                Crowd::Tables => round_of_tables(a, bad),
                 Crowd::Rested => {
                     round_of_tables(a, bad)?;
-                    each(a, REST, |a| a.nop())?;
+                    each(a, REST, |a| a.nop())
                 }
-                Crowd::Spaces => round_of_spaces(a, bad)?,
-            }
-            a.inc(edi)?;
-            a.cmp(edi, rounds as i32)?;
-            a.jb(round)?;
-            exit(a, 0)?;
-            a.set_label(&mut bad)?;
-            exit(a, 1)
+                Crowd::Spaces => round_of_spaces(a, bad),
+                Crowd::Shared => round_of_two(a, (FLAG, MET), ROOTS, bad),
+            })
         })
     }
 
@@ -71,7 +74,7 @@ impl Crowd {
     fn prepare(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         let (tables, pages) = match self {
             Crowd::Tables | Crowd::Rested => (TABLE_COUNT, 1),
-            Crowd::Spaces => (SPACES, SPACES),
+            Crowd::Spaces | Crowd::Shared => (SPACES, SPACES),
         };
         each(a, 1024, |a| {
             a.mov(eax, ecx)?;
@@ -82,7 +85,7 @@ impl Crowd {
         each(a, tables * 1024, |a| {
             a.mov(eax, ecx)?;
             a.shr(eax, 10)?;
-            if self != Crowd::Spaces {
+            if pages == 1 {
                 a.xor(eax, eax)?;
             }
             a.shl(eax, 12)?;
@@ -101,17 +104,34 @@ impl Crowd {
             let entry = DIRECTORIES + (REGIONS >> 22) * 4;
             match self {
                 Crowd::Tables | Crowd::Rested => a.mov(dword_ptr(ecx * 4 + entry), eax),
-                Crowd::Spaces => {
+                Crowd::Spaces | Crowd::Shared => {
                     a.mov(dword_ptr(ebx + entry), eax)?;
                     a.mov(dword_ptr(ebx + (entry + 4)), eax)
                 }
             }
-        })?;
-        page(a, DIRECTORIES)
+        })
     }
 }
 
-/// EDI is the round.
+/// EDI from 0 on, EBP 0 at first; then the end of the guest.
+fn each_round(
+    a: &mut CodeAssembler,
+    rounds: u32,
+    body: impl FnOnce(&mut CodeAssembler, CodeLabel) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    let (mut round, mut bad) = (a.create_label(), a.create_label());
+    a.xor(edi, edi)?;
+    a.xor(ebp, ebp)?;
+    a.set_label(&mut round)?;
+    body(a, bad)?;
+    a.inc(edi)?;
+    a.cmp(edi, rounds as i32)?;
+    a.jb(round)?;
+    exit(a, 0)?;
+    a.set_label(&mut bad)?;
+    exit(a, 1)
+}
+
 fn round_of_tables(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
     each(a, TABLE_COUNT, |a| {
         a.mov(eax, ecx)?;
@@ -127,9 +147,36 @@ fn round_of_tables(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedErro
 /// which takes the place of the first. Each space has its table at two places: the first access finds no root, and goes the long way.
 fn round_of_spaces(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
     for _ in 0..2 {
-        each(a, SPACES - 1, |a| visit(a, 0, bad))?;
+        each(a, ROOTS, |a| visit(a, 0, bad))?;
     }
     visit(a, 1, bad)
+}
+
+/// The same, but down and up again: so that what room was made for the last time costs no more than two of them theirs. Then both CPUs at
+/// once load a space of their own, ECX, from the page that they had of others.
+fn round_of_two(
+    a: &mut CodeAssembler,
+    (own, other): (u32, u32),
+    last: u32,
+    bad: CodeLabel,
+) -> Result<(), IcedError> {
+    let next = |a: &mut CodeAssembler| {
+        a.inc(ebp)?;
+        meet(a, own, other)
+    };
+    let mut down = a.create_label();
+    next(a)?;
+    a.mov(ecx, ROOTS - 1)?;
+    a.set_label(&mut down)?;
+    visit(a, 0, bad)?;
+    a.dec(ecx)?;
+    a.jns(down)?;
+    next(a)?;
+    each(a, ROOTS, |a| visit(a, 0, bad))?;
+    next(a)?;
+    a.mov(ecx, last)?;
+    visit(a, 0, bad)?;
+    next(a)
 }
 
 /// Loads the space in ECX, and from its page of this round.

@@ -317,7 +317,7 @@ fn enter_flat(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// Says at `own` that this CPU is here, and waits until the other has said so at `other`.
-fn meet(a: &mut CodeAssembler, own: u32, other: u32) -> Result<(), IcedError> {
+pub(super) fn meet(a: &mut CodeAssembler, own: u32, other: u32) -> Result<(), IcedError> {
     a.mov(dword_ptr(own), ebp)?;
     await_word(a, other)
 }

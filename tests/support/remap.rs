@@ -32,6 +32,14 @@ pub(super) const WORD: u32 = 8;
 /// What is mapped anew: a page, and 4 MiB.
 pub(super) const PAGE: u32 = 0x40_0000;
 const BLOCK: u32 = 0x100_0000;
+/// The pages of a guest that has few: two with a word each, or so many of zeros.
+const FIRST: u32 = 0x23_0000;
+const WORDS: [(u32, u32); 2] = [(FIRST, 1), (FIRST + 0x1000, 2)];
+const ZEROS: u32 = 128;
+/// How many of these are read until the CPU leaves guest code, to have a page mapped that it has just flushed.
+const READ: u32 = 16;
+/// Flushes of a page that is not in use: others come in between.
+const PAUSES: u32 = 16;
 /// Times that each page of a block is used before it changes.
 const USES: u32 = 1000;
 pub(super) const PRESENT: u32 = 3;
@@ -75,6 +83,10 @@ pub enum Remap {
     Executable,
     /// An entry of a table that is loaded as a directory then; MOV CR3.
     Promoted,
+    /// A page's entry, in a guest that has hardly any others; MOV CR3.
+    Page,
+    /// Nothing: a page that has not changed is flushed all the time, by INVLPG, and in between pages of zeros are read.
+    Nothing,
 }
 
 impl Remap {
@@ -97,7 +109,10 @@ impl Remap {
 
     /// Tables and contents; then paging.
     fn prepare(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
-        tables(a)?;
+        match self {
+            Remap::Page | Remap::Nothing => small_tables(a, USED)?,
+            _ => tables(a)?,
+        }
         match self {
             Remap::Right => count_faults(a)?,
             Remap::Executable => {
@@ -107,6 +122,17 @@ impl Remap {
             // Whoever loads it finds the first 4 MiB where they are.
             Remap::Promoted => a.mov(dword_ptr(TABLE_ONE), TABLE | PRESENT)?,
             Remap::Within => a.mov(dword_ptr(DIRECTORY + 16), ONE | LARGE)?,
+            Remap::Page => {
+                for (page, number) in WORDS {
+                    a.mov(dword_ptr(page + WORD), number)?;
+                }
+            }
+            Remap::Nothing => each(a, ZEROS, |a| {
+                a.mov(eax, ecx)?;
+                a.shl(eax, 12)?;
+                a.add(eax, (FIRST | PRESENT) as i32)?;
+                a.mov(dword_ptr(ecx * 4 + TABLE_ONE), eax)
+            })?,
             _ => {}
         }
         let (features, top) = match self {
@@ -210,6 +236,28 @@ impl Remap {
                     a.jne(bad)?;
                 }
             }
+            Remap::Page => {
+                for (page, number) in WORDS {
+                    a.mov(dword_ptr(TABLE_ONE), page | PRESENT | USED)?;
+                    reload(a)?;
+                    a.cmp(dword_ptr(PAGE + WORD), number)?;
+                    a.jne(bad)?;
+                    // As long as possible its entry is in use.
+                    (0..PAUSES).try_for_each(|_| a.invlpg(ptr(WITHIN)))?;
+                }
+            }
+            Remap::Nothing => each(a, ZEROS, |a| {
+                let mut inside = a.create_label();
+                a.test(ecx, READ as i32 - 1)?;
+                a.jne(inside)?;
+                a.mov(eax, dword_ptr(WITHIN))?;
+                a.set_label(&mut inside)?;
+                a.invlpg(ptr(WITHIN))?;
+                a.mov(eax, ecx)?;
+                a.shl(eax, 12)?;
+                a.cmp(dword_ptr(eax + PAGE), 0)?;
+                a.jne(bad)
+            })?,
             // It ends with the directory that was a table.
             Remap::Promoted => {
                 for (block, number) in [(ONE, 1), (TWO, 2)] {
@@ -229,13 +277,12 @@ impl Remap {
 
 /// The contents of both blocks, and tables with entries of four bytes.
 pub(super) fn tables(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    small_tables(a, 0)?;
     each(a, 1024, |a| {
         a.mov(eax, ecx)?;
         a.shl(eax, 12)?;
         a.mov(dword_ptr(eax + (ONE + WORD)), 1)?;
-        a.mov(dword_ptr(eax + (TWO + WORD)), 2)?;
-        a.or(eax, PRESENT as i32)?;
-        a.mov(dword_ptr(ecx * 4 + TABLE), eax)
+        a.mov(dword_ptr(eax + (TWO + WORD)), 2)
     })?;
     for (block, number) in [(ONE, 1), (TWO, 2)] {
         a.mov(dword_ptr(block), 0xb8 | number << 8)?; // mov eax, number; ret
@@ -243,9 +290,19 @@ pub(super) fn tables(a: &mut CodeAssembler) -> Result<(), IcedError> {
     }
     a.mov(dword_ptr(TABLE_ONE), ONE | PRESENT)?;
     a.mov(dword_ptr(TABLE_ONE + 4), TWO | PRESENT)?;
-    a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)?;
-    a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT)?;
-    a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT)
+    a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)
+}
+
+/// The tables alone: of the first 4 MiB, and [`PAGE`]'s, with more in their entries.
+fn small_tables(a: &mut CodeAssembler, more: u32) -> Result<(), IcedError> {
+    each(a, 1024, |a| {
+        a.mov(eax, ecx)?;
+        a.shl(eax, 12)?;
+        a.or(eax, (PRESENT | more) as i32)?;
+        a.mov(dword_ptr(ecx * 4 + TABLE), eax)
+    })?;
+    a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT | more)?;
+    a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT | more)
 }
 
 /// Paging, by the table at `top`.

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a run of pages | as `x-page-out` does, however they are used |
 //! | single ones | the same |
-//! | a run, without sleep | what needs no write and nobody's answer, or nothing |
+//! | a run, without sleep | what needs no write and nobody's answer; where that is not all, the run again, with sleep |
 //! | a batch | the least recently used, as reclaim does |
 //! | of the shadow | shadow pages, the least recently used, as a want of table frames does |
 //! | of the importers' | a run of the pages that importers store to |
@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use umbra_mmu::external::SegmentId;
+use umbra_mmu::invalidation::WouldBlock;
 use umbra_mmu::p2m::PageState;
 use umbra_mmu::records::Cause;
 use umbra_mmu::swap::CLUSTER;
@@ -209,7 +210,13 @@ fn take_some(mmu: &Mmu) -> Result<(), SwapFailed> {
     let (what, taken) = match draw(6) {
         0 => ("a run", mmu.page_out(None, &run())?),
         1 => ("single ones", mmu.page_out(None, &(0..SINGLE).map(|_| Gfn(page())).collect::<Vec<_>>())?),
-        2 => ("without sleep", mmu.page_out_atomic(None, &run()).unwrap_or_default()),
+        2 => {
+            let run = run();
+            match mmu.page_out_atomic(None, &run) {
+                Ok(taken) => ("without sleep", taken),
+                Err(WouldBlock) => ("that would not go without sleep", mmu.page_out(None, &run)?),
+            }
+        }
         3 => ("of the shadow", mmu.evict_shadow(1 + draw(TABLES))),
         4 => ("of the importers'", mmu.page_out(None, &stored())?),
         _ => ("the idle", mmu.reclaim(1 + draw(u64::from(CLUSTER)), Cause::Reclaim, None)?),
