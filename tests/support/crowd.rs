@@ -2,8 +2,8 @@
 //!
 //! Story: two-level paging, the first 4 MiB mapped as they are, no interrupts. No entry changes once paging is on, so that the guest owes
 //! no flush: what a CPU still has of a table that was taken out of use, Umbra must see to alone. In each round another page is loaded
-//! from, which no TLB has yet. A guest ends with 0 where it has found what its tables say in every round, else with 1. All but
-//! [`Crowd::Shared`] are of one CPU.
+//! from. A guest ends with 0 where it has found what its tables say in every round, else with 1. All but [`Crowd::Shared`] are of one CPU,
+//! whose TLB has not the page yet in which it finds out.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -24,7 +24,7 @@ const WORD: u32 = 8;
 const REGIONS: u32 = 0x1000_0000;
 /// More than there are shadow pages.
 const TABLE_COUNT: u32 = 200;
-/// As many spaces as there are roots, and one more for each CPU.
+/// The most roots that `umbra` has, and so many address spaces, with one more for each of two CPUs.
 const ROOTS: u32 = 128;
 const SPACES: u32 = ROOTS + 2;
 /// Turns of the loop that a rest is.
@@ -54,11 +54,11 @@ impl Crowd {
             if self == Crowd::Shared {
                 start(a, |a| {
                     page(a, DIRECTORIES)?;
-                    each_round(a, rounds, |a, bad| round_of_two(a, (MET, FLAG), ROOTS + 1, bad))
+                    rounds_of(a, rounds, |a, bad| round_of_two(a, (MET, FLAG), ROOTS + 1, bad))
                 })?;
             }
             page(a, DIRECTORIES)?;
-            each_round(a, rounds, |a, bad| match self {
+            rounds_of(a, rounds, |a, bad| match self {
                 Crowd::Tables => round_of_tables(a, bad),
                 Crowd::Rested => {
                     round_of_tables(a, bad)?;
@@ -85,7 +85,7 @@ impl Crowd {
         each(a, tables * 1024, |a| {
             a.mov(eax, ecx)?;
             a.shr(eax, 10)?;
-            if pages == 1 {
+            if matches!(self, Crowd::Tables | Crowd::Rested) {
                 a.xor(eax, eax)?;
             }
             a.shl(eax, 12)?;
@@ -113,8 +113,8 @@ impl Crowd {
     }
 }
 
-/// EDI from 0 on, EBP 0 at first; then the end of the guest.
-fn each_round(
+/// EDI is the round, from 0 on, and EBP how often two CPUs have met. Then the end of the guest.
+fn rounds_of(
     a: &mut CodeAssembler,
     rounds: u32,
     body: impl FnOnce(&mut CodeAssembler, CodeLabel) -> Result<(), IcedError>,
@@ -132,6 +132,7 @@ fn each_round(
     exit(a, 1)
 }
 
+/// From every table's page of this round.
 fn round_of_tables(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
     each(a, TABLE_COUNT, |a| {
         a.mov(eax, ecx)?;
@@ -143,7 +144,7 @@ fn round_of_tables(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedErro
     })
 }
 
-/// All but the last of the spaces twice: the second time nothing is taken out of use, and MOV CR3 has nothing to flush. Then the last,
+/// As many spaces as there are roots, twice: the second time nothing is taken out of use, and MOV CR3 has nothing to flush. Then one more,
 /// which takes the place of the first. Each space has its table at two places: the first access finds no root, and goes the long way.
 fn round_of_spaces(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedError> {
     for _ in 0..2 {
@@ -152,8 +153,18 @@ fn round_of_spaces(a: &mut CodeAssembler, bad: CodeLabel) -> Result<(), IcedErro
     visit(a, 1, bad)
 }
 
-/// The same, but down and up again: so that what room was made for the last time costs no more than two of them theirs. Then both CPUs at
-/// once load a space of their own, ECX, from the page that they had of others.
+/// The same by both CPUs, which meet before each part. The first time from the last space down, so that the few that lost their roots in the
+/// round before take those of the two that made them, and not each other's. Then each CPU loads one more, `last`, from the page that its
+/// TLB has of other spaces:
+///
+/// ```text
+/// one CPU                                     the other
+///                                             MOV CR3: nothing was taken out of use, nothing is flushed
+/// MOV CR3, a load: no root is free
+/// the first space's root is taken out of use
+///                                             a load: that root would do, and its TLB has the page under it
+/// shootdown
+/// ```
 fn round_of_two(
     a: &mut CodeAssembler,
     (own, other): (u32, u32),

@@ -2,7 +2,8 @@
 //!
 //! Story: two-level paging (PAE for [`Remap::Executable`]), the first 4 MiB mapped as they are, no interrupts. A guest ends with 0 where it
 //! has found what its tables say in every round, else with 1. Nothing else goes on in it, so that no flush is made for another's sake:
-//! the built-in guest, which does much at once, hides what is missed here.
+//! the built-in guest, which does much at once, hides what is missed here. [`Remap::Page`] and [`Remap::Nothing`] are for runs in
+//! which somebody takes their pages away (`--stress`), and have few.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -32,14 +33,15 @@ pub(super) const WORD: u32 = 8;
 /// What is mapped anew: a page, and 4 MiB.
 pub(super) const PAGE: u32 = 0x40_0000;
 const BLOCK: u32 = 0x100_0000;
-/// The pages of a guest that has few: two with a word each, or so many of zeros.
-const FIRST: u32 = 0x23_0000;
-const WORDS: [(u32, u32); 2] = [(FIRST, 1), (FIRST + 0x1000, 2)];
+/// The memory of a guest that has little: from here on two pages with a word each, or so many of zeros.
+const FEW: u32 = 0x23_0000;
+const WORDS: [(u32, u32); 2] = [(FEW, 1), (FEW + 0x1000, 2)];
 const ZEROS: u32 = 128;
-/// How many of these are read until the CPU leaves guest code, to have a page mapped that it has just flushed.
-const READ: u32 = 16;
-/// Flushes of a page that is not in use: others come in between.
+/// A page that no round changes. Its INVLPG lets other threads run, and leaves what the TLB has of other pages.
+const ASIDE: u32 = 0x5000;
 const PAUSES: u32 = 16;
+/// How many pages of zeros are read until the CPU leaves guest code, by a load from the page that it has flushed.
+const READ: u32 = 16;
 /// Times that each page of a block is used before it changes.
 const USES: u32 = 1000;
 pub(super) const PRESENT: u32 = 3;
@@ -83,9 +85,9 @@ pub enum Remap {
     Executable,
     /// An entry of a table that is loaded as a directory then; MOV CR3.
     Promoted,
-    /// A page's entry, in a guest that has hardly any others; MOV CR3.
+    /// A page's entry; MOV CR3, and then for a while nothing that a TLB would forget it for.
     Page,
-    /// Nothing: a page that has not changed is flushed all the time, by INVLPG, and in between pages of zeros are read.
+    /// Nothing: pages of zeros are read, and in between a page is flushed that has not changed; INVLPG.
     Nothing,
 }
 
@@ -110,7 +112,7 @@ impl Remap {
     /// Tables and contents; then paging.
     fn prepare(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         match self {
-            Remap::Page | Remap::Nothing => small_tables(a, USED)?,
+            Remap::Page | Remap::Nothing => first_tables(a, USED)?,
             _ => tables(a)?,
         }
         match self {
@@ -130,7 +132,7 @@ impl Remap {
             Remap::Nothing => each(a, ZEROS, |a| {
                 a.mov(eax, ecx)?;
                 a.shl(eax, 12)?;
-                a.add(eax, (FIRST | PRESENT) as i32)?;
+                a.add(eax, (FEW | PRESENT | USED) as i32)?;
                 a.mov(dword_ptr(ecx * 4 + TABLE_ONE), eax)
             })?,
             _ => {}
@@ -242,17 +244,16 @@ impl Remap {
                     reload(a)?;
                     a.cmp(dword_ptr(PAGE + WORD), number)?;
                     a.jne(bad)?;
-                    // As long as possible its entry is in use.
-                    (0..PAUSES).try_for_each(|_| a.invlpg(ptr(WITHIN)))?;
+                    (0..PAUSES).try_for_each(|_| a.invlpg(ptr(ASIDE)))?;
                 }
             }
             Remap::Nothing => each(a, ZEROS, |a| {
                 let mut inside = a.create_label();
                 a.test(ecx, READ as i32 - 1)?;
                 a.jne(inside)?;
-                a.mov(eax, dword_ptr(WITHIN))?;
+                a.mov(eax, dword_ptr(ASIDE))?;
                 a.set_label(&mut inside)?;
-                a.invlpg(ptr(WITHIN))?;
+                a.invlpg(ptr(ASIDE))?;
                 a.mov(eax, ecx)?;
                 a.shl(eax, 12)?;
                 a.cmp(dword_ptr(eax + PAGE), 0)?;
@@ -277,7 +278,7 @@ impl Remap {
 
 /// The contents of both blocks, and tables with entries of four bytes.
 pub(super) fn tables(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    small_tables(a, 0)?;
+    first_tables(a, 0)?;
     each(a, 1024, |a| {
         a.mov(eax, ecx)?;
         a.shl(eax, 12)?;
@@ -293,16 +294,16 @@ pub(super) fn tables(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(dword_ptr(TABLE_TWO), TWO | PRESENT)
 }
 
-/// The tables alone: of the first 4 MiB, and [`PAGE`]'s, with more in their entries.
-fn small_tables(a: &mut CodeAssembler, more: u32) -> Result<(), IcedError> {
+/// Directory and table of the first 4 MiB, and the link to [`PAGE`]'s; `used` is [`USED`] or nothing.
+fn first_tables(a: &mut CodeAssembler, used: u32) -> Result<(), IcedError> {
     each(a, 1024, |a| {
         a.mov(eax, ecx)?;
         a.shl(eax, 12)?;
-        a.or(eax, (PRESENT | more) as i32)?;
+        a.or(eax, (PRESENT | used) as i32)?;
         a.mov(dword_ptr(ecx * 4 + TABLE), eax)
     })?;
-    a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT | more)?;
-    a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT | more)
+    a.mov(dword_ptr(DIRECTORY), TABLE | PRESENT | used)?;
+    a.mov(dword_ptr(DIRECTORY + 4), TABLE_ONE | PRESENT | used)
 }
 
 /// Paging, by the table at `top`.

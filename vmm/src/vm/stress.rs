@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a run of pages | as `x-page-out` does, however they are used |
 //! | single ones | the same |
-//! | a run, without sleep | what needs no write and nobody's answer; where that is not all, the run again, with sleep |
+//! | a run, without sleep | what needs no write and nobody's answer; then, where that is not all, the rest with sleep |
 //! | a batch | the least recently used, as reclaim does |
 //! | of the shadow | shadow pages, the least recently used, as a want of table frames does |
 //! | of the importers' | a run of the pages that importers store to |
@@ -211,10 +211,10 @@ fn take_some(mmu: &Mmu) -> Result<(), SwapFailed> {
         0 => ("a run", mmu.page_out(None, &run())?),
         1 => ("single ones", mmu.page_out(None, &(0..SINGLE).map(|_| Gfn(page())).collect::<Vec<_>>())?),
         2 => {
-            let run = run();
-            match mmu.page_out_atomic(None, &run) {
+            let pages = run();
+            match mmu.page_out_atomic(None, &pages) {
                 Ok(taken) => ("without sleep", taken),
-                Err(WouldBlock) => ("that would not go without sleep", mmu.page_out(None, &run)?),
+                Err(WouldBlock) => ("the rest of a run", mmu.page_out(None, &pages)?),
             }
         }
         3 => ("of the shadow", mmu.evict_shadow(1 + draw(TABLES))),
