@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Trial> {
         case("measure_of_another_guest_takes_no_contents", &[], other_guest),
         case("measure_of_importers_is_the_same_in_every_file", &[], importers),
         case("measure_of_stopped_importers_takes_their_deadline", &[], stopped),
+        case("measure_of_importers_that_are_late_says_so", &[], late),
         case("measure_of_a_halted_guest_has_nobody_to_kick", &[], halted),
         case("measure_refuses_what_makes_no_sense_before_the_run", &[], refused),
     ];
@@ -201,6 +202,17 @@ fn stopped() -> Verdict {
     let phase = phase.ok_or_else(|| format!("no importers in {group:#}"))?;
     // A histogram keeps three digits.
     ensure!(number(phase, "min")? >= DEADLINE * 999 / 1000, "they were not given their time: {phase:#}");
+    Ok(())
+}
+
+fn late() -> Verdict {
+    let options = ["--importers", "1", "--untouched", "--ack-delay", "100ms", "--causes", "discard"];
+    let (run, _) = measure_importers(&options, "5ms")?;
+    ensure!(run.end == End::Status(6), "expected 6:\n{run}");
+    ensure!(
+        run.stderr.contains("did not come within 5ms, and who is late is parted with"),
+        "not why:\n{run}"
+    );
     Ok(())
 }
 

@@ -24,7 +24,7 @@ use super::floors::{DEADLINE, Floors};
 use super::importers::{Bare, Folder, Importers, Trouble};
 use super::precise_sleep;
 use super::schedule::{Counts, Schedule};
-use crate::cli::RunArgs;
+use crate::cli::{ExportPolicy, RunArgs};
 use crate::pressure::progress::Progress;
 use crate::units::format_duration;
 use crate::vm::{Beside, Companion, process_start};
@@ -217,7 +217,17 @@ impl<'a> Run<'a> {
         if let Err(why) = self.look() {
             return why;
         }
-        self.trouble = Some(trouble.to_string());
+        let run = &self.session.order.run;
+        let late: u64 = self.beside.mmu.records().take_all().totals.iter().map(|totals| totals.late).sum();
+        let parted = late > 0 && run.export_policy != ExportPolicy::Keep;
+        let why = parted.then(|| {
+            format!(
+                "; {late} answer(s) did not come within {}, and who is late is parted with: give importers more time (--export SOCKET \
+                 --export-deadline), the machine less to do, or keep them (--export-policy keep)",
+                format_duration(run.export_deadline)
+            )
+        });
+        self.trouble = Some(format!("{trouble}{}", why.unwrap_or_default()));
         Stop::NoImporters
     }
 
