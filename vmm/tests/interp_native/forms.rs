@@ -10,6 +10,7 @@ use iced_x86::{
 use umbra::interp::decode;
 
 use super::random::Random;
+use super::run::is_amd;
 
 /// The integer features.
 pub const INTEGER: &[CpuidFeature] = &[
@@ -62,8 +63,18 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         M::Wait => Some("an instruction of the FPU"),
         M::Ud0 if code == Code::Ud0 => Some("UD0 without ModRM: the decoder gives the form with it"),
         M::Reservednop => Some("no operation to Intel, #UD to AMD where it is of registers"),
+        M::Push | M::Pop if !is_amd() && moves_wide_segment(code) => {
+            Some("four bytes of a segment register to AMD, the lower two of them to Intel")
+        }
         _ => None,
     }
+}
+
+/// PUSH or POP of a segment register as four bytes.
+fn moves_wide_segment(code: Code) -> bool {
+    use Code as C;
+    matches!(code, C::Pushd_ES | C::Pushd_CS | C::Pushd_SS | C::Pushd_DS | C::Pushd_FS | C::Pushd_GS)
+        || matches!(code, C::Popd_ES | C::Popd_SS | C::Popd_DS | C::Popd_FS | C::Popd_GS)
 }
 
 /// True for forms that ring 3 may not execute, or nobody: of them it is compared that both sides fault the same.

@@ -8,8 +8,8 @@
 //! `generate` and `fit` make cases, `bench` compares and cuts what differs down, `pinned` keeps what once did.
 //! UMBRA_CASES and UMBRA_SEED make longer and other runs.
 //!
-//! Holds: flags that the architecture leaves undefined, and which of two faults comes first, are compared on AMD CPUs
-//! only, whose values and order the interpreter follows.
+//! Holds: flags and results that the architecture leaves undefined, what PUSH of a segment register leaves above it, and which of two
+//! faults comes first, are compared on AMD CPUs only, whose values and order the interpreter follows.
 //!
 //! Limits: `forms::excluded` names the forms that are not compared, and why. Of instructions that push or pop several
 //! values and fault, what the CPU has left below the stack pointer, or popped, is not compared (the interpreter does
@@ -95,7 +95,9 @@ fn run_batches(
     report(bench);
     none_differ(&differences);
     let skipped: u64 = bench.skipped.values().sum();
-    assert!(bench.compared > 3 * skipped, "hardly anything could be compared");
+    // What goes on from undefined flags, as other CPUs have them, says nothing.
+    let least = if is_amd() { 3 * skipped } else { skipped };
+    assert!(bench.compared > least, "hardly anything could be compared");
     assert!(bench.unstable <= 2 + bench.compared / 20_000, "differences come and go");
 }
 

@@ -14,6 +14,9 @@ use super::twin::{End, Twin};
 /// The most bytes that one instruction pushes: ENTER with 31 levels.
 const PUSHES_MAX: u32 = 4 * 32;
 
+/// OF.
+const OVERFLOW: u32 = 0x800;
+
 /// The interpreter's run of a case.
 pub struct Run {
     pub end: End,
@@ -65,7 +68,11 @@ impl Run {
                 let gpr = if instruction.mnemonic() == M::Rdtsc { 0b101 } else { 0 };
                 // Of two AMD CPUs that we saw, one leaves the flags of a bit scan as they were, one sets them.
                 let open = !is_amd() || matches!(instruction.mnemonic(), M::Bsf | M::Bsr);
-                let flags = if open { iced_flags(instruction.rflags_undefined()) } else { 0 };
+                let mut flags = if open { iced_flags(instruction.rflags_undefined()) } else { 0 };
+                // By 9 or 17 in all they turn nothing, and Intel's CPUs set OF all the same.
+                if !is_amd() && matches!(instruction.mnemonic(), M::Rcl | M::Rcr) {
+                    flags |= OVERFLOW;
+                }
                 self.blind = Blind { gpr, flags, stack: 0..0 };
             }
             // These push more than once, or push and then find a fault.
@@ -103,6 +110,9 @@ fn upcoming(twin: &Twin, features: &[CpuidFeature], blind: &Blind) -> Result<Opt
     if host.mnemonic() == Mnemonic::Cpuid && !STABLE_LEAVES.contains(&cpu.gpr[0]) {
         return Err("CPUID may tell one CPU from another".to_string());
     }
+    if !is_amd() && shifts_too_far(&host, cpu.gpr[1]) {
+        return Err("SHLD or SHRD of 16 bits by more, whose result is undefined, and AMD's here".to_string());
+    }
     if host.mnemonic() != Mnemonic::Int3 && (blind.gpr, blind.flags) != (0, 0) {
         return Err("goes on from the time, or from undefined flags".to_string());
     }
@@ -113,6 +123,16 @@ fn upcoming(twin: &Twin, features: &[CpuidFeature], blind: &Blind) -> Result<Opt
 /// interpreter's.
 pub fn is_amd() -> bool {
     std::arch::x86_64::__cpuid(0).ecx == u32::from_le_bytes(*b"cAMD")
+}
+
+/// SHLD or SHRD of 16 bits by more than these.
+fn shifts_too_far(instruction: &Instruction, ecx: u32) -> bool {
+    let count = match instruction.code() {
+        Code::Shld_rm16_r16_imm8 | Code::Shrd_rm16_r16_imm8 => instruction.immediate8(),
+        Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL => ecx as u8,
+        _ => return false,
+    };
+    count & 31 > 16
 }
 
 /// True where `bytes` can begin no instruction, or UD0 or UD1, whose ModRM byte AMD does not ask for.
@@ -126,7 +146,14 @@ fn is_undefined(bytes: &[u8], wide: bool) -> bool {
 /// iced's flag bits as EFLAGS bits.
 fn iced_flags(bits: u32) -> u32 {
     use iced_x86::RflagsBits as R;
-    let pairs =
-        [(R::OF, 0x800), (R::SF, 0x80), (R::ZF, 0x40), (R::AF, 0x10), (R::CF, 1), (R::PF, 4), (R::DF, 0x400)];
+    let pairs = [
+        (R::OF, OVERFLOW),
+        (R::SF, 0x80),
+        (R::ZF, 0x40),
+        (R::AF, 0x10),
+        (R::CF, 1),
+        (R::PF, 4),
+        (R::DF, 0x400),
+    ];
     pairs.iter().filter(|(from, _)| bits & from != 0).fold(0, |flags, (_, to)| flags | to)
 }
