@@ -43,6 +43,7 @@ pub fn cases() -> Vec<Trial> {
     cases.push(case("scenario_rules_are_missed_by_whole_guests", &[], rules));
     cases.push(case("scenario_guest_rules_pass_where_each_flush_is_made", &[], flushes_made));
     cases.push(case("scenario_guest_rules_are_missed_in_simulations", &[], flushes_left_out));
+    cases.push(case("scenario_of_importers_passes_by_many_seeds", &[], many));
     cases.push(case("scenario_is_the_same_for_a_seed", &[], same));
     cases.push(case("scenario_explains_itself", &[], explains));
     cases.push(case("scenario_lists_what_there_is", &[], lists));
@@ -114,6 +115,12 @@ const GUESTS: [&str; 5] = ["window", "serve-all", "drop-local", "age-remote", "z
 
 fn flushes_made() -> Verdict {
     GUESTS.iter().try_for_each(|name| all(&scenario(&[&format!("guest-rules/{name}")])?, 1, "passed"))
+}
+
+/// By the tenth a page was asked for of an importer whose ear had not begun, and whose other thread wanted that page: once taken for two
+/// who wait for each other.
+fn many() -> Verdict {
+    all(&scenario(&["xpmem-race/fault-between", "--seeds", "1..41"])?, 40, "passed")
 }
 
 /// Certainly, or as a suspect that the same seed has not where the flush is made.

@@ -85,7 +85,8 @@ impl Importers {
         Importers { desks: Arc::new(desks), machine }
     }
 
-    /// The answer of an importer: its ear owes it; and its other thread, whose death is one.
+    /// The answer of an importer. Its ear owes it, and nobody does before that has begun: its other thread, whose death is an answer too,
+    /// may wait for the very one who waits for this.
     fn answer(&self, importer: u32) -> Thing {
         Thing::owed("the answer of importer", importer, &self.desks[importer as usize])
     }
@@ -190,7 +191,6 @@ impl<M: Deref<Target = Mmu>> Importer<M> {
     /// When it finds another word than its own, or a page elsewhere: "importers: ..".
     pub fn live(&self, pages: Range<u32>, steps: u64, pace: &dyn Pace) {
         // Also where it panics: others would wait for its answers.
-        let _owes = Having::new(self.all.answer(self.id));
         let _alive = Alive(self);
         let mut kept = vec![0; pages.len()];
         for _ in 0..steps {
