@@ -208,7 +208,8 @@ fn kept(way: Way) -> Verdict {
     drop((theirs, write));
     drop(writer);
     let begun = Instant::now();
-    while reader.get(segment, false).is_ok() {
+    while let Ok(access) = reader.get(segment, false) {
+        reader.release(access)?;
         ensure!(begun.elapsed() < PATIENCE, "the segment outlives its maker");
     }
     // Nobody is granted a page any more, and who has some is told of it only then.
