@@ -218,7 +218,8 @@ impl<'a> Run<'a> {
             return why;
         }
         let run = &self.session.order.run;
-        let late: u64 = self.beside.mmu.records().take_all().totals.iter().map(|totals| totals.late).sum();
+        let records = self.beside.mmu.records();
+        let late: u64 = Cause::ALL.iter().map(|cause| records.totals(*cause).late).sum();
         let parted = late > 0 && run.export_policy != ExportPolicy::Keep;
         let why = parted.then(|| {
             format!(
