@@ -114,7 +114,7 @@ fn huge() -> Verdict {
 /// whose pace gives the guest time for both.
 fn huge_pressed() -> Verdict {
     let frames = ["--mem", "96M", "--low", "8M", "--frames", "104M@0s,70M@200ms", "--timeout", "100s"];
-    let options = [&["--huge", "on", "--deterministic", "--seed", "8"], &frames[..]].concat();
+    let options = [&["--huge", "on", "--deterministic", "--seed", "9"], &frames[..]].concat();
     let summary = passes(SOFT, "workload=huge scale=60", &options)?;
     let [collapsed, split, out] =
         ["huge/collapsed", "huge/split", "swap_outs"].map(|field| number(&summary, field));
@@ -124,7 +124,7 @@ fn huge_pressed() -> Verdict {
 
 fn huge_simulated() -> Verdict {
     let run = || {
-        let options = ["--mem", "96M", "--huge", "on", "--deterministic", "--seed", "8", "--timeout", "100s"];
+        let options = ["--mem", "96M", "--huge", "on", "--deterministic", "--seed", "9", "--timeout", "100s"];
         let summary = passes(SOFT, "workload=huge scale=20", &options)?;
         let fields = ["huge/collapsed", "huge/moved", "huge/hit"].map(|field| number(&summary, field));
         Ok::<_, Failed>((fields, summary["event_log"].clone()))

@@ -16,7 +16,7 @@ use crate::support::litmus::{Form, Litmus, Place};
 use crate::support::pair::Pair;
 use crate::support::process::{End, Outcome};
 use crate::support::remap::Remap;
-use crate::support::{Verdict, case, image};
+use crate::support::{Verdict, case, image, spin};
 
 /// The tests of this file: only a build for tests can leave a rule out.
 pub fn cases() -> Vec<Trial> {
@@ -59,6 +59,8 @@ const SHRINKING: &[&str] = &[
 /// Little more than the guest's own pages: what is taken is theirs.
 const STRESSED: &[&str] = &["--mem", "3M", "--low", "1M", "--tlb", "sticky", "--stress"];
 const STRESSED_MORE: &[&str] = &["--mem", "2304K", "--low", "1M", "--tlb", "sticky", "--stress"];
+const STRESSED_PAIR: &[&str] =
+    &["--mem", "2304K", "--low", "1M", "--vcpus", "2", "--tlb", "sticky", "--stress"];
 const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
 
 /// Seeds that pass with the rule in force: the one that fails without it, and so many before; at least the first few.
@@ -85,6 +87,7 @@ const MISSED: &[Missed] = &[
     missed("entry-at-fill", || Pair::Recursive.guest(200), PAIR),
     missed("debt-of-put-back", || Remap::Nothing.guest(4000), STRESSED),
     missed("removal-under-way", || Remap::Page.guest(20_000), STRESSED_MORE),
+    missed("kick-at-shootdown", || spin::guest(300), STRESSED_PAIR),
     missed("flush-of-large-page", || Remap::Block.guest(300), HUGE),
 ];
 

@@ -233,7 +233,7 @@ fn own_gate() -> Verdict {
 
 /// Nobody has closed the gate any more, and nobody has woken who sleeps at it.
 fn lost_wake() -> Verdict {
-    stuck("wake-at-open", &[" has waited for longer than 10 s", " waits for gate ", "stress "])
+    stuck("wake-at-open", &[" has waited for longer than 10 s", " waits for gate ", " can go on"])
 }
 
 /// Nobody waits, and nobody gets on.

@@ -44,7 +44,7 @@ struct cpu {
     u32 apic_id;
     volatile u32 loaded_root;     /* what CR3 holds */
     volatile bool halted;         /* it uses no translation of user memory before it has looked at `stale` */
-    volatile bool stale;          /* it forgets what is not global at its next trap, or when it goes on; set by others */
+    volatile bool stale;          /* it forgets what is not global before its next trap ends, or when it goes on; set by others */
     volatile bool called;         /* somebody's request for it is wanted; set by others */
     volatile bool idle;           /* halted, and nobody has called it; LOCK_TASKS */
     volatile bool up, admitted;   /* it runs kernel code; it may go on, which another says (smp.c) */

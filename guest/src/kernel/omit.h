@@ -21,7 +21,7 @@
     X(FINISH_WAIT, "finish-wait", "and awaited, before anything is done with the frames") \
     X(SERVE_PAGES, "serve-pages", "a CPU that is asked to forget a few pages does") \
     X(SERVE_ALL, "serve-all", "a CPU that is asked to forget all that is not global does") \
-    X(REFRESH_TRAP, "refresh-trap", "a CPU that was told that it is stale forgets at its next trap") \
+    X(REFRESH_TRAP, "refresh-trap", "a CPU that was told that it is stale forgets before its next trap ends") \
     X(REFRESH_HALT, "refresh-halt", "or before it goes on after a halt, through which nobody has asked it") \
     X(AGE_LOCAL, "age-local", "an accessed bit that was taken is set again when the page is used") \
     X(AGE_REMOTE, "age-remote", "the same where another CPU has the space loaded") \

@@ -136,10 +136,12 @@ static u32 sys_age(u32 start, u32 pages)
     return used;
 }
 
-static u32 sys_await_age(void)
+/* The word at `address`, read once it has been woken: by the kernel, before the process goes on. */
+static u32 sys_await_age(u32 address)
 {
+    u32 word;
     task_wait_on(&aged);
-    return 0;
+    return copy_from_user(&word, address, sizeof(word)) ? word : SYS_ERROR;
 }
 
 /* What a fork takes: tables and directories. */
@@ -190,7 +192,7 @@ static u32 call(struct trap_frame *frame)
     case SYS_FILE_SYNC: return file_sync() ? 0 : SYS_ERROR;
     case SYS_CPUS: return (u32)(cpus_end - cpus);
     case SYS_AGE: return sys_age(frame->ebx, frame->ecx);
-    case SYS_AWAIT_AGE: return sys_await_age();
+    case SYS_AWAIT_AGE: return sys_await_age(frame->ebx);
     case SYS_MEET: return task_meet(frame->ebx);
     default: return SYS_ERROR;
     }

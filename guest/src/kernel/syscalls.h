@@ -27,7 +27,7 @@
 #define SYS_AUDIT 22      /* how much of what reclaim keeps does not hold (audit.c) */
 #define SYS_MEET 23       /* 1, or 0 only to ask; how many of its parent's children have met so, or ended */
 #define SYS_AGE 24        /* start, pages; takes A from whoever maps these pages' frames. How many had it */
-#define SYS_AWAIT_AGE 25  /* until somebody has done that */
+#define SYS_AWAIT_AGE 25  /* (address): until somebody has done that; the word there, as it is then */
 
 /* What SYS_PROBE asks for. */
 #define PROBE_END 0

@@ -19,8 +19,8 @@ void flush_not_global_everywhere(void);
 
 /* A page's entry in the space of `root` has been taken away: forgotten here at once, elsewhere by tlb_finish. */
 void tlb_drop(u32 root, u32 page);
-/* An entry's A has been taken away: forgotten here at once, elsewhere at that CPU's next trap. Until then it may use
- * the page without setting A again, which does no harm. */
+/* An entry's A has been taken away: forgotten here at once, elsewhere before that CPU's next trap ends. Until then it may
+ * use the page without setting A again, which does no harm. */
 void tlb_age(u32 root, u32 page);
 /* Returns when no CPU can use what was dropped. Before that nothing is done with the frames behind it. */
 void tlb_finish(void);
@@ -32,7 +32,7 @@ static inline void tlb_serve(struct cpu *self)
     if (self->called)
         tlb_serve_all(self);
 }
-/* At a trap, and for a CPU that goes on after it has halted. */
+/* As a trap ends, and for a CPU that goes on after it has halted. */
 static inline void tlb_refresh(enum flush flush)
 {
     if (cpu_self()->stale)

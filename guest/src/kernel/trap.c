@@ -63,10 +63,8 @@ static bool answer(u32 vector)
 {
     if (vector != VECTOR_LOOK && vector != VECTOR_FLUSH)
         return false;
-    if (vector == VECTOR_FLUSH) {
+    if (vector == VECTOR_FLUSH)
         tlb_serve(cpu_self());
-        tlb_refresh(FLUSH_REFRESH_TRAP);
-    }
     apic_end_of_interrupt();
     return true;
 }
@@ -159,10 +157,10 @@ static inline __attribute__((always_inline)) void handle(struct trap_frame *fram
 
 static __attribute__((noinline)) void handle_among_others(struct trap_frame *frame)
 {
-    if (answer(frame->vector))
-        return;
-    tlb_refresh(FLUSH_REFRESH_TRAP);
-    handle(frame);
+    if (!answer(frame->vector))
+        handle(frame);
+    if (frame->vector != VECTOR_LOOK)
+        tlb_refresh(FLUSH_REFRESH_TRAP);
 }
 
 void trap_dispatch(struct trap_frame *frame)

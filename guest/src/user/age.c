@@ -1,6 +1,7 @@
 /* Program `age`: pages whose accessed bits the kernel takes again and again, as reclaim does, while they are used.
  *
- * Jobs: 1. by the process that uses them, 2. by another one while the first runs, 3. while it waits, and its CPU halts.
+ * Jobs: 1. by the process that uses them, 2. by another one while the first runs, 3. while it waits, and its CPU halts; the kernel
+ * reads from a page of its before it goes on.
  * Holds: a page that was used since its bits were taken has one again, which is what a CPU's TLB would keep it from without a flush.
  * The pages are shared by fork and only read after it, so that each of both may take the bits of both. What both know is on a page of
  * the shared file. */
@@ -76,13 +77,14 @@ static u32 while_it_runs(u32 rounds)
 
 static void run_and_wait(u32 rounds)
 {
+    u32 wrong = 0;
     for (u32 round = 1; round <= rounds; round++) {
         use_pages();
         *shared(ROUND) = round;
-        await_age();
+        wrong += await_age(pages[0]) != (u8)pages[0][0];
     }
     *shared(ROUND) = rounds + 1;
-    exit(0);
+    exit(wrong);
 }
 
 /* One that is late may take bits of the next round: all rounds together have as many as there must be. */

@@ -43,7 +43,7 @@ static inline u32 file_truncate(u32 pages) { return system_call(SYS_FILE_TRUNCAT
 static inline u32 file_reserve(u32 page) { return system_call(SYS_FILE_RESERVE, page, 0, 0); }
 static inline u32 audit(void) { return system_call(SYS_AUDIT, 0, 0, 0); }
 static inline u32 age(void *start, u32 pages) { return system_call(SYS_AGE, (u32)start, pages, 0); }
-static inline void await_age(void) { system_call(SYS_AWAIT_AGE, 0, 0, 0); }
+static inline u32 await_age(const void *word) { return system_call(SYS_AWAIT_AGE, (u32)word, 0, 0); }
 static inline u32 file_sync(void) { return system_call(SYS_FILE_SYNC, 0, 0, 0); }
 static inline void sleep(u32 ticks) { system_call(SYS_SLEEP, ticks, 0, 0); }
 

@@ -607,6 +607,11 @@ pub fn slice(most: u64) -> Option<u64> {
     })
 }
 
+/// A vCPU whose slice is over goes on inside the guest, to leave it only for something. False on threads of no simulation.
+pub fn stays_inside() -> bool {
+    pace().is_some_and(|pace| pace.stays_inside)
+}
+
 /// Writes a line to the log.
 #[inline]
 pub fn note(say: impl FnOnce(&mut String)) {

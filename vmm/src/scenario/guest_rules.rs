@@ -64,7 +64,7 @@ flushes! {
     "serve-all" 2 "workload=kmap", Suspect:
         "a CPU that is asked to forget all that is not global does";
     "refresh-trap" 2 "workload=age", Suspect:
-        "a CPU that was told that it is stale forgets at its next trap";
+        "a CPU that was told that it is stale forgets before its next trap ends";
     "refresh-halt" 2 "workload=age", Suspect:
         "or before it goes on after a halt, through which nobody has asked it";
     "age-local" 1 "workload=age", Suspect:

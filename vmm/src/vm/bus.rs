@@ -29,7 +29,7 @@ use umbra_mmu::{
 };
 
 use super::devices::Devices;
-use super::kick::Attention;
+use super::kick::{Attention, Kick};
 use super::paging::mode_of;
 use crate::board::{Board, Nanos};
 use crate::cpu::{CpuModel, CpuState};
@@ -153,6 +153,11 @@ impl<'a> GuestBus<'a> {
         self.time = self.time.map(|_| self.time());
         self.executed += self.step;
         self.step = 0;
+    }
+
+    /// Time has gone on for others.
+    pub fn catch_up(&mut self) {
+        self.time = self.time.map(|time| time.max(self.devices.now()));
     }
 
     /// So many instructions have been executed before this.
@@ -300,7 +305,17 @@ impl<'a> GuestBus<'a> {
 
     fn board<R>(&self, call: impl FnOnce(&mut Board, Nanos, usize) -> R) -> R {
         let id = self.vcpu.id();
-        self.devices.with_at(id, self.time(), |board, now| call(board, now, id as usize))
+        let (result, calls_itself) =
+            self.devices.with_at(id, self.time(), |board, now| call(board, now, id as usize));
+        self.be_wanted(calls_itself);
+        result
+    }
+
+    /// An interrupt or a signal that the vCPU has brought upon itself ends a stretch of code as another's kick does.
+    fn be_wanted(&self, calls_itself: bool) {
+        if calls_itself && let Some(attention) = &self.attention {
+            attention.kick();
+        }
     }
 
     fn translate(&mut self, gva: Gva, access: Access) -> Result<Gpa, BusError> {
@@ -378,9 +393,10 @@ impl<'a> GuestBus<'a> {
                 Err(Beyond::Device(gpa)) => {
                     self.reach_device();
                     let id = self.vcpu.id();
-                    let noticed = self.devices.write_at(id, self.time(), |board, now| {
+                    let (noticed, calls_itself) = self.devices.write_at(id, self.time(), |board, now| {
                         board.mmio_write(now, id as usize, gpa, width, value);
                     });
+                    self.be_wanted(calls_itself);
                     if noticed != 0 {
                         let devices = self.devices;
                         let served = self.outside(|mmu, vcpu| devices.serve(vcpu.id(), mmu, noticed));

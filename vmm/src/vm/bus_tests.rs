@@ -327,6 +327,21 @@ fn a_vcpu_that_is_wanted_leaves_when_a_page_has_been_brought_in() {
 }
 
 #[test]
+fn a_vcpu_that_brings_an_interrupt_upon_itself_leaves_for_it() {
+    const TO_SELF: u64 = 0x4_4000;
+    let attention = Attention::default();
+    let mut rig = Rig::new(None);
+    let mut bus = rig.bus();
+    bus.heed(attention.clone());
+    let mut apic = |register: u32, value: u64| {
+        assert_eq!(bus.write(Gva(0xfee0_0000 + register), Width::B4, value, WRITE), Ok(()));
+        attention.is_wanted()
+    };
+    assert!(!apic(0xf0, 0x1ff), "enabled, and there is nothing for it");
+    assert!(apic(0x300, TO_SELF | 0x30));
+}
+
+#[test]
 fn pauses_of_one_loop_give_the_cpu_to_others() {
     let sim = sim::Sim::new(1, None, Box::new(|stuck| panic!("{stuck}")));
     let _actor = sim.enter("vcpu 0");

@@ -110,6 +110,15 @@ pub enum Nap {
     ForEver,
 }
 
+/// What a call of the board has come to.
+struct Called<R> {
+    result: R,
+    /// The slots whose devices it has notified.
+    notifies: u32,
+    /// The caller's own vCPU has an interrupt or a signal by it.
+    calls_itself: bool,
+}
+
 struct State {
     board: Board,
     /// The latest time that the board was told: it never goes back, though callers' clocks may differ a little.
@@ -253,18 +262,21 @@ impl Devices {
         self.call_and_ring(Some(vcpu as usize), self.now(), call)
     }
 
-    /// The same at `now`, which the vCPU's own clock says: it lies behind guest time, and not far.
-    pub fn with_at<R>(&self, vcpu: u32, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
-        self.call_and_ring(Some(vcpu as usize), now, call)
+    /// The same in the midst of guest code, at `now`, which the vCPU's own clock says: it lies behind guest time, and not far. Also
+    /// whether that has brought the vCPU an interrupt or a signal.
+    pub fn with_at<R>(&self, vcpu: u32, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> (R, bool) {
+        let Called { result, notifies, calls_itself } = self.call(Some(vcpu as usize), now, call);
+        self.ring_bells(notifies);
+        (result, calls_itself)
     }
 
     /// The same for a write to a device. Slots that it notifies and the caller is to serve, by [`Devices::serve`].
-    pub fn write_at(&self, vcpu: u32, now: Nanos, write: impl FnOnce(&mut Board, Nanos)) -> u32 {
-        let ((), notifies) = self.call(Some(vcpu as usize), now, write);
+    pub fn write_at(&self, vcpu: u32, now: Nanos, write: impl FnOnce(&mut Board, Nanos)) -> (u32, bool) {
+        let Called { notifies, calls_itself, .. } = self.call(Some(vcpu as usize), now, write);
         let is_prompt = |slot: &usize| notifies & 1 << slot != 0 && self.prompt[*slot].get().is_some();
         let prompt = (0..VIRTIO_SLOTS).filter(is_prompt).fold(0, |slots, slot| slots | 1 << slot);
         self.ring_bells(notifies & !prompt);
-        prompt
+        (prompt, calls_itself)
     }
 
     /// Serves the devices of `slots`, on the thread of `vcpu`, which is outside the guest. May sleep.
@@ -283,18 +295,17 @@ impl Devices {
         now: Nanos,
         call: impl FnOnce(&mut Board, Nanos) -> R,
     ) -> R {
-        let (result, notifies) = self.call(caller, now, call);
+        let Called { result, notifies, .. } = self.call(caller, now, call);
         self.ring_bells(notifies);
         result
     }
 
-    /// What `call` returns, and the slots whose devices it has notified.
     fn call<R>(
         &self,
         caller: Option<usize>,
         now: Nanos,
         call: impl FnOnce(&mut Board, Nanos) -> R,
-    ) -> (R, u32) {
+    ) -> Called<R> {
         let mut state = lock(&self.state);
         let now = now.max(state.latest);
         state.latest = now;
@@ -307,7 +318,7 @@ impl Devices {
                 waker.wake();
             }
         }
-        (result, notifies)
+        Called { result, notifies, calls_itself: caller.is_some_and(|vcpu| wakes & 1 << vcpu != 0) }
     }
 
     /// Has a vCPU look once more whether anything could still wake one, where all sleep. Each that comes to sleep later looks

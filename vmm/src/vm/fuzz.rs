@@ -62,6 +62,6 @@ impl Guest {
     /// Calls with the board, `later` nanoseconds on.
     pub fn with_board<R>(&mut self, later: u64, call: impl FnOnce(&mut Board, Nanos) -> R) -> R {
         self.time = self.time.plus(later);
-        self.devices.with_at(self.vcpu.id(), self.time, call)
+        self.devices.with_at(self.vcpu.id(), self.time, call).0
     }
 }

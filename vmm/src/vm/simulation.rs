@@ -2,7 +2,7 @@
 //!
 //! Story: the order is [`umbra_mmu::sync::sim`]'s. The thread that builds and runs the guest is its first actor, and each thread of
 //! the run another ([`Thread`]). A vCPU hands the baton on after each slice, of a length that the seed decides, and has moved time on
-//! by its instructions. In the event loop's place there is a [`Clock`].
+//! by its instructions; by one seed it leaves the guest then, by another it stays inside until it is kicked. In the event loop's place there is a [`Clock`].
 //!
 //! | source of chance | in a simulation |
 //! |---|---|
@@ -31,9 +31,9 @@ use super::RunError;
 use super::budget::BudgetTimer;
 use super::devices::Devices;
 use super::ending::{End, Ending};
-use super::vcpu::Core;
 use crate::board::Nanos;
 use crate::cli::RunArgs;
+use crate::cpu::CpuState;
 use crate::status::Status;
 
 /// The date that every simulation begins at: 2000-01-01, 00:00 UTC.
@@ -91,18 +91,17 @@ fn give_up(stuck: &Stuck) {
     process::exit(Status::Deadlock.code().into());
 }
 
-/// The vCPU has interpreted so many instructions.
-pub fn after_slice(core: &Core, steps: u64) {
+/// A vCPU has interpreted so many instructions, and is in this state: its slice is over. Nothing without a simulation.
+pub fn after_slice(cpu: &CpuState, steps: u64) {
     sim::note(|line| {
-        let _ = write!(line, "ran {steps} to {:#x}, state {:08x}", core.cpu.eip, digest(core));
+        let _ = write!(line, "ran {steps} to {:#x}, state {:08x}", cpu.eip, digest(cpu));
     });
     let nanos = sim::pace().map_or(1, |pace| pace.instruction_nanos);
     sim::work(steps.max(1) * nanos);
 }
 
 /// A hash of its registers.
-fn digest(core: &Core) -> u32 {
-    let cpu = &core.cpu;
+fn digest(cpu: &CpuState) -> u32 {
     let others = [cpu.eip, cpu.eflags, cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4, u32::from(cpu.cpl)];
     let mut hasher = crc32fast::Hasher::new();
     cpu.gpr.iter().chain(&others).for_each(|register| hasher.update(&register.to_le_bytes()));

@@ -4,7 +4,8 @@
 //! on; the exceptions that they raise are delivered within it. The engine reads no clock: the same state, time and budget
 //! give the same run. Translations come from the same shadow page tables as the hardware's, through the vCPU's software TLB.
 //!
-//! Holds: the vCPU is inside the guest while its bus lives, and nowhere else; a kick ends the slice at the next block.
+//! Holds: the vCPU is inside the guest while its bus lives, and nowhere else; a kick ends the slice at the next block. By half of the
+//! seeds of simulations nothing else does but what the guest itself leaves for, as where hardware runs it.
 
 use umbra_mmu::sync::sim;
 
@@ -13,10 +14,10 @@ use super::kick::Attention;
 use super::simulation;
 use super::vcpu::{Backend, Core, lacking};
 use crate::cpu::CpuState;
-use crate::interp::engine::{Engine, Extent, Ran};
+use crate::interp::engine::{CodeBus, Engine, Extent, Ran};
 use crate::interp::{Delivered, Event, Exception, Step, deliver, vector};
 
-/// Instructions of one slice: between two looks at the board.
+/// The most instructions of one slice: between two looks at the board.
 const SLICE: u64 = 1 << 14;
 
 /// The interpreter as a backend.
@@ -64,18 +65,22 @@ impl Soft {
         self.attention.clone()
     }
 
-    /// Interprets at most `budget` instructions of the code that `extent` covers, from the vCPU's own time on.
-    pub fn interpret(&mut self, core: &mut Core, budget: u64, extent: Extent) -> Option<End> {
+    /// Interprets the code that `extent` covers, from now on: a slice of it, and in a simulation as many more as the vCPU stays inside
+    /// the guest for.
+    pub fn slice(&mut self, core: &mut Core, extent: Extent) -> Option<End> {
+        core.catch_up();
         core.stats.entries += 1;
         let (engine, attention, waiting) = (&mut self.engine, self.attention.clone(), core.waiting);
         let mut last = sim::is_on().then_some(&mut self.last);
         let mut exceptions = 0;
         let mut user_faults = 0;
+        let mut told = 0;
         let executed = core.stats.interpreted;
         let (ran, after) = core.with_bus(Some(core.time), |cpu, bus| {
             bus.heed(attention);
             bus.count_from(executed);
             let mut steps = 0;
+            let mut budget = sim::slice(SLICE).unwrap_or(SLICE);
             loop {
                 let ran = engine.run(cpu, bus, budget - steps, extent, waiting);
                 steps += ran.steps;
@@ -96,6 +101,14 @@ impl Soft {
                 if ran.last == Step::Halted {
                     bus.halted();
                 }
+                let is_over = steps == budget && ran.last == Step::Done;
+                if is_over && !bus.is_wanted() && sim::stays_inside() {
+                    simulation::after_slice(cpu, steps - told);
+                    told = steps;
+                    bus.catch_up();
+                    budget += sim::slice(SLICE).unwrap_or(SLICE);
+                    continue;
+                }
                 return Ran { steps, last: ran.last };
             }
         });
@@ -103,21 +116,13 @@ impl Soft {
         core.stats.exceptions += exceptions;
         core.stats.user_faults += user_faults;
         core.stats.kicks += u64::from(self.attention.is_wanted());
-        match ran.last {
+        let end = match ran.last {
             Step::Done | Step::Halted => None,
             Step::Exception(exception) => core.deliver(Event::Exception(exception)),
             Step::Again => lacking(after),
             Step::Unknown(instruction) => Some(core.unknown(instruction, None)),
-        }
-    }
-
-    /// The same for a slice, beginning now.
-    pub fn slice(&mut self, core: &mut Core, extent: Extent) -> Option<End> {
-        core.catch_up();
-        let Some(budget) = sim::slice(SLICE) else { return self.interpret(core, SLICE, extent) };
-        let before = core.stats.interpreted;
-        let end = self.interpret(core, budget, extent);
-        simulation::after_slice(core, core.stats.interpreted - before);
+        };
+        simulation::after_slice(&core.cpu, ran.steps - told);
         end
     }
 }

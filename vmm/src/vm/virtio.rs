@@ -390,9 +390,10 @@ mod tests {
 
     /// Notifies as vCPU 0 does: what it is to serve itself.
     fn notify_as_vcpu(run: &Run) -> u32 {
-        run.devices.write_at(0, run.devices.now(), |board, now| {
+        let notify = |board: &mut Board, now| {
             board.mmio_write(now, 0, Slot(&run.devices, 0).gpa(0x50), Width::B4, 0);
-        })
+        };
+        run.devices.write_at(0, run.devices.now(), notify).0
     }
 
     #[test]

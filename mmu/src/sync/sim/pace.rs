@@ -37,6 +37,8 @@ pub struct Pace {
     pub switch_one_in: u64,
     /// At one of so many its actor stalls; at none, where it is 2^40.
     pub stall_one_in: u64,
+    /// A vCPU stays inside the guest from slice to slice, until it is kicked or leaves for something.
+    pub stays_inside: bool,
     /// A slice has at most two to this power of instructions.
     pub slice_bits: u32,
     /// Nanoseconds of an instruction.
@@ -51,6 +53,7 @@ impl Pace {
         Pace {
             switch_one_in: choose(&[1, 2, 4, 16, 64]),
             stall_one_in: choose(&[200, 1000, 5000, 25_000, NEVER]),
+            stays_inside: choose(&[0, 1]) == 1,
             slice_bits: choose(&[6, 8, 10, 12, 14]) as u32,
             instruction_nanos: choose(&[1, 2, 4, 8, 16]),
             transfer_nanos_max: choose(&[1, 10_000, 100_000, 1_000_000, 5_000_000]),
@@ -64,6 +67,9 @@ impl fmt::Display for Pace {
         match self.stall_one_in {
             NEVER => f.write_str("no stalls")?,
             one_in => write!(f, "stalls 1 in {one_in}")?,
+        }
+        if self.stays_inside {
+            f.write_str(", vCPUs stay inside")?;
         }
         write!(
             f,
