@@ -10,7 +10,8 @@
  *   no FPU         from user code: the registers may be lent to it
  *   the rest       from user code: kills the process; from kernel code: stops the guest
  *
- * Then, on the way back to user code only: switch if the timer asked for it. Whoever needs a lock takes it: system calls the kernel's,
+ * Then, on the way back to user code only: switch if the timer asked for it. At last, among several CPUs, what is stale is forgotten.
+ * Whoever needs a lock takes it: system calls the kernel's,
  * but for a few; a fault mostly only that of its address space. */
 #include "trap.h"
 
@@ -159,6 +160,7 @@ static __attribute__((noinline)) void handle_among_others(struct trap_frame *fra
 {
     if (!answer(frame->vector))
         handle(frame);
+    /* A look has ended a halt, which has a refresh of its own. */
     if (frame->vector != VECTOR_LOOK)
         tlb_refresh(FLUSH_REFRESH_TRAP);
 }

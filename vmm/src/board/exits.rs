@@ -80,6 +80,10 @@ impl Exits {
         self.wish.take()
     }
 
+    pub(super) fn is_wished(&self) -> bool {
+        self.wish.is_some()
+    }
+
     pub(super) fn wish(&mut self, exit: BoardExit) {
         self.wish.get_or_insert(exit);
     }

@@ -295,6 +295,11 @@ impl Board {
         self.exits.take()
     }
 
+    /// [`Board::take_exit`] has something to take.
+    pub fn wants_exit(&self) -> bool {
+        self.exits.is_wished()
+    }
+
     /// Counters of the run so far.
     pub fn counters(&self) -> BoardCounters {
         BoardCounters { ipis: self.bus.ipis_sent, serial_bytes_lost: self.uart.lost, ..self.counters }

@@ -305,15 +305,15 @@ impl<'a> GuestBus<'a> {
 
     fn board<R>(&self, call: impl FnOnce(&mut Board, Nanos, usize) -> R) -> R {
         let id = self.vcpu.id();
-        let (result, calls_itself) =
+        let (result, for_itself) =
             self.devices.with_at(id, self.time(), |board, now| call(board, now, id as usize));
-        self.be_wanted(calls_itself);
+        self.call_out(for_itself);
         result
     }
 
-    /// An interrupt or a signal that the vCPU has brought upon itself ends a stretch of code as another's kick does.
-    fn be_wanted(&self, calls_itself: bool) {
-        if calls_itself && let Some(attention) = &self.attention {
+    /// What the vCPU has brought upon itself ends a stretch of code as another's kick does.
+    fn call_out(&self, for_itself: bool) {
+        if for_itself && let Some(attention) = &self.attention {
             attention.kick();
         }
     }
@@ -393,10 +393,11 @@ impl<'a> GuestBus<'a> {
                 Err(Beyond::Device(gpa)) => {
                     self.reach_device();
                     let id = self.vcpu.id();
-                    let (noticed, calls_itself) = self.devices.write_at(id, self.time(), |board, now| {
+                    let (noticed, for_itself) = self.devices.write_at(id, self.time(), |board, now| {
                         board.mmio_write(now, id as usize, gpa, width, value);
                     });
-                    self.be_wanted(calls_itself);
+                    // What it serves may answer by an interrupt.
+                    self.call_out(for_itself || noticed != 0);
                     if noticed != 0 {
                         let devices = self.devices;
                         let served = self.outside(|mmu, vcpu| devices.serve(vcpu.id(), mmu, noticed));

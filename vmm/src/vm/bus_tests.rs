@@ -327,18 +327,25 @@ fn a_vcpu_that_is_wanted_leaves_when_a_page_has_been_brought_in() {
 }
 
 #[test]
-fn a_vcpu_that_brings_an_interrupt_upon_itself_leaves_for_it() {
+fn a_vcpu_that_brings_something_upon_itself_leaves_for_it() {
     const TO_SELF: u64 = 0x4_4000;
+    const NMI: u64 = 0x400;
     let attention = Attention::default();
     let mut rig = Rig::new(None);
     let mut bus = rig.bus();
     bus.heed(attention.clone());
     let mut apic = |register: u32, value: u64| {
+        attention.take();
         assert_eq!(bus.write(Gva(0xfee0_0000 + register), Width::B4, value, WRITE), Ok(()));
         attention.is_wanted()
     };
     assert!(!apic(0xf0, 0x1ff), "enabled, and there is nothing for it");
     assert!(apic(0x300, TO_SELF | 0x30));
+    assert!(!apic(0x80, 0x10), "it waits as before");
+    assert!(apic(0x300, TO_SELF | NMI));
+    attention.take();
+    bus.port_out(0xf4, Width::B1, 0);
+    assert!(attention.is_wanted(), "the run ends");
 }
 
 #[test]

@@ -115,8 +115,8 @@ struct Called<R> {
     result: R,
     /// The slots whose devices it has notified.
     notifies: u32,
-    /// The caller's own vCPU has an interrupt or a signal by it.
-    calls_itself: bool,
+    /// The vCPU that called has an interrupt or a signal by it, or the guest wants the run to end.
+    for_caller: bool,
 }
 
 struct State {
@@ -263,20 +263,20 @@ impl Devices {
     }
 
     /// The same in the midst of guest code, at `now`, which the vCPU's own clock says: it lies behind guest time, and not far. Also
-    /// whether that has brought the vCPU an interrupt or a signal.
+    /// whether there is something for the vCPU to look at now, outside: an interrupt, a signal, or the end of the run.
     pub fn with_at<R>(&self, vcpu: u32, now: Nanos, call: impl FnOnce(&mut Board, Nanos) -> R) -> (R, bool) {
-        let Called { result, notifies, calls_itself } = self.call(Some(vcpu as usize), now, call);
+        let Called { result, notifies, for_caller } = self.call(Some(vcpu as usize), now, call);
         self.ring_bells(notifies);
-        (result, calls_itself)
+        (result, for_caller)
     }
 
     /// The same for a write to a device. Slots that it notifies and the caller is to serve, by [`Devices::serve`].
     pub fn write_at(&self, vcpu: u32, now: Nanos, write: impl FnOnce(&mut Board, Nanos)) -> (u32, bool) {
-        let Called { notifies, calls_itself, .. } = self.call(Some(vcpu as usize), now, write);
+        let Called { notifies, for_caller, .. } = self.call(Some(vcpu as usize), now, write);
         let is_prompt = |slot: &usize| notifies & 1 << slot != 0 && self.prompt[*slot].get().is_some();
         let prompt = (0..VIRTIO_SLOTS).filter(is_prompt).fold(0, |slots, slot| slots | 1 << slot);
         self.ring_bells(notifies & !prompt);
-        (prompt, calls_itself)
+        (prompt, for_caller)
     }
 
     /// Serves the devices of `slots`, on the thread of `vcpu`, which is outside the guest. May sleep.
@@ -311,6 +311,7 @@ impl Devices {
         state.latest = now;
         let result = call(&mut state.board, now);
         let (wakes, notifies) = (state.board.take_wakes(), state.board.take_notifies());
+        let for_caller = caller.is_some_and(|vcpu| wakes & 1 << vcpu != 0 || state.board.wants_exit());
         self.set_alarm(&mut state);
         drop(state);
         for (vcpu, waker) in self.wakers.iter().enumerate() {
@@ -318,7 +319,7 @@ impl Devices {
                 waker.wake();
             }
         }
-        Called { result, notifies, calls_itself: caller.is_some_and(|vcpu| wakes & 1 << vcpu != 0) }
+        Called { result, notifies, for_caller }
     }
 
     /// Has a vCPU look once more whether anything could still wake one, where all sleep. Each that comes to sleep later looks

@@ -2,7 +2,8 @@
 //!
 //! Story: the order is [`umbra_mmu::sync::sim`]'s. The thread that builds and runs the guest is its first actor, and each thread of
 //! the run another ([`Thread`]). A vCPU hands the baton on after each slice, of a length that the seed decides, and has moved time on
-//! by its instructions; by one seed it leaves the guest then, by another it stays inside until it is kicked. In the event loop's place there is a [`Clock`].
+//! by its instructions; by one seed it leaves the guest then, by another it stays inside until it is kicked. In the event loop's place there
+//! is a [`Clock`].
 //!
 //! | source of chance | in a simulation |
 //! |---|---|

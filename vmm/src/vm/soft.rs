@@ -5,7 +5,7 @@
 //! give the same run. Translations come from the same shadow page tables as the hardware's, through the vCPU's software TLB.
 //!
 //! Holds: the vCPU is inside the guest while its bus lives, and nowhere else; a kick ends the slice at the next block. By half of the
-//! seeds of simulations nothing else does but what the guest itself leaves for, as where hardware runs it.
+//! seeds of simulations the next slice begins inside the guest, as if hardware ran it: then only a kick has the vCPU look at the board.
 
 use umbra_mmu::sync::sim;
 
@@ -17,7 +17,7 @@ use crate::cpu::CpuState;
 use crate::interp::engine::{CodeBus, Engine, Extent, Ran};
 use crate::interp::{Delivered, Event, Exception, Step, deliver, vector};
 
-/// The most instructions of one slice: between two looks at the board.
+/// The most instructions of one slice.
 const SLICE: u64 = 1 << 14;
 
 /// The interpreter as a backend.

@@ -311,13 +311,15 @@ impl VirtioThreads {
 
 #[cfg(test)]
 mod tests {
-    use umbra_mmu::{Gpa, Mmu};
+    use umbra_mmu::{Access, AccessKind, Gpa, Gva, Mmu};
 
     use super::*;
     use crate::board::{Board, BoardConfig, F_EVENT_IDX, MemoryMap};
-    use crate::interp::Width;
+    use crate::interp::{Bus, Width};
     use crate::virtio::disk::{DiskSource, DiskSpec, Medium};
     use crate::virtio::fuzz::{self, BUFFERS, Driver, Registers, WRITE};
+    use crate::vm::bus::GuestBus;
+    use crate::vm::kick::Attention;
     use crate::vm::stops::{Duty, Stops};
 
     const PATIENCE: Duration = Duration::from_secs(20);
@@ -452,6 +454,24 @@ mod tests {
         run.devices.serve(0, &run.mmu, 1).expect("pages");
         wait_for(|| driver.used(&run.mmu, 0).0 == 99 + ROUNDS_OF_A_VCPU as u16 + 3);
         assert_eq!(run.threads.finish().0[0].write.requests, 99 + ROUNDS_OF_A_VCPU as u64 + 3);
+    }
+
+    #[test]
+    fn a_vcpu_that_serves_a_disk_leaves_for_what_comes_of_it() {
+        let run = run(memory_disks(1));
+        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
+        driver.set_up(&run.mmu, &slot, 0, F_EVENT_IDX);
+        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        offer_a_write(&run, &mut driver);
+        let (attention, mut vcpu) = (Attention::default(), run.mmu.vcpu(0));
+        let mut bus = GuestBus::new(&run.mmu, &mut vcpu, &run.devices, None);
+        bus.heed(attention.clone());
+        let (notify, store) = (Gva(slot.gpa(0x50).0 as u32), Access { kind: AccessKind::Write, user: false });
+        assert_eq!(bus.write(notify, Width::B4, 0, store), Ok(()));
+        assert!(attention.is_wanted());
+        drop(bus);
+        assert_eq!(driver.used(&run.mmu, 0).0, 1, "it has served it");
+        run.threads.finish();
     }
 
     #[test]
