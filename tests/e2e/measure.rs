@@ -247,5 +247,9 @@ fn refused() -> Verdict {
         ensure!(run.end == status::USAGE, "{options:?}: expected {:?}:\n{run}", status::USAGE);
     }
     let nowhere = "/no/such/folder/measured.json";
-    expect_sentence(&umbra(["measure", "--json", nowhere])?, &["--json", nowhere, "folder that exists"])
+    expect_sentence(&umbra(["measure", "--json", nowhere])?, &["--json", nowhere, "folder that exists"])?;
+    let one = tempfile::NamedTempFile::new()?;
+    let path = one.path().to_str().ok_or("a name that is not UTF-8")?;
+    let twice = umbra(["measure", "--json", path, "--html", path])?;
+    expect_sentence(&twice, &["--html", path, "another option"])
 }

@@ -30,6 +30,7 @@ pub fn cases() -> Vec<Trial> {
         }),
         case("simulations_of_two_seeds_are_two", &[], differ),
         case("simulation_refuses_what_has_an_order_of_its_own", &[], refused),
+        case("simulation_that_finds_no_guest_leaves_an_earlier_event_log", &[], earlier),
     ];
     // Only a build for tests can leave a rule out.
     if std::env::var_os("UMBRA_BIN").is_none() {
@@ -260,6 +261,25 @@ fn refused() -> Verdict {
     ensure!(
         nowhere.end == status::OPERATOR && nowhere.stderr.contains("/nowhere/at/all"),
         "no such folder:\n{nowhere}"
+    );
+    Ok(())
+}
+
+/// An event log is in the place of an earlier one as soon as there is a guest, and no other option's file.
+fn earlier() -> Verdict {
+    let log = tempfile::NamedTempFile::new()?;
+    fs::write(log.path(), "an earlier run's")?;
+    let path = log.path().to_str().ok_or("a name that is not UTF-8")?;
+    let run = ["run", "--deterministic", "--event-log", path];
+    let failed = umbra(run.iter().chain(&["/no/such/image"]))?;
+    ensure!(failed.end == status::OPERATOR, "there is no image:\n{failed}");
+    ensure!(fs::read(path)? == b"an earlier run's", "the log has gone, and for nothing:\n{failed}");
+    let both = umbra(run.iter().chain(&["--json", path]))?;
+    ensure!(both.end == status::OPERATOR && both.stderr.contains("another option"), "two in one:\n{both}");
+    let hello = umbra(run.iter().chain(&HELLO))?;
+    ensure!(
+        hello.end == End::Status(0) && fs::read(path)?.starts_with(b"0 umbra: seed "),
+        "no log:\n{hello}"
     );
     Ok(())
 }

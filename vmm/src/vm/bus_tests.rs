@@ -329,6 +329,8 @@ fn a_vcpu_that_is_wanted_leaves_when_a_page_has_been_brought_in() {
 #[test]
 fn a_vcpu_that_brings_something_upon_itself_leaves_for_it() {
     const TO_SELF: u64 = 0x4_4000;
+    // By its number, 0: to oneself there is no NMI.
+    const TO_FIRST: u64 = 0x4000;
     const NMI: u64 = 0x400;
     let attention = Attention::default();
     let mut rig = Rig::new(None);
@@ -342,7 +344,7 @@ fn a_vcpu_that_brings_something_upon_itself_leaves_for_it() {
     assert!(!apic(0xf0, 0x1ff), "enabled, and there is nothing for it");
     assert!(apic(0x300, TO_SELF | 0x30));
     assert!(!apic(0x80, 0x10), "it waits as before");
-    assert!(apic(0x300, TO_SELF | NMI));
+    assert!(apic(0x300, TO_FIRST | NMI));
     attention.take();
     bus.port_out(0xf4, Width::B1, 0);
     assert!(attention.is_wanted(), "the run ends");

@@ -286,7 +286,9 @@ struct Guest {
 /// When it could not be started; how a started one ended is in the summary.
 pub fn run(args: &RunArgs, screen: &Screen) -> Result<Summary, RunError> {
     let simulation = Simulation::begin(args)?;
-    let summary = Guest::build(args, screen, None)?.run(args, None)?;
+    let guest = Guest::build(args, screen, None)?;
+    simulation.iter().for_each(Simulation::has_guest);
+    let summary = guest.run(args, None)?;
     let event_log = simulation.map(Simulation::end).transpose()?.map(EventLog::from);
     Ok(Summary { event_log, ..summary })
 }

@@ -35,6 +35,7 @@ use super::ending::{End, Ending};
 use crate::board::Nanos;
 use crate::cli::RunArgs;
 use crate::cpu::CpuState;
+use crate::output::OutputFile;
 use crate::status::Status;
 
 /// The date that every simulation begins at: 2000-01-01, 00:00 UTC.
@@ -45,6 +46,35 @@ pub struct Simulation {
     sim: Arc<Sim>,
     actor: ActorGuard,
     log: Option<PathBuf>,
+    has_guest: Arc<AtomicBool>,
+}
+
+/// Its event log. What an earlier run left there stays until there is a guest.
+struct LogFile {
+    file: OutputFile,
+    has_guest: Arc<AtomicBool>,
+    /// What has been held back; `None` once it was written.
+    early: Option<Vec<u8>>,
+}
+
+impl io::Write for LogFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.early {
+            None => self.file.append(bytes)?,
+            Some(early) => {
+                early.extend(bytes);
+                if self.has_guest.load(Ordering::Relaxed) {
+                    self.file.replace(early)?;
+                    self.early = None;
+                }
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Simulation {
@@ -52,20 +82,29 @@ impl Simulation {
     ///
     /// # Errors
     ///
-    /// When the event log cannot be made.
+    /// When the event log can be neither made nor opened.
     pub fn begin(args: &RunArgs) -> Result<Option<Simulation>, RunError> {
         if !args.deterministic {
             return Ok(None);
         }
-        let make = |path: &PathBuf| match std::fs::File::create(path) {
-            Ok(file) => Ok(Box::new(BufWriter::new(file)) as Box<dyn io::Write + Send>),
+        let has_guest = Arc::new(AtomicBool::new(false));
+        let open = |path: &PathBuf| match OutputFile::open(path) {
+            Ok(file) => {
+                let log = LogFile { file, has_guest: Arc::clone(&has_guest), early: Some(Vec::new()) };
+                Ok(Box::new(BufWriter::new(log)) as Box<dyn io::Write + Send>)
+            }
             Err(source) => Err(RunError::EventLog { path: path.clone(), source }),
         };
-        let log = args.event_log.as_ref().map(make).transpose()?;
+        let log = args.event_log.as_ref().map(open).transpose()?;
         let sim = Sim::new(args.seed, log, Box::new(give_up));
         args.choices.iter().for_each(|choices| sim.limit_choices(*choices));
         let actor = sim.enter("vcpu 0");
-        Ok(Some(Simulation { sim, actor, log: args.event_log.clone() }))
+        Ok(Some(Simulation { sim, actor, log: args.event_log.clone(), has_guest }))
+    }
+
+    /// There is a guest: its events take the place of an earlier run's.
+    pub fn has_guest(&self) {
+        self.has_guest.store(true, Ordering::Relaxed);
     }
 
     /// Ends it: what its log came to.
@@ -74,7 +113,7 @@ impl Simulation {
     ///
     /// When that could not be written.
     pub fn end(self) -> Result<Logged, RunError> {
-        let Simulation { sim, actor, log } = self;
+        let Simulation { sim, actor, log, .. } = self;
         drop(actor);
         sim.logged().map_err(|source| RunError::EventLog { path: log.unwrap_or_default(), source })
     }
