@@ -10,9 +10,8 @@
  *   no FPU         from user code: the registers may be lent to it
  *   the rest       from user code: kills the process; from kernel code: stops the guest
  *
- * Then, on the way back to user code only: switch if the timer asked for it. At last, among several CPUs, what is stale is forgotten.
- * Whoever needs a lock takes it: system calls the kernel's,
- * but for a few; a fault mostly only that of its address space. */
+ * Then, on the way back to user code only: switch if the timer asked for it. At last, among several CPUs, what is stale is
+ * forgotten. Whoever needs a lock takes it: system calls the kernel's, but for a few; a fault mostly only that of its address space. */
 #include "trap.h"
 
 #include "access.h"

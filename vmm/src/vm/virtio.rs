@@ -377,6 +377,14 @@ mod tests {
         }
     }
 
+    /// A driver of the disk in slot 0. That one begins concerns the disk's thread, which is done with it.
+    fn driver_at_rest(run: &Run) -> Driver {
+        let mut driver = Driver::default();
+        driver.set_up(&run.mmu, &Slot(&run.devices, 0), 0, F_EVENT_IDX);
+        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        driver
+    }
+
     /// Offers a request to write a sector of the disk in slot 0.
     fn offer_a_write(run: &Run, driver: &mut Driver) {
         fuzz::poke(&run.mmu, BUFFERS, &[&1u32.to_le_bytes()[..], &[0; 12]].concat());
@@ -433,10 +441,7 @@ mod tests {
     #[test]
     fn a_vcpu_serves_a_disk_in_memory_itself_and_leaves_what_is_too_much_to_its_thread() {
         let run = run(memory_disks(1));
-        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
-        driver.set_up(&run.mmu, &slot, 0, F_EVENT_IDX);
-        // A driver that begins concerns the thread.
-        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        let (slot, mut driver) = (Slot(&run.devices, 0), driver_at_rest(&run));
         for round in 1..100u16 {
             offer_a_write(&run, &mut driver);
             assert_eq!(notify_as_vcpu(&run), 1);
@@ -459,9 +464,7 @@ mod tests {
     #[test]
     fn a_vcpu_that_serves_a_disk_leaves_for_what_comes_of_it() {
         let run = run(memory_disks(1));
-        let (slot, mut driver) = (Slot(&run.devices, 0), Driver::default());
-        driver.set_up(&run.mmu, &slot, 0, F_EVENT_IDX);
-        wait_for(|| run.devices.with(|board, _| !board.virtio_owes()));
+        let (slot, mut driver) = (Slot(&run.devices, 0), driver_at_rest(&run));
         offer_a_write(&run, &mut driver);
         let (attention, mut vcpu) = (Attention::default(), run.mmu.vcpu(0));
         let mut bus = GuestBus::new(&run.mmu, &mut vcpu, &run.devices, None);
