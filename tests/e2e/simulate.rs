@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use libtest_mimic::Trial;
 
-use super::umbra::{program, status, umbra};
+use super::umbra::{file_of, program, status, umbra};
 use crate::ensure;
 use crate::support::process::{End, Outcome};
-use crate::support::{Verdict, case};
+use crate::support::{Verdict, case, image};
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
@@ -82,10 +82,11 @@ fn io_failures() -> Verdict {
     Ok(())
 }
 
-/// By a signal that it cannot see. A run has come to its guest once it has other threads than its first.
+/// By a signal that it cannot see. A run has come to its guest once it has other threads than its first, and its guest never ends.
 fn killed() -> Verdict {
+    let image = file_of(&image::multiboot(&image::spin()))?;
     let mut sweep = Command::new(program());
-    sweep.args(["simulate", "--seeds", "0..2", "--jobs", "1", "--", "--append", "workload=spin scale=40000"]);
+    sweep.args(["simulate", "--seeds", "0..2", "--jobs", "1", "--"]).arg(image.path());
     let mut sweep = sweep.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     let children = format!("/proc/{0}/task/{0}/children", sweep.id());
     let runs = || {
