@@ -134,21 +134,22 @@ impl Mmu {
         gva: Gva,
         kind: AccessKind,
     ) -> Result<Mfn, Miss> {
-        let known = self.recall_link(vcpu, links, LinkLevel::Directory, root, gva, kind)?;
+        let known = self.recall_link(vcpu, (tlb, links), LinkLevel::Directory, root, gva, kind)?;
         let link = match known {
             Some(link) => link,
             None => {
                 if let Some(mfn) = self.tlb_walk_large(tlb, root, gva, kind)? {
                     return Ok(mfn);
                 }
-                let directory = match self.recall_link(vcpu, links, LinkLevel::Root, root, gva, kind)? {
-                    Some(directory) => directory,
-                    None => {
-                        let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
-                        self.learn_link((tlb, links), LinkLevel::Root, root, gva, directory)
-                            .ok_or(Miss::Fault)?
-                    }
-                };
+                let directory =
+                    match self.recall_link(vcpu, (tlb, links), LinkLevel::Root, root, gva, kind)? {
+                        Some(directory) => directory,
+                        None => {
+                            let directory = self.spte(root.pdpt.at(l3_index(gva) * 8));
+                            self.learn_link((tlb, links), LinkLevel::Root, root, gva, directory)
+                                .ok_or(Miss::Fault)?
+                        }
+                    };
                 let table = self.find_link_in(directory, gva).ok_or(Miss::Fault)?;
                 self.learn_link((tlb, links), LinkLevel::Directory, root, gva, table).ok_or(Miss::Fault)?
             }
@@ -185,7 +186,7 @@ impl Mmu {
     fn recall_link(
         &self,
         vcpu: &Vcpu,
-        links: &LinkCache,
+        (tlb, links): (&SoftTlb, &LinkCache),
         level: LinkLevel,
         root: RootRef,
         gva: Gva,
@@ -195,7 +196,7 @@ impl Mmu {
         if known.root_life == root.life && known.life == self.pages.life(known.slot) {
             return Ok(Some(known.link));
         }
-        let stale = self.report_link(vcpu, level, &known, root, gva, kind);
+        let stale = self.report_link((vcpu, tlb), level, &known, root, gva, kind);
         Err(Miss::Incoherent(Box::new(Violation::Link(stale))))
     }
 
@@ -203,7 +204,7 @@ impl Mmu {
     #[cold]
     fn report_link(
         &self,
-        vcpu: &Vcpu,
+        (vcpu, tlb): (&Vcpu, &SoftTlb),
         level: LinkLevel,
         known: &CachedLink,
         root: RootRef,
@@ -232,8 +233,8 @@ impl Mmu {
             link: known.link,
             served,
             lives,
-            fills: (known.fills, vcpu.tlb.as_ref().map_or(0, |tlb| tlb.stats().fills)),
-            flushed_fills: vcpu.tlb.as_ref().map_or(0, SoftTlb::flushed_fills),
+            fills: (known.fills, tlb.stats().fills),
+            flushed_fills: tlb.flushed_fills(),
             flushed_at: self.coherence.flushed(vcpu.id),
             requested: self.coherence.requested(vcpu.id),
             events: vcpu.events.borrow().trail(gva).take(crate::tlb::TRAIL_MAX).collect(),

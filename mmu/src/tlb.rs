@@ -52,8 +52,9 @@ const WAYS: usize = 2;
 const REGIONS: usize = 1024;
 /// Entries of large pages, by the lowest bits of their number: 128 MiB of them in a row.
 const LARGE_ENTRIES: usize = 64;
-/// Bits of a large page's address.
+/// Bits of a large page's address, and its pages.
 const LARGE_BITS: u32 = 21;
+const PAGES_OF_LARGE: u32 = 1 << (LARGE_BITS - PAGE_SHIFT);
 /// In the key of a `sticky` store, where the entry is of a large page.
 const LARGE_KEY: u32 = 1 << PAGE_BITS;
 /// Bits of the memory of which pages have code.
@@ -207,7 +208,8 @@ pub struct TlbStats {
 }
 
 impl SoftTlb {
-    pub(crate) fn new(kind: TlbKind, rules: Rules) -> SoftTlb {
+    /// One that knows nothing yet, and keeps `rules`.
+    pub fn new(kind: TlbKind, rules: Rules) -> SoftTlb {
         let seed = if let TlbKind::Lossy(seed) = kind { seed } else { 0 };
         SoftTlb {
             rules,
@@ -288,6 +290,13 @@ impl SoftTlb {
         self.count(|s| s.flushes += 1);
         self.retain(|entry| entry.spte.is_global());
         self.flush_links();
+        self.change_version();
+    }
+
+    /// Forgets what leads to a frame that is `gone`, as a host does that has taken it away. The links stay.
+    pub fn forget_frames(&self, gone: impl Fn(Mfn) -> bool) {
+        let pages = |entry: &Entry| if entry.spte.is_large() { PAGES_OF_LARGE } else { 1 };
+        self.retain(|entry| !(0..pages(entry)).any(|page| gone(Mfn(entry.spte.mfn().0 + page))));
         self.change_version();
     }
 
@@ -550,16 +559,25 @@ impl Mmu {
     #[cold]
     #[inline(never)]
     fn tlb_find(&self, vcpu: &Vcpu, gva: Gva, access: Access) -> Result<Mfn, Miss> {
+        let Some(tlb) = &vcpu.tlb else { return Err(Miss::Fault) };
+        self.reach_by(vcpu, tlb, gva, access)
+    }
+
+    /// The frame that `vcpu` reaches for `access` at `gva`, as `tlb` or the shadow has it: its own, or that of a model of the hardware
+    /// that runs it. The vCPU is in the guest.
+    ///
+    /// # Errors
+    ///
+    /// [`Miss`].
+    pub fn reach_by(&self, vcpu: &Vcpu, tlb: &SoftTlb, gva: Gva, access: Access) -> Result<Mfn, Miss> {
         let user = access.user && vcpu.mode.paging;
-        let (Some(tlb), Some(root)) = (&vcpu.tlb, vcpu.roots[usize::from(user)].get()) else {
-            return Err(Miss::Fault);
-        };
+        let root = vcpu.roots[usize::from(user)].get().ok_or(Miss::Fault)?;
         let (tag, kind) = (tag_of(root.index, gva), access.kind);
         if let Some(mut entry) = tlb.recall(tag, gva)
             && entry.spte.allows(kind)
         {
             let advances = self.p2m.advances();
-            if entry.checked != advances && self.check_entry(vcpu, &entry, gva, kind)? {
+            if entry.checked != advances && self.check_entry((vcpu, tlb), &entry, gva, kind)? {
                 entry.checked = advances;
                 tlb.put_in_set(entry, gva);
             }
@@ -598,7 +616,7 @@ impl Mmu {
             && entry.spte.allows(kind)
         {
             let advances = self.p2m.advances();
-            if entry.checked != advances && self.check_entry(vcpu, &entry, gva, kind)? {
+            if entry.checked != advances && self.check_entry((vcpu, tlb), &entry, gva, kind)? {
                 entry.checked = advances;
                 tlb.large_place(first_of(gva)).set(entry);
             }
@@ -628,7 +646,13 @@ impl Mmu {
 
     /// INV-TLB-2. A read or a fetch needs the mapping to be of now, a store the right to write too. True when the entry
     /// is good for any access.
-    fn check_entry(&self, vcpu: &Vcpu, entry: &Entry, gva: Gva, kind: AccessKind) -> Result<bool, Miss> {
+    fn check_entry(
+        &self,
+        at: (&Vcpu, &SoftTlb),
+        entry: &Entry,
+        gva: Gva,
+        kind: AccessKind,
+    ) -> Result<bool, Miss> {
         let now = match entry.spte.is_large() {
             true => self.p2m.range_generations(entry.gfn),
             false => self.p2m.generations(entry.gfn),
@@ -638,7 +662,7 @@ impl Mmu {
         if !stale {
             return Ok(filled == now);
         }
-        let stale = self.report(vcpu, entry, gva, kind, now);
+        let stale = self.report(at, entry, gva, kind, now);
         Err(Miss::Incoherent(Box::new(Violation::Translation(stale))))
     }
 
@@ -646,14 +670,12 @@ impl Mmu {
     #[cold]
     fn report(
         &self,
-        vcpu: &Vcpu,
+        (vcpu, tlb): (&Vcpu, &SoftTlb),
         entry: &Entry,
         gva: Gva,
         kind: AccessKind,
         now: Generations,
     ) -> StaleTranslation {
-        let (stats, flushed) =
-            vcpu.tlb.as_ref().map_or_else(Default::default, |tlb| (tlb.stats(), tlb.flushed_fills.get()));
         // Of a large entry, the page of the access.
         let within = if entry.spte.is_large() { within_large(gva) } else { 0 };
         let (gfn, mfn) = (Gfn(entry.gfn.0 + within), Mfn(entry.spte.mfn().0 + within));
@@ -664,7 +686,12 @@ impl Mmu {
             kind,
             gfn,
             spte: entry.spte,
-            filled: Filled { generations: entry.generations, number: entry.filled, of: stats.fills, flushed },
+            filled: Filled {
+                generations: entry.generations,
+                number: entry.filled,
+                of: tlb.stats().fills,
+                flushed: tlb.flushed_fills(),
+            },
             now,
             removed_at: self.frames.debt(mfn),
             flushed_at: self.coherence.flushed(vcpu.id),

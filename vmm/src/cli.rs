@@ -126,6 +126,8 @@ pub enum Backend {
     Kvm,
     /// The interpreter: needs no /dev/kvm.
     Soft,
+    /// What surrounds KVM, with a model of its vCPUs and of its host in its place: for --deterministic.
+    Model,
 }
 
 /// What runs the guest's kernel on the kvm backend.

@@ -14,7 +14,7 @@ use umbra_mmu::{Mmu, Shortage, SwapFailed};
 
 use super::Guest;
 use super::ending::{End, Ending};
-use crate::kvm::shootdown::Notifier;
+use super::hardware::DropsRemoved;
 
 /// A guest that comes with the program, beside the one that `umbra run` has.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ pub struct Beside {
     /// Its memory.
     pub mmu: Arc<Mmu>,
     /// How the host takes single frames away from its vCPUs, where it can.
-    pub notifier: Option<Notifier>,
+    pub notifier: Option<Box<dyn DropsRemoved>>,
     /// "kvm" or "soft".
     pub backend: &'static str,
     /// How its vCPUs are made to forget pages.

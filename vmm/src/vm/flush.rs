@@ -6,49 +6,13 @@
 //! `madvise(MADV_DONTNEED)` on its host page, and when a table was unlinked everything is, by a memory slot that
 //! comes and goes.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use umbra_mmu::coherence::Removals;
 use umbra_mmu::{Mmu, Mpa, Rule};
 
+use super::hardware::{DropsRemoved, Hardware};
 use super::vcpu::Core;
-use crate::cpu::CpuState;
-use crate::kvm::shootdown::Notifier;
-use crate::kvm::{KvmError, KvmVcpu, KvmVm};
-use crate::probe::Translation;
-
-/// A vCPU in hardware, as far as a flush is concerned: KVM's, or a double of it.
-pub trait Hardware {
-    /// Forgets every translation, and runs no guest code; `cpu` and `root` are what it is to run next. True where a kick came
-    /// meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// As [`KvmVcpu::flush`].
-    fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError>;
-}
-
-impl Hardware for KvmVcpu {
-    fn flush(&mut self, cpu: &CpuState, root: Mpa) -> Result<bool, KvmError> {
-        KvmVcpu::flush(self, cpu, root)
-    }
-}
-
-/// The host, where it takes translations away: its notifier, or a double of it.
-pub trait DropsRemoved: Send + Sync {
-    /// Forgets what was removed, on every vCPU.
-    ///
-    /// # Errors
-    ///
-    /// As [`Notifier::drop_removed`].
-    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError>;
-}
-
-impl DropsRemoved for Notifier {
-    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError> {
-        Notifier::drop_removed(self, removed)
-    }
-}
+use crate::kvm::KvmError;
 
 /// Flushes the TLBs of one VM.
 pub struct Flusher {
@@ -59,16 +23,8 @@ pub struct Flusher {
 }
 
 impl Flusher {
-    /// Flushes as this host's KVM needs it.
-    pub fn new(translation: Translation, vm: Arc<KvmVm>, mmu: &Mmu) -> Flusher {
-        match translation {
-            Translation::FlushSuffices => Flusher::by(None, mmu),
-            _ => Flusher::by(Some(Box::new(Notifier::new(vm))), mmu),
-        }
-    }
-
     /// Flushes by `notifier`, or at entry where there is none.
-    pub fn by(notifier: Option<Box<dyn DropsRemoved>>, mmu: &Mmu) -> Flusher {
+    pub fn new(notifier: Option<Box<dyn DropsRemoved>>, mmu: &Mmu) -> Flusher {
         if notifier.is_some() {
             mmu.coherence().log_removals();
         }
@@ -89,7 +45,7 @@ impl Flusher {
             self.before_entry(&core.mmu)?;
         }
         let flushes = self.notifier.is_none() && rules.keep(Rule::FirmwareFlush);
-        let kicked = flushes && hardware.flush(&core.cpu, root)?;
+        let kicked = flushes && hardware.flush(core, root)?;
         if rules.keep(Rule::FlushBesideHardware) {
             core.mmu_vcpu.tlb().inspect(|tlb| tlb.flush_all());
         }

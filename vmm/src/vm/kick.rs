@@ -4,8 +4,8 @@
 //! at what was written, so that no kick is lost. One that KVM runs is kicked by its [`Kicker`], one that is interpreted by
 //! a flag that its engine reads once a block; one that is both gets both.
 //!
-//! Where all vCPUs' translations are KVM's, the host can be had to take single frames away from them instead
-//! ([`Notifier`]): that is never right for one that has a TLB of ours too.
+//! Where all vCPUs' translations are the hardware's, the host can be had to take single frames away from them instead
+//! ([`DropsRemoved`]): that is never right for one that has a TLB of ours too.
 
 use std::io;
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use umbra_mmu::{Mfn, Shootdown};
 
+use super::hardware::DropsRemoved;
 use crate::barrier;
 use crate::kvm::Kicker;
-use crate::kvm::shootdown::Notifier;
 
 /// Makes one vCPU leave the guest soon; returns at once.
 pub trait Kick: Send + Sync {
@@ -52,9 +52,8 @@ impl Kick for Attention {
     }
 }
 
-/// Both, for a vCPU that KVM runs at times.
-#[derive(Clone, Debug)]
-pub struct Both(pub Kicker, pub Attention);
+/// Both, for a vCPU that hardware runs at times.
+pub struct Both(pub Box<dyn Kick>, pub Attention);
 
 impl Kick for Both {
     fn kick(&self) {
@@ -67,7 +66,7 @@ impl Kick for Both {
 pub struct Kicks {
     kicks: Vec<Box<dyn Kick>>,
     /// `None` where the host does not know of every translation.
-    notifier: Option<Notifier>,
+    notifier: Option<Box<dyn DropsRemoved>>,
 }
 
 impl Kicks {
@@ -76,7 +75,7 @@ impl Kicks {
     /// # Errors
     ///
     /// When the host has no barrier for all threads, and there are several vCPUs.
-    pub fn new(kicks: Vec<Box<dyn Kick>>, notifier: Option<Notifier>) -> io::Result<Kicks> {
+    pub fn new(kicks: Vec<Box<dyn Kick>>, notifier: Option<Box<dyn DropsRemoved>>) -> io::Result<Kicks> {
         if kicks.len() > 1 {
             barrier::prepare()?;
         }

@@ -37,9 +37,11 @@ mod ending;
 mod events;
 mod flush;
 pub mod fuzz;
+mod hardware;
 mod kick;
 mod live;
 mod memory;
+mod model;
 mod native;
 #[cfg(test)]
 mod omissions_tests;
@@ -224,9 +226,14 @@ pub enum RunError {
     /// KVM runs as it likes.
     #[error(
         "--deterministic: KVM runs guest code in an order and at times that are the host's; leave out --backend kvm to have it \
-         interpreted"
+         interpreted, or name --backend model for what surrounds KVM, with a model in its place"
     )]
     NotDeterministic,
+    /// The model's host takes things away at once, which is true where one thread runs at a time.
+    #[error(
+        "--backend model: it is for simulations alone; add --deterministic, or leave out --backend model"
+    )]
+    ModelNeedsSimulation,
     /// The event log could not be written.
     #[error("--event-log: writing {path}: {source}; name a file in a folder that exists and has room")]
     EventLog {

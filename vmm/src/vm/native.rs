@@ -1,4 +1,4 @@
-//! The kvm backend's side of a vCPU.
+//! A vCPU that hardware runs: KVM's, or a model of it.
 //!
 //! Story: make sure that the hardware has the right root, descriptors and a clean TLB, enter, and act on why the guest
 //! left. Each of these is one function below.
@@ -24,21 +24,22 @@ use umbra_mmu::{Access, AccessKind, Gva, Outcome};
 use super::bus::{Aftermath, FpuUse};
 use super::ending::End;
 use super::flush::Flusher;
+use super::hardware::Hardware;
 use super::soft::Soft;
 use super::tables::NotRefreshed;
 use super::vcpu::{Backend, Core, lacking};
 use crate::cpu::eflags;
 use crate::interp::engine::Extent;
 use crate::interp::{Event, Exception, Step, UnknownInstruction, vector};
-use crate::kvm::{KvmError, KvmExit, KvmVcpu, Left, can_run};
+use crate::kvm::{KvmError, KvmExit, Left, can_run};
 
 /// Page faults at one place in a row that change nothing, after which the instruction is interpreted: some hosts
 /// fault for ever on what they cannot do (an access that wraps at 4 GiB).
 const SPURIOUS_MAX: u32 = 4;
 /// Bits of a page fault's error code.
-const FAULT_WRITE: u32 = 1 << 1;
-const FAULT_USER: u32 = 1 << 2;
-const FAULT_FETCH: u32 = 1 << 4;
+pub(super) const FAULT_WRITE: u32 = 1 << 1;
+pub(super) const FAULT_USER: u32 = 1 << 2;
+pub(super) const FAULT_FETCH: u32 = 1 << 4;
 /// DR6.BS: the single-step trap.
 const DR6_BS: u32 = 1 << 14;
 /// Instructions without the FPU after which a stretch of interpreted FPU code ends.
@@ -46,9 +47,9 @@ const STRETCH: u32 = 64;
 /// And how many it has at most, before the board is looked at again.
 const STRETCH_MAX: u32 = 4096;
 
-/// A vCPU of the kvm backend, beside its [`Core`].
-pub struct Native {
-    kvm: KvmVcpu,
+/// A vCPU that hardware runs, beside its [`Core`].
+pub struct Native<H> {
+    hardware: H,
     flusher: Arc<Flusher>,
     /// Interprets the guest's kernel, where that does not run natively.
     supervisor: Option<Soft>,
@@ -56,9 +57,9 @@ pub struct Native {
     spurious: (u32, u32, u32),
 }
 
-impl Backend for Native {
+impl<H: Hardware> Backend for Native<H> {
     fn take_kick(&mut self) {
-        self.kvm.take_kick();
+        self.hardware.take_kick();
         if let Some(soft) = &mut self.supervisor {
             soft.take_kick();
         }
@@ -86,10 +87,10 @@ impl Backend for Native {
     }
 }
 
-impl Native {
-    /// The vCPU `kvm`; `supervisor` interprets the guest's kernel, if it is not to run natively.
-    pub fn new(kvm: KvmVcpu, flusher: Arc<Flusher>, supervisor: Option<Soft>) -> Native {
-        Native { kvm, flusher, supervisor, spurious: (0, 0, 0) }
+impl<H: Hardware> Native<H> {
+    /// The vCPU of `hardware`; `supervisor` interprets the guest's kernel, if it is not to run natively.
+    pub fn new(hardware: H, flusher: Arc<Flusher>, supervisor: Option<Soft>) -> Native<H> {
+        Native { hardware, flusher, supervisor, spurious: (0, 0, 0) }
     }
 
     /// Enters the guest and acts on its exit.
@@ -101,7 +102,7 @@ impl Native {
         if let Err(error) = self.give_fpu(core) {
             return Some(refused(core, error));
         }
-        match core.tables.refresh(&core.mmu, &core.mmu_vcpu, &core.cpu, &mut self.kvm) {
+        match core.tables.refresh(&core.mmu, &core.mmu_vcpu, &core.cpu, &mut self.hardware) {
             Ok(()) => {}
             Err(NotRefreshed::Kvm(error)) => return Some(refused(core, error)),
             Err(NotRefreshed::Short(shortage)) => return Some(End::Shortage(shortage)),
@@ -111,17 +112,17 @@ impl Native {
             core.mmu.leave_unrun(&core.mmu_vcpu);
             return None;
         }
-        let flushed = if owes { self.flusher.flush(core, &mut self.kvm, root) } else { Ok(false) };
+        let flushed = if owes { self.flusher.flush(core, &mut self.hardware, root) } else { Ok(false) };
         let left = flushed.and_then(|kicked| match kicked {
             true => Ok(None),
-            false => self.kvm.run_guest(&core.cpu, root).map(Some),
+            false => self.hardware.run_guest(core, root).map(Some),
         });
         match left {
             Ok(Some(Left::Out | Left::Guest)) => core.mmu.leave(&core.mmu_vcpu),
             Ok(Some(Left::NotEntered) | None) | Err(_) => core.mmu.leave_unrun(&core.mmu_vcpu),
         }
         let exit = left.and_then(|left| match left {
-            Some(left) => self.kvm.take(&mut core.cpu, left),
+            Some(left) => self.hardware.take(&mut core.cpu, left),
             None => Ok(KvmExit::Kicked),
         });
         core.stats.entries += 1;
@@ -158,7 +159,7 @@ impl Native {
     /// lets us read it.
     fn on_debug_trap(&mut self, core: &mut Core) -> Option<End> {
         let stepped = core.cpu.eflags & eflags::TF != 0;
-        if stepped && !self.kvm.features().debug_registers {
+        if stepped && !self.hardware.has_debug_registers() {
             core.cpu.dr[6] |= DR6_BS;
         }
         core.deliver(Event::Exception(Exception::DB))
@@ -217,7 +218,7 @@ impl Native {
     /// Takes the FPU's registers out of the hardware.
     fn fetch_fpu(&mut self, core: &mut Core) -> Result<(), KvmError> {
         if core.fpu_in_hardware {
-            core.cpu.fpu = self.kvm.fpu()?;
+            core.cpu.fpu = self.hardware.fpu()?;
         }
         (core.fpu_in_hardware, core.fpu_wanted) = (false, false);
         Ok(())
@@ -226,7 +227,7 @@ impl Native {
     /// Puts them back.
     fn give_fpu(&mut self, core: &mut Core) -> Result<(), KvmError> {
         if !core.fpu_in_hardware {
-            self.kvm.set_fpu(&core.cpu.fpu)?;
+            self.hardware.set_fpu(&core.cpu.fpu)?;
             core.fpu_in_hardware = true;
         }
         Ok(())

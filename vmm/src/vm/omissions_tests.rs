@@ -1,93 +1,40 @@
 //! The rules of coherence that stand in the VMM, each left out: something must notice.
 //!
-//! Story: the vCPU is a [`Core`] as on KVM, entered and flushed by the same code. In KVM's place is a double that remembers every
-//! translation it has walked, until it is told to forget; and in the host's a double that does the same, of tables that KVM would
-//! shadow. A scene takes a page away and looks whether anything still leads to its frame.
+//! Story: the vCPU is run by [`Native`] as on KVM, entered and flushed by the same code. In KVM's place is the model of simulations
+//! ([`ModelVcpu`]), which keeps every translation it has walked until it is told to forget. A scene takes a page away and stores to it.
 //!
-//! The other rules are left out by `mmu/tests/omissions.rs`.
+//! The other rules are left out by `mmu/tests/omissions.rs`, and these in simulations too (`tests/e2e/seeds.rs`).
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
-use umbra_mmu::coherence::Removals;
 use umbra_mmu::discard::Discard;
 use umbra_mmu::invalidation::May;
-use umbra_mmu::p2m::PageState;
-use umbra_mmu::{
-    Access, Config, Gfn, Gva, Machine, Mfn, Mmu, Mpa, NoVcpus, Outcome, Rule, Rules, Shootdown, TlbKind,
-};
+use umbra_mmu::{Access, Config, Gpa, Gva, Machine, Mmu, NoVcpus, Outcome, Rule, Rules, Shootdown, TlbKind};
 
 use super::devices::Devices;
 use super::ending::{End, Ending};
-use super::flush::{DropsRemoved, Flusher, Hardware};
+use super::flush::Flusher;
+use super::hardware::DropsRemoved;
+use super::model::ModelVcpu;
+use super::native::Native;
 use super::power::PowerOn;
 use super::requests::Requests;
 use super::stops::Stops;
 use super::tables::DescriptorTables;
-use super::vcpu::{Core, Surroundings};
+use super::vcpu::{Backend, Core, Surroundings};
 use crate::board::{Board, BoardConfig, MEMORY_BYTES_MIN, MemoryMap};
 use crate::cpu::CpuState;
 use crate::interp::{Bus, Width};
-use crate::kvm::KvmError;
 use crate::vm::control::News;
 
 const PAGES: u32 = 64;
 const PAGE: u32 = 40;
 const AT: Gva = Gva(PAGE << 12);
-/// Present, and the address, in an entry of any level.
-const PRESENT: u64 = 1;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-
-type Translations = Arc<Mutex<HashMap<u32, Mfn>>>;
-
-/// Remembers where each page is, and walks where it does not know.
-struct Double {
-    machine: Machine,
-    known: Translations,
-    /// A flush does nothing: what it knows is of KVM's own tables.
-    shadowed: bool,
-}
-
-impl Double {
-    /// The frame that an access at `gva` reaches.
-    fn reach(&self, root: Mpa, gva: Gva) -> Option<Mfn> {
-        let page = gva.0 >> 12;
-        let mut known = self.known.lock().expect("nobody panics with it");
-        if let Some(mfn) = known.get(&page) {
-            return Some(*mfn);
-        }
-        let walk = [39, 30, 21, 12].iter().try_fold(root.0, |table, shift| {
-            let index = u64::from(gva.0) >> shift & 511;
-            let entry = self.machine.word64(Mpa(table + index * 8)).load(Ordering::Acquire);
-            (entry & PRESENT != 0).then_some(entry & ADDRESS)
-        });
-        let mfn = Mpa(walk?).mfn();
-        known.insert(page, mfn);
-        Some(mfn)
-    }
-}
-
-impl Hardware for Double {
-    fn flush(&mut self, _: &CpuState, _: Mpa) -> Result<bool, KvmError> {
-        if !self.shadowed {
-            self.known.lock().expect("nobody panics with it").clear();
-        }
-        Ok(false)
-    }
-}
-
-/// Drops translations of the frames that it is told.
-struct Host(Translations);
-
-impl DropsRemoved for Host {
-    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError> {
-        let gone = |mfn: &Mfn| removed.all || removed.pages.contains(mfn);
-        self.0.lock().expect("nobody panics with it").retain(|_, mfn| !gone(mfn));
-        Ok(())
-    }
-}
+/// MOV byte [`AT`], 1; HLT. And HLT alone.
+const STORE: (u32, [u8; 8]) = (0x2000, [0xc6, 0x05, 0, (AT.0 >> 8) as u8, (AT.0 >> 16) as u8, 0, 1, 0xf4]);
+const NOTHING: u32 = STORE.0 + 7;
 
 /// Nobody resets these machines.
 struct Never;
@@ -117,11 +64,10 @@ fn core(mmu: Arc<Mmu>, tlb: Option<TlbKind>) -> Core {
     Core::new(Some(CpuState::flat_protected_mode(0x2000)), vcpu, around)
 }
 
-/// A vCPU on the double, and how it is flushed.
+/// A vCPU on the model, and what runs it.
 struct World {
     core: Core,
-    hardware: Double,
-    flusher: Flusher,
+    native: Native<ModelVcpu>,
 }
 
 impl World {
@@ -129,41 +75,36 @@ impl World {
         let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(PAGES) };
         let machine = Machine::anonymous(PAGES + config.table_frames_max());
         let mmu = Arc::new(Mmu::new(machine.clone(), config, Box::new(NoVcpus)).with_rules(rules));
-        let hardware = Double { machine, known: Translations::default(), shadowed };
-        let host = shadowed.then(|| Box::new(Host(hardware.known.clone())) as Box<dyn DropsRemoved>);
-        let flusher = Flusher::by(host, &mmu);
-        World { core: core(mmu, tlb), hardware, flusher }
+        let (mut vcpus, host) = ModelVcpu::some(1, &machine, shadowed);
+        let host = shadowed.then(|| Box::new(host) as Box<dyn DropsRemoved>);
+        let flusher = Arc::new(Flusher::new(host, &mmu));
+        let core = core(mmu, tlb);
+        let code = core.mmu.write_bytes_sleeping(None, core.mmu_vcpu.window(), Gpa(STORE.0.into()), &STORE.1);
+        code.expect("memory");
+        World { core, native: Native::new(vcpus.remove(0), flusher, None) }
     }
 
     fn mmu(&self) -> &Mmu {
         &self.core.mmu
     }
 
-    /// Enters as `Native` does, and stays inside.
-    fn enter(&mut self) -> Mpa {
-        let user = self.core.cpu.cpl == 3;
-        let root = self.core.mmu.root_address(&self.core.mmu_vcpu, user).expect("a root");
-        if self.core.enter_hardware() {
-            let kicked =
-                self.flusher.flush(&mut self.core, &mut self.hardware, root).expect("no host refuses");
-            assert!(!kicked);
+    /// Has hardware run the code at `eip` up to its HLT; what is wrong with where that leads.
+    fn run(&mut self, eip: u32) -> Option<String> {
+        self.core.cpu.eip = eip;
+        while !self.core.cpu.halted {
+            assert!(self.native.run(&mut self.core).is_none(), "nothing else ends it");
+            if let Some(end) = self.core.take_end() {
+                let End::Incoherent(violation) = end else { panic!("{end:?}") };
+                return Some(violation.to_string());
+            }
         }
-        root
+        self.core.cpu.halted = false;
+        None
     }
 
-    /// The guest's access to the page in the hardware.
-    fn touch(&mut self) -> Mfn {
-        for _ in 0..4 {
-            let root = self.enter();
-            let reached = self.hardware.reach(root, AT);
-            self.core.mmu.leave(&self.core.mmu_vcpu);
-            if let Some(mfn) = reached {
-                return mfn;
-            }
-            let outcome = self.core.mmu.fault_sleeping(&self.core.mmu_vcpu, AT, Access::write(false));
-            assert_eq!(outcome, Ok(Outcome::Fixed));
-        }
-        panic!("no access to {AT}");
+    /// A store to the page by hardware.
+    fn touch(&mut self) -> Option<String> {
+        self.run(STORE.0)
     }
 
     /// Has an instruction store to the page by interpreting it.
@@ -181,23 +122,14 @@ impl World {
         let outcome = self.mmu().fault_sleeping(&self.core.mmu_vcpu, other, Access::write(false));
         assert_eq!(outcome, Ok(Outcome::Fixed));
     }
-
-    /// What is wrong with the hardware's reaching `mfn`, now that the page has been taken away and touched again.
-    fn judge(&self, mfn: Mfn) -> Option<String> {
-        let now = self.mmu().p2m().lookup(Gfn(PAGE));
-        (now != PageState::Resident(mfn))
-            .then(|| format!("hardware reaches {mfn}, where a page was; it is {now:?}"))
-    }
 }
 
 /// A page that was taken away between two stays in the guest.
 fn taken_away(rules: Rules, shadowed: bool) -> Option<String> {
     let mut world = World::new(rules, None, shadowed);
-    let first = world.touch();
-    assert_eq!(world.judge(first), None);
+    assert_eq!(world.touch(), None);
     world.take_away();
-    let second = world.touch();
-    world.judge(second)
+    world.touch()
 }
 
 /// The hardware has flushed for both: the software TLB has not what was there before.
@@ -205,19 +137,17 @@ fn interpreted_after_the_flush(rules: Rules) -> Option<String> {
     let mut world = World::new(rules, Some(TlbKind::Sticky), false);
     assert_eq!(world.interpret(), None);
     world.take_away();
-    world.enter();
-    world.core.mmu.leave(&world.core.mmu_vcpu);
+    assert_eq!(world.run(NOTHING), None);
     world.interpret()
 }
 
 /// The software TLB has flushed for both: the hardware has not what was there before.
 fn run_after_the_flush(rules: Rules) -> Option<String> {
     let mut world = World::new(rules, Some(TlbKind::Sticky), false);
-    world.touch();
+    assert_eq!(world.touch(), None);
     world.take_away();
     assert_eq!(world.interpret(), None);
-    let mfn = world.touch();
-    world.judge(mfn)
+    world.touch()
 }
 
 /// Leaves the guest in the place of the second vCPU's thread.

@@ -20,8 +20,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use umbra_mmu::{Access, Gfn, Gva, Mmu, NotReached, Refusal, Rule, Shortage, Touch, Vcpu};
 
+use super::hardware::Hardware;
 use crate::cpu::{CpuState, Segment, TableRegister};
-use crate::kvm::{KvmError, KvmVcpu};
+use crate::kvm::KvmError;
 
 /// log2 of the largest page.
 const REGION_SHIFT: u32 = 22;
@@ -151,7 +152,7 @@ impl DescriptorTables {
         mmu: &Mmu,
         vcpu: &Vcpu,
         cpu: &CpuState,
-        kvm: &mut KvmVcpu,
+        hardware: &mut impl Hardware,
     ) -> Result<(), NotRefreshed> {
         if self.current && self.is_current() && self.gdtr == cpu.gdtr && self.ldtr == cpu.ldtr {
             return Ok(());
@@ -170,7 +171,7 @@ impl DescriptorTables {
                 break (gdt, ldt);
             }
         };
-        kvm.set_descriptors(&gdt, ldt.as_deref())?;
+        hardware.set_descriptors(&gdt, ldt.as_deref())?;
         (self.gdtr, self.ldtr, self.current) = (cpu.gdtr, cpu.ldtr, true);
         Ok(())
     }

@@ -325,6 +325,17 @@ impl Core {
         (self.stats, self.mmu_vcpu.stats())
     }
 
+    /// Ends the run.
+    pub fn end(&self, end: End) {
+        self.ending.set(end);
+    }
+
+    /// Takes the end back.
+    #[cfg(test)]
+    pub fn take_end(&self) -> Option<End> {
+        self.ending.take()
+    }
+
     /// True once the run has ended.
     pub fn has_ended(&self) -> bool {
         self.ending.is_set()

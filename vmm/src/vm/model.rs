@@ -1,0 +1,423 @@
+//! A vCPU in hardware and its host, modelled: what runs native code in a simulation.
+//!
+//! Story: guest code runs as [`super::native`] has it run on KVM, at CPL 3 on the page tables of a root, and leaves by a trap or a kick.
+//! The interpreter executes it, and has no other way to memory than the model's own TLB, which nobody fills or flushes but the hardware
+//! ([`Hardware::flush`]) or the host ([`ModelHost`]). It remembers all that it has walked, tables too, until it is told to forget: the
+//! most hostile hardware that is legal. What it reaches by an entry that should be gone is a [`Violation`], as in a software TLB.
+//!
+//! ```text
+//! instruction --privileged, or loads a segment or goes through a gate--> trap: #GP
+//!      |
+//!   access --by its TLB, or a walk of the shadow--> frame
+//!      |       neither allows it ------------------> trap: #PF
+//!      +-- slice over: others run; kicked? --------> out
+//! ```
+//!
+//! A host that shadows page tables looks at a present entry once: a flush has it forget nothing, and what it is to forget is taken away from
+//! it frame by frame, or all at once.
+//!
+//! Holds: between the last look at what the host has taken away and an access nobody else runs.
+//!
+//! Not here: the descriptor tables that KVM's vCPU loads from: what would load from them traps, and is interpreted. Stores do not end
+//! what was decoded from their frame, as those of hardware do not.
+//!
+//! Locks: that of what the host has taken away, a leaf's, never held over anything. Sleeps only between two slices.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use umbra_mmu::coherence::Removals;
+use umbra_mmu::sync::sim;
+use umbra_mmu::{Access, AccessKind, Gva, Machine, Mfn, Miss, Mpa, Rules, SoftTlb, TlbKind, Violation};
+
+use super::ending::End;
+use super::hardware::{DropsRemoved, Hardware};
+use super::kick::Attention;
+use super::native::{FAULT_FETCH, FAULT_USER, FAULT_WRITE};
+use super::simulation;
+use super::vcpu::Core;
+use crate::cpu::{CpuModel, CpuState, Fpu, Seg, eflags};
+use crate::interp::{self, Bus, BusError, Exception, Step, Width, vector};
+use crate::kvm::{KvmError, KvmExit, Left, can_run};
+
+/// The most instructions from one look at others to the next.
+const SLICE: u64 = 1 << 14;
+/// The longest instruction, in bytes.
+const INSTRUCTION_MAX: usize = 15;
+
+/// What the host has taken away and a vCPU has not forgotten yet.
+#[derive(Debug, Default)]
+struct Gone {
+    some: AtomicBool,
+    removals: Mutex<Removals>,
+}
+
+impl Gone {
+    fn lock(&self) -> MutexGuard<'_, Removals> {
+        self.removals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, add: impl FnOnce(&mut Removals)) {
+        add(&mut self.lock());
+        self.some.store(true, Ordering::Release);
+    }
+
+    fn is_some(&self) -> bool {
+        self.some.load(Ordering::Acquire)
+    }
+
+    fn take(&self) -> Removals {
+        self.some.store(false, Ordering::Relaxed);
+        std::mem::take(&mut self.lock())
+    }
+}
+
+/// The host of some vCPUs: what it takes away is gone for each before its next access.
+#[derive(Clone, Debug)]
+pub struct ModelHost(Arc<[Arc<Gone>]>);
+
+impl DropsRemoved for ModelHost {
+    fn drop_frame(&self, frame: Mfn) -> Result<(), KvmError> {
+        self.0.iter().for_each(|gone| gone.add(|removals| removals.pages.push(frame)));
+        Ok(())
+    }
+
+    fn drop_all(&self) -> Result<(), KvmError> {
+        self.0.iter().for_each(|gone| gone.add(|removals| removals.all = true));
+        Ok(())
+    }
+}
+
+/// The vCPU.
+pub struct ModelVcpu {
+    machine: Machine,
+    tlb: SoftTlb,
+    shadows: bool,
+    gone: Arc<Gone>,
+    attention: Attention,
+    fpu: Fpu,
+    /// The state that the guest left with, and the exception that it left by.
+    cpu: CpuState,
+    trap: Option<Exception>,
+}
+
+/// Why an instruction is not done.
+enum Stop {
+    Trap(Exception),
+    Violation(Box<Violation>),
+}
+
+impl ModelVcpu {
+    /// So many vCPUs that see `machine`, and their host, which shadows page tables or does not.
+    pub fn some(count: u32, machine: &Machine, shadows: bool) -> (Vec<ModelVcpu>, ModelHost) {
+        let vcpu = |_| ModelVcpu {
+            machine: machine.clone(),
+            // What rules there are is the VMM's to keep, not the hardware's.
+            tlb: SoftTlb::new(TlbKind::Sticky, Rules::default()),
+            shadows,
+            gone: Arc::default(),
+            attention: Attention::default(),
+            fpu: Fpu::default(),
+            cpu: CpuState::flat_protected_mode(0),
+            trap: None,
+        };
+        let vcpus: Vec<_> = (0..count).map(vcpu).collect();
+        let host = ModelHost(vcpus.iter().map(|vcpu| Arc::clone(&vcpu.gone)).collect());
+        (vcpus, host)
+    }
+
+    /// How it is kicked.
+    pub fn attention(&self) -> Attention {
+        self.attention.clone()
+    }
+
+    /// One instruction.
+    fn step(&mut self, core: &Core) -> Result<(), Stop> {
+        let (machine, tlb, gone) = (&self.machine, &self.tlb, &*self.gone);
+        let mut bus = ModelBus { core, machine, tlb, gone, dropped: 0, violation: None };
+        if loads_segment(&self.cpu, &mut bus) {
+            return Err(Stop::Trap(Exception::gp(0)));
+        }
+        match (interp::step(&mut self.cpu, &mut bus), bus.violation) {
+            (_, Some(violation)) => Err(Stop::Violation(violation)),
+            (Step::Done, None) => Ok(()),
+            (Step::Exception(exception), None) => Err(Stop::Trap(exception)),
+            (Step::Unknown(_), None) => Err(Stop::Trap(Exception::UD)),
+            // HLT is privileged, and its bus has nothing but a violation to begin again for.
+            (Step::Again | Step::Halted, None) => Err(Stop::Trap(Exception::gp(0))),
+        }
+    }
+
+    /// So many instructions, or fewer where it leaves the guest; and why it does.
+    fn slice(&mut self, core: &Core, budget: u64) -> (u64, Option<Left>) {
+        for done in 0..budget {
+            if self.attention.is_wanted() {
+                return (done, Some(Left::Guest));
+            }
+            match self.step(core) {
+                Ok(()) => {}
+                Err(Stop::Trap(exception)) => {
+                    self.trap = Some(exception);
+                    return (done + 1, Some(Left::Out));
+                }
+                Err(Stop::Violation(violation)) => {
+                    core.end(End::Incoherent(violation));
+                    return (done, Some(Left::Guest));
+                }
+            }
+        }
+        (budget, None)
+    }
+}
+
+impl Hardware for ModelVcpu {
+    fn take_kick(&mut self) {
+        self.attention.take();
+    }
+
+    fn has_debug_registers(&self) -> bool {
+        true
+    }
+
+    fn set_descriptors(&mut self, _: &[u8], _: Option<&[u8]>) -> Result<(), KvmError> {
+        Ok(())
+    }
+
+    fn fpu(&self) -> Result<Fpu, KvmError> {
+        Ok(self.fpu.clone())
+    }
+
+    fn set_fpu(&mut self, fpu: &Fpu) -> Result<(), KvmError> {
+        self.fpu = fpu.clone();
+        Ok(())
+    }
+
+    fn flush(&mut self, _: &Core, _: Mpa) -> Result<bool, KvmError> {
+        if !self.shadows {
+            self.tlb.flush_all();
+        }
+        Ok(false)
+    }
+
+    /// The root is the one that the MMU has loaded for the vCPU.
+    fn run_guest(&mut self, core: &Core, _: Mpa) -> Result<Left, KvmError> {
+        can_run(&core.cpu)?;
+        if self.attention.is_wanted() {
+            return Ok(Left::NotEntered);
+        }
+        self.cpu = core.cpu.clone();
+        self.cpu.fpu = self.fpu.clone();
+        self.cpu.cpl = 3;
+        self.cpu.eflags &= !eflags::IOPL;
+        // No port is anybody's who asks the task's bitmap.
+        self.cpu.tr.limit = 0;
+        loop {
+            let (steps, left) = self.slice(core, sim::slice(SLICE).unwrap_or(SLICE));
+            simulation::after_slice(&self.cpu, steps);
+            match left {
+                Some(left) => return Ok(left),
+                None if sim::stays_inside() => {}
+                None => return Ok(Left::Guest),
+            }
+        }
+    }
+
+    fn take(&mut self, cpu: &mut CpuState, left: Left) -> Result<KvmExit, KvmError> {
+        if !matches!(left, Left::NotEntered) {
+            self.fpu = self.cpu.fpu.clone();
+            *cpu = CpuState {
+                cpl: cpu.cpl,
+                eflags: self.cpu.eflags | cpu.eflags & eflags::IOPL,
+                tr: cpu.tr,
+                fpu: cpu.fpu.clone(),
+                ..self.cpu.clone()
+            };
+        }
+        Ok(match self.trap.take() {
+            Some(Exception { vector, error, cr2 }) => {
+                KvmExit::Trap { vector, error: error.unwrap_or(0), cr2: cr2.unwrap_or(0).into() }
+            }
+            None => KvmExit::Kicked,
+        })
+    }
+}
+
+/// True for what leaves its segments or its privilege alone on no CPU, and at CPL 3 does not always say so: loads of segment registers,
+/// far transfers, software interrupts.
+fn loads_segment(cpu: &CpuState, bus: &mut ModelBus<'_>) -> bool {
+    const PREFIXES: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    let mut code = [0; INSTRUCTION_MAX];
+    let at = Gva(cpu.segment(Seg::Cs).base.wrapping_add(cpu.eip));
+    let here = code.len().min((4096 - at.offset()) as usize);
+    if bus.fetch(at, true, &mut code[..here]).is_err() {
+        return false;
+    }
+    let next = Gva(at.0.wrapping_add(here as u32));
+    if here < code.len() && bus.fetch(next, true, &mut code[here..]).is_err() {
+        code[here..].fill(0x90);
+    }
+    let Some(first) = code.iter().position(|byte| !PREFIXES.contains(byte)) else { return false };
+    let byte = |n: usize| code.get(first + n).copied().unwrap_or(0x90);
+    match byte(0) {
+        // POP ES, SS, DS; MOV to one; LES, LDS; far CALL, RET, JMP; INT3, INT, INTO, IRET.
+        0x07 | 0x17 | 0x1f | 0x8e | 0x9a | 0xc4 | 0xc5 | 0xca..=0xcf | 0xea => true,
+        // Far CALL and JMP by memory.
+        0xff => matches!(byte(1) >> 3 & 7, 3 | 5),
+        // POP FS, GS; LSS, LFS, LGS; SYSENTER, SYSEXIT.
+        0x0f => matches!(byte(1), 0xa1 | 0xa9 | 0xb2 | 0xb4 | 0xb5 | 0x34 | 0x35),
+        _ => false,
+    }
+}
+
+/// Memory as the hardware reaches it, for one instruction. It has nothing else.
+struct ModelBus<'a> {
+    core: &'a Core,
+    machine: &'a Machine,
+    tlb: &'a SoftTlb,
+    gone: &'a Gone,
+    /// How often something has been taken away from it.
+    dropped: u32,
+    violation: Option<Box<Violation>>,
+}
+
+/// Where an access goes: the place, and of one that crosses a page the second page and the bytes in the first.
+type Places = (Mpa, Option<(Mpa, u32)>);
+
+impl ModelBus<'_> {
+    /// The frame behind `gva`.
+    fn reach(&mut self, gva: Gva, kind: AccessKind) -> Result<Mfn, BusError> {
+        let access = Access { kind, user: self.core.cpu.cpl == 3 };
+        loop {
+            self.drop_gone();
+            match self.core.mmu.reach_by(&self.core.mmu_vcpu, self.tlb, gva, access) {
+                // A walk may have waited for others.
+                Ok(_) if self.gone.is_some() => {}
+                Ok(mfn) => return Ok(mfn),
+                Err(Miss::Fault) => return Err(BusError::Exception(page_fault(gva, kind))),
+                Err(Miss::Incoherent(violation)) => {
+                    self.violation = Some(violation);
+                    return Err(BusError::Again);
+                }
+            }
+        }
+    }
+
+    fn drop_gone(&mut self) {
+        if !self.gone.is_some() {
+            return;
+        }
+        self.dropped += 1;
+        let Removals { pages, all } = self.gone.take();
+        match all {
+            true => self.tlb.flush_all(),
+            false => self.tlb.forget_frames(|mfn| pages.contains(&mfn)),
+        }
+    }
+
+    fn places(&mut self, gva: Gva, bytes: u32, kind: AccessKind) -> Result<Places, BusError> {
+        let room = 4096 - gva.offset();
+        loop {
+            let first = self.reach(gva, kind)?.at(gva.offset());
+            if bytes <= room {
+                return Ok((first, None));
+            }
+            let before = self.dropped;
+            let second = self.reach(gva.wrapping_add(room), kind)?.at(0);
+            if self.dropped == before {
+                return Ok((first, Some((second, room))));
+            }
+        }
+    }
+
+    fn load(&self, (first, second): Places, width: Width) -> u64 {
+        let Some((second, room)) = second else { return self.machine.load(first, width.into()) };
+        let mut bytes = [0; 8];
+        let (here, there) = bytes[..width.bytes() as usize].split_at_mut(room as usize);
+        self.machine.read(first, here);
+        self.machine.read(second, there);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn store(&self, (first, second): Places, width: Width, value: u64) {
+        let Some((second, room)) = second else { return self.machine.store(first, width.into(), value) };
+        let bytes = value.to_le_bytes();
+        let (here, there) = bytes[..width.bytes() as usize].split_at(room as usize);
+        self.machine.write(first, here);
+        self.machine.write(second, there);
+    }
+}
+
+/// As hardware at CPL 3 raises it, but for P: nobody asks.
+fn page_fault(gva: Gva, kind: AccessKind) -> Exception {
+    let error = match kind {
+        AccessKind::Read => FAULT_USER,
+        AccessKind::Write => FAULT_USER | FAULT_WRITE,
+        AccessKind::Execute => FAULT_USER | FAULT_FETCH,
+    };
+    Exception { vector: vector::PF, error: Some(error), cr2: Some(gva.0) }
+}
+
+impl Bus for ModelBus<'_> {
+    fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        let places = self.places(gva, width.bytes(), access.kind)?;
+        Ok(self.load(places, width))
+    }
+
+    fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        let places = self.places(gva, width.bytes(), access.kind)?;
+        self.store(places, width, value);
+        Ok(())
+    }
+
+    fn update(
+        &mut self,
+        gva: Gva,
+        width: Width,
+        _: bool,
+        change: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, BusError> {
+        let places = self.places(gva, width.bytes(), AccessKind::Write)?;
+        let old = self.load(places, width);
+        self.store(places, width, change(old));
+        Ok(old)
+    }
+
+    fn probe(&mut self, gva: Gva, length: u32, access: Access) -> Result<(), BusError> {
+        let mut done = 0;
+        while done < length {
+            let at = gva.wrapping_add(done);
+            self.reach(at, access.kind)?;
+            done += 4096 - at.offset();
+        }
+        Ok(())
+    }
+
+    fn fetch(&mut self, gva: Gva, _: bool, buffer: &mut [u8]) -> Result<usize, BusError> {
+        let here = buffer.len().min((4096 - gva.offset()) as usize);
+        let at = self.reach(gva, AccessKind::Execute)?.at(gva.offset());
+        self.machine.read(at, &mut buffer[..here]);
+        Ok(here)
+    }
+
+    /// Unreachable at CPL 3, with IOPL 0 and no bitmap.
+    fn port_in(&mut self, _: u16, _: Width) -> u32 {
+        u32::MAX
+    }
+
+    fn port_out(&mut self, _: u16, _: Width, _: u32) {}
+
+    fn invalidate_page(&mut self, _: Gva) {}
+
+    fn set_paging(&mut self, _: &CpuState, _: bool) -> Result<(), BusError> {
+        Err(BusError::Exception(Exception::gp(0)))
+    }
+
+    fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4] {
+        let model = CpuModel { vcpus: self.core.mmu.config().vcpus as u8, smap: false };
+        model.cpuid(leaf, subleaf, self.core.mmu_vcpu.id() as u8, cpu)
+    }
+
+    fn tsc(&mut self) -> u64 {
+        self.core.devices.now().0
+    }
+}
