@@ -16,7 +16,7 @@ use crate::support::litmus::{Form, Litmus, Place};
 use crate::support::pair::Pair;
 use crate::support::process::{End, Outcome};
 use crate::support::remap::Remap;
-use crate::support::{Verdict, case, image, spin};
+use crate::support::{Verdict, case, image, segments, spin};
 
 /// The tests of this file: only a build for tests can leave a rule out.
 pub fn cases() -> Vec<Trial> {
@@ -61,6 +61,8 @@ const STRESSED: &[&str] = &["--mem", "3M", "--low", "1M", "--tlb", "sticky", "--
 const STRESSED_MORE: &[&str] = &["--mem", "2304K", "--low", "1M", "--tlb", "sticky", "--stress"];
 const STRESSED_PAIR: &[&str] =
     &["--mem", "2304K", "--low", "1088K", "--vcpus", "2", "--tlb", "sticky", "--stress"];
+/// Native code, on the model of hardware.
+const MODEL_PAIR: &[&str] = &["--mem", "24M", "--vcpus", "2", "--backend", "model", "--supervisor", "native"];
 const HUGE: &[&str] = &["--mem", "24M", "--tlb", "sticky", "--low", "4M", "--frames", "40M", "--huge", "on"];
 
 /// Seeds that pass with the rule in force: the one that fails without it, and so many before; at least the first few.
@@ -88,6 +90,8 @@ const MISSED: &[Missed] = &[
     missed("debt-of-put-back", || Remap::Nothing.guest(4000), STRESSED),
     missed("removal-under-way", || Remap::Page.guest(20_000), STRESSED_MORE),
     missed("kick-at-shootdown", || spin::guest(300), STRESSED_PAIR),
+    missed("shootdown-at-descriptors", || segments::guest(100), MODEL_PAIR),
+    missed("shootdown-at-watch", || segments::guest(100), MODEL_PAIR),
     missed("flush-of-large-page", || Remap::Block.guest(300), HUGE),
 ];
 

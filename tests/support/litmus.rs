@@ -24,7 +24,7 @@ use super::image::CODE;
 /// Where the second CPU's descriptors are, with what LGDT reads behind them.
 const DESCRIPTORS: u32 = 0x6000;
 /// Nothing, flat code, flat data.
-const GDT: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+pub(super) const GDT: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const POINTER: u32 = DESCRIPTORS + 0x40;
 /// Where the second CPU begins, in real mode: a page below 1 MiB.
 const TRAMPOLINE: u32 = 0x7000;
@@ -412,7 +412,7 @@ pub(super) fn start(
     Ok(())
 }
 
-fn copy(a: &mut CodeAssembler, to: u32, bytes: &[u8]) -> Result<(), IcedError> {
+pub(super) fn copy(a: &mut CodeAssembler, to: u32, bytes: &[u8]) -> Result<(), IcedError> {
     for (at, byte) in (to..).zip(bytes) {
         a.mov(byte_ptr(at), u32::from(*byte))?;
     }

@@ -14,6 +14,7 @@ pub mod pair;
 pub mod process;
 pub mod qemu;
 pub mod remap;
+pub mod segments;
 pub mod spin;
 
 use libtest_mimic::{Completion, Failed, Trial};

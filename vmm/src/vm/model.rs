@@ -6,7 +6,7 @@
 //! most hostile hardware that is legal. What it reaches by an entry that should be gone is a [`Violation`], as in a software TLB.
 //!
 //! ```text
-//! instruction --privileged, or loads a segment or goes through a gate--> trap: #GP
+//! instruction --privileged, or goes to another segment of code or stack, or through a gate--> trap: #GP
 //!      |
 //!   access --by its TLB, or a walk of the shadow--> frame
 //!      |       neither allows it ------------------> trap: #PF
@@ -18,8 +18,9 @@
 //!
 //! Holds: between the last look at what the host has taken away and an access nobody else runs.
 //!
-//! Not here: the descriptor tables that KVM's vCPU loads from: what would load from them traps, and is interpreted. Stores do not end
-//! what was decoded from their frame, as those of hardware do not.
+//! Data segments are loaded from the copies of the guest's descriptor tables, as from those in KVM's firmware.
+//!
+//! Stores do not end what was decoded from their frame, as those of hardware do not.
 //!
 //! Locks: that of what the host has taken away, a leaf's, never held over anything. Sleeps only between two slices.
 
@@ -36,12 +37,16 @@ use super::kick::Attention;
 use super::native::{FAULT_FETCH, FAULT_USER, FAULT_WRITE};
 use super::simulation;
 use super::vcpu::Core;
-use crate::cpu::{CpuModel, CpuState, Fpu, Seg, eflags};
+use crate::cpu::{CpuModel, CpuState, Fpu, Seg, Segment, eflags};
 use crate::interp::{self, Bus, BusError, Exception, Step, Width, vector};
 use crate::kvm::{KvmError, KvmExit, Left, can_run};
 
 /// The most instructions from one look at others to the next.
 const SLICE: u64 = 1 << 14;
+/// In a descriptor: accessed, its privilege level, and where its attributes begin.
+const ACCESSED: u64 = 1 << 40;
+const DPL: u64 = 3 << 45;
+const ATTRIBUTES: u32 = 40;
 /// The longest instruction, in bytes.
 const INSTRUCTION_MAX: usize = 15;
 
@@ -95,10 +100,37 @@ pub struct ModelVcpu {
     shadows: bool,
     gone: Arc<Gone>,
     attention: Attention,
+    tables: Tables,
     fpu: Fpu,
     /// The state that the guest left with, and the exception that it left by.
     cpu: CpuState,
     trap: Option<Exception>,
+}
+
+/// Copies of the guest's descriptor tables, GDT and LDT.
+#[derive(Debug, Default)]
+struct Tables([Vec<u8>; 2]);
+
+impl Tables {
+    /// The descriptor that begins so many bytes from the start of a table.
+    fn descriptor(&self, table: usize, at: usize) -> Option<u64> {
+        let bytes = self.0[table].get(at..at + 8)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    }
+
+    /// As [`Tables::descriptor`], as code at CPL 3 is to find it: accessed, and the kernel's own where it is the kernel.
+    fn shown(&self, table: usize, at: usize, kernel: bool) -> Option<u64> {
+        let own = if kernel { DPL } else { 0 };
+        Some(self.descriptor(table, at)? | ACCESSED | own)
+    }
+
+    /// `segment`, loaded from here, with the privilege that the guest gave it.
+    fn as_guest(&self, segment: Segment) -> Segment {
+        let (table, at) = (usize::from(segment.selector >> 2 & 1), usize::from(segment.selector & !7));
+        let dpl = self.descriptor(table, at).unwrap_or(DPL) & DPL;
+        let attributes = segment.attributes & !(DPL >> ATTRIBUTES) as u16 | (dpl >> ATTRIBUTES) as u16;
+        Segment { attributes, ..segment }
+    }
 }
 
 /// Why an instruction is not done.
@@ -117,6 +149,7 @@ impl ModelVcpu {
             shadows,
             gone: Arc::default(),
             attention: Attention::default(),
+            tables: Tables::default(),
             fpu: Fpu::default(),
             cpu: CpuState::flat_protected_mode(0),
             trap: None,
@@ -133,12 +166,12 @@ impl ModelVcpu {
 
     /// One instruction.
     fn step(&mut self, core: &Core) -> Result<(), Stop> {
-        let (machine, tlb, gone) = (&self.machine, &self.tlb, &*self.gone);
-        let mut bus = ModelBus { core, machine, tlb, gone, dropped: 0, violation: None };
-        if loads_segment(&self.cpu, &mut bus) {
+        let ModelVcpu { machine, tlb, gone, tables, cpu, .. } = self;
+        let mut bus = ModelBus { core, machine, tlb, gone, tables, dropped: 0, violation: None };
+        if leaves_segment(cpu, &mut bus) {
             return Err(Stop::Trap(Exception::gp(0)));
         }
-        match (interp::step(&mut self.cpu, &mut bus), bus.violation) {
+        match (interp::step(cpu, &mut bus), bus.violation) {
             (_, Some(violation)) => Err(Stop::Violation(violation)),
             (Step::Done, None) => Ok(()),
             (Step::Exception(exception), None) => Err(Stop::Trap(exception)),
@@ -179,7 +212,8 @@ impl Hardware for ModelVcpu {
         true
     }
 
-    fn set_descriptors(&mut self, _: &[u8], _: Option<&[u8]>) -> Result<(), KvmError> {
+    fn set_descriptors(&mut self, gdt: &[u8], ldt: Option<&[u8]>) -> Result<(), KvmError> {
+        self.tables = Tables([gdt.to_vec(), ldt.unwrap_or_default().to_vec()]);
         Ok(())
     }
 
@@ -225,7 +259,14 @@ impl Hardware for ModelVcpu {
     fn take(&mut self, cpu: &mut CpuState, left: Left) -> Result<KvmExit, KvmError> {
         if !matches!(left, Left::NotEntered) {
             self.fpu = self.cpu.fpu.clone();
+            let mut seg = self.cpu.seg;
+            for (now, before) in seg.iter_mut().zip(cpu.seg) {
+                if *now != before && !now.unusable {
+                    *now = self.tables.as_guest(*now);
+                }
+            }
             *cpu = CpuState {
+                seg,
                 cpl: cpu.cpl,
                 eflags: self.cpu.eflags | cpu.eflags & eflags::IOPL,
                 tr: cpu.tr,
@@ -242,9 +283,8 @@ impl Hardware for ModelVcpu {
     }
 }
 
-/// True for what leaves its segments or its privilege alone on no CPU, and at CPL 3 does not always say so: loads of segment registers,
-/// far transfers, software interrupts.
-fn loads_segment(cpu: &CpuState, bus: &mut ModelBus<'_>) -> bool {
+/// True for what goes to another segment of code or stack, which the CPU at CPL 3 would find fault with only sometimes.
+fn leaves_segment(cpu: &CpuState, bus: &mut ModelBus<'_>) -> bool {
     const PREFIXES: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
     let mut code = [0; INSTRUCTION_MAX];
     let at = Gva(cpu.segment(Seg::Cs).base.wrapping_add(cpu.eip));
@@ -258,13 +298,16 @@ fn loads_segment(cpu: &CpuState, bus: &mut ModelBus<'_>) -> bool {
     }
     let Some(first) = code.iter().position(|byte| !PREFIXES.contains(byte)) else { return false };
     let byte = |n: usize| code.get(first + n).copied().unwrap_or(0x90);
+    let register = byte(1) >> 3 & 7;
     match byte(0) {
-        // POP ES, SS, DS; MOV to one; LES, LDS; far CALL, RET, JMP; INT3, INT, INTO, IRET.
-        0x07 | 0x17 | 0x1f | 0x8e | 0x9a | 0xc4 | 0xc5 | 0xca..=0xcf | 0xea => true,
+        // POP SS; far CALL, RET, JMP; INT3, INT, INTO, IRET.
+        0x17 | 0x9a | 0xca..=0xcf | 0xea => true,
+        // MOV to SS.
+        0x8e => register == 2,
         // Far CALL and JMP by memory.
-        0xff => matches!(byte(1) >> 3 & 7, 3 | 5),
-        // POP FS, GS; LSS, LFS, LGS; SYSENTER, SYSEXIT.
-        0x0f => matches!(byte(1), 0xa1 | 0xa9 | 0xb2 | 0xb4 | 0xb5 | 0x34 | 0x35),
+        0xff => matches!(register, 3 | 5),
+        // LSS; SYSENTER, SYSEXIT.
+        0x0f => matches!(byte(1), 0xb2 | 0x34 | 0x35),
         _ => false,
     }
 }
@@ -275,6 +318,7 @@ struct ModelBus<'a> {
     machine: &'a Machine,
     tlb: &'a SoftTlb,
     gone: &'a Gone,
+    tables: &'a Tables,
     /// How often something has been taken away from it.
     dropped: u32,
     violation: Option<Box<Violation>>,
@@ -357,8 +401,23 @@ fn page_fault(gva: Gva, kind: AccessKind) -> Exception {
     Exception { vector: vector::PF, error: Some(error), cr2: Some(gva.0) }
 }
 
+impl ModelBus<'_> {
+    /// What the CPU itself reads: a descriptor, of a table that it has a copy of.
+    fn descriptor(&self, gva: Gva) -> Option<u64> {
+        let (cpu, kernel) = (&self.core.cpu, self.core.cpu.cpl == 0);
+        let bases = [cpu.gdtr.base, cpu.ldtr.base];
+        let shown = |(table, base)| self.tables.shown(table, gva.0.wrapping_sub(base) as usize, kernel);
+        bases.into_iter().enumerate().find_map(shown)
+    }
+}
+
 impl Bus for ModelBus<'_> {
     fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
+        if !access.user
+            && let Some(descriptor) = self.descriptor(gva)
+        {
+            return Ok(descriptor);
+        }
         let places = self.places(gva, width.bytes(), access.kind)?;
         Ok(self.load(places, width))
     }
