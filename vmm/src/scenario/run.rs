@@ -239,7 +239,7 @@ fn words(player: Player, case: &Case, seed: u64, bug: bool) -> Vec<OsString> {
         }
         Play::Omission(rule) => {
             say(&simulated);
-            say(options(rule));
+            say(&options(rule));
             say(&STRESS);
             if bug {
                 say(&["--without", rule.name()]);

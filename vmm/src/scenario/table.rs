@@ -121,8 +121,7 @@ const DISKS: [&str; 16] = [
     "workload=reclaim pace=slow ram=9",
 ];
 
-/// Whether it misses `rule`: not, where that is hardware's, or where nothing that it does in so short a time depends on it. Those are left
-/// out by tests of their own.
+/// Whether it misses `rule`: not, where nothing that it does in so short a time depends on it. Those are left out by tests of their own.
 fn is_missed(rule: Rule) -> bool {
     matches!(
         rule,
@@ -157,17 +156,35 @@ fn is_missed(rule: Rule) -> bool {
             | Rule::OpenBeforeWait
             | Rule::PageAfterPin
             | Rule::PinsAtUnmap
-    )
+    ) || hardware(rule).is_some()
+}
+
+/// What a guest has that hardware runs, modelled, all of it or its user code.
+const NATIVE: [&str; 4] = ["--backend", "model", "--supervisor", "native"];
+const SUPERVISED: [&str; 4] = ["--backend", "model", "--supervisor", "interpret"];
+
+/// What runs the guest where `rule` is hardware's.
+fn hardware(rule: Rule) -> Option<&'static [&'static str; 4]> {
+    match rule {
+        Rule::FirmwareFlush | Rule::NotifierFlush | Rule::NotifyAtShootdown | Rule::HardwareFlushAtCr3 => {
+            Some(&NATIVE)
+        }
+        Rule::FlushBesideHardware | Rule::HardwareOwesFlush | Rule::HardwareFlushAtInvlpg => {
+            Some(&SUPERVISED)
+        }
+        _ => None,
+    }
 }
 
 /// Options of a guest that misses `rule`, beside [`STRESS`].
-pub fn options(rule: Rule) -> &'static [&'static str] {
-    match rule {
+pub fn options(rule: Rule) -> Vec<&'static str> {
+    let guest: &[&str] = match rule {
         Rule::SplitAtUnmap | Rule::DebtOfSplit => &HUGE,
         Rule::SyncAtLink => &CROWDED,
         Rule::PinsAtUnmap => &DISKS,
         _ => &OPTIONS,
-    }
+    };
+    [hardware(rule).map_or(&[][..], |options| options), guest].concat()
 }
 
 impl Scenario {
