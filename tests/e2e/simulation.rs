@@ -1,13 +1,14 @@
 //! `umbra run --deterministic`: a seed is a run, to the last event.
 
 use std::fs;
+use std::ops::Range;
 
 use libtest_mimic::{Failed, Trial};
 
-use super::umbra::{status, umbra};
+use super::umbra::{file_of, status, umbra};
 use crate::ensure;
 use crate::support::process::End;
-use crate::support::{Verdict, case};
+use crate::support::{Verdict, case, image, shared};
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
@@ -28,6 +29,8 @@ pub fn cases() -> Vec<Trial> {
         case("simulation_under_stress_with_one_lock_is_the_same_for_a_seed", &[], || {
             same(&[&STRESS[..], &["--locks", "one"]].concat(), &[2], &STRESSED)
         }),
+        case("simulation_of_modelled_hardware_is_the_same_for_a_seed", &[], modelled),
+        case("simulation_in_which_a_guest_and_importers_store_to_the_same_pages", &[], shared_pages),
         case("simulations_of_two_seeds_are_two", &[], differ),
         case("simulation_refuses_what_has_an_order_of_its_own", &[], refused),
         case("simulation_that_finds_no_guest_leaves_an_earlier_event_log", &[], earlier),
@@ -135,6 +138,40 @@ fn same(options: &[&str], seeds: &[u64], wanted: &[&[&str]]) -> Verdict {
         for words in wanted {
             ensure!(has(words), "seed {seed}: nothing like {words:?} in {} lines", first.0.len());
         }
+    }
+    Ok(())
+}
+
+/// Each of the four hosts, below native kernels and interpreted ones.
+fn modelled() -> Verdict {
+    for supervisor in ["native", "interpret"] {
+        let model = ["--backend", "model", "--supervisor", supervisor];
+        let wanted: [&[&str]; 3] = [&["vcpu 1: ran"], &["stress: takes"], &["is given page"]];
+        same(&[&model[..], &STRESS].concat(), &[0, 1, 2, 3], &wanted)?;
+    }
+    Ok(())
+}
+
+/// Whoever finds that a store of his is gone says so.
+fn shared_pages() -> Verdict {
+    const SEEDS: Range<u64> = 0..10;
+    let image = file_of(&image::multiboot(&shared::guest(2000)))?;
+    let image = image.path().to_str().ok_or("a name that is not UTF-8")?;
+    let options = [image, "--mem", "3M", "--low", "1M", "--vcpus", "2", "--tlb", "sized", "--stress"];
+    let mut stored = 0;
+    for seed in SEEDS {
+        let lines = log_of(seed, &options)?.0;
+        stored += lines.iter().filter(|line| line.contains("importer 2: stores")).count();
+    }
+    ensure!(stored > SEEDS.count(), "importers have stored {stored} times");
+    println!("importers have stored {stored} times");
+    if std::env::var_os("UMBRA_BIN").is_none() {
+        let words = ["simulate", "--seeds", "0..200", "--"].iter().chain(&options);
+        let run = umbra(words.chain(&["--omit", "gate-at-fill"]))?;
+        println!("{}", run.stderr);
+        let lost =
+            run.stderr.contains("the word of importer") || run.stderr.contains("the guest ended with 1");
+        ensure!(lost, "nobody has lost a store:\n{run}");
     }
     Ok(())
 }
@@ -250,6 +287,16 @@ fn refused() -> Verdict {
     ensure!(
         kvm.end == status::OPERATOR && kvm.stderr.contains("leave out --backend kvm"),
         "KVM has an order of its own:\n{kvm}"
+    );
+    let model = umbra(["run", "--backend", "model"])?;
+    ensure!(
+        model.end == status::OPERATOR && model.stderr.contains("add --deterministic"),
+        "a model is of simulations:\n{model}"
+    );
+    let judged = umbra(["run", "--deterministic", "--backend", "model", "--check-guest-tlb"])?;
+    ensure!(
+        judged.end == status::OPERATOR && judged.stderr.contains("--check-guest-tlb"),
+        "nobody judges native code:\n{judged}"
     );
     for option in [["--qmp", "/nowhere/q"], ["--export", "/nowhere/e"]] {
         let run = umbra(["run", "--deterministic"].iter().chain(&option))?;

@@ -15,6 +15,7 @@ pub mod process;
 pub mod qemu;
 pub mod remap;
 pub mod segments;
+pub mod shared;
 pub mod spin;
 
 use libtest_mimic::{Completion, Failed, Trial};

@@ -143,7 +143,7 @@ pub enum RunError {
     },
     /// The guest's flushes are to be judged where hardware runs it.
     #[error(
-        "--check-guest-tlb sees what is interpreted, and --backend kvm interprets none of it: use --backend soft"
+        "--check-guest-tlb sees what is interpreted, and neither --backend kvm nor model interprets all of it: use --backend soft"
     )]
     CheckNeedsSoft,
     /// A file is too large.

@@ -15,7 +15,8 @@
 //! | the console's reader | is waited for |
 //! | Ctrl-C, SIGTERM | as ever: such a run is not one that comes again |
 //!
-//! Not here: other processes that import (`super::stress` has importers of its own), the control socket and so resets, KVM, `umbra measure`; the command line refuses them.
+//! Not here: other processes that import (`super::stress` has importers of its own), the control socket and so resets, KVM (`super::model` is
+//! in its place), `umbra measure`; the command line refuses them.
 
 use std::fmt::Write;
 use std::io::{self, BufWriter};

@@ -12,7 +12,7 @@
 //! And frames are refused once in [`REFUSED_ONE_IN`], though there are some: whoever wants one reclaims for it.
 //!
 //! Beside it [`PLACES`] importers at a time want pages at their homes ([`umbra_mmu::twins`]). All but the last want the guest's own, and
-//! look whether they are there. The last has what lies at [`STORED`], where firmware would have its ROMs and a guest stores nothing: it
+//! look whether they are there. The last has what lies at [`STORED`], where firmware would have its ROMs and most guests store nothing: it
 //! stores words of its own and looks for them. Each lives for a while, is slow to hear and to answer, and dies with what it has; another
 //! comes, [`LIVES`] times.
 //!
