@@ -106,24 +106,12 @@ pub trait DropsRemoved: Send + Sync {
     /// As [`Notifier::drop_frame`].
     fn drop_frame(&self, frame: Mfn) -> Result<(), KvmError>;
 
-    /// Forgets every translation there is.
-    ///
-    /// # Errors
-    ///
-    /// As [`Notifier::drop_all`].
-    fn drop_all(&self) -> Result<(), KvmError>;
-
     /// Forgets what was removed.
     ///
     /// # Errors
     ///
-    /// As the other two.
-    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError> {
-        if removed.all {
-            return self.drop_all();
-        }
-        removed.pages.iter().try_for_each(|&frame| self.drop_frame(frame))
-    }
+    /// As [`Notifier::drop_removed`].
+    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError>;
 }
 
 impl DropsRemoved for Notifier {
@@ -131,7 +119,7 @@ impl DropsRemoved for Notifier {
         Notifier::drop_frame(self, frame)
     }
 
-    fn drop_all(&self) -> Result<(), KvmError> {
-        Notifier::drop_all(self)
+    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError> {
+        Notifier::drop_removed(self, removed)
     }
 }

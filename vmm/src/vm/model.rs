@@ -62,8 +62,10 @@ impl Gone {
         self.removals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, add: impl FnOnce(&mut Removals)) {
-        add(&mut self.lock());
+    fn add(&self, removed: &Removals) {
+        let mut removals = self.lock();
+        removals.pages.extend(&removed.pages);
+        removals.all |= removed.all;
         self.some.store(true, Ordering::Release);
     }
 
@@ -83,12 +85,11 @@ pub struct ModelHost(Arc<[Arc<Gone>]>);
 
 impl DropsRemoved for ModelHost {
     fn drop_frame(&self, frame: Mfn) -> Result<(), KvmError> {
-        self.0.iter().for_each(|gone| gone.add(|removals| removals.pages.push(frame)));
-        Ok(())
+        self.drop_removed(&Removals { pages: vec![frame], all: false })
     }
 
-    fn drop_all(&self) -> Result<(), KvmError> {
-        self.0.iter().for_each(|gone| gone.add(|removals| removals.all = true));
+    fn drop_removed(&self, removed: &Removals) -> Result<(), KvmError> {
+        self.0.iter().for_each(|gone| gone.add(removed));
         Ok(())
     }
 }
