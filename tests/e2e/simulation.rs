@@ -8,7 +8,7 @@ use libtest_mimic::{Failed, Trial};
 use super::umbra::{file_of, status, umbra};
 use crate::ensure;
 use crate::support::process::End;
-use crate::support::{Verdict, case, image, shared};
+use crate::support::{Verdict, case, image, shared, traps};
 
 /// The tests of this file.
 pub fn cases() -> Vec<Trial> {
@@ -30,6 +30,7 @@ pub fn cases() -> Vec<Trial> {
             same(&[&STRESS[..], &["--locks", "one"]].concat(), &[2], &STRESSED)
         }),
         case("simulation_of_modelled_hardware_is_the_same_for_a_seed", &[], modelled),
+        case("simulation_of_modelled_hardware_traps_where_a_cpu_does", &[], traps_alike),
         case("simulation_in_which_a_guest_and_importers_store_to_the_same_pages", &[], shared_pages),
         case("simulations_of_two_seeds_are_two", &[], differ),
         case("simulation_refuses_what_has_an_order_of_its_own", &[], refused),
@@ -146,8 +147,26 @@ fn same(options: &[&str], seeds: &[u64], wanted: &[&[&str]]) -> Verdict {
 fn modelled() -> Verdict {
     for supervisor in ["native", "interpret"] {
         let model = ["--backend", "model", "--supervisor", supervisor];
-        let wanted: [&[&str]; 3] = [&["vcpu 1: ran"], &["stress: takes"], &["is given page"]];
+        let wanted: [&[&str]; 3] = [&["vcpu 1: trap 0xe"], &["stress: takes"], &["is given page"]];
         same(&[&model[..], &STRESS].concat(), &[0, 1, 2, 3], &wanted)?;
+    }
+    Ok(())
+}
+
+/// Like the interpreter, whoever runs the kernel.
+fn traps_alike() -> Verdict {
+    const DONE: i32 = 3 << 1 | 1;
+    let image = file_of(&image::multiboot(&traps::guest()))?;
+    let path = image.path().to_str().ok_or("a name that is not UTF-8")?;
+    for backend in [
+        &["--backend", "soft"][..],
+        &["--backend", "model", "--supervisor", "native"],
+        &["--backend", "model", "--supervisor", "interpret"],
+    ] {
+        for seed in ["0", "1", "2", "3"] {
+            let run = umbra(["run", path, "--deterministic", "--seed", seed].iter().chain(backend))?;
+            ensure!(run.end == End::Status(DONE), "{backend:?}, seed {seed}:\n{run}");
+        }
     }
     Ok(())
 }

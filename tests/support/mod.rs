@@ -17,6 +17,7 @@ pub mod remap;
 pub mod segments;
 pub mod shared;
 pub mod spin;
+pub mod traps;
 
 use libtest_mimic::{Completion, Failed, Trial};
 

@@ -181,7 +181,7 @@ impl Runner {
             Chosen::Soft => return Ok(Runner::Soft(interpreters())),
             Chosen::Model(kind) => {
                 let machine = umbra_mmu::Machine::new(pool.region());
-                let (vcpus, host) = ModelVcpu::some(vcpus, &machine, kind.shadows);
+                let (vcpus, host) = ModelVcpu::create(vcpus, &machine, kind.shadows);
                 Silicon::Model(Model { vcpus, host, kind })
             }
             Chosen::Kvm(host, probe) => {

@@ -37,7 +37,7 @@ pub struct Beside {
     pub mmu: Arc<Mmu>,
     /// How the host takes single frames away from its vCPUs, where it can.
     pub notifier: Option<Box<dyn DropsRemoved>>,
-    /// "kvm" or "soft".
+    /// Its name on the command line.
     pub backend: &'static str,
     /// How its vCPUs are made to forget pages.
     pub shootdown: &'static str,

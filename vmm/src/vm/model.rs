@@ -24,10 +24,11 @@
 //!
 //! Locks: that of what the host has taken away, a leaf's, never held over anything. Sleeps only between two slices.
 
+use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use umbra_mmu::coherence::Removals;
+use umbra_mmu::coherence::{FLUSH_PAGES_MAX, Removals};
 use umbra_mmu::sync::sim;
 use umbra_mmu::{Access, AccessKind, Gva, Machine, Mfn, Miss, Mpa, Rules, SoftTlb, TlbKind, Violation};
 
@@ -37,16 +38,17 @@ use super::kick::Attention;
 use super::native::{FAULT_FETCH, FAULT_USER, FAULT_WRITE};
 use super::simulation;
 use super::vcpu::Core;
-use crate::cpu::{CpuModel, CpuState, Fpu, Seg, Segment, eflags};
+use crate::cpu::{CpuModel, CpuState, Fpu, Seg, Segment, cr0, eflags};
 use crate::interp::{self, Bus, BusError, Exception, Step, Width, vector};
-use crate::kvm::{KvmError, KvmExit, Left, can_run};
+use crate::kvm::descriptors::{Mode, decode, translate};
+use crate::kvm::{Doors, KvmError, KvmExit, Left, can_run};
 
 /// The most instructions from one look at others to the next.
 const SLICE: u64 = 1 << 14;
-/// In a descriptor: accessed, its privilege level, and where its attributes begin.
-const ACCESSED: u64 = 1 << 40;
-const DPL: u64 = 3 << 45;
-const ATTRIBUTES: u32 = 40;
+/// Frames that the host has taken away, more than which are all: as many as the MMU names.
+const GONE_MAX: usize = FLUSH_PAGES_MAX;
+/// Flags that are the VMM's while native code runs.
+const NOT_ITS_OWN: u32 = eflags::IF | eflags::IOPL;
 /// The longest instruction, in bytes.
 const INSTRUCTION_MAX: usize = 15;
 
@@ -65,7 +67,10 @@ impl Gone {
     fn add(&self, removed: &Removals) {
         let mut removals = self.lock();
         removals.pages.extend(&removed.pages);
-        removals.all |= removed.all;
+        removals.all |= removed.all || removals.pages.len() > GONE_MAX;
+        if removals.all {
+            removals.pages.clear();
+        }
         self.some.store(true, Ordering::Release);
     }
 
@@ -108,29 +113,39 @@ pub struct ModelVcpu {
     trap: Option<Exception>,
 }
 
-/// Copies of the guest's descriptor tables, GDT and LDT.
+/// A descriptor table of the guest's: its own entries, and the bytes of what the CPU sees of them in each mode.
 #[derive(Debug, Default)]
-struct Tables([Vec<u8>; 2]);
+struct Table {
+    own: Vec<u64>,
+    shown: [Vec<u8>; 2],
+}
+
+impl Table {
+    fn new(bytes: &[u8]) -> Table {
+        let own: Vec<_> = bytes.as_chunks::<8>().0.iter().map(|entry| u64::from_le_bytes(*entry)).collect();
+        let shown = Mode::ALL.map(|mode| {
+            let shown = own.iter().map(|entry| translate(*entry, mode, &Doors::closed()).to_le_bytes());
+            shown.flatten().collect()
+        });
+        Table { own, shown }
+    }
+}
+
+/// GDT and LDT.
+#[derive(Debug, Default)]
+struct Tables([Table; 2]);
 
 impl Tables {
-    /// The descriptor that begins so many bytes from the start of a table.
-    fn descriptor(&self, table: usize, at: usize) -> Option<u64> {
-        let bytes = self.0[table].get(at..at + 8)?;
-        Some(u64::from_le_bytes(bytes.try_into().ok()?))
-    }
-
-    /// As [`Tables::descriptor`], as code at CPL 3 is to find it: accessed, and the kernel's own where it is the kernel.
-    fn shown(&self, table: usize, at: usize, kernel: bool) -> Option<u64> {
-        let own = if kernel { DPL } else { 0 };
-        Some(self.descriptor(table, at)? | ACCESSED | own)
-    }
-
-    /// `segment`, loaded from here, with the privilege that the guest gave it.
+    /// `segment`, loaded from here, as the guest sees it.
     fn as_guest(&self, segment: Segment) -> Segment {
-        let (table, at) = (usize::from(segment.selector >> 2 & 1), usize::from(segment.selector & !7));
-        let dpl = self.descriptor(table, at).unwrap_or(DPL) & DPL;
-        let attributes = segment.attributes & !(DPL >> ATTRIBUTES) as u16 | (dpl >> ATTRIBUTES) as u16;
-        Segment { attributes, ..segment }
+        let Segment { selector, base, limit, .. } = segment;
+        match self.0[usize::from(selector >> 2 & 1)].own.get(usize::from(selector >> 3)) {
+            Some(own) => {
+                let own = decode(selector, *own);
+                Segment { base, limit, attributes: own.attributes | 1, ..own }
+            }
+            None => segment,
+        }
     }
 }
 
@@ -142,7 +157,7 @@ enum Stop {
 
 impl ModelVcpu {
     /// So many vCPUs that see `machine`, and their host, which shadows page tables or does not.
-    pub fn some(count: u32, machine: &Machine, shadows: bool) -> (Vec<ModelVcpu>, ModelHost) {
+    pub fn create(count: u32, machine: &Machine, shadows: bool) -> (Vec<ModelVcpu>, ModelHost) {
         let vcpu = |_| ModelVcpu {
             machine: machine.clone(),
             // What rules there are is the VMM's to keep, not the hardware's.
@@ -169,7 +184,11 @@ impl ModelVcpu {
     fn step(&mut self, core: &Core) -> Result<(), Stop> {
         let ModelVcpu { machine, tlb, gone, tables, cpu, .. } = self;
         let mut bus = ModelBus { core, machine, tlb, gone, tables, dropped: 0, violation: None };
-        if leaves_segment(cpu, &mut bus) {
+        let leaves = leaves_segment(cpu, &mut bus);
+        if let Some(violation) = bus.violation.take() {
+            return Err(Stop::Violation(violation));
+        }
+        if leaves {
             return Err(Stop::Trap(Exception::gp(0)));
         }
         match (interp::step(cpu, &mut bus), bus.violation) {
@@ -214,7 +233,7 @@ impl Hardware for ModelVcpu {
     }
 
     fn set_descriptors(&mut self, gdt: &[u8], ldt: Option<&[u8]>) -> Result<(), KvmError> {
-        self.tables = Tables([gdt.to_vec(), ldt.unwrap_or_default().to_vec()]);
+        self.tables = Tables([gdt, ldt.unwrap_or_default()].map(Table::new));
         Ok(())
     }
 
@@ -234,16 +253,24 @@ impl Hardware for ModelVcpu {
         Ok(false)
     }
 
-    /// The root is the one that the MMU has loaded for the vCPU.
-    fn run_guest(&mut self, core: &Core, _: Mpa) -> Result<Left, KvmError> {
+    /// The root must be the one that the MMU has loaded for the vCPU.
+    fn run_guest(&mut self, core: &Core, root: Mpa) -> Result<Left, KvmError> {
         can_run(&core.cpu)?;
+        let user = core.cpu.cpl == 3;
+        debug_assert_eq!(core.mmu.root_address(&core.mmu_vcpu, user), Some(root), "another root is loaded");
         if self.attention.is_wanted() {
             return Ok(Left::NotEntered);
         }
         self.cpu = core.cpu.clone();
         self.cpu.fpu = self.fpu.clone();
         self.cpu.cpl = 3;
-        self.cpu.eflags &= !eflags::IOPL;
+        self.cpu.eflags = self.cpu.eflags & !eflags::IOPL | eflags::IF;
+        for seg in [Seg::Cs, Seg::Ss] {
+            self.cpu.seg[seg as usize].selector |= 3;
+        }
+        if !user {
+            self.cpu.cr0 &= !cr0::AM;
+        }
         // No port is anybody's who asks the task's bitmap.
         self.cpu.tr.limit = 0;
         loop {
@@ -266,10 +293,15 @@ impl Hardware for ModelVcpu {
                     *now = self.tables.as_guest(*now);
                 }
             }
+            // What goes to another of these traps.
+            for own in [Seg::Cs, Seg::Ss] {
+                seg[own as usize] = cpu.seg[own as usize];
+            }
             *cpu = CpuState {
                 seg,
                 cpl: cpu.cpl,
-                eflags: self.cpu.eflags | cpu.eflags & eflags::IOPL,
+                eflags: self.cpu.eflags & !NOT_ITS_OWN | cpu.eflags & NOT_ITS_OWN,
+                cr0: cpu.cr0,
                 tr: cpu.tr,
                 fpu: cpu.fpu.clone(),
                 ..self.cpu.clone()
@@ -277,6 +309,9 @@ impl Hardware for ModelVcpu {
         }
         Ok(match self.trap.take() {
             Some(Exception { vector, error, cr2 }) => {
+                sim::note(|line| {
+                    let _ = write!(line, "trap {vector:#x}");
+                });
                 KvmExit::Trap { vector, error: error.unwrap_or(0), cr2: cr2.unwrap_or(0).into() }
             }
             None => KvmExit::Kicked,
@@ -301,8 +336,8 @@ fn leaves_segment(cpu: &CpuState, bus: &mut ModelBus<'_>) -> bool {
     let byte = |n: usize| code.get(first + n).copied().unwrap_or(0x90);
     let register = byte(1) >> 3 & 7;
     match byte(0) {
-        // POP SS; far CALL, RET, JMP; INT3, INT, INTO, IRET.
-        0x17 | 0x9a | 0xca..=0xcf | 0xea => true,
+        // POP SS; far CALL, RET, JMP; INT3, INT, INTO, IRET; INT1.
+        0x17 | 0x9a | 0xca..=0xcf | 0xea | 0xf1 => true,
         // MOV to SS.
         0x8e => register == 2,
         // Far CALL and JMP by memory.
@@ -313,7 +348,7 @@ fn leaves_segment(cpu: &CpuState, bus: &mut ModelBus<'_>) -> bool {
     }
 }
 
-/// Memory as the hardware reaches it, for one instruction. It has nothing else.
+/// Memory as the hardware reaches it, for one instruction.
 struct ModelBus<'a> {
     core: &'a Core,
     machine: &'a Machine,
@@ -403,27 +438,37 @@ fn page_fault(gva: Gva, kind: AccessKind) -> Exception {
 }
 
 impl ModelBus<'_> {
-    /// What the CPU itself reads: a descriptor, of a table that it has a copy of.
-    fn descriptor(&self, gva: Gva) -> Option<u64> {
-        let (cpu, kernel) = (&self.core.cpu, self.core.cpu.cpl == 0);
-        let bases = [cpu.gdtr.base, cpu.ldtr.base];
-        let shown = |(table, base)| self.tables.shown(table, gva.0.wrapping_sub(base) as usize, kernel);
-        bases.into_iter().enumerate().find_map(shown)
+    /// What the CPU itself reads: of the tables that it has copies of. Whoever wants more is interpreted.
+    fn read_table(&self, gva: Gva, width: Width) -> Result<u64, BusError> {
+        let cpu = &self.core.cpu;
+        let mode = usize::from(Mode::of_cpl(cpu.cpl).user());
+        let bytes = width.bytes() as usize;
+        let within = |(table, base): (&Table, u32)| {
+            let from = table.shown[mode].get(gva.0.wrapping_sub(base) as usize..)?;
+            from.get(..bytes)
+                .map(|found| found.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)))
+        };
+        let found = self.tables.0.iter().zip([cpu.gdtr.base, cpu.ldtr.base]).find_map(within);
+        found.ok_or(INTERPRET)
     }
 }
 
+/// What native code cannot do.
+const INTERPRET: BusError = BusError::Exception(Exception::gp(0));
+
 impl Bus for ModelBus<'_> {
     fn read(&mut self, gva: Gva, width: Width, access: Access) -> Result<u64, BusError> {
-        if !access.user
-            && let Some(descriptor) = self.descriptor(gva)
-        {
-            return Ok(descriptor);
+        if !access.user {
+            return self.read_table(gva, width);
         }
         let places = self.places(gva, width.bytes(), access.kind)?;
         Ok(self.load(places, width))
     }
 
     fn write(&mut self, gva: Gva, width: Width, value: u64, access: Access) -> Result<(), BusError> {
+        if !access.user {
+            return Err(INTERPRET);
+        }
         let places = self.places(gva, width.bytes(), access.kind)?;
         self.store(places, width, value);
         Ok(())
@@ -433,9 +478,12 @@ impl Bus for ModelBus<'_> {
         &mut self,
         gva: Gva,
         width: Width,
-        _: bool,
+        user: bool,
         change: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, BusError> {
+        if !user {
+            return Err(INTERPRET);
+        }
         let places = self.places(gva, width.bytes(), AccessKind::Write)?;
         let old = self.load(places, width);
         self.store(places, width, change(old));
@@ -469,7 +517,7 @@ impl Bus for ModelBus<'_> {
     fn invalidate_page(&mut self, _: Gva) {}
 
     fn set_paging(&mut self, _: &CpuState, _: bool) -> Result<(), BusError> {
-        Err(BusError::Exception(Exception::gp(0)))
+        Err(INTERPRET)
     }
 
     fn cpuid(&mut self, leaf: u32, subleaf: u32, cpu: &CpuState) -> [u32; 4] {

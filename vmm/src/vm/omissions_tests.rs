@@ -35,6 +35,8 @@ const AT: Gva = Gva(PAGE << 12);
 /// MOV byte [`AT`], 1; HLT. And HLT alone.
 const STORE: (u32, [u8; 8]) = (0x2000, [0xc6, 0x05, 0, (AT.0 >> 8) as u8, (AT.0 >> 16) as u8, 0, 1, 0xf4]);
 const NOTHING: u32 = STORE.0 + 7;
+/// Entries that it takes at most.
+const ENTRIES_MAX: u32 = 1000;
 
 /// Nobody resets these machines.
 struct Never;
@@ -75,7 +77,7 @@ impl World {
         let config = Config { shadow_pages_max: 64, roots_max: 8, ..Config::of_pages(PAGES) };
         let machine = Machine::anonymous(PAGES + config.table_frames_max());
         let mmu = Arc::new(Mmu::new(machine.clone(), config, Box::new(NoVcpus)).with_rules(rules));
-        let (mut vcpus, host) = ModelVcpu::some(1, &machine, shadowed);
+        let (mut vcpus, host) = ModelVcpu::create(1, &machine, shadowed);
         let host = shadowed.then(|| Box::new(host) as Box<dyn DropsRemoved>);
         let flusher = Arc::new(Flusher::new(host, &mmu));
         let core = core(mmu, tlb);
@@ -91,20 +93,28 @@ impl World {
     /// Has hardware run the code at `eip` up to its HLT; what is wrong with where that leads.
     fn run(&mut self, eip: u32) -> Option<String> {
         self.core.cpu.eip = eip;
-        while !self.core.cpu.halted {
+        for _ in 0..ENTRIES_MAX {
+            if self.core.cpu.halted {
+                break;
+            }
             assert!(self.native.run(&mut self.core).is_none(), "nothing else ends it");
             if let Some(end) = self.core.take_end() {
                 let End::Incoherent(violation) = end else { panic!("{end:?}") };
                 return Some(violation.to_string());
             }
         }
-        self.core.cpu.halted = false;
+        assert!(std::mem::take(&mut self.core.cpu.halted), "it does not come to its HLT");
         None
     }
 
-    /// A store to the page by hardware.
+    /// A store to the page by hardware, which must be where the page is.
     fn touch(&mut self) -> Option<String> {
-        self.run(STORE.0)
+        let wrong = self.run(STORE.0);
+        if wrong.is_none() {
+            let stored = self.mmu().load(self.core.mmu_vcpu.window(), Gpa(AT.0.into()), Width::B1.into());
+            assert_eq!(stored, Ok(1), "the store has gone elsewhere, and nobody has said so");
+        }
+        wrong
     }
 
     /// Has an instruction store to the page by interpreting it.
