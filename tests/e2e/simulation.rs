@@ -156,16 +156,18 @@ fn modelled() -> Verdict {
 /// Like the interpreter, whoever runs the kernel.
 fn traps_alike() -> Verdict {
     const DONE: i32 = 3 << 1 | 1;
-    let image = file_of(&image::multiboot(&traps::guest()))?;
-    let path = image.path().to_str().ok_or("a name that is not UTF-8")?;
-    for backend in [
-        &["--backend", "soft"][..],
+    let backends: [&[&str]; 3] = [
+        &["--backend", "soft"],
         &["--backend", "model", "--supervisor", "native"],
         &["--backend", "model", "--supervisor", "interpret"],
-    ] {
-        for seed in ["0", "1", "2", "3"] {
-            let run = umbra(["run", path, "--deterministic", "--seed", seed].iter().chain(backend))?;
-            ensure!(run.end == End::Status(DONE), "{backend:?}, seed {seed}:\n{run}");
+    ];
+    for table in traps::TABLES {
+        let image = file_of(&image::multiboot(&traps::guest(table)))?;
+        let path = image.path().to_str().ok_or("a name that is not UTF-8")?;
+        for (backend, seed) in backends.iter().flat_map(|backend| (0..4).map(move |seed| (backend, seed))) {
+            let seed = seed.to_string();
+            let run = umbra(["run", path, "--deterministic", "--seed", &seed].iter().chain(*backend))?;
+            ensure!(run.end == End::Status(DONE), "table at {table:#x}, {backend:?}, seed {seed}:\n{run}");
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! A guest of one CPU whose kernel traps within a trap, by instructions that are no faults: INT1, INT n and IRET.
 //!
-//! Story: flat protected mode. It loads a data segment by a table that lies on no multiple of eight; then INT1's handler raises another
-//! interrupt, whose handler returns, and returns itself. The guest ends with 3, and with 1 where it is told of a fault.
+//! Story: flat protected mode. It loads a data segment that nobody has loaded before; then INT1's handler raises another interrupt, whose
+//! handler returns, and returns itself. The guest ends with 3, and with 1 where it is told of a fault.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -10,8 +10,11 @@ use super::image::CODE;
 use super::litmus::{GDT, assemble, copy, exit};
 
 const STACK: u32 = 0x9_0000;
-/// The table, and what LGDT reads.
-const TABLE: u32 = 0x20_0004;
+/// Where the table may lie: on a multiple of eight, and on none; and what LGDT reads.
+pub const TABLES: [u32; 2] = [0x20_0000, 0x20_0004];
+/// A descriptor of data, behind the others, that is not marked as accessed.
+const FRESH: u64 = 0x00cf_9200_0000_ffff;
+const FRESH_SELECTOR: u32 = 0x18;
 const POINTER: u32 = 0x20_1000;
 /// Interrupt gates, and what LIDT reads.
 const GATES: u32 = 0x20_2000;
@@ -21,14 +24,14 @@ const GATE_COUNT: u32 = 32;
 const HANDLERS: u32 = 0x20_4000;
 const HANDLER_BYTES: u32 = 0x40;
 
-/// The code of a Multiboot image that does so.
-pub fn guest() -> Vec<u8> {
+/// The code of a Multiboot image that does so by a table at `table`.
+pub fn guest(table: u32) -> Vec<u8> {
     assemble(32, CODE, |a| {
         let (mut return_far, mut flat) = (a.create_label(), a.create_label());
         a.mov(esp, STACK)?;
-        let table: Vec<u8> = GDT.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        copy(a, TABLE, &table)?;
-        pointer(a, POINTER, TABLE, table.len() as u32)?;
+        let bytes: Vec<u8> = GDT.iter().chain(&[FRESH]).flat_map(|entry| entry.to_le_bytes()).collect();
+        copy(a, table, &bytes)?;
+        pointer(a, POINTER, table, bytes.len() as u32)?;
         a.lgdt(ptr(POINTER))?;
         a.push(8)?;
         a.call(return_far)?;
@@ -38,9 +41,10 @@ pub fn guest() -> Vec<u8> {
         a.set_label(&mut flat)?;
         a.mov(eax, 0x10)?;
         a.mov(ss, eax)?;
-        for register in [ds, es, fs] {
-            a.mov(register, eax)?;
-        }
+        a.mov(ds, eax)?;
+        a.mov(es, eax)?;
+        a.mov(eax, FRESH_SELECTOR)?;
+        a.mov(fs, eax)?;
         handler(a, 1, |a| {
             a.int(2)?;
             a.iretd()
