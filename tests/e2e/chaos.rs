@@ -23,6 +23,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
+use rustix::net::RecvFlags;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -549,13 +550,14 @@ fn liar(stage: &Stage<'_>, noise: &mut Noise, actor: u32) -> Verdict {
         return Ok(());
     }
     for _ in 0..noise.below(20) {
-        match raw.hear() {
-            Ok(Some(Reply::Invalidate { order, .. })) => drop(raw.answer(&Request::Ack { order }.encode(0))),
-            Ok(Some(_)) if stage.goes_on() => {}
-            _ => break,
+        while let Ok(Some(Reply::Invalidate { order, .. })) = raw.told(RecvFlags::DONTWAIT) {
+            drop(raw.answer(&Request::Ack { order }.encode(0)));
         }
         stage.pause(5);
-        let _ = raw.send(&Request::Sum { access: 1, page: first }.encode(1));
+        let asked = raw.send(&Request::Sum { access: 1, page: first }.encode(1));
+        if asked.is_err() || !matches!(raw.hear(), Ok(Some(_))) || !stage.goes_on() {
+            break;
+        }
     }
     Ok(())
 }

@@ -179,18 +179,21 @@ impl Exchange {
         let peer = &self.peers[at];
         let said = rustix::net::send(&peer.line, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         assert!(said.is_ok(), "a line has no room for {} bytes", bytes.len());
-        self.hub.listen(Duration::ZERO);
+        self.hub.hear_all();
         self.hub.socket(peer.importer).is_some()
     }
 
     /// An importer hears what there is.
     fn listen(&self, at: usize) {
         let mut buffer = [0; MESSAGE_MAX + 1];
-        while let Ok((read @ 1.., _)) =
-            rustix::net::recv(&self.peers[at].far, &mut buffer, RecvFlags::DONTWAIT)
-        {
-            let said = Reply::parse(&buffer[..read]);
-            assert!(said.is_ok(), "an importer was told {said:?}");
+        let Peer { far, line, .. } = &self.peers[at];
+        for socket in [far, line] {
+            while let Ok((read @ 1.., _)) = rustix::net::recv(socket, &mut buffer, RecvFlags::DONTWAIT) {
+                let said = Reply::parse(&buffer[..read]);
+                assert!(said.is_ok(), "an importer was told {said:?}");
+                let wants_it_back = matches!(said, Ok((_, Reply::Invalidate { .. })));
+                assert_eq!(wants_it_back, std::ptr::eq(socket, line), "by which socket: {said:?}");
+            }
         }
     }
 

@@ -1,15 +1,15 @@
 //! Whom the exporter can reach, who has been told, and who has answered.
 //!
 //! Story: whoever takes pages away tells importers by [`External::tell`], from its own thread, without a wait. Each importer has a
-//! line to answer by, which is a socket of its own, so that who waits in [`External::wait`] hears the answers itself: another thread
-//! between them would double the time. Of several that wait one listens, for all, and the next when it goes; before it does it looks
-//! once whether those it waits for have answered. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is
-//! left who could answer in time; what happens then to those who have not is [`ExportPolicy`]'s: the page is gone from them either
-//! way.
+//! line for this and for its answers, a socket of its own, so that who waits in [`External::wait`] hears the answers itself: another
+//! thread between them would double the time. Who waits alone listens to the last that it has told, and looks at the others once that has
+//! answered: most have by then, and it has been woken once for all. Of several that wait one listens, to all lines, and the next when
+//! it goes. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what
+//! happens then to those who have not is [`ExportPolicy`]'s: the page is gone from them either way.
 //!
 //! Holds: INV-HUB-1, who parts has answered everything. INV-HUB-2, nobody waits beyond the deadline of the last who was told.
 //! INV-HUB-3, a message that finds no room parts its importer: nobody here waits for a reader. INV-HUB-4, while anybody waits one
-//! of them listens, or is about to look whether it must.
+//! of them listens, or is about to look whether it must; while several do, it listens to all.
 //!
 //! Locks: one, a leaf, held for look-ups; no message is sent or waited for with it held.
 //!
@@ -17,16 +17,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
 use rustix::process::Signal;
 use umbra_mmu::Gfn;
 use umbra_mmu::external::{Answers, External, ImporterId};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::protocol::{Code, Reply, Request};
 use super::refused;
@@ -34,16 +33,12 @@ use crate::cli::ExportPolicy;
 
 /// Messages that an importer may leave unanswered, before it is taken for one that never will.
 pub const UNANSWERED_MAX: usize = 256;
-/// Lines that are heard at a time.
-const HEARD_MAX: usize = 16;
-/// What stands for the one that listens being called, among the numbers of importers.
-const CALL: u64 = u64::MAX;
 
 /// An importer that has been welcomed.
 #[derive(Debug)]
 struct Peer {
     socket: Arc<OwnedFd>,
-    /// What it answers by.
+    /// What it is told by, and answers.
     line: Arc<OwnedFd>,
     /// Its process, if it is known.
     process: Option<OwnedFd>,
@@ -58,14 +53,28 @@ struct Round {
     answers: Answers,
 }
 
+/// What an importer is told by, and answers.
+type Line = (ImporterId, Arc<OwnedFd>);
+
+/// What whoever hears the lines does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Listening {
+    /// Nobody does.
+    #[default]
+    Nobody,
+    /// It listens to one line, and does not hear the others before it is called.
+    One,
+    /// It listens to all lines, or looks, which is soon over.
+    All,
+}
+
 #[derive(Debug, Default)]
 struct State {
     peers: BTreeMap<ImporterId, Peer>,
     rounds: BTreeMap<u64, Round>,
-    /// Somebody listens, or looks.
-    listens: bool,
-    /// So many wait and do not listen.
-    others_wait: u32,
+    listening: Listening,
+    /// So many wait, whoever listens among them.
+    waiters: u32,
     /// The last number given out.
     last: u32,
     counts: Counts,
@@ -92,10 +101,8 @@ pub struct Hub {
     state: Mutex<State>,
     /// What those sleep on who wait and do not listen.
     answered: Condvar,
-    /// All lines, and the call.
-    lines: Epoll,
     /// Calls the one that listens.
-    call: EventFd,
+    call: OwnedFd,
     deadline: Duration,
     policy: ExportPolicy,
     /// Each is awaited before the next one is told.
@@ -114,10 +121,9 @@ impl Hub {
     ///
     /// When the host has no descriptors for it.
     pub fn new(deadline: Duration, policy: ExportPolicy, in_turn: bool) -> io::Result<Arc<Hub>> {
-        let (lines, call) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
-        lines.ctl(ControlOperation::Add, call.as_raw_fd(), EpollEvent::new(EventSet::IN, CALL))?;
+        let call = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (state, answered) = (Mutex::default(), Condvar::new());
-        Ok(Arc::new(Hub { state, answered, lines, call, deadline, policy, in_turn }))
+        Ok(Arc::new(Hub { state, answered, call, deadline, policy, in_turn }))
     }
 
     /// How long importers have to answer.
@@ -125,7 +131,7 @@ impl Hub {
         self.deadline
     }
 
-    /// Welcomes an importer: its number, and its end of the line to answer by.
+    /// Welcomes an importer: its number, and its end of the line.
     ///
     /// # Errors
     ///
@@ -140,8 +146,6 @@ impl Hub {
         let mut state = self.state();
         state.last += 1;
         let importer = ImporterId(state.last);
-        let event = EpollEvent::new(EventSet::IN, importer.0.into());
-        self.lines.ctl(ControlOperation::Add, line.as_raw_fd(), event)?;
         state.counts.welcomed += 1;
         let peer = Peer { socket, line: Arc::new(line), process, unanswered: VecDeque::new() };
         state.peers.insert(importer, peer);
@@ -150,11 +154,14 @@ impl Hub {
 
     /// Sends a message; where there is no room for it the importer is parted with. False if it was, or has gone.
     pub fn send(&self, importer: ImporterId, message: &[u8]) -> bool {
-        let socket = self.state().peers.get(&importer).map(|peer| Arc::clone(&peer.socket));
-        socket.is_some_and(|socket| {
-            let sent = rustix::net::send(&*socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-            sent.map_err(|_| self.part(importer)).is_ok()
-        })
+        let socket = self.socket(importer);
+        socket.is_some_and(|socket| self.send_by(&socket, importer, message))
+    }
+
+    /// The same, by one of its two sockets.
+    fn send_by(&self, socket: &OwnedFd, importer: ImporterId, message: &[u8]) -> bool {
+        let sent = rustix::net::send(socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        sent.map_err(|_| self.part(importer)).is_ok()
     }
 
     /// The importer's socket, while it is here.
@@ -162,18 +169,30 @@ impl Hub {
         self.state().peers.get(&importer).map(|peer| Arc::clone(&peer.socket))
     }
 
-    /// Hears what comes by the lines within `time`: one message of each that has any, and no more than [`HEARD_MAX`] in all.
-    pub(super) fn listen(&self, time: Duration) {
-        let mut events = [EpollEvent::default(); HEARD_MAX];
-        let millis = time.as_nanos().div_ceil(1_000_000).try_into().unwrap_or(i32::MAX);
+    /// Hears what has come by the lines: a message of each that has any.
+    pub(super) fn hear_all(&self) {
+        let all: Vec<ImporterId> = self.state().peers.keys().copied().collect();
+        all.into_iter().for_each(|importer| self.hear(importer));
+    }
+
+    /// Returns when something has come by one of these lines, with those by which it has; when the one that listens is called; or
+    /// after this time.
+    fn listen(&self, lines: &[Line], time: Duration) -> Vec<ImporterId> {
+        let descriptors = lines.iter().map(|(_, line)| line.as_fd()).chain([self.call.as_fd()]);
+        let mut polled: Vec<PollFd<'_>> =
+            descriptors.map(|of| PollFd::from_borrowed_fd(of, PollFlags::IN)).collect();
+        let time = Timespec::try_from(time).ok();
         // Interrupted: whoever waits comes again.
-        let ready = self.lines.wait(millis, &mut events).unwrap_or(0);
-        for event in &events[..ready] {
-            match u32::try_from(event.data()) {
-                Ok(importer) => self.hear(ImporterId(importer)),
-                Err(_) => drop(self.call.read()),
-            }
+        let ready = poll(&mut polled, time.as_ref()).unwrap_or(0);
+        if ready == 0 {
+            return Vec::new();
         }
+        let has_come = |polled: &PollFd<'_>| !polled.revents().is_empty();
+        if polled.last().is_some_and(has_come) {
+            let _ = rustix::io::read(&self.call, &mut [0; 8]);
+        }
+        let ready = lines.iter().zip(&polled).filter(|(_, polled)| has_come(polled));
+        ready.map(|((importer, _), _)| *importer).collect()
     }
 
     /// A message of an importer's line. Who says anything but what it was asked for is parted with.
@@ -212,16 +231,16 @@ impl Hub {
         let mut state = self.state();
         let Some(peer) = state.peers.remove(&importer) else { return };
         peer.unanswered.iter().for_each(|order| state.answer(*order, importer));
-        let listens = state.listens;
+        let listening = state.listening;
         drop(state);
         self.answered.notify_all();
-        if listens {
-            // It is full only if it calls already.
-            let _ = self.call.write(1);
+        if listening != Listening::Nobody {
+            self.call_listener();
         }
-        let _ = self.lines.ctl(ControlOperation::Delete, peer.line.as_raw_fd(), EpollEvent::default());
         // The event loop sees it, and so does the importer.
-        let _ = rustix::net::shutdown(&*peer.socket, Shutdown::Both);
+        for socket in [&peer.line, &peer.socket] {
+            let _ = rustix::net::shutdown(socket, Shutdown::Both);
+        }
     }
 
     /// Parts with everybody.
@@ -238,6 +257,11 @@ impl Hub {
     /// How many are here.
     pub fn importers(&self) -> usize {
         self.state().peers.len()
+    }
+
+    /// Has the one that listens look whether it must. The call is full only if there has been one.
+    fn call_listener(&self) {
+        let _ = rustix::io::write(&self.call, &1_u64.to_ne_bytes());
     }
 
     /// What is done about an importer that is late. Its pages are taken from it in any case.
@@ -263,45 +287,65 @@ impl Hub {
 
     /// Returns when nobody of those told at `order` so far is left who could answer in time.
     fn await_all(&self, order: u64) {
+        let mut state = self.state();
+        state.waiters += 1;
+        if state.listening == Listening::One {
+            state.listening = Listening::All;
+            self.call_listener();
+        }
+        drop(state);
         let mut has_looked = false;
         loop {
-            let mut state = self.state();
-            let next =
-                state.rounds.get(&order).and_then(|round| round.waiting.iter().map(|(_, at)| *at).min());
-            let Some(next) = next else { return };
+            let state = self.state();
+            let Some(next) = state.next_deadline(order) else { break };
             let left = next.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if state.listening == Listening::Nobody && !has_looked {
+                self.look(order, state);
+                has_looked = true;
+            } else if left.is_zero() {
                 drop(state);
                 let late = self.take_late(order, Instant::now());
                 late.into_iter().for_each(|importer| self.punish(importer));
-            } else if state.listens {
-                state.others_wait += 1;
-                let waited = self.answered.wait_timeout(state, left);
-                waited.unwrap_or_else(PoisonError::into_inner).0.others_wait -= 1;
+            } else if state.listening == Listening::Nobody {
+                has_looked = self.hear_in_time(order, state, left);
             } else {
-                state.listens = true;
-                if has_looked {
-                    drop(state);
-                    self.listen(left);
-                } else {
-                    self.look(order, state);
-                    has_looked = true;
-                }
-                let mut state = self.state();
-                state.listens = false;
-                if state.others_wait > 0 {
-                    self.answered.notify_all();
-                }
+                drop(self.answered.wait_timeout(state, left));
             }
         }
+        self.state().waiters -= 1;
     }
 
-    /// Hears those that are waited for at `order`: many have answered by the time that all have been told, and to look is less than
-    /// to listen.
-    fn look(&self, order: u64, state: MutexGuard<'_, State>) {
+    /// Hears those that are waited for at `order`, as they were told: many have answered by the time that all have been, and the
+    /// last to answer is the last to be heard.
+    fn look(&self, order: u64, mut state: MutexGuard<'_, State>) {
+        state.listening = Listening::All;
         let waiting = state.rounds.get(&order).map(|round| round.waiting.clone()).unwrap_or_default();
         drop(state);
         waiting.into_iter().for_each(|(importer, _)| self.hear(importer));
+        self.stop_listening();
+    }
+
+    /// Listens for so long: where others wait too, to all, and hears them; else to the last that was told at `order` and has not
+    /// answered. True if whoever had something to say has been heard.
+    fn hear_in_time(&self, order: u64, mut state: MutexGuard<'_, State>, time: Duration) -> bool {
+        let alone = state.waiters == 1;
+        let lines = if alone { state.last_line(order).into_iter().collect() } else { state.lines() };
+        state.listening = if alone { Listening::One } else { Listening::All };
+        drop(state);
+        let ready = self.listen(&lines, time);
+        if !alone {
+            ready.into_iter().for_each(|importer| self.hear(importer));
+        }
+        self.stop_listening();
+        !alone
+    }
+
+    fn stop_listening(&self) {
+        let mut state = self.state();
+        state.listening = Listening::Nobody;
+        if state.waiters > 1 {
+            self.answered.notify_all();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -323,6 +367,21 @@ impl Hub {
 }
 
 impl State {
+    /// When the first of those that are waited for at `order` will be late; nothing if nobody is.
+    fn next_deadline(&self, order: u64) -> Option<Instant> {
+        self.rounds.get(&order)?.waiting.iter().map(|(_, until)| *until).min()
+    }
+
+    /// The line of the last of those that are waited for at `order`.
+    fn last_line(&self, order: u64) -> Option<Line> {
+        let (importer, _) = self.rounds.get(&order)?.waiting.last()?;
+        Some((*importer, Arc::clone(&self.peers.get(importer)?.line)))
+    }
+
+    fn lines(&self) -> Vec<Line> {
+        self.peers.iter().map(|(importer, peer)| (*importer, Arc::clone(&peer.line))).collect()
+    }
+
     /// Counts an answer, if it is waited for.
     fn answer(&mut self, order: u64, importer: ImporterId) {
         let Some(round) = self.rounds.get_mut(&order) else { return };
@@ -339,12 +398,13 @@ impl External for Hub {
         let mut state = self.state();
         let Some(peer) = state.peers.get_mut(&importer) else { return };
         peer.unanswered.push_back(order);
+        let line = Arc::clone(&peer.line);
         state.counts.told += 1;
         let until = Instant::now() + self.deadline;
         state.rounds.entry(order).or_default().waiting.push((importer, until));
         drop(state);
         let pages = pages.iter().map(|gfn| gfn.0).collect();
-        self.send(importer, &Reply::Invalidate { order, pages }.encode(0));
+        self.send_by(&line, importer, &Reply::Invalidate { order, pages }.encode(0));
         if self.in_turn {
             self.await_all(order);
         }
@@ -378,9 +438,14 @@ mod tests {
             Far { importer, socket, line }
         }
 
+        /// What has come by the line.
         fn hear(&self, flags: RecvFlags) -> Option<Reply> {
+            Far::hear_by(&self.line, flags)
+        }
+
+        fn hear_by(socket: &OwnedFd, flags: RecvFlags) -> Option<Reply> {
             let mut buffer = [0; 256];
-            let (read, _) = rustix::net::recv(&self.socket, &mut buffer, flags).ok()?;
+            let (read, _) = rustix::net::recv(socket, &mut buffer, flags).ok()?;
             Some(Reply::parse(&buffer[..read]).expect("a message").1)
         }
 
@@ -430,7 +495,7 @@ mod tests {
             assert_eq!(hub.wait(5).late, 0, "{said:?}");
             assert_eq!(hub.importers(), 0, "{said:?}");
             assert!(matches!(far.hear(RecvFlags::empty()), Some(Reply::Invalidate { .. })));
-            let last = far.hear(RecvFlags::empty());
+            let last = Far::hear_by(&far.socket, RecvFlags::empty());
             assert!(matches!(last, Some(Reply::Refused { code: Code::Malformed, .. })), "{last:?}");
         }
         let far = Far::of(&hub);
@@ -438,7 +503,7 @@ mod tests {
         far.ack(5);
         hub.wait(5);
         far.ack(5);
-        hub.listen(Duration::ZERO);
+        hub.hear_all();
         assert_eq!(hub.importers(), 0, "twice");
         let far = Far::of(&hub);
         hub.tell(5, far.importer, &[Gfn(7)]);
@@ -500,7 +565,7 @@ mod tests {
         std::thread::scope(|scope| {
             // Two, of whom one listens.
             let waits = [(); 2].map(|()| scope.spawn(|| hub.wait(5)));
-            while !hub.state().listens {
+            while hub.state().listening != Listening::All {
                 std::thread::yield_now();
             }
             hub.part(far.importer);
@@ -522,7 +587,7 @@ mod tests {
             assert_eq!(hub.importers(), stays, "{policy:?}");
             if stays == 1 {
                 far.ack(5);
-                hub.listen(Duration::ZERO);
+                hub.hear_all();
                 assert_eq!(hub.importers(), 1, "late, and no harm");
             }
         }

@@ -6,8 +6,8 @@
 //! ```text
 //!   importer ---- requests ----> event loop ----> the importer's thread: Session ----> mmu: import_page
 //!            <--- replies ------------------------------'
-//!            <--- invalidate -------------------- Hub <------- whoever takes pages away: reclaim, balloon, ..
-//!            ---- ack, by its line -------------> Hub -------> the same
+//!     its line <--- invalidate ------------------ Hub <------- whoever takes pages away: reclaim, balloon, ..
+//!              ---- ack ------------------------> Hub -------> the same
 //! ```
 //!
 //! | file | its job |

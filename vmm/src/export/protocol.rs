@@ -8,7 +8,7 @@
 use std::fmt;
 
 /// The version spoken here. The greeting agrees on one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The longest message, in bytes.
 pub const MESSAGE_MAX: usize = 4096;
 /// Bytes of a header.

@@ -1,38 +1,42 @@
 //! An importer: pages of a running guest's memory in this process, for as long as the guest can spare them.
 //!
 //! Story: [`Importer::connect`] speaks to a guest that was started with `--export SOCKET`. Segments are made or found by number,
-//! accessed and attached; an [`Attachment`]'s pages are read and written by calls that have them granted first. A thread of the
-//! importer's own listens, and gives pages up when they are asked for: whoever uses an attachment only finds that it has to ask
-//! again. docs/export-protocol.md is what goes over the socket.
+//! accessed and attached; an [`Attachment`]'s pages are read and written by calls that have them granted first. Whoever asks waits
+//! for the answer itself. A thread of the importer's own listens to the line, and gives pages up when they are asked for: whoever uses
+//! an attachment only finds that it has to ask again. docs/export-protocol.md is what goes over the two sockets.
 //!
 //! | file | its job |
 //! |---|---|
 //! | area | the pages in our address space |
 //! | command | `umbra import` |
+//! | line | the pages that the guest wants back |
 //!
 //! Holds: a guest that is slow, silent or hostile costs [`PATIENCE`] for each question, and nothing that it sends is believed beyond
 //! a number's type.
 
 mod area;
 pub mod command;
+mod line;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::SendFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, Shutdown, shutdown};
 
 pub use area::{PAGE, Rights};
 pub use command::{ImportArgs, Report};
+pub use line::{Manners, Stats};
 
 use crate::export::protocol::{Code, FAULT_MAX, Reply, Request, VERSION};
 use crate::export::receive;
 use area::Area;
+use line::Line;
 
 /// How long a question and its answer may take.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -74,50 +78,21 @@ pub enum ImportError {
     Host(#[from] io::Error),
 }
 
-/// How an importer behaves when it is asked to give pages up.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Manners {
-    /// It takes so long before it says that it has.
-    pub ack_delay: Duration,
-}
-
-/// What has come to an importer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Requests to give pages up.
-    pub invalidations: u64,
-    /// Pages that they named and that were granted.
-    pub pages: u64,
-    /// The longest that an answer took, from the message's arrival on.
-    pub answer_max: Duration,
-    /// All answers together.
-    pub answer_sum: Duration,
-}
-
-#[derive(Debug, Default)]
-struct Mailbox {
-    /// By tag: what is waited for, and what has come of it.
-    replies: HashMap<u64, Option<(Reply, Option<OwnedFd>)>>,
-    last_tag: u64,
-    ended: Option<String>,
-    stats: Stats,
-}
-
+/// What is asked, and what is answered.
 #[derive(Debug)]
-struct Shared {
+struct Talk {
     socket: OwnedFd,
-    /// What we answer by, once we are welcome.
-    line: OnceLock<OwnedFd>,
-    manners: Manners,
-    mailbox: Mutex<Mailbox>,
-    arrived: Condvar,
-    areas: Mutex<Vec<Weak<Area>>>,
+    /// The last question's tag; held from a question until its answer.
+    asking: Mutex<u64>,
+    /// Why nothing can be asked any more.
+    ended: OnceLock<String>,
 }
 
 /// A connection to a guest that exports.
 #[derive(Debug)]
 pub struct Importer {
-    shared: Arc<Shared>,
+    talk: Arc<Talk>,
+    line: Arc<Line>,
     listener: Option<JoinHandle<()>>,
     number: u32,
     deadline: Duration,
@@ -139,7 +114,7 @@ pub struct Access {
 /// A part of a segment in our address space.
 #[derive(Debug)]
 pub struct Attachment {
-    shared: Arc<Shared>,
+    talk: Arc<Talk>,
     area: Arc<Area>,
     number: u32,
     /// Held from a question about pages until its answer is in force.
@@ -159,21 +134,19 @@ impl Importer {
     pub fn connect(path: &Path, manners: Manners) -> Result<Importer, ImportError> {
         let socket = crate::export::connect(path)
             .map_err(|source| ImportError::Connect { path: path.to_owned(), source })?;
-        let (line, arrived) = (OnceLock::new(), Condvar::new());
-        let (mailbox, areas) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { socket, line, manners, mailbox, arrived, areas });
-        let listens = Arc::clone(&shared);
-        let listener = std::thread::Builder::new().name("importer".into()).spawn(move || listens.listen())?;
-        let mut importer = Importer { shared, listener: Some(listener), number: 0, deadline: Duration::ZERO };
-        match importer.shared.ask(&Request::Hello { least: VERSION, most: VERSION })? {
-            (Reply::Welcome { importer: number, deadline_micros, .. }, Some(line)) => {
-                importer.shared.line.get_or_init(|| line);
-                importer.number = number;
-                importer.deadline = Duration::from_micros(deadline_micros.into());
-                Ok(importer)
-            }
-            (reply, _) => Err(unexpected(&reply)),
-        }
+        let talk = Arc::new(Talk { socket, asking: Mutex::default(), ended: OnceLock::new() });
+        let (number, deadline_micros, line) =
+            match talk.ask(&Request::Hello { least: VERSION, most: VERSION })? {
+                (Reply::Welcome { importer, deadline_micros, .. }, Some(line)) => {
+                    (importer, deadline_micros, line)
+                }
+                (reply, _) => return Err(unexpected(&reply)),
+            };
+        let line = Arc::new(Line::new(line, manners));
+        let (listens, ends) = (Arc::clone(&line), Arc::clone(&talk));
+        let listen = move || ends.end(listens.listen());
+        let listener = Some(std::thread::Builder::new().name("importer".into()).spawn(listen)?);
+        Ok(Importer { talk, line, listener, number, deadline: Duration::from_micros(deadline_micros.into()) })
     }
 
     /// Our number, as the guest's records have it.
@@ -192,7 +165,7 @@ impl Importer {
     ///
     /// When the guest refuses.
     pub fn make(&self, first: u32, pages: u32, write: bool) -> Result<u32, ImportError> {
-        match self.shared.ask(&Request::Make { first, pages, write })? {
+        match self.talk.ask(&Request::Make { first, pages, write })? {
             (Reply::Made { segment }, _) => Ok(segment),
             (reply, _) => Err(unexpected(&reply)),
         }
@@ -204,7 +177,7 @@ impl Importer {
     ///
     /// When the guest refuses.
     pub fn remove(&self, segment: u32) -> Result<(), ImportError> {
-        self.shared.do_it(&Request::Remove { segment })
+        self.talk.do_it(&Request::Remove { segment })
     }
 
     /// Gets access to a segment.
@@ -213,7 +186,7 @@ impl Importer {
     ///
     /// When the guest refuses.
     pub fn get(&self, segment: u32, write: bool) -> Result<Access, ImportError> {
-        match self.shared.ask(&Request::Get { segment, write })? {
+        match self.talk.ask(&Request::Get { segment, write })? {
             (Reply::Got { access, first, pages, .. }, Some(file)) => {
                 Ok(Access { number: access, file: file.into(), first, pages, write })
             }
@@ -227,7 +200,7 @@ impl Importer {
     ///
     /// When the connection has ended.
     pub fn release(&self, access: Access) -> Result<(), ImportError> {
-        self.shared.do_it(&Request::Release { access: access.number })
+        self.talk.do_it(&Request::Release { access: access.number })
     }
 
     /// Attaches a part of a segment. No page of it is there yet.
@@ -236,18 +209,15 @@ impl Importer {
     ///
     /// When it is not of the segment, or there is no room for it.
     pub fn attach(&self, access: &Access, first: u32, pages: u32) -> Result<Attachment, ImportError> {
-        let (reply, _) = self.shared.ask(&Request::Attach { access: access.number, first, pages })?;
+        let (reply, _) = self.talk.ask(&Request::Attach { access: access.number, first, pages })?;
         let Reply::Attached { attachment: number } = reply else { return Err(unexpected(&reply)) };
         let offset = first.checked_sub(access.first);
         let offset =
             offset.ok_or_else(|| ImportError::Protocol("an attachment before its segment".into()))?;
         let area = Arc::new(Area::new(access.file.try_clone()?, first, offset, pages, access.write)?);
-        let mut areas = self.shared.areas();
-        areas.retain(|area| area.strong_count() > 0);
-        areas.push(Arc::downgrade(&area));
-        drop(areas);
+        self.line.add(&area);
         let asking = Mutex::default();
-        Ok(Attachment { shared: Arc::clone(&self.shared), area, number, asking, first, pages })
+        Ok(Attachment { talk: Arc::clone(&self.talk), area, number, asking, first, pages })
     }
 
     /// Where pages of a segment are: a byte each, as the protocol has it.
@@ -256,7 +226,7 @@ impl Importer {
     ///
     /// When they are not of the segment, or too many.
     pub fn snapshot(&self, access: &Access, first: u32, pages: u32) -> Result<Vec<u8>, ImportError> {
-        match self.shared.ask(&Request::Snapshot { access: access.number, first, pages })? {
+        match self.talk.ask(&Request::Snapshot { access: access.number, first, pages })? {
             (Reply::States(states), _) => Ok(states),
             (reply, _) => Err(unexpected(&reply)),
         }
@@ -268,7 +238,7 @@ impl Importer {
     ///
     /// When it is not of the segment, or cannot be brought in.
     pub fn sum(&self, access: &Access, page: u32) -> Result<u32, ImportError> {
-        match self.shared.ask(&Request::Sum { access: access.number, page })? {
+        match self.talk.ask(&Request::Sum { access: access.number, page })? {
             (Reply::Summed { crc }, _) => Ok(crc),
             (reply, _) => Err(unexpected(&reply)),
         }
@@ -276,13 +246,14 @@ impl Importer {
 
     /// What has come to us so far.
     pub fn stats(&self) -> Stats {
-        self.shared.mailbox().stats
+        self.line.stats()
     }
 }
 
 impl Drop for Importer {
     fn drop(&mut self) {
-        let _ = rustix::net::shutdown(&self.shared.socket, rustix::net::Shutdown::Both);
+        self.line.hang_up();
+        let _ = shutdown(&self.talk.socket, Shutdown::Both);
         if let Some(listener) = self.listener.take() {
             let _ = listener.join();
         }
@@ -307,7 +278,7 @@ impl Attachment {
         let _one_at_a_time = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         let (attachment, pages) = (self.number, pages.min(FAULT_MAX));
         let request = Request::Fault { attachment, first, pages, write: rights == Rights::Write };
-        let (reply, _) = self.shared.ask(&request)?;
+        let (reply, _) = self.talk.ask(&request)?;
         let Reply::Granted { order, pages: granted } = reply else { return Err(unexpected(&reply)) };
         let granted = granted.min(pages);
         self.area.grant(first, granted, rights, order);
@@ -342,7 +313,7 @@ impl Attachment {
         let end = first.saturating_add(pages);
         let frames: Vec<u32> = (first..end.min(self.first + self.pages)).collect();
         self.area.take_away(&frames, 0)?;
-        self.shared.do_it(&Request::GiveUp { attachment: self.number, first, pages })
+        self.talk.do_it(&Request::GiveUp { attachment: self.number, first, pages })
     }
 
     /// Pages that are granted now.
@@ -372,12 +343,12 @@ impl Drop for Attachment {
         // Given up before it is said; the area itself goes with the last who listens.
         let frames: Vec<u32> = (self.first..self.first + self.pages).collect();
         if self.area.take_away(&frames, 0).is_ok() {
-            let _ = self.shared.do_it(&Request::Detach { attachment: self.number });
+            let _ = self.talk.do_it(&Request::Detach { attachment: self.number });
         }
     }
 }
 
-impl Shared {
+impl Talk {
     fn do_it(&self, request: &Request) -> Result<(), ImportError> {
         match self.ask(request)? {
             (Reply::Done, _) => Ok(()),
@@ -385,110 +356,100 @@ impl Shared {
         }
     }
 
-    /// Sends a request, and waits for what comes of it.
+    /// Sends a request, and waits for what comes of it, for [`PATIENCE`] at most.
     fn ask(&self, request: &Request) -> Result<(Reply, Option<OwnedFd>), ImportError> {
-        let tag = {
-            let mut mailbox = self.mailbox();
-            mailbox.last_tag += 1;
-            let tag = mailbox.last_tag;
-            mailbox.replies.insert(tag, None);
-            tag
-        };
-        // What was said before the end is read by the listener: a failure here says less.
-        let sent = rustix::net::send(&self.socket, &request.encode(tag), SendFlags::NOSIGNAL);
-        let until = Instant::now() + if sent.is_ok() { PATIENCE } else { Duration::from_secs(1) };
-        let mut mailbox = self.mailbox();
+        let mut last = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        *last += 1;
+        let sent = rustix::net::send(&self.socket, &request.encode(*last), SendFlags::NOSIGNAL);
+        // What was said before the end can be heard still: a failure to send says less.
+        let until = Instant::now() + if sent.is_ok() { PATIENCE } else { Duration::ZERO };
         loop {
-            if let Some(Some(_)) = mailbox.replies.get(&tag) {
-                let (reply, file) = mailbox.replies.remove(&tag).flatten().unwrap_or((Reply::Done, None));
-                return match reply {
-                    Reply::Refused { code, why } => Err(ImportError::Refused { code, why }),
-                    reply => Ok((reply, file)),
-                };
+            if !self.is_talked_to(until) {
+                return Err(match sent {
+                    Ok(_) => ImportError::Ended(format!("no answer in {PATIENCE:?}")),
+                    Err(error) => self.over(error.to_string()),
+                });
             }
-            if let Some(why) = &mailbox.ended {
-                return Err(ImportError::Ended(why.clone()));
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                mailbox.replies.remove(&tag);
-                return Err(ImportError::Ended(match sent {
-                    Ok(_) => format!("no answer in {PATIENCE:?}"),
-                    Err(error) => error.to_string(),
-                }));
-            }
-            let waited = self.arrived.wait_timeout(mailbox, left);
-            mailbox = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// The listener's thread.
-    fn listen(&self) {
-        let why = loop {
             match receive(&self.socket) {
-                Ok(Some((tag, reply, file))) => {
-                    if let Err(error) = self.heed(tag, reply, file) {
-                        break error.to_string();
-                    }
+                Ok(Some((0, Reply::Refused { why, .. }, _))) => return Err(self.over(why)),
+                Ok(Some((tag, Reply::Refused { code, why }, _))) if tag == *last => {
+                    return Err(ImportError::Refused { code, why });
                 }
-                Ok(None) => break "it has hung up".into(),
-                Err(error) => break error.to_string(),
-            }
-        };
-        self.mailbox().ended.get_or_insert(why);
-        self.arrived.notify_all();
-        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
-    }
-
-    fn heed(&self, tag: u64, reply: Reply, file: Option<OwnedFd>) -> io::Result<()> {
-        match reply {
-            Reply::Invalidate { order, pages } => self.give_up(order, &pages),
-            Reply::Refused { why, .. } if tag == 0 => Err(io::Error::other(why)),
-            reply => {
-                if let Some(place) = self.mailbox().replies.get_mut(&tag) {
-                    *place = Some((reply, file));
-                }
-                self.arrived.notify_all();
-                Ok(())
+                Ok(Some((tag, reply, file))) if tag == *last => return Ok((reply, file)),
+                // To a question that nobody waits for any more.
+                Ok(Some(_)) => {}
+                Ok(None) => return Err(self.over("it has hung up".into())),
+                Err(error) => return Err(self.over(error.to_string())),
             }
         }
     }
 
-    /// Gives pages up, and says so.
-    fn give_up(&self, order: u64, frames: &[u32]) -> io::Result<()> {
-        let began = Instant::now();
-        let areas: Vec<Arc<Area>> = self.areas().iter().filter_map(Weak::upgrade).collect();
-        let mut pages = 0;
-        for area in areas {
-            pages += area.take_away(frames, order)?;
+    /// Returns when there is something to hear; false if there is nothing by then.
+    fn is_talked_to(&self, until: Instant) -> bool {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let mut socket = [PollFd::new(&self.socket, PollFlags::IN)];
+            match poll(&mut socket, Timespec::try_from(left).ok().as_ref()) {
+                Err(rustix::io::Errno::INTR) => {}
+                polled => return polled.is_ok_and(|ready| ready > 0),
+            }
         }
-        if !self.manners.ack_delay.is_zero() {
-            std::thread::sleep(self.manners.ack_delay);
-        }
-        {
-            // Before it is said: whoever sees what comes of it finds it counted.
-            let stats = &mut self.mailbox().stats;
-            stats.invalidations += 1;
-            stats.pages += u64::from(pages);
-        }
-        let line = self.line.get().ok_or_else(|| io::Error::other("pages are wanted before a welcome"))?;
-        rustix::net::send(line, &Request::Ack { order }.encode(0), SendFlags::NOSIGNAL)?;
-        let took = began.elapsed();
-        let stats = &mut self.mailbox().stats;
-        stats.answer_sum += took;
-        stats.answer_max = stats.answer_max.max(took);
-        Ok(())
     }
 
-    fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
-        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The line is no more, and so nothing may be asked.
+    fn end(&self, why: String) {
+        self.ended.get_or_init(|| why);
+        let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
-    fn areas(&self) -> MutexGuard<'_, Vec<Weak<Area>>> {
-        self.areas.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The error of a connection that has ended, with what was known of it first.
+    fn over(&self, why: String) -> ImportError {
+        ImportError::Ended(self.ended.get_or_init(|| why).clone())
     }
 }
 
 fn unexpected(reply: &Reply) -> ImportError {
     ImportError::Protocol(format!("{reply:?} for an answer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    /// What comes of a question, where the guest says this to it.
+    fn answered(says: &[(u64, Reply)]) -> (Talk, Result<Reply, ImportError>) {
+        let kind = SocketType::SEQPACKET;
+        let (ours, guest) =
+            socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).expect("sockets");
+        let talk = Talk { socket: ours, asking: Mutex::new(6), ended: OnceLock::new() };
+        for (tag, reply) in says {
+            rustix::net::send(&guest, &reply.encode(*tag), SendFlags::NOSIGNAL).expect("room");
+        }
+        let answer = talk.ask(&Request::Remove { segment: 1 }).map(|(reply, _)| reply);
+        let (length, _) = rustix::net::recv(&guest, &mut [0; 64], RecvFlags::DONTWAIT).expect("a question");
+        assert_eq!(length, Request::Remove { segment: 1 }.encode(7).len());
+        (talk, answer)
+    }
+
+    #[test]
+    fn an_answer_is_known_by_its_tag_and_another_passed_over() {
+        let made = |segment| Reply::Made { segment };
+        let (_, answer) = answered(&[(3, made(3)), (0, Reply::Done), (7, made(7))]);
+        assert_eq!(answer.ok(), Some(made(7)));
+        let why = "no".to_owned();
+        let (_, answer) = answered(&[(7, Reply::Refused { code: Code::Held, why })]);
+        assert!(matches!(answer, Err(ImportError::Refused { code: Code::Held, .. })), "{answer:?}");
+    }
+
+    #[test]
+    fn whoever_is_turned_away_hears_why_each_time_it_asks() {
+        let why = "there is no room".to_owned();
+        let (talk, answer) = answered(&[(0, Reply::Refused { code: Code::Limit, why: why.clone() })]);
+        let again = talk.ask(&Request::Remove { segment: 2 }).map(|(reply, _)| reply);
+        for answer in [answer, again] {
+            assert!(matches!(&answer, Err(ImportError::Ended(said)) if *said == why), "{answer:?}");
+        }
+    }
 }
