@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Failed, Trial};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, shutdown};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use umbra::export::protocol::{Code, MESSAGE_MAX, Reply, Request, VERSION};
@@ -289,6 +289,18 @@ impl Raw {
             Err(Errno::CONNRESET | Errno::PIPE) => Ok(None),
             Err(error) => Err(format!("neither told nor cut off: {error}").into()),
         }
+    }
+
+    /// Answers whatever it is told, at once, until it is cut off or hangs up.
+    pub(super) fn answer_all(&self) {
+        while let Ok(Some(Reply::Invalidate { order, .. })) = self.told(RecvFlags::empty()) {
+            let _ = self.answer(&Request::Ack { order }.encode(0));
+        }
+    }
+
+    /// It hears nothing by its line any more.
+    pub(super) fn hang_up(&self) {
+        let _ = self.line.get().map(|line| shutdown(line, Shutdown::Both));
     }
 
     /// The next reply; `None` once it is cut off.

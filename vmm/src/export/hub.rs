@@ -4,7 +4,7 @@
 //! line for this and for its answers, a socket of its own, so that who waits in [`External::wait`] hears the answers itself: another
 //! thread between them would double the time. Who waits alone listens to the last that it has told, and looks at the others once that has
 //! answered: most have by then, and it has been woken once for all. Of several that wait one listens, to all lines, and the next when
-//! it goes. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what
+//! it goes; each looks at those that it has told before it sleeps, and again before it says that one is late. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what
 //! happens then to those who have not is [`ExportPolicy`]'s: the page is gone from them either way.
 //!
 //! Holds: INV-HUB-1, who parts has answered everything. INV-HUB-2, nobody waits beyond the deadline of the last who was told.
@@ -64,7 +64,7 @@ enum Listening {
     Nobody,
     /// It listens to one line, and does not hear the others before it is called.
     One,
-    /// It listens to all lines, or looks, which is soon over.
+    /// It listens to all lines.
     All,
 }
 
@@ -149,6 +149,11 @@ impl Hub {
         state.counts.welcomed += 1;
         let peer = Peer { socket, line: Arc::new(line), process, unanswered: VecDeque::new() };
         state.peers.insert(importer, peer);
+        let listening = state.listening;
+        drop(state);
+        if listening == Listening::All {
+            self.call_listener();
+        }
         Ok((importer, theirs))
     }
 
@@ -169,10 +174,12 @@ impl Hub {
         self.state().peers.get(&importer).map(|peer| Arc::clone(&peer.socket))
     }
 
-    /// Hears what has come by the lines: a message of each that has any.
+    /// Hears what has come by the lines.
     pub(super) fn hear_all(&self) {
         let all: Vec<ImporterId> = self.state().peers.keys().copied().collect();
-        all.into_iter().for_each(|importer| self.hear(importer));
+        for importer in all {
+            self.hear(importer);
+        }
     }
 
     /// Returns when something has come by one of these lines, with those by which it has; when the one that listens is called; or
@@ -195,17 +202,26 @@ impl Hub {
         ready.map(|((importer, _), _)| *importer).collect()
     }
 
-    /// A message of an importer's line. Who says anything but what it was asked for is parted with.
-    fn hear(&self, importer: ImporterId) {
+    /// What has come by an importer's line; true if anything has. Who says what it was not asked for is parted with, and so there is
+    /// an end to it.
+    fn hear(&self, importer: ImporterId) -> bool {
+        (0..).take_while(|_| self.hear_one(importer)).count() > 0
+    }
+
+    /// A message of an importer's line, if there is one.
+    fn hear_one(&self, importer: ImporterId) -> bool {
         let line = self.state().peers.get(&importer).map(|peer| Arc::clone(&peer.line));
-        let Some(line) = line else { return };
+        let Some(line) = line else { return false };
         let mut buffer = [0; Request::ACK_BYTES + 1];
         let why = match rustix::net::recv(&*line, &mut buffer, RecvFlags::DONTWAIT) {
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
-            Ok((0, _)) | Err(_) => return self.part(importer),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return false,
+            Ok((0, _)) | Err(_) => {
+                self.part(importer);
+                return true;
+            }
             Ok((read, _)) => match Request::parse(&buffer[..read]) {
                 Ok((_, Request::Ack { order })) => match self.ack(importer, order) {
-                    Ok(()) => return,
+                    Ok(()) => return true,
                     Err(NotAsked) => "what was given up had not been asked for, or twice".to_owned(),
                 },
                 Ok(_) => "the line is for acknowledgements, and nothing else".to_owned(),
@@ -214,6 +230,7 @@ impl Hub {
         };
         self.send(importer, &refused(Code::Malformed, &why).encode(0));
         self.part(importer);
+        true
     }
 
     /// An importer has answered. Who waits looks by itself.
@@ -231,13 +248,9 @@ impl Hub {
         let mut state = self.state();
         let Some(peer) = state.peers.remove(&importer) else { return };
         peer.unanswered.iter().for_each(|order| state.answer(*order, importer));
-        let listening = state.listening;
         drop(state);
         self.answered.notify_all();
-        if listening != Listening::Nobody {
-            self.call_listener();
-        }
-        // The event loop sees it, and so does the importer.
+        // Who listens sees it, and so do the event loop and the importer.
         for socket in [&peer.line, &peer.socket] {
             let _ = rustix::net::shutdown(socket, Shutdown::Both);
         }
@@ -287,19 +300,13 @@ impl Hub {
 
     /// Returns when nobody of those told at `order` so far is left who could answer in time.
     fn await_all(&self, order: u64) {
-        let mut state = self.state();
-        state.waiters += 1;
-        if state.listening == Listening::One {
-            state.listening = Listening::All;
-            self.call_listener();
-        }
-        drop(state);
+        self.begin_waiting();
         let mut has_looked = false;
         loop {
             let state = self.state();
             let Some(next) = state.next_deadline(order) else { break };
             let left = next.saturating_duration_since(Instant::now());
-            if state.listening == Listening::Nobody && !has_looked {
+            if !has_looked {
                 self.look(order, state);
                 has_looked = true;
             } else if left.is_zero() {
@@ -309,20 +316,44 @@ impl Hub {
             } else if state.listening == Listening::Nobody {
                 has_looked = self.hear_in_time(order, state, left);
             } else {
-                drop(self.answered.wait_timeout(state, left));
+                let waited = self.answered.wait_timeout(state, left);
+                has_looked = !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
             }
         }
         self.state().waiters -= 1;
     }
 
-    /// Hears those that are waited for at `order`, as they were told: many have answered by the time that all have been, and the
-    /// last to answer is the last to be heard.
-    fn look(&self, order: u64, mut state: MutexGuard<'_, State>) {
-        state.listening = Listening::All;
+    /// There is one more that waits: who listens does so for all from here on.
+    fn begin_waiting(&self) {
+        let mut state = self.state();
+        state.waiters += 1;
+        let listened_to_one = state.listening == Listening::One;
+        if listened_to_one {
+            state.listening = Listening::All;
+        }
+        drop(state);
+        if listened_to_one {
+            self.call_listener();
+        }
+    }
+
+    /// Hears those that are waited for at `order`, as they were told: of those that have answered meanwhile the last to be told is
+    /// taken for the last to answer.
+    fn look(&self, order: u64, state: MutexGuard<'_, State>) {
         let waiting = state.rounds.get(&order).map(|round| round.waiting.clone()).unwrap_or_default();
         drop(state);
-        waiting.into_iter().for_each(|(importer, _)| self.hear(importer));
-        self.stop_listening();
+        let heard = waiting.into_iter().filter(|(importer, _)| self.hear(*importer)).count();
+        let state = self.state();
+        if heard == 0 || state.waiters == 1 {
+            return;
+        }
+        // What was heard may have been for others.
+        let listening = state.listening;
+        drop(state);
+        self.answered.notify_all();
+        if listening != Listening::Nobody {
+            self.call_listener();
+        }
     }
 
     /// Listens for so long: where others wait too, to all, and hears them; else to the last that was told at `order` and has not
@@ -334,18 +365,16 @@ impl Hub {
         drop(state);
         let ready = self.listen(&lines, time);
         if !alone {
-            ready.into_iter().for_each(|importer| self.hear(importer));
+            for importer in ready {
+                self.hear(importer);
+            }
         }
-        self.stop_listening();
-        !alone
-    }
-
-    fn stop_listening(&self) {
         let mut state = self.state();
         state.listening = Listening::Nobody;
         if state.waiters > 1 {
             self.answered.notify_all();
         }
+        !alone
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -467,6 +496,15 @@ mod tests {
         hub_for(Duration::from_secs(60), ExportPolicy::Keep)
     }
 
+    /// Returns once it is so.
+    fn until(hub: &Hub, is_so: impl Fn(&State) -> bool) {
+        let patience = Instant::now() + Duration::from_secs(60);
+        while !is_so(&hub.state()) {
+            assert!(Instant::now() < patience, "it never is: {:?}", hub.state());
+            std::thread::yield_now();
+        }
+    }
+
     #[test]
     fn whoever_is_told_is_waited_for_until_it_answers() {
         let hub = patient();
@@ -565,9 +603,7 @@ mod tests {
         std::thread::scope(|scope| {
             // Two, of whom one listens.
             let waits = [(); 2].map(|()| scope.spawn(|| hub.wait(5)));
-            while hub.state().listening != Listening::All {
-                std::thread::yield_now();
-            }
+            until(&hub, |state| (state.waiters, state.listening) == (2, Listening::All));
             hub.part(far.importer);
             for waits in waits {
                 assert_eq!(waits.join().expect("no panic").late, 0);
@@ -575,6 +611,73 @@ mod tests {
         });
         hub.tell(6, far.importer, &[Gfn(7)]);
         assert_eq!((hub.wait(6), hub.importers()), (Answers::default(), 0));
+    }
+
+    /// Whoever waits alone listens to the last that it has told, whichever of them goes.
+    #[test]
+    fn one_that_waits_alone_hears_of_all() {
+        let hub = patient();
+        for first_goes in [true, false] {
+            let fars = [(); 2].map(|()| Far::of(&hub));
+            fars.iter().for_each(|far| hub.tell(5, far.importer, &[Gfn(7)]));
+            let (goes, stays) = if first_goes { (0, 1) } else { (1, 0) };
+            std::thread::scope(|scope| {
+                let waits = scope.spawn(|| hub.wait(5));
+                until(&hub, |state| state.listening == Listening::One);
+                hub.part(fars[goes].importer);
+                fars[stays].ack(5);
+                let answers = waits.join().expect("no panic");
+                assert_eq!(answers, Answers { slowest: Some(fars[stays].importer), late: 0 });
+            });
+        }
+    }
+
+    /// One listens to an importer that is silent; another that waits meanwhile hears its own, and so does one of an importer that
+    /// came after that.
+    #[test]
+    fn who_waits_beside_one_that_listens_to_a_silent_importer_is_answered() {
+        let hub = patient();
+        let (silent, second) = (Far::of(&hub), Far::of(&hub));
+        std::thread::scope(|scope| {
+            hub.tell(1, silent.importer, &[Gfn(7)]);
+            let first = scope.spawn(|| hub.wait(1));
+            until(&hub, |state| state.listening == Listening::One);
+            hub.tell(2, second.importer, &[Gfn(8)]);
+            let waits = scope.spawn(|| hub.wait(2));
+            until(&hub, |state| (state.waiters, state.listening) == (2, Listening::All));
+            let third = Far::of(&hub);
+            hub.tell(3, third.importer, &[Gfn(9)]);
+            let last = scope.spawn(|| hub.wait(3));
+            until(&hub, |state| state.waiters == 3);
+            third.ack(3);
+            assert_eq!(last.join().expect("no panic").late, 0);
+            second.ack(2);
+            assert_eq!(waits.join().expect("no panic").late, 0);
+            assert!(!first.is_finished(), "nobody has answered it");
+            silent.ack(1);
+            assert_eq!(first.join().expect("no panic").late, 0);
+        });
+    }
+
+    /// Whoever told it comes to wait too late, and another listens meanwhile, to one that says nothing.
+    #[test]
+    fn who_has_answered_in_time_is_not_late_though_nobody_has_heard_it() {
+        let deadline = Duration::from_millis(50);
+        let hub = hub_for(deadline, ExportPolicy::Keep);
+        let (silent, prompt) = (Far::of(&hub), Far::of(&hub));
+        // An old answer, which comes late, is before it.
+        hub.tell(1, prompt.importer, &[Gfn(7)]);
+        assert_eq!(hub.wait(1).late, 1);
+        prompt.ack(1);
+        hub.tell(2, prompt.importer, &[Gfn(7)]);
+        prompt.ack(2);
+        std::thread::sleep(deadline);
+        std::thread::scope(|scope| {
+            hub.tell(3, silent.importer, &[Gfn(8)]);
+            let waits = scope.spawn(|| hub.wait(3));
+            assert_eq!(hub.wait(2), Answers { slowest: Some(prompt.importer), late: 0 });
+            assert_eq!(waits.join().expect("no panic").late, 1);
+        });
     }
 
     #[test]

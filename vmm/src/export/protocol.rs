@@ -164,7 +164,7 @@ impl Code {
 /// What the exporter says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// To [`Request::Hello`].
+    /// To [`Request::Hello`], with the line.
     Welcome {
         /// The version from here on.
         version: u32,
@@ -219,7 +219,7 @@ pub enum Reply {
         /// Why, in a sentence.
         why: String,
     },
-    /// Pages must be given up, and [`Request::Ack`] said. No reply to anything.
+    /// Pages must be given up, and [`Request::Ack`] said. No reply to anything: it comes by the line.
     Invalidate {
         /// The clock of it.
         order: u64,

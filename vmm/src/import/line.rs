@@ -32,7 +32,7 @@ pub struct Stats {
     pub invalidations: u64,
     /// Pages that they named and that were granted.
     pub pages: u64,
-    /// The longest that it took from a message's arrival until the answer was sent.
+    /// The longest that it took from a message's arrival until the answer was about to be sent.
     pub answer_max: Duration,
     /// All answers together.
     pub answer_sum: Duration,
@@ -69,18 +69,19 @@ impl Line {
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Gives up what is asked for, until nothing can come any more: why.
-    pub fn listen(&self) -> String {
+    /// Gives up what is asked for, until one of us hangs up.
+    ///
+    /// # Errors
+    ///
+    /// When something else comes, or the host refuses.
+    pub fn listen(&self) -> io::Result<()> {
         let mut buffer = [0; MESSAGE_MAX + 1];
         loop {
-            let done = match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
-                Ok((0, _)) => return "it has hung up".into(),
-                Ok((length, _)) => self.heed(&buffer[..length]),
-                Err(Errno::INTR) => Ok(()),
-                Err(error) => Err(error.into()),
-            };
-            if let Err(error) = done {
-                return error.to_string();
+            match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
+                Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(()),
+                Ok((length, _)) => self.heed(&buffer[..length])?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -142,12 +143,12 @@ mod tests {
     }
 
     /// What a line's thread returns, having been told this.
-    fn end_of(line: &Line, guest: OwnedFd, told: &[&[u8]]) -> String {
+    fn end_of(line: &Line, guest: OwnedFd, told: &[&[u8]]) -> Result<(), String> {
         for message in told {
             send(&guest, message, SendFlags::NOSIGNAL).expect("room");
         }
         let _ = shutdown(&guest, Shutdown::Write);
-        line.listen()
+        line.listen().map_err(|error| error.to_string())
     }
 
     #[test]
@@ -159,7 +160,7 @@ mod tests {
         area.grant(100, 2, Rights::Read, 5);
         let told = Reply::Invalidate { order: 6, pages: vec![7, 101, 102] }.encode(0);
         let far = guest.try_clone().expect("a descriptor");
-        assert_eq!(end_of(&line, guest, &[&told]), "it has hung up");
+        assert_eq!(end_of(&line, guest, &[&told]), Ok(()));
         let mut buffer = [0; MESSAGE_MAX];
         let (length, _) = recv(&far, &mut buffer, RecvFlags::empty()).expect("an answer");
         assert_eq!(Request::parse(&buffer[..length]).expect("a message"), (0, Request::Ack { order: 6 }));
@@ -175,7 +176,7 @@ mod tests {
         {
             let (line, guest) = line();
             let end = end_of(&line, guest, &[said]);
-            assert!(end.contains(why), "{end}");
+            assert!(end.as_ref().is_err_and(|said| said.contains(why)), "{end:?}");
             assert_eq!(line.stats(), Stats::default());
         }
     }

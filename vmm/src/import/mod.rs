@@ -11,8 +11,8 @@
 //! | command | `umbra import` |
 //! | line | the pages that the guest wants back |
 //!
-//! Holds: a guest that is slow, silent or hostile costs [`PATIENCE`] for each question, and nothing that it sends is believed beyond
-//! a number's type.
+//! Holds: a guest that is slow, silent or hostile costs [`PATIENCE`] once: one that has left a question unanswered is asked no more.
+//! Nothing that it sends is believed beyond a number's type, and that a line is a socket which can be shut down.
 
 mod area;
 pub mod command;
@@ -27,7 +27,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SendFlags, Shutdown, shutdown};
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketType, shutdown};
 
 pub use area::{PAGE, Rights};
 pub use command::{ImportArgs, Report};
@@ -142,9 +143,15 @@ impl Importer {
                 }
                 (reply, _) => return Err(unexpected(&reply)),
             };
+        if !is_line(&line) {
+            return Err(ImportError::Protocol("a line that is no Unix socket of type SOCK_SEQPACKET".into()));
+        }
         let line = Arc::new(Line::new(line, manners));
         let (listens, ends) = (Arc::clone(&line), Arc::clone(&talk));
-        let listen = move || ends.end(listens.listen());
+        let listen = move || match listens.listen() {
+            Ok(()) => ends.hang_up(),
+            Err(error) => drop(ends.over(error.to_string())),
+        };
         let listener = Some(std::thread::Builder::new().name("importer".into()).spawn(listen)?);
         Ok(Importer { talk, line, listener, number, deadline: Duration::from_micros(deadline_micros.into()) })
     }
@@ -253,7 +260,7 @@ impl Importer {
 impl Drop for Importer {
     fn drop(&mut self) {
         self.line.hang_up();
-        let _ = shutdown(&self.talk.socket, Shutdown::Both);
+        self.talk.hang_up();
         if let Some(listener) = self.listener.take() {
             let _ = listener.join();
         }
@@ -359,28 +366,38 @@ impl Talk {
     /// Sends a request, and waits for what comes of it, for [`PATIENCE`] at most.
     fn ask(&self, request: &Request) -> Result<(Reply, Option<OwnedFd>), ImportError> {
         let mut last = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = self.ended.get() {
+            return Err(ImportError::Ended(why.clone()));
+        }
         *last += 1;
         let sent = rustix::net::send(&self.socket, &request.encode(*last), SendFlags::NOSIGNAL);
         // What was said before the end can be heard still: a failure to send says less.
         let until = Instant::now() + if sent.is_ok() { PATIENCE } else { Duration::ZERO };
+        let mut was_reset = false;
         loop {
             if !self.is_talked_to(until) {
-                return Err(match sent {
-                    Ok(_) => ImportError::Ended(format!("no answer in {PATIENCE:?}")),
-                    Err(error) => self.over(error.to_string()),
-                });
+                return Err(self.over(match sent {
+                    Ok(_) => format!("no answer in {PATIENCE:?}"),
+                    Err(error) => error.to_string(),
+                }));
             }
-            match receive(&self.socket) {
-                Ok(Some((0, Reply::Refused { why, .. }, _))) => return Err(self.over(why)),
+            return match receive(&self.socket) {
                 Ok(Some((tag, Reply::Refused { code, why }, _))) if tag == *last => {
-                    return Err(ImportError::Refused { code, why });
+                    Err(ImportError::Refused { code, why })
                 }
-                Ok(Some((tag, reply, file))) if tag == *last => return Ok((reply, file)),
-                // To a question that nobody waits for any more.
-                Ok(Some(_)) => {}
-                Ok(None) => return Err(self.over("it has hung up".into())),
-                Err(error) => return Err(self.over(error.to_string())),
-            }
+                Ok(Some((tag, reply, file))) if tag == *last => Ok((reply, file)),
+                Ok(Some((0, Reply::Refused { why, .. }, _))) => Err(self.over(why)),
+                Ok(Some((_, reply, _))) => {
+                    Err(self.over(format!("it has said {reply:?}, which nobody had asked")))
+                }
+                Ok(None) => Err(self.over("it has hung up".into())),
+                // The host says that first, and then what was said before.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset && !was_reset => {
+                    was_reset = true;
+                    continue;
+                }
+                Err(error) => Err(self.over(error.to_string())),
+            };
         }
     }
 
@@ -396,16 +413,23 @@ impl Talk {
         }
     }
 
-    /// The line is no more, and so nothing may be asked.
-    fn end(&self, why: String) {
-        self.ended.get_or_init(|| why);
+    /// Nothing more is said; what was can be heard.
+    fn hang_up(&self) {
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// The error of a connection that has ended, with what was known of it first.
+    /// Ends the connection. The error of it, with what was known first.
     fn over(&self, why: String) -> ImportError {
-        ImportError::Ended(self.ended.get_or_init(|| why).clone())
+        let why = self.ended.get_or_init(|| why).clone();
+        self.hang_up();
+        ImportError::Ended(why)
     }
+}
+
+/// Whether it is a socket that a thread which hears it can be called from.
+fn is_line(line: &OwnedFd) -> bool {
+    let domain = socket_domain(line).is_ok_and(|domain| domain == AddressFamily::UNIX);
+    domain && socket_type(line).is_ok_and(|kind| kind == SocketType::SEQPACKET)
 }
 
 fn unexpected(reply: &Reply) -> ImportError {
@@ -414,42 +438,76 @@ fn unexpected(reply: &Reply) -> ImportError {
 
 #[cfg(test)]
 mod tests {
-    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
+    use rustix::net::{RecvFlags, SocketFlags, socketpair};
 
     use super::*;
 
-    /// What comes of a question, where the guest says this to it.
-    fn answered(says: &[(u64, Reply)]) -> (Talk, Result<Reply, ImportError>) {
-        let kind = SocketType::SEQPACKET;
-        let (ours, guest) =
-            socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).expect("sockets");
+    fn pair(kind: SocketType) -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).expect("sockets")
+    }
+
+    /// What comes of a question and another, where the guest says this to the first and hangs up if it does at all.
+    fn answered(says: &[(u64, Reply)], hangs_up: bool) -> [Result<Reply, ImportError>; 2] {
+        let (ours, guest) = pair(SocketType::SEQPACKET);
         let talk = Talk { socket: ours, asking: Mutex::new(6), ended: OnceLock::new() };
         for (tag, reply) in says {
             rustix::net::send(&guest, &reply.encode(*tag), SendFlags::NOSIGNAL).expect("room");
         }
-        let answer = talk.ask(&Request::Remove { segment: 1 }).map(|(reply, _)| reply);
+        if hangs_up {
+            // It has not read what it was asked, which the host tells us of.
+            rustix::net::send(&talk.socket, b"hello", SendFlags::NOSIGNAL).expect("room");
+            drop(guest);
+            return [1, 2].map(|segment| talk.ask(&Request::Remove { segment }).map(|(reply, _)| reply));
+        }
+        let first = talk.ask(&Request::Remove { segment: 1 }).map(|(reply, _)| reply);
         let (length, _) = rustix::net::recv(&guest, &mut [0; 64], RecvFlags::DONTWAIT).expect("a question");
         assert_eq!(length, Request::Remove { segment: 1 }.encode(7).len());
-        (talk, answer)
+        [first, talk.ask(&Request::Remove { segment: 2 }).map(|(reply, _)| reply)]
+    }
+
+    fn ended(answer: &Result<Reply, ImportError>, why: &str) {
+        assert!(matches!(answer, Err(ImportError::Ended(said)) if said.contains(why)), "{answer:?}");
     }
 
     #[test]
-    fn an_answer_is_known_by_its_tag_and_another_passed_over() {
+    fn an_answer_is_known_by_its_tag() {
         let made = |segment| Reply::Made { segment };
-        let (_, answer) = answered(&[(3, made(3)), (0, Reply::Done), (7, made(7))]);
-        assert_eq!(answer.ok(), Some(made(7)));
-        let why = "no".to_owned();
-        let (_, answer) = answered(&[(7, Reply::Refused { code: Code::Held, why })]);
-        assert!(matches!(answer, Err(ImportError::Refused { code: Code::Held, .. })), "{answer:?}");
+        let [first, second] = answered(&[(7, made(7)), (8, made(8))], false);
+        assert_eq!((first.ok(), second.ok()), (Some(made(7)), Some(made(8))));
+        let no = Reply::Refused { code: Code::Held, why: "no".into() };
+        let [first, second] = answered(&[(7, no), (8, Reply::Done)], false);
+        assert!(matches!(first, Err(ImportError::Refused { code: Code::Held, .. })), "{first:?}");
+        assert_eq!(second.ok(), Some(Reply::Done));
+    }
+
+    #[test]
+    fn what_nobody_has_asked_is_the_end() {
+        let wants = Reply::Invalidate { order: 1, pages: vec![7] };
+        for (tag, said) in [(3, Reply::Done), (8, Reply::Done), (0, Reply::Done), (0, wants)] {
+            let [first, second] = answered(&[(tag, said), (7, Reply::Done)], false);
+            ended(&first, "nobody had asked");
+            ended(&second, "nobody had asked");
+        }
     }
 
     #[test]
     fn whoever_is_turned_away_hears_why_each_time_it_asks() {
-        let why = "there is no room".to_owned();
-        let (talk, answer) = answered(&[(0, Reply::Refused { code: Code::Limit, why: why.clone() })]);
-        let again = talk.ask(&Request::Remove { segment: 2 }).map(|(reply, _)| reply);
-        for answer in [answer, again] {
-            assert!(matches!(&answer, Err(ImportError::Ended(said)) if *said == why), "{answer:?}");
+        for hangs_up in [false, true] {
+            let no = Reply::Refused { code: Code::Limit, why: "there is no room".into() };
+            let [first, second] = answered(&[(0, no)], hangs_up);
+            ended(&first, "there is no room");
+            ended(&second, "there is no room");
         }
+        let [first, _] = answered(&[], true);
+        ended(&first, "it has hung up");
+    }
+
+    #[test]
+    fn a_line_is_what_can_be_hung_up() {
+        assert!(is_line(&pair(SocketType::SEQPACKET).0));
+        assert!(!is_line(&pair(SocketType::STREAM).0));
+        assert!(!is_line(&crate::machine::memory_file(c"test", 4096).expect("a file").into()));
+        let netlink = rustix::net::socket(AddressFamily::NETLINK, SocketType::DGRAM, None).expect("a socket");
+        assert!(!is_line(&netlink));
     }
 }
