@@ -12,7 +12,7 @@
 use crate::Mmu;
 use crate::addr::Gfn;
 use crate::frames::{SHADOWED, UNSYNC, UPPER, WATCHED};
-use crate::invalidation::{BATCH_MAX, Caller, May, Settled, Settling, WouldBlock};
+use crate::invalidation::{BATCH_MAX, Caller, Few, May, Settled, Settling, WouldBlock};
 use crate::p2m::PageState;
 use crate::records::Cause;
 use crate::rules::Rule;
@@ -90,7 +90,7 @@ impl Mmu {
         let (memory, mut caller) = (self.p2m.pages(), Caller::new(own, may));
         let mut pages = pages.into_iter().take_while(|page| *page < memory).map(Gfn);
         loop {
-            let mut left: Vec<Gfn> = pages.by_ref().take(BATCH_MAX).collect();
+            let mut left: Few<Gfn> = pages.by_ref().take(BATCH_MAX).collect();
             if left.is_empty() {
                 break;
             }
@@ -131,7 +131,7 @@ impl Mmu {
         gfns: &[Gfn],
         what: Discard,
         caller: &mut Caller,
-    ) -> Result<Vec<Gfn>, WouldBlock> {
+    ) -> Result<Few<Gfn>, WouldBlock> {
         let settled = match what {
             Discard::Zero => Settled::Zero,
             Discard::Balloon => Settled::Ballooned,
@@ -141,7 +141,7 @@ impl Mmu {
             tables.for_each(|gfn| self.unshadow(*gfn));
         }
         let mut settling = self.begin(what.cause(), gfns, caller)?.unmap()?.shoot_down()?;
-        let mut done = Vec::with_capacity(gfns.len());
+        let mut done = Few::with_capacity(gfns.len());
         settling.settle(|page| {
             done.push(page.gfn);
             page.copy.into_iter().for_each(|slot| self.swap.abandon(slot));

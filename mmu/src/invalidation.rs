@@ -35,6 +35,8 @@
 //!
 //! See: design notes of KVM's mmu_notifier sequence; the 2008 XPmem thread on sleeping notifiers.
 
+use smallvec::SmallVec;
+
 use crate::Mmu;
 use crate::addr::{Gfn, Mfn};
 use crate::external::ImporterId;
@@ -50,6 +52,9 @@ use crate::sync::{Ordering, spin_until, thread};
 
 /// The most pages of one invalidation.
 pub const BATCH_MAX: usize = 512;
+
+/// Pages, of which there is often one: a few need no memory of their own.
+pub(crate) type Few<T> = SmallVec<[T; 4]>;
 
 /// How often the gates of starving fills are left open, for one [`Caller`], before they are closed all the same: their vCPUs
 /// may have stopped. A vCPU that has lost its CPU to other work has it again in a fraction of the time that these take, about 0.3 s.
@@ -123,14 +128,21 @@ impl Caller {
     }
 }
 
-/// Gates closed, pages held, time measured: what every stage has. Dropped, it undoes what is not done.
+/// Gates closed, pages held, time measured: what every stage has, in one place from the first to the last. Dropped, it undoes what
+/// is not done.
 struct Hold<'m> {
     mmu: &'m Mmu,
     own: Option<u32>,
     may: May,
     ticket: Option<Ticket>,
-    gates: Vec<Gfn>,
-    held: Vec<Held>,
+    gates: Few<Gfn>,
+    held: Few<Held>,
+    /// Frames of pages that are settled.
+    freed: Few<Mfn>,
+    /// Those whose pages have another.
+    vacated: Vec<Mfn>,
+    /// The host has taken these very frames away from all vCPUs: what the ledger says of other frames is no matter.
+    notified: bool,
     /// Who had which of them outside.
     importers: Vec<(ImporterId, Gfn)>,
     /// Clock of the last removal of an spte to a held page.
@@ -142,22 +154,15 @@ struct Hold<'m> {
 
 /// Gates are closed.
 #[must_use]
-pub(crate) struct Closed<'m>(Hold<'m>);
+pub(crate) struct Closed<'m>(Box<Hold<'m>>);
 
 /// Nothing maps the pages any more, but a TLB may.
 #[must_use]
-pub(crate) struct Unmapped<'m>(Hold<'m>);
+pub(crate) struct Unmapped<'m>(Box<Hold<'m>>);
 
 /// Nobody can reach them.
 #[must_use]
-pub(crate) struct Settling<'m> {
-    hold: Hold<'m>,
-    freed: Vec<Mfn>,
-    /// Frames whose pages have another.
-    vacated: Vec<Mfn>,
-    /// The host has taken these very frames away from all vCPUs: what the ledger says of other frames is no matter.
-    notified: bool,
-}
+pub(crate) struct Settling<'m>(Box<Hold<'m>>);
 
 impl Mmu {
     /// Begins the invalidation of `gfns` (at most [`BATCH_MAX`], each once). A cause that can do without a page leaves it to
@@ -178,7 +183,7 @@ impl Mmu {
         }
         debug_assert!(gfns.len() <= BATCH_MAX, "{} pages in one invalidation", gfns.len());
         let began = self.clock.now();
-        let mut gates = Vec::with_capacity(gfns.len());
+        let mut gates = Few::with_capacity(gfns.len());
         for gfn in gfns {
             if !cause.may_skip() {
                 self.stand_back(*gfn, caller)?;
@@ -188,19 +193,22 @@ impl Mmu {
             gates.push(*gfn);
         }
         self.buckets.close_all(&gates);
-        let mut hold = Hold {
+        let mut hold = Box::new(Hold {
             mmu: self,
             own: caller.own,
             may: caller.may,
             ticket: caller.ticket,
-            held: Vec::with_capacity(gates.len()),
+            held: Few::with_capacity(gates.len()),
+            freed: Few::new(),
+            vacated: Vec::new(),
+            notified: false,
             record: Record { own: caller.own, ..Record::new(cause, gfns) },
             gates,
             importers: Vec::new(),
             stamp: 0,
             began,
             lap: began,
-        };
+        });
         hold.record.gate = hold.lap();
         Ok(Closed(hold))
     }
@@ -223,7 +231,7 @@ impl Mmu {
             total: nanos,
             ..Record::new(cause, &[protected.gfn()])
         };
-        self.records.push(record);
+        self.records.push(&record);
     }
 
     /// Waits for a fill that starves, while the caller has patience.
@@ -289,11 +297,12 @@ impl<'m> Unmapped<'m> {
             hold.record.tell = hold.lap();
         }
         let ledger = &hold.mmu.coherence;
-        let mut notified = false;
         hold.record.stamp = hold.stamp;
         if hold.mmu.rules.keep(Rule::ShootdownAtInvalidation) && !ledger.covered(hold.stamp) {
             match hold.may {
-                May::Sleep => (hold.record.kicked, notified) = ledger.shoot_down_frames(hold.own, &hold.held),
+                May::Sleep => {
+                    (hold.record.kicked, hold.notified) = ledger.shoot_down_frames(hold.own, &hold.held);
+                }
                 May::NotSleep => {
                     if hold.mmu.rules.keep(Rule::RequestWithoutSleep) {
                         ledger.request_flush_of_all();
@@ -308,19 +317,20 @@ impl<'m> Unmapped<'m> {
         if let Some(order) = order.filter(|_| hold.mmu.rules.keep(Rule::AwaitImporters)) {
             hold.await_importers(order);
         }
-        Ok(Settling { freed: Vec::with_capacity(hold.held.len()), vacated: Vec::new(), notified, hold })
+        hold.freed.reserve(hold.held.len());
+        Ok(Settling(hold))
     }
 }
 
 impl Settling<'_> {
     /// Every page asked for that was not left alone from the beginning: their gates are closed.
     pub fn gates(&self) -> &[Gfn] {
-        &self.hold.gates
+        &self.0.gates
     }
 
     /// The pages that are not settled yet.
     pub fn pages(&self) -> &[Held] {
-        &self.hold.held
+        &self.0.held
     }
 
     /// Settles every page for which `what` has an answer: its frame is free. The others are put back at the end.
@@ -329,12 +339,13 @@ impl Settling<'_> {
     ///
     /// INV-COH-1: when the ledger says that a vCPU may still reach a page.
     pub fn settle(&mut self, mut what: impl FnMut(&Held) -> Option<Settled>) {
-        let (mmu, stamp) = (self.hold.mmu, self.hold.stamp);
-        let reached = !self.notified && !mmu.coherence.covered(stamp);
+        let hold = &mut *self.0;
+        let (mmu, stamp) = (hold.mmu, hold.stamp);
+        let reached = !hold.notified && !mmu.coherence.covered(stamp);
         assert!(!reached, "INV-COH-1: a frame changes hands, removal {stamp} is not covered");
-        let (freed, vacated) = (&mut self.freed, &mut self.vacated);
+        let (freed, vacated) = (&mut hold.freed, &mut hold.vacated);
         let mut settler = mmu.p2m.settler();
-        self.hold.held.retain(|page| {
+        hold.held.retain(|page| {
             let Some(settled) = what(page) else { return true };
             let state = match settled {
                 Settled::Swapped(slot) => PageState::Swapped(slot),
@@ -354,19 +365,20 @@ impl Settling<'_> {
 
     /// Frees the frames of what was settled, puts the rest back, opens the gates; returns how many frames are free.
     pub fn end(self) -> u32 {
-        let Settling { mut hold, freed, vacated, notified } = self;
-        if notified {
-            freed.iter().chain(&vacated).for_each(|mfn| hold.mmu.frames.forgive(*mfn));
+        let mut hold = self.0;
+        let Hold { mmu, freed, vacated, .. } = &*hold;
+        if hold.notified {
+            freed.iter().chain(vacated).for_each(|mfn| mmu.frames.forgive(*mfn));
         }
+        mmu.fence_homes(freed);
+        mmu.fence_homes(vacated);
+        mmu.lru.remove(freed.iter().chain(vacated).copied());
+        mmu.frames.release_all(freed);
+        mmu.frames.release_for_move(vacated);
         hold.record.freed = freed.len() as u32;
-        hold.mmu.fence_homes(&freed);
-        hold.mmu.fence_homes(&vacated);
-        hold.mmu.lru.remove(freed.iter().chain(&vacated).copied());
-        hold.mmu.frames.release_all(&freed);
-        hold.mmu.frames.release_for_move(&vacated);
         hold.put_back();
         hold.record.finish = hold.lap();
-        freed.len() as u32
+        hold.record.freed
     }
 }
 
@@ -478,6 +490,6 @@ impl Drop for Hold<'_> {
         self.mmu.buckets.open_all(&self.gates);
         self.record.total = self.mmu.clock.now() - self.began;
         self.record.at = self.began;
-        self.mmu.records.push(self.record);
+        self.mmu.records.push(&self.record);
     }
 }

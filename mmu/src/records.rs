@@ -280,7 +280,7 @@ impl Records {
         Records { kept: Lock::new(lock_order::RECORDS, Kept::default()) }
     }
 
-    pub(crate) fn push(&self, record: Record) {
+    pub(crate) fn push(&self, record: &Record) {
         note(|line| {
             let Record { cause, first, last, asked, pages, freed, kicked, total, .. } = record;
             let (cause, first, last) = (cause.name(), first.0, last.0);
@@ -306,7 +306,7 @@ impl Records {
         if kept.last.len() == RECORDS_MAX {
             kept.last.pop_front();
         }
-        kept.last.push_back(record);
+        kept.last.push_back(*record);
         match kept.waiting {
             RECORDS_MAX => kept.lost += 1,
             _ => kept.waiting += 1,
@@ -385,7 +385,7 @@ mod tests {
         for n in 0..RECORDS_MAX as u64 + 3 {
             let mut record = Record::new(Cause::Discard, &[Gfn(7), Gfn(5)]);
             (record.pages, record.total) = (2, n);
-            records.push(record);
+            records.push(&record);
         }
         let (taken, lost) = records.take();
         assert_eq!((taken.len(), lost, taken[0].total), (RECORDS_MAX, 3, 3));
@@ -405,7 +405,7 @@ mod tests {
         for n in 0..RECORDS_MAX as u64 + 2 {
             records.push_wait(GateWait { at: n, ..wait });
         }
-        records.push(Record::new(Cause::PageOut, &[Gfn(3)]));
+        records.push(&Record::new(Cause::PageOut, &[Gfn(3)]));
         let taken = records.take_all();
         assert_eq!((taken.records.len(), taken.records_lost), (1, 0));
         assert_eq!((taken.waits.len(), taken.waits_lost, taken.waits[0].at), (RECORDS_MAX, 2, 2));
