@@ -1,10 +1,11 @@
 //! Whom the exporter can reach, who has been told, and who has answered.
 //!
-//! Story: whoever takes pages away tells importers by [`External::tell`], from its own thread, without a wait. Each importer has a
-//! line for this and for its answers, a socket of its own, so that who waits in [`External::wait`] hears the answers itself: another
-//! thread between them would double the time. Who waits alone listens to the last that it has told, and looks at the others once that has
-//! answered: most have by then, and it has been woken once for all. Of several that wait one listens, to all lines, and the next when
-//! it goes; each looks at those that it has told before it sleeps, and again before it says that one is late. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what
+//! Story: whoever takes pages away tells importers by [`External::tell`], from its own thread, without a wait. Each importer has
+//! a line for this and for its answers, a socket of its own, so that who waits in [`External::wait`] hears the answers itself:
+//! another thread between them would double the time. Who waits alone listens to the last that it has told, and looks at the
+//! others once that has answered: most have by then, and it has been woken once for all. Of several that wait one listens, to all
+//! lines, and the next when it goes; each looks at those that it has told before it sleeps, and again before it says that one is
+//! late. The event loop sees importers' ends ([`Hub::part`]). A wait is over when nobody is left who could answer in time; what
 //! happens then to those who have not is [`ExportPolicy`]'s: the page is gone from them either way.
 //!
 //! Holds: INV-HUB-1, who parts has answered everything. INV-HUB-2, nobody waits beyond the deadline of the last who was told.
