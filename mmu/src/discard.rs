@@ -97,8 +97,9 @@ impl Mmu {
             debug_assert!(left.is_sorted_by(|a, b| a < b), "in order, and each once");
             for _ in 0..ROUNDS_MAX {
                 let done = self.discard_batch(&left, what, &mut caller)?;
+                let mut done = done.iter().peekable();
                 // A page that was touched again after it was discarded has been all the same.
-                left.retain(|gfn| done.binary_search(gfn).is_err() && !self.is_discarded(*gfn, what));
+                left.retain(|gfn| done.next_if_eq(&&*gfn).is_none() && !self.is_discarded(*gfn, what));
                 if left.is_empty() || may == May::NotSleep {
                     break;
                 }
@@ -125,7 +126,7 @@ impl Mmu {
         Ok(())
     }
 
-    /// Discards what can be had of `gfns`, which are in order; returns those that had a frame.
+    /// Discards what can be had of `gfns`, which are in order; returns those that had a frame, in that order.
     fn discard_batch(
         &self,
         gfns: &[Gfn],
@@ -147,7 +148,9 @@ impl Mmu {
             page.copy.into_iter().for_each(|slot| self.swap.abandon(slot));
             Some(settled)
         });
-        self.discard_absent(&settling, what);
+        if done.len() < settling.gates().len() {
+            self.discard_absent(&settling, what);
+        }
         settling.end();
         if let (Some(model), Discard::Balloon) = (self.guest_tlb(), what) {
             gfns.iter().for_each(|gfn| model.given_up(*gfn));
