@@ -89,7 +89,9 @@ impl Shootdown for NoVcpus {
     fn kick(&self, _vcpu: u32) {}
 }
 
+/// On a line of the cache for itself: its vCPU writes to it whenever it enters and leaves the guest.
 #[derive(Debug, Default)]
+#[repr(align(64))]
 struct VcpuFlush {
     mode: AtomicU32,
     /// A flush epoch that must be reached before guest code runs again.
@@ -110,24 +112,30 @@ pub struct Removals {
     pub all: bool,
 }
 
-/// The flush clock in the upper bits, and in the lower ones how many removals are not stamped yet.
-struct Clock(AtomicU64);
+/// What every removal writes: on a line of the cache for itself, since fills read what lies around it.
+#[repr(align(64))]
+struct Clock {
+    /// The flush clock in the upper bits, and in the lower ones how many removals are not stamped yet.
+    word: AtomicU64,
+    /// One past the stamp of the last removal.
+    last_removal: AtomicU64,
+}
 
 /// Bits of the lower part: no more threads than that can remove at once.
 const REMOVING_BITS: u32 = 16;
 
 impl Clock {
     fn now(&self) -> u64 {
-        self.0.load(Ordering::SeqCst) >> REMOVING_BITS
+        self.word.load(Ordering::SeqCst) >> REMOVING_BITS
     }
 
     fn is_removing(&self) -> bool {
-        self.0.load(Ordering::SeqCst) & ((1 << REMOVING_BITS) - 1) != 0
+        self.word.load(Ordering::SeqCst) & ((1 << REMOVING_BITS) - 1) != 0
     }
 
     /// Moves on by one, and says to what.
     fn advance(&self) -> u64 {
-        (self.0.fetch_add(1 << REMOVING_BITS, Ordering::SeqCst) >> REMOVING_BITS) + 1
+        (self.word.fetch_add(1 << REMOVING_BITS, Ordering::SeqCst) >> REMOVING_BITS) + 1
     }
 }
 
@@ -135,8 +143,6 @@ impl Clock {
 pub struct Coherence {
     rules: Rules,
     clock: Clock,
-    /// One past the stamp of the last removal.
-    last_removal: AtomicU64,
     vcpus: Box<[VcpuFlush]>,
     log_removals: AtomicBool,
     /// The host's notifier is asked first where the frames are at most so many.
@@ -154,7 +160,7 @@ impl std::fmt::Debug for Coherence {
         f.debug_struct("Coherence")
             .field("clock", &self.clock.now())
             .field("removing", &self.clock.is_removing())
-            .field("last_removal", &self.last_removal)
+            .field("last_removal", &self.clock.last_removal)
             .field("vcpus", &self.vcpus)
             .finish_non_exhaustive()
     }
@@ -165,8 +171,7 @@ impl Coherence {
     pub fn new(vcpus: u32, shootdown: Box<dyn Shootdown>) -> Coherence {
         Coherence {
             rules: Rules::default(),
-            clock: Clock(AtomicU64::new(1 << REMOVING_BITS)),
-            last_removal: AtomicU64::new(0),
+            clock: Clock { word: AtomicU64::new(1 << REMOVING_BITS), last_removal: AtomicU64::new(0) },
             vcpus: (0..vcpus).map(|_| VcpuFlush::default()).collect(),
             log_removals: AtomicBool::new(false),
             notify_max: AtomicU32::new(0),
@@ -195,7 +200,7 @@ impl Coherence {
     /// Begins a removal: called before the first spte is stored to.
     #[inline]
     pub(crate) fn removal(&self) -> Removal<'_> {
-        let word = self.clock.0.fetch_add(1, Ordering::SeqCst) + 1;
+        let word = self.clock.word.fetch_add(1, Ordering::SeqCst) + 1;
         Removal { ledger: self, word }
     }
 
@@ -215,7 +220,7 @@ impl Coherence {
     /// True when something was removed, or is being, that a flush of `epoch` does not cover.
     pub(crate) fn removed_since(&self, epoch: u64) -> bool {
         let under_way = self.rules.keep(Rule::RemovalUnderWay) && self.clock.is_removing();
-        under_way || self.last_removal.load(Ordering::SeqCst) > epoch
+        under_way || self.clock.last_removal.load(Ordering::SeqCst) > epoch
     }
 
     /// Epoch of the last completed flush of everything on `vcpu`.
@@ -497,7 +502,7 @@ impl Removal<'_> {
     fn stamp(self) -> u64 {
         // The spte has gone, and nobody knows yet but by the count of who removes.
         point();
-        let (clock, last) = (&self.ledger.clock.0, &self.ledger.last_removal);
+        let (clock, last) = (&self.ledger.clock.word, &self.ledger.clock.last_removal);
         let mut word = self.word;
         loop {
             let stamp = word >> REMOVING_BITS;
@@ -519,7 +524,7 @@ impl Removal<'_> {
 impl Drop for Removal<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.ledger.clock.0.fetch_sub(1, Ordering::SeqCst);
+        self.ledger.clock.word.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -161,7 +161,9 @@ impl Marks {
     }
 }
 
+/// Apart from what fills read of the frames.
 #[derive(Debug)]
+#[repr(align(64))]
 struct FreeList {
     /// How many of the scattered order have never been handed out yet: the next is `scatter(next)`.
     next: u32,

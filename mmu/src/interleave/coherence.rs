@@ -220,7 +220,7 @@ fn owes(ledger: &Coherence) -> bool {
 }
 
 fn owes_for_stamps_alone(ledger: &Coherence) -> bool {
-    ledger.last_removal.load(Ordering::SeqCst) > ledger.flushed(0)
+    ledger.clock.last_removal.load(Ordering::SeqCst) > ledger.flushed(0)
 }
 
 fn owes_for_stamps_first(ledger: &Coherence) -> bool {
@@ -279,7 +279,7 @@ fn stamp(removal: Removal<'_>) -> u64 {
 
 fn stamp_from_before(removal: Removal<'_>) -> u64 {
     let stamp = removal.word >> REMOVING_BITS;
-    removal.ledger.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
+    removal.ledger.clock.last_removal.fetch_max(stamp + 1, Ordering::SeqCst);
     stamp
 }
 
