@@ -261,10 +261,6 @@ impl<'m> Closed<'m> {
     /// one of the pages.
     pub fn unmap(self) -> Result<Unmapped<'m>, WouldBlock> {
         let mut hold = self.0;
-        // The gates are closed: nobody comes to have one from here on.
-        if hold.may == May::NotSleep && hold.mmu.rules.keep(Rule::AskFirst) && hold.has_importers() {
-            return Err(WouldBlock);
-        }
         let blocked = hold.may == May::NotSleep && hold.mmu.coherence.is_anyone_inside(hold.own);
         if blocked && hold.has_mappings() {
             return Err(WouldBlock);
@@ -272,15 +268,16 @@ impl<'m> Closed<'m> {
         let mmu = hold.mmu;
         let removal = mmu.coherence.removal();
         let mut zapped = false;
-        for index in 0..hold.gates.len() {
-            zapped |= hold.take(hold.gates[index]);
-        }
+        let taken = (0..hold.gates.len()).try_for_each(|index| {
+            zapped |= hold.take(hold.gates[index])?;
+            Ok(())
+        });
         let removal = removal.by(Rule::DebtOfUnmap).filter(|_| zapped);
         let stamp = removal.map_or(0, |it| it.stamp_leaves(hold.held.iter().map(|page| page.mfn)));
         hold.stamp = hold.stamp.max(stamp);
         hold.record.pages = hold.held.len() as u32;
         hold.record.unmap = hold.lap();
-        Ok(Unmapped(hold))
+        taken.map(|()| Unmapped(hold))
     }
 }
 
@@ -399,11 +396,6 @@ impl Hold<'_> {
         })
     }
 
-    /// Somebody outside may have one of the pages.
-    fn has_importers(&self) -> bool {
-        self.mmu.exports.is_any_held() && self.gates.iter().any(|gfn| self.mmu.is_flagged(*gfn, EXTERNAL))
-    }
-
     /// Tells everybody who had one of the pages, each once; when by their clock, if there is anybody.
     fn tell_importers(&mut self) -> Option<u64> {
         if self.importers.is_empty() {
@@ -430,28 +422,33 @@ impl Hold<'_> {
         self.record.external = self.lap();
     }
 
-    /// Takes one page, if it can be had. True when an spte was zapped.
-    fn take(&mut self, gfn: Gfn) -> bool {
+    /// Takes one page, if it can be had: whether an spte was zapped, or [`WouldBlock`] where an importer has it and would have to
+    /// be waited for.
+    fn take(&mut self, gfn: Gfn) -> Result<bool, WouldBlock> {
         let mmu = self.mmu;
         let mut bucket = mmu.buckets.lock(gfn);
-        let PageState::Resident(mfn) = mmu.p2m.lookup(gfn) else { return false };
+        let PageState::Resident(mfn) = mmu.p2m.lookup(gfn) else { return Ok(false) };
         // Marks and watches change under the bucket alone, and only where the gate is open.
         let flags = mmu.frames.flags(mfn);
         if flags & (SHADOWED | UPPER | UNSYNC | WATCHED) != 0 && mmu.rules.keep(Rule::TablesAtUnmap) {
             self.record.skipped += 1;
-            return false;
+            return Ok(false);
+        }
+        // Not before: one that found the gate open may have been entered since it was closed, and none is after this.
+        if self.may == May::NotSleep && flags & EXTERNAL != 0 && mmu.rules.keep(Rule::AskFirst) {
+            return Err(WouldBlock);
         }
         // Its range is somebody else's by now, or nobody's.
         if self.ticket.is_some_and(|ticket| mmu.p2m.range(gfn) != Range::Moving(ticket)) {
             self.record.skipped += 1;
-            return false;
+            return Ok(false);
         }
-        let Some(copy) = mmu.p2m.claim(gfn, PageState::Resident(mfn)) else { return false };
+        let Some(copy) = mmu.p2m.claim(gfn, PageState::Resident(mfn)) else { return Ok(false) };
         // Claimed, then looked for pins; who pins looks at the page's state after: one sees the other.
         if mmu.pins_of(gfn, mfn) != 0 && mmu.rules.keep(Rule::PinsAtUnmap) {
             mmu.p2m.transition_with(gfn, PageState::Moving, PageState::Resident(mfn), copy);
             self.record.skipped += 1;
-            return false;
+            return Ok(false);
         }
         if self.ticket.is_none() && mmu.rules.keep(Rule::SplitAtUnmap) {
             mmu.break_up(gfn);
@@ -468,7 +465,7 @@ impl Hold<'_> {
             self.stamp = self.stamp.max(mmu.frames.debt(mfn));
         }
         self.held.push(Held { gfn, mfn, copy });
-        zapped
+        Ok(zapped)
     }
 
     /// Gives back what was not settled: the page stays where it was, with the debt of its zapped sptes.

@@ -188,7 +188,7 @@ rules! {
         "an importer gives up what is taken away";
     AwaitImporters "await-importers" Wait "Unmapped::shoot_down":
         "a page's contents go elsewhere only when no importer that behaves can reach it";
-    AskFirst "ask-first" Wait "Closed::unmap":
+    AskFirst "ask-first" Wait "Hold::take":
         "who may not sleep learns that an importer has a page before anybody is told";
     FenceHomes "fence-homes" Flush "Mmu::fence_homes":
         "an importer that is late, or lies, reads nothing of what was in a page that has gone";

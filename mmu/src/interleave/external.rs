@@ -28,6 +28,7 @@
 use std::collections::VecDeque;
 
 use super::*;
+use crate::discard::{Discard, NotDiscarded};
 use crate::frames::Host;
 use crate::interleave::Frame;
 use crate::rules::Rules;
@@ -275,6 +276,33 @@ fn twin_attached_where_the_gate_is_asked_before_the_lock() {
 #[should_panic(expected = "the frame is used after it was handed on")]
 fn twin_attached_at_a_time_read_after_the_lock() {
     explore(3, || attach_against_taker(Rules::default(), enter_reading_the_clock_late));
+}
+
+/// Whoever takes the page may not sleep, and so may tell nobody.
+fn attach_against_taker_that_may_not_sleep(rules: Rules) {
+    let world = world(false, rules);
+    let importer = |world: &World| {
+        world.attach(enter);
+    };
+    let take = |world: &World| {
+        let done = world.mmu.discard(None, [PAGE.0], Discard::Zero, May::NotSleep);
+        let blocked = matches!(done, Err(NotDiscarded::WouldBlock(_)));
+        assert!(blocked || world.mmu.importers_of(PAGE).is_empty(), "{done:?}, and an importer has the page");
+    };
+    beside(&world, importer, take);
+    let findings = world.mmu.audit();
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+#[test]
+fn who_may_not_sleep_tells_nobody() {
+    explore(3, || attach_against_taker_that_may_not_sleep(Rules::default()));
+}
+
+#[test]
+#[should_panic(expected = "INV-WAIT-2: about to sleep")]
+fn twin_who_may_not_sleep_and_does_not_ask() {
+    explore(3, || attach_against_taker_that_may_not_sleep(Rules::all_but(Rule::AskFirst)));
 }
 
 /// The page leaves its home while somebody wants it there: what is in it is kept.
