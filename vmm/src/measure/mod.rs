@@ -86,7 +86,7 @@ pub fn run(
         _ if !summary.audit.is_empty() => Status::Failure,
         Stop::Done => Status::Pass,
         Stop::Interrupted => Status::Quit,
-        Stop::NotSettled | Stop::NoImporters => Status::Failure,
+        Stop::NotSettled | Stop::NoImporters | Stop::NoStart => Status::Failure,
         Stop::GuestEnded => summary.exit,
     };
     let report = Report::new(order, &findings, &summary);

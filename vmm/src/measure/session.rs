@@ -23,7 +23,7 @@ use super::files::IntervalLog;
 use super::floors::{DEADLINE, Floors};
 use super::importers::{Bare, Folder, Importers, Trouble};
 use super::precise_sleep;
-use super::schedule::{Counts, Schedule};
+use super::schedule::{Counts, Pace, Schedule};
 use crate::cli::{ExportPolicy, RunArgs};
 use crate::pressure::progress::Progress;
 use crate::units::format_duration;
@@ -55,6 +55,8 @@ pub enum Stop {
     NotSettled,
     /// Importers could not be had.
     NoImporters,
+    /// There was no time for a single start.
+    NoStart,
 }
 
 /// What was found.
@@ -134,6 +136,8 @@ struct Run<'a> {
     log: Option<IntervalLog>,
     all: Collected,
     starts: Counts,
+    /// When they are.
+    pace: Pace,
     /// Whose turn it is.
     turn: usize,
     /// And how many importers have the pages.
@@ -168,6 +172,7 @@ impl<'a> Run<'a> {
             log: session.order.hgrm.is_some().then(IntervalLog::new),
             all: Collected::default(),
             starts: Counts::default(),
+            pace: Pace::new(session.order.rate),
             turn: 0,
             step: 0,
             lasted: 0,
@@ -184,9 +189,14 @@ impl<'a> Run<'a> {
         }
         let warm_up = self.stretch(nanos(order.warm_up));
         (self.all, self.starts, self.lasted) = Default::default();
+        self.pace = Pace::new(order.rate);
         self.all.by_told = !order.importers.is_empty();
         self.before = self.beside.mmu.records().take_all().totals;
-        warm_up.err().unwrap_or_else(|| self.intervals().err().unwrap_or(Stop::Done))
+        match warm_up.and_then(|()| self.intervals()) {
+            Err(why) => why,
+            Ok(()) if self.starts.begun == 0 => Stop::NoStart,
+            Ok(()) => Stop::Done,
+        }
     }
 
     /// Starts as many as have pages at once at most, and as many that have none.
@@ -283,10 +293,9 @@ impl<'a> Run<'a> {
         while left > 0 {
             let piece = self.piece(left);
             self.have_pages()?;
-            let (began, planned) = (now(), self.session.order.rate);
-            let mut schedule = Schedule::new(began, planned, piece);
-            let over = schedule.over().max(began.saturating_add(piece));
-            let done = self.follow(&mut schedule, over);
+            let began = now();
+            let mut schedule = self.pace.stretch(began, piece);
+            let done = self.follow(&mut schedule);
             self.importers.go_on();
             self.starts = self.starts.plus(schedule.counts());
             self.lasted += now() - began;
@@ -326,7 +335,8 @@ impl<'a> Run<'a> {
         have.map_err(|trouble| self.lost(&trouble))
     }
 
-    fn follow(&mut self, schedule: &mut Schedule, over: u64) -> Result<(), Stop> {
+    fn follow(&mut self, schedule: &mut Schedule) -> Result<(), Stop> {
+        let over = schedule.over();
         while now() < over
             && let Some(start) = schedule.next()
         {
