@@ -373,8 +373,6 @@ impl Settling<'_> {
         mmu.frames.release_all(freed);
         mmu.frames.release_for_move(vacated);
         hold.record.freed = freed.len() as u32;
-        hold.put_back();
-        hold.record.finish = hold.lap();
         hold.record.freed
     }
 }
@@ -485,7 +483,8 @@ impl Drop for Hold<'_> {
     fn drop(&mut self) {
         self.put_back();
         self.mmu.buckets.open_all(&self.gates);
-        self.record.total = self.mmu.clock.now() - self.began;
+        self.record.finish = self.lap();
+        self.record.total = self.lap - self.began;
         self.record.at = self.began;
         self.mmu.records.push(&self.record);
     }

@@ -145,7 +145,7 @@ pub struct Record {
     pub told: u32,
     /// Those of them that did not answer in their time.
     pub late: u32,
-    /// The importer that answered last, if any was told.
+    /// See [`crate::external::Answers::slowest`].
     pub slowest: Option<ImporterId>,
     /// To close the gates.
     pub gate: u64,
@@ -157,9 +157,9 @@ pub struct Record {
     pub shootdown: u64,
     /// From then until every importer had answered, or was late.
     pub external: u64,
-    /// To settle the pages: writing them out among it.
+    /// To settle the pages, writing them out among it, and to open the gates; or to put back what cannot be taken.
     pub finish: u64,
-    /// From first to last.
+    /// From first to last: the sum of the six before it.
     pub total: u64,
 }
 
