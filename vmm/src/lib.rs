@@ -28,6 +28,7 @@ pub mod probe;
 pub mod scenario;
 pub mod signals;
 pub mod simulate;
+mod socket;
 pub mod status;
 pub mod swap;
 pub mod units;

@@ -30,11 +30,10 @@ mod news;
 mod protocol;
 mod session;
 
-use std::fs::{self, File, Permissions};
+use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicI32;
@@ -42,7 +41,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::SocketType;
 use serde_json::Value;
 use umbra_mmu::Mmu;
 use vmm_sys_util::timerfd::TimerFd;
@@ -55,6 +54,7 @@ pub use session::OUTPUT_MAX;
 
 use crate::export::Exporter;
 use crate::machine::Pool;
+use crate::socket::Listener;
 
 use super::devices::Devices;
 use super::ending::Ending;
@@ -107,7 +107,7 @@ pub struct Controls {
 /// The socket and its clients.
 pub struct ControlSocket {
     path: PathBuf,
-    listener: UnixListener,
+    listener: Listener,
     clients: Vec<Client>,
     /// The number of the next one.
     next: u64,
@@ -138,14 +138,9 @@ impl ControlSocket {
     ///
     /// When the path is taken or cannot be made.
     pub fn bind(path: &Path, controls: Controls) -> io::Result<ControlSocket> {
-        let stale = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
-            && UnixStream::connect(path).is_err();
-        if stale {
-            fs::remove_file(path)?;
-        }
         let timer = TimerFd::new().map_err(io::Error::from)?;
         controls.news.open()?;
-        let listener = listen(path)?;
+        let listener = Listener::bind(path, SocketType::STREAM)?;
         controls.requests.open();
         Ok(ControlSocket {
             path: path.to_owned(),
@@ -159,11 +154,8 @@ impl ControlSocket {
         })
     }
 
-    fn accept(&mut self, ops: &mut EventOps) {
-        let Ok((stream, _)) = self.listener.accept() else { return };
-        if stream.set_nonblocking(true).is_err() {
-            return;
-        }
+    fn accept(&mut self, fd: RawFd, ops: &mut EventOps) {
+        let Some(stream) = self.listener.accept(fd, ops).map(UnixStream::from) else { return };
         if self.clients.len() >= CLIENTS_MAX && !self.make_room(ops) {
             return turn_away(stream);
         }
@@ -312,7 +304,7 @@ impl Drop for ControlSocket {
 impl MutEventSubscriber for ControlSocket {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.fd() {
-            fd if fd == self.listener.as_raw_fd() => self.accept(ops),
+            fd if self.listener.is_of(fd) => self.accept(fd, ops),
             fd if fd == self.timer.as_raw_fd() => self.release(ops),
             fd if Some(fd) == self.controls.news.bell() => self.hear(ops),
             _ => self.serve(events, ops),
@@ -321,8 +313,8 @@ impl MutEventSubscriber for ControlSocket {
 
     fn init(&mut self, ops: &mut EventOps) {
         let bell: Option<RawFd> = self.controls.news.bell();
-        for fd in [Some(self.listener.as_raw_fd()), Some(self.timer.as_raw_fd()), bell].into_iter().flatten()
-        {
+        self.listener.watch(ops);
+        for fd in [Some(self.timer.as_raw_fd()), bell].into_iter().flatten() {
             add(ops, Events::new_raw(fd, EventSet::IN));
         }
     }
@@ -398,19 +390,6 @@ impl Client {
             }
         }
     }
-}
-
-/// Listens at `path`, where only this user may connect from the first moment on: a socket's mode before it is bound is what its file
-/// gets, less the umask. The umask of a process is that of all its threads, and is left alone.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    const BACKLOG: i32 = 16;
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket: OwnedFd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    File::from(socket.try_clone()?).set_permissions(Permissions::from_mode(0o600))?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(UnixListener::from(socket))
 }
 
 /// Says why to a client that there is no room for.

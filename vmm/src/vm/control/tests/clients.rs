@@ -1,6 +1,7 @@
 //! Clients that are many, slow, silent or hostile.
 
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 
 use super::*;
 
