@@ -246,15 +246,17 @@ impl Hub {
 
     /// An importer is gone, or is to go: it has answered everything, and nothing more is sent to it.
     pub fn part(&self, importer: ImporterId) {
+        let sockets = |peer: &Peer| [Arc::clone(&peer.line), Arc::clone(&peer.socket)];
+        let Some(sockets) = self.state().peers.get(&importer).map(sockets) else { return };
+        // Before it is told no more: it must not take silence for leave. Who listens sees it, and so does the event loop.
+        for socket in sockets {
+            let _ = rustix::net::shutdown(socket, Shutdown::Both);
+        }
         let mut state = self.state();
         let Some(peer) = state.peers.remove(&importer) else { return };
         peer.unanswered.iter().for_each(|order| state.answer(*order, importer));
         drop(state);
         self.answered.notify_all();
-        // Who listens sees it, and so do the event loop and the importer.
-        for socket in [&peer.line, &peer.socket] {
-            let _ = rustix::net::shutdown(socket, Shutdown::Both);
-        }
     }
 
     /// Parts with everybody.
@@ -304,16 +306,19 @@ impl Hub {
         self.begin_waiting();
         let mut has_looked = false;
         loop {
-            let state = self.state();
+            let mut state = self.state();
             let Some(next) = state.next_deadline(order) else { break };
-            let left = next.saturating_duration_since(Instant::now());
-            if !has_looked {
+            state.note_slowest(order);
+            let now = Instant::now();
+            let left = next.saturating_duration_since(now);
+            if left.is_zero() {
+                // What has come by now is in time, whoever was to hear it.
+                self.look(order, state);
+                let late = self.take_late(order, now);
+                late.into_iter().for_each(|importer| self.punish(importer));
+            } else if !has_looked {
                 self.look(order, state);
                 has_looked = true;
-            } else if left.is_zero() {
-                drop(state);
-                let late = self.take_late(order, Instant::now());
-                late.into_iter().for_each(|importer| self.punish(importer));
             } else if state.listening == Listening::Nobody {
                 has_looked = self.hear_in_time(order, state, left);
             } else {
@@ -338,8 +343,7 @@ impl Hub {
         }
     }
 
-    /// Hears those that are waited for at `order`, as they were told: of those that have answered meanwhile the last to be told is
-    /// taken for the last to answer.
+    /// Hears those that are waited for at `order`.
     fn look(&self, order: u64, state: MutexGuard<'_, State>) {
         let waiting = state.rounds.get(&order).map(|round| round.waiting.clone()).unwrap_or_default();
         drop(state);
@@ -390,7 +394,6 @@ impl Hub {
         round.waiting = waiting;
         round.answers.late += late.len() as u32;
         let late: Vec<ImporterId> = late.into_iter().map(|(importer, _)| importer).collect();
-        round.answers.slowest = late.last().copied().or(round.answers.slowest);
         state.counts.late += late.len() as u64;
         late
     }
@@ -400,6 +403,15 @@ impl State {
     /// When the first of those that are waited for at `order` will be late; nothing if nobody is.
     fn next_deadline(&self, order: u64) -> Option<Instant> {
         self.rounds.get(&order)?.waiting.iter().map(|(_, until)| *until).min()
+    }
+
+    /// Who is waited for alone is the slowest. Which of several that are heard at once has answered last is not known.
+    fn note_slowest(&mut self, order: u64) {
+        if let Some(round) = self.rounds.get_mut(&order)
+            && let [(alone, _)] = round.waiting[..]
+        {
+            round.answers.slowest = Some(alone);
+        }
     }
 
     /// The line of the last of those that are waited for at `order`.
@@ -415,11 +427,7 @@ impl State {
     /// Counts an answer, if it is waited for.
     fn answer(&mut self, order: u64, importer: ImporterId) {
         let Some(round) = self.rounds.get_mut(&order) else { return };
-        let before = round.waiting.len();
         round.waiting.retain(|(other, _)| *other != importer);
-        if round.waiting.len() < before {
-            round.answers.slowest = Some(importer);
-        }
     }
 }
 
@@ -678,6 +686,46 @@ mod tests {
             let waits = scope.spawn(|| hub.wait(3));
             assert_eq!(hub.wait(2), Answers { slowest: Some(prompt.importer), late: 0 });
             assert_eq!(waits.join().expect("no panic").late, 1);
+        });
+    }
+
+    /// Whoever listens has lost its CPU, and does not hear; the one that waits is woken again and again, and not by the answer.
+    #[test]
+    fn who_has_answered_in_time_is_not_late_though_whoever_waits_wakes_after_the_deadline() {
+        let hub = hub_for(Duration::from_millis(50), ExportPolicy::Keep);
+        hub.state().listening = Listening::All;
+        let far = Far::of(&hub);
+        hub.tell(5, far.importer, &[Gfn(7)]);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| hub.wait(5));
+            until(&hub, |state| state.waiters == 1);
+            // It has looked, and sleeps.
+            std::thread::sleep(Duration::from_millis(10));
+            far.ack(5);
+            while !waits.is_finished() {
+                hub.answered.notify_all();
+            }
+            assert_eq!(waits.join().expect("no panic").late, 0);
+        });
+    }
+
+    #[test]
+    fn the_slowest_is_who_is_waited_for_alone() {
+        let hub = patient();
+        let fars = [(); 3].map(|()| Far::of(&hub));
+        // All have answered when somebody looks: nobody knows who was last.
+        fars.iter().for_each(|far| hub.tell(5, far.importer, &[Gfn(7)]));
+        fars.iter().for_each(|far| far.ack(5));
+        assert_eq!(hub.wait(5), Answers { slowest: None, late: 0 });
+        // The first to be told is seen to be the last to answer.
+        fars.iter().for_each(|far| hub.tell(6, far.importer, &[Gfn(7)]));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| hub.wait(6));
+            fars[1..].iter().for_each(|far| far.ack(6));
+            let is_alone = |state: &State| state.rounds[&6].answers.slowest == Some(fars[0].importer);
+            until(&hub, is_alone);
+            fars[0].ack(6);
+            assert_eq!(waits.join().expect("no panic"), Answers { slowest: Some(fars[0].importer), late: 0 });
         });
     }
 

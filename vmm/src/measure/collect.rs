@@ -232,7 +232,7 @@ pub struct Ended {
     pub ended: u64,
 }
 
-/// How often an importer was the slowest, and for how long it had to be waited for then, beyond the vCPUs.
+/// How often an importer was waited for when all others had answered, and how long importers took then, beyond the vCPUs.
 #[derive(Clone, Debug)]
 pub struct Slowest {
     /// Its number.
@@ -246,7 +246,7 @@ pub struct Slowest {
 pub struct Collected {
     /// In the order in which they came first.
     pub groups: Vec<Group>,
-    /// Importers that were the slowest of those told.
+    /// Importers that were the slowest of those told, where that is known.
     pub slowest: Vec<Slowest>,
     /// Records are counted by how many importers were told, too.
     pub by_told: bool,

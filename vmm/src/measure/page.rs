@@ -72,7 +72,7 @@ fn slowest(report: &Report) -> String {
             show(one.p50),
             show(one.max)
         ),
-        None => "no importer was waited for".into(),
+        None => "no importer was waited for alone".into(),
     }
 }
 

@@ -42,7 +42,7 @@ pub struct Report {
     /// The same as `causes` has for starts, by how many importers were told; empty where none were asked for.
     #[serde(default)]
     pub told: Vec<CauseReport>,
-    /// Those importers that were the slowest of those told, and how long they were waited for then beyond the vCPUs.
+    /// Those importers that were waited for when all others of those told had answered, and how long that took beyond the vCPUs.
     #[serde(default)]
     pub slowest: Vec<Times>,
     /// Sleeps of vCPUs at the gates of pages that were changing hands.
@@ -417,6 +417,10 @@ impl Setting {
 fn end(findings: &Findings, summary: &Summary) -> String {
     match findings.why {
         Stop::NoImporters => findings.trouble.clone().unwrap_or_else(|| "there were no importers".into()),
+        Stop::NoStart => {
+            "no invalidation began in its time: the machine has too much else to do; give it longer (--for)"
+                .into()
+        }
         Stop::Done => "all of it was measured".into(),
         Stop::Interrupted => "it was interrupted".into(),
         Stop::GuestEnded => format!("the guest's run ended: {}", summary.end),
@@ -539,7 +543,11 @@ impl Report {
         }
         if let Some(slowest) = self.slowest.iter().max_by_key(|one| one.count) {
             let all: u64 = self.slowest.iter().map(|one| one.count).sum();
-            writeln!(f, "slowest: {}, {} times of {all}", slowest.name, slowest.count)?;
+            let (name, times) = (&slowest.name, slowest.count);
+            writeln!(
+                f,
+                "slowest: {name}, {times} times of the {all} when one importer was waited for alone"
+            )?;
         }
         let Starts { planned, begun, late } = self.starts;
         writeln!(
@@ -636,7 +644,7 @@ pub(super) mod tests {
         let text = example().to_string();
         for part in [
             "importers in turn: 1, 8, answering after 1.00ms, all told and then all awaited, of pages that no vCPU touches",
-            "slowest: importer 3, 8 times of 10",
+            "slowest: importer 3, 8 times of the 10 when",
             "told-8",
             "1.50 x kick",
         ] {
