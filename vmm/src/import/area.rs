@@ -27,7 +27,8 @@ pub const PAGE: usize = PAGE_SIZE as usize;
 #[derive(Clone, Copy, Debug, Default)]
 struct Page {
     granted: Option<Rights>,
-    /// The last time that it was taken away, by the exporter's clock.
+    /// When it was last granted and when it was last taken away, by the exporter's clock.
+    order: u64,
     taken: u64,
 }
 
@@ -39,6 +40,10 @@ pub enum Rights {
     /// To be written too.
     Write,
 }
+
+/// A page was granted at this time of the exporter's clock, and had not been taken away when it was touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granted(u64);
 
 /// Part of a segment.
 #[derive(Debug)]
@@ -72,8 +77,9 @@ impl Area {
         let mut pages = self.pages();
         for index in (first..first.saturating_add(count)).filter_map(|frame| self.index(frame)) {
             let page = &mut pages[index];
-            if page.taken <= order && page.granted != Some(Rights::Write) {
-                page.granted = Some(rights);
+            if page.taken <= order {
+                page.granted = if page.granted == Some(Rights::Write) { page.granted } else { Some(rights) };
+                page.order = order;
             }
         }
     }
@@ -98,23 +104,41 @@ impl Area {
         Ok(count)
     }
 
-    /// Copies out of a page if it is granted; false if not.
-    pub fn read(&self, frame: u32, offset: usize, bytes: &mut [u8]) -> bool {
-        let pages = self.pages();
-        let Some(index) = self.index(frame).filter(|index| pages[*index].granted.is_some()) else {
-            return false;
-        };
-        let page = self.region.as_volatile_slice();
-        offset + bytes.len() <= PAGE && page.read_slice(bytes, index * PAGE + offset).is_ok()
+    /// No page is granted any more, nor will be.
+    pub fn close(&self) -> io::Result<()> {
+        self.pages().fill(Page { granted: None, order: 0, taken: u64::MAX });
+        drop_translations(&self.region.as_volatile_slice())
     }
 
-    /// Copies into a page if it is granted to be written; false if not.
-    pub fn write(&self, frame: u32, offset: usize, bytes: &[u8]) -> bool {
+    /// Copies out of a page if it is granted: since when.
+    pub fn read(&self, frame: u32, offset: usize, bytes: &mut [u8]) -> Option<Granted> {
         let pages = self.pages();
-        let writable = |index: &usize| pages[*index].granted == Some(Rights::Write);
-        let Some(index) = self.index(frame).filter(writable) else { return false };
+        let (index, granted) = self.granted_at(&pages, frame, Rights::Read)?;
         let page = self.region.as_volatile_slice();
-        offset + bytes.len() <= PAGE && page.write_slice(bytes, index * PAGE + offset).is_ok()
+        let fits = offset.checked_add(bytes.len()).is_some_and(|end| end <= PAGE);
+        (fits && page.read_slice(bytes, index * PAGE + offset).is_ok()).then_some(granted)
+    }
+
+    /// Copies into a page if it is granted to be written: since when.
+    pub fn write(&self, frame: u32, offset: usize, bytes: &[u8]) -> Option<Granted> {
+        let pages = self.pages();
+        let (index, granted) = self.granted_at(&pages, frame, Rights::Write)?;
+        let page = self.region.as_volatile_slice();
+        let fits = offset.checked_add(bytes.len()).is_some_and(|end| end <= PAGE);
+        (fits && page.write_slice(bytes, index * PAGE + offset).is_ok()).then_some(granted)
+    }
+
+    /// Whether the page has not been taken away since then.
+    pub fn stands(&self, frame: u32, granted: Granted) -> bool {
+        let pages = self.pages();
+        self.granted_at(&pages, frame, Rights::Read).is_some_and(|(_, now)| now == granted)
+    }
+
+    fn granted_at(&self, pages: &[Page], frame: u32, rights: Rights) -> Option<(usize, Granted)> {
+        let index = self.index(frame)?;
+        let page = &pages[index];
+        let granted = page.granted.is_some_and(|has| has == rights || has == Rights::Write);
+        granted.then_some((index, Granted(page.order)))
     }
 
     /// Pages granted now.
@@ -149,12 +173,12 @@ mod tests {
     fn a_granted_page_is_its_segments_and_one_taken_away_is_nothing() {
         let (area, _file) = area();
         let mut bytes = [0; 4];
-        assert!(!area.read(105, 0, &mut bytes));
+        assert_eq!(area.read(105, 0, &mut bytes), None);
         area.grant(105, 1, Rights::Read, 10);
-        assert!(area.read(105, 0, &mut bytes) && &bytes == b"five");
-        assert!(!area.write(105, 0, b"six "), "it was granted to be read");
+        assert_eq!((area.read(105, 0, &mut bytes), &bytes), (Some(Granted(10)), b"five"));
+        assert_eq!(area.write(105, 0, b"six "), None, "it was granted to be read");
         assert_eq!(area.take_away(&[1, 105, 106, 999], 11).ok(), Some(1));
-        assert!(!area.read(105, 0, &mut bytes));
+        assert_eq!(area.read(105, 0, &mut bytes), None);
         assert_eq!(area.granted(), 0);
     }
 
@@ -163,11 +187,35 @@ mod tests {
         let (area, file) = area();
         area.take_away(&[105], 11).expect("nothing is mapped");
         area.grant(104, 2, Rights::Write, 10);
-        assert!(!area.read(105, 0, &mut [0; 4]) && area.read(104, 0, &mut [0; 4]));
+        let read = |frame| area.read(frame, 0, &mut [0; 4]);
+        assert_eq!((read(105), read(104)), (None, Some(Granted(10))));
         area.grant(105, 1, Rights::Write, 12);
-        assert!(area.write(105, PAGE - 4, b"last") && !area.write(105, PAGE - 3, b"last"));
+        let write = |offset| area.write(105, offset, b"last");
+        assert_eq!((write(PAGE - 4), write(PAGE - 3), write(usize::MAX)), (Some(Granted(12)), None, None));
         let mut bytes = [0; 4];
         file.read_at(&mut bytes, 6 * PAGE_SIZE - 4).expect("memory");
         assert_eq!(&bytes, b"last");
+    }
+
+    /// Whoever has touched a page learns whether it was still its own then.
+    #[test]
+    fn a_page_that_was_taken_away_and_granted_again_does_not_stand() {
+        let (area, _file) = area();
+        area.grant(105, 1, Rights::Write, 10);
+        let read = area.read(105, 0, &mut [0; 4]).expect("it is granted");
+        assert!(area.stands(105, read) && !area.stands(104, read) && !area.stands(999, read));
+        area.take_away(&[105], 11).expect("it is mapped");
+        assert!(!area.stands(105, read));
+        area.grant(105, 1, Rights::Read, 12);
+        assert!(!area.stands(105, read));
+    }
+
+    #[test]
+    fn a_closed_area_has_no_page_and_gets_none() {
+        let (area, _file) = area();
+        area.grant(105, 1, Rights::Write, 10);
+        area.close().expect("it is mapped");
+        area.grant(105, 1, Rights::Write, 1 << 60);
+        assert_eq!((area.granted(), area.read(105, 0, &mut [0; 4])), (0, None));
     }
 }

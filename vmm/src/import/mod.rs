@@ -11,7 +11,8 @@
 //! | command | `umbra import` |
 //! | line | the pages that the guest wants back |
 //!
-//! Holds: a guest that is slow, silent or hostile costs [`PATIENCE`] once: one that has left a question unanswered is asked no more.
+//! Holds: INV-IMPORT-2, what [`Attachment::read`] returns was in the page while it was ours, however late we are, and whatever has become
+//! of the connection. A guest that is slow, silent or hostile costs [`PATIENCE`] once: one that has left a question unanswered is asked no more.
 //! Nothing that it sends is believed beyond a number's type, and that a line is a socket which can be shut down.
 
 mod area;
@@ -22,7 +23,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,19 +31,23 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketType, shutdown};
 
+use umbra_mmu::PAGE_SIZE;
+
 pub use area::{PAGE, Rights};
 pub use command::{ImportArgs, Report};
 pub use line::{Manners, Stats};
 
 use crate::export::protocol::{Code, FAULT_MAX, Reply, Request, VERSION};
 use crate::export::receive;
-use area::Area;
+use area::{Area, Granted};
 use line::Line;
 
 /// How long a question and its answer may take.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a page is asked for that is held where it is, or taken away before we have it, until that is an error.
 const ATTEMPTS_MAX: u32 = 200;
+/// Frames of the largest guest: 64 GiB, all that a 32-bit guest's page tables can name.
+const FRAMES_MAX: u32 = 1 << 24;
 
 /// Why something was not imported.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +90,8 @@ struct Talk {
     socket: OwnedFd,
     /// The last question's tag; held from a question until its answer.
     asking: Mutex<u64>,
+    /// Held from a question about pages until its answer is in force.
+    paging: Mutex<()>,
     /// Why nothing can be asked any more.
     ended: OnceLock<String>,
 }
@@ -116,10 +123,9 @@ pub struct Access {
 #[derive(Debug)]
 pub struct Attachment {
     talk: Arc<Talk>,
+    line: Arc<Line>,
     area: Arc<Area>,
     number: u32,
-    /// Held from a question about pages until its answer is in force.
-    asking: Mutex<()>,
     /// Its first guest frame.
     pub first: u32,
     /// How many.
@@ -135,7 +141,7 @@ impl Importer {
     pub fn connect(path: &Path, manners: Manners) -> Result<Importer, ImportError> {
         let socket = crate::export::connect(path)
             .map_err(|source| ImportError::Connect { path: path.to_owned(), source })?;
-        let talk = Arc::new(Talk { socket, asking: Mutex::default(), ended: OnceLock::new() });
+        let talk = Arc::new(Talk::new(socket));
         let (number, deadline_micros, line) =
             match talk.ask(&Request::Hello { least: VERSION, most: VERSION })? {
                 (Reply::Welcome { importer, deadline_micros, .. }, Some(line)) => {
@@ -195,7 +201,9 @@ impl Importer {
     pub fn get(&self, segment: u32, write: bool) -> Result<Access, ImportError> {
         match self.talk.ask(&Request::Get { segment, write })? {
             (Reply::Got { access, first, pages, .. }, Some(file)) => {
-                Ok(Access { number: access, file: file.into(), first, pages, write })
+                let file = File::from(file);
+                check_segment(first, pages, file.metadata()?.len())?;
+                Ok(Access { number: access, file, first, pages, write })
             }
             (reply, _) => Err(unexpected(&reply)),
         }
@@ -220,11 +228,13 @@ impl Importer {
         let Reply::Attached { attachment: number } = reply else { return Err(unexpected(&reply)) };
         let offset = first.checked_sub(access.first);
         let offset =
-            offset.ok_or_else(|| ImportError::Protocol("an attachment before its segment".into()))?;
+            offset.filter(|offset| pages.checked_add(*offset).is_some_and(|end| end <= access.pages));
+        let offset =
+            offset.ok_or_else(|| ImportError::Protocol("an attachment beyond its segment".into()))?;
         let area = Arc::new(Area::new(access.file.try_clone()?, first, offset, pages, access.write)?);
-        self.line.add(&area);
-        let asking = Mutex::default();
-        Ok(Attachment { talk: Arc::clone(&self.talk), area, number, asking, first, pages })
+        self.line.add(&area)?;
+        let (talk, line) = (Arc::clone(&self.talk), Arc::clone(&self.line));
+        Ok(Attachment { talk, line, area, number, first, pages })
     }
 
     /// Where pages of a segment are: a byte each, as the protocol has it.
@@ -282,7 +292,7 @@ impl Attachment {
     ///
     /// When the first cannot be had.
     pub fn fault(&self, first: u32, pages: u32, rights: Rights) -> Result<u32, ImportError> {
-        let _one_at_a_time = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.talk.paging();
         let (attachment, pages) = (self.number, pages.min(FAULT_MAX));
         let request = Request::Fault { attachment, first, pages, write: rights == Rights::Write };
         let (reply, _) = self.talk.ask(&request)?;
@@ -310,16 +320,16 @@ impl Attachment {
         self.with(frame, Rights::Write, || self.area.write(frame, offset, bytes))
     }
 
-    /// Gives pages up before anybody asks.
+    /// Gives pages up before anybody asks, in all attachments of this importer.
     ///
     /// # Errors
     ///
     /// When they are not of the attachment.
     pub fn give_up(&self, first: u32, pages: u32) -> Result<(), ImportError> {
-        let _one_at_a_time = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.talk.paging();
         let end = first.saturating_add(pages);
         let frames: Vec<u32> = (first..end.min(self.first + self.pages)).collect();
-        self.area.take_away(&frames, 0)?;
+        self.line.take_away(&frames)?;
         self.talk.do_it(&Request::GiveUp { attachment: self.number, first, pages })
     }
 
@@ -328,10 +338,18 @@ impl Attachment {
         self.area.granted()
     }
 
-    fn with(&self, frame: u32, rights: Rights, mut touch: impl FnMut() -> bool) -> Result<(), ImportError> {
+    fn with(
+        &self,
+        frame: u32,
+        rights: Rights,
+        mut touch: impl FnMut() -> Option<Granted>,
+    ) -> Result<(), ImportError> {
         for _ in 0..ATTEMPTS_MAX {
-            if touch() {
-                return Ok(());
+            if let Some(granted) = touch() {
+                self.line.catch_up().map_err(|error| self.talk.over(error.to_string()))?;
+                if self.area.stands(frame, granted) {
+                    return Ok(());
+                }
             }
             match self.fault(frame, 1, rights) {
                 Ok(_) => {}
@@ -356,6 +374,14 @@ impl Drop for Attachment {
 }
 
 impl Talk {
+    fn new(socket: OwnedFd) -> Talk {
+        Talk { socket, asking: Mutex::default(), paging: Mutex::default(), ended: OnceLock::new() }
+    }
+
+    fn paging(&self) -> MutexGuard<'_, ()> {
+        self.paging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn do_it(&self, request: &Request) -> Result<(), ImportError> {
         match self.ask(request)? {
             (Reply::Done, _) => Ok(()),
@@ -426,6 +452,17 @@ impl Talk {
     }
 }
 
+/// A segment is some pages of a guest's memory, and its file has them all.
+fn check_segment(first: u32, pages: u32, bytes: u64) -> Result<(), ImportError> {
+    let is_memory = first.checked_add(pages).is_some_and(|end| end <= FRAMES_MAX);
+    if pages > 0 && is_memory && bytes / PAGE_SIZE >= u64::from(pages) {
+        return Ok(());
+    }
+    Err(ImportError::Protocol(format!(
+        "a segment of {pages} pages from guest frame {first:#x} on, in a file of {bytes} bytes"
+    )))
+}
+
 /// Whether it is a socket that a thread which hears it can be called from.
 fn is_line(line: &OwnedFd) -> bool {
     let domain = socket_domain(line).is_ok_and(|domain| domain == AddressFamily::UNIX);
@@ -449,7 +486,7 @@ mod tests {
     /// What comes of a question and another, where the guest says this to the first and hangs up if it does at all.
     fn answered(says: &[(u64, Reply)], hangs_up: bool) -> [Result<Reply, ImportError>; 2] {
         let (ours, guest) = pair(SocketType::SEQPACKET);
-        let talk = Talk { socket: ours, asking: Mutex::new(6), ended: OnceLock::new() };
+        let talk = Talk { asking: Mutex::new(6), ..Talk::new(ours) };
         for (tag, reply) in says {
             rustix::net::send(&guest, &reply.encode(*tag), SendFlags::NOSIGNAL).expect("room");
         }
@@ -500,6 +537,25 @@ mod tests {
         }
         let [first, _] = answered(&[], true);
         ended(&first, "it has hung up");
+    }
+
+    #[test]
+    fn a_segment_that_cannot_be_is_no_segment() {
+        const PAGES: u64 = PAGE_SIZE;
+        for (first, pages, bytes) in [(0, 1, PAGES), (16, 4, 4 * PAGES), (FRAMES_MAX - 1, 1, 9 * PAGES)] {
+            assert!(check_segment(first, pages, bytes).is_ok(), "{first} {pages} {bytes}");
+        }
+        let wrong = [
+            (0, 0, PAGES),
+            (0, 2, PAGES),
+            (u32::MAX, 1, PAGES),
+            (1, u32::MAX, u64::MAX),
+            (FRAMES_MAX, 1, PAGES),
+            (16, FRAMES_MAX - 15, u64::MAX),
+        ];
+        for (first, pages, bytes) in wrong {
+            assert!(check_segment(first, pages, bytes).is_err(), "{first} {pages} {bytes}");
+        }
     }
 
     #[test]
