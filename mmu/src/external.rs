@@ -62,6 +62,9 @@ use crate::rules::Rule;
 use crate::scope::MemAlloc;
 use crate::sync::{AtomicU32, AtomicU64, Lock, Ordering, fence, point, thread};
 
+/// How often a closing segment's pages are waited for that are held where they are, about 3 s in all.
+const CLOSING_NAPS_MAX: u32 = 20_000;
+
 /// An importer. Its number is never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ImporterId(pub u32);
@@ -83,7 +86,7 @@ pub trait External: Send + Sync + std::fmt::Debug {
 /// What importers made of being told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Answers {
-    /// Who answered last, or is late.
+    /// Who was waited for when all others had answered, if there was one.
     pub slowest: Option<ImporterId>,
     /// How many have not answered in their time.
     pub late: u32,
@@ -156,6 +159,22 @@ pub enum NotImported {
         why: &'static str,
     },
     /// It cannot be brought in.
+    #[error(transparent)]
+    Short(#[from] Shortage),
+}
+
+/// Why a segment was not closed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotClosed {
+    /// A page stays where it is for too long.
+    #[error("guest frame {gfn} does not leave its segment: it is {why}")]
+    Held {
+        /// The page.
+        gfn: Gfn,
+        /// By what.
+        why: &'static str,
+    },
+    /// There is no frame for one.
     #[error(transparent)]
     Short(#[from] Shortage),
 }
@@ -315,10 +334,11 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// When there is no frame for a page: the segment is closed to importers, and the call can be made again.
-    pub fn close_segment(&self, id: SegmentId) -> Result<(), Shortage> {
+    /// When there is no frame for a page, or it is pinned for long: the segment is closed to importers, and the call can be made again.
+    pub fn close_segment(&self, id: SegmentId) -> Result<(), NotClosed> {
         pool::assert_none_held();
         let Some(segment) = self.shut(id) else { return Ok(()) };
+        let mut naps = 0;
         let pages: Vec<Gfn> = (segment.first.0..segment.first.0 + segment.pages).map(Gfn).collect();
         pages.chunks(BATCH_MAX).for_each(|batch| self.revoke(batch));
         for gfn in pages {
@@ -326,10 +346,15 @@ impl Mmu {
             // By the frame: a page that somebody else takes away is gone before its home is.
             while self.frames.gfn(home).is_some() {
                 let at_home = self.p2m.lookup(gfn) == PageState::Resident(home);
-                if !(at_home && self.move_out(None, gfn)?) {
-                    self.buckets.wait(gfn);
-                    thread::yield_now();
+                if at_home && self.move_out(None, gfn)? {
+                    continue;
                 }
+                if naps == CLOSING_NAPS_MAX {
+                    return Err(NotClosed::Held { gfn, why: self.held_by(gfn) });
+                }
+                naps += 1;
+                self.buckets.wait(gfn);
+                thread::nap();
             }
         }
         Ok(())

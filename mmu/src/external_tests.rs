@@ -379,6 +379,22 @@ fn low_memory_goes_home_and_back_and_is_still_promised_its_frames() {
 }
 
 #[test]
+fn a_segment_with_a_page_that_stays_is_not_closed_and_can_be_later() {
+    let house = House::new();
+    let segment = house.segment(true);
+    house.store(PAGE, 3);
+    house.import(ANNA, segment, PAGE);
+    let pinned = house.mmu.pin_page(PAGE).expect("it is memory");
+    let held = NotClosed::Held { gfn: PAGE, why: "pinned by a window" };
+    assert_eq!(house.mmu.close_segment(segment), Err(held));
+    assert!(house.mmu.import_page(ANNA, segment, FIRST, false).is_err(), "it is closed to importers");
+    house.mmu.frames.unpin(pinned);
+    assert_eq!(house.mmu.close_segment(segment), Ok(()));
+    assert_eq!((house.outside(PAGE), house.load(PAGE)), (0, 3));
+    house.audit();
+}
+
+#[test]
 fn an_importer_that_goes_leaves_nothing_behind() {
     let house = House::new();
     let segment = house.segment(true);

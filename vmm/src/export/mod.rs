@@ -34,7 +34,6 @@ use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -54,6 +53,7 @@ use protocol::{Code, MESSAGE_MAX, Reply, Request, VERSION};
 pub use segments::Segments;
 use session::Session;
 
+use crate::socket::Listener;
 use crate::vm::{Ending, add};
 
 /// The most connections at once; more are turned away, unless one has not said hello.
@@ -77,7 +77,7 @@ pub struct Exporter {
 /// The socket and who has connected.
 pub struct ExportSocket {
     path: Option<PathBuf>,
-    listener: OwnedFd,
+    listener: Listener,
     clients: Vec<Client>,
     workers: Vec<JoinHandle<()>>,
     exporter: Exporter,
@@ -87,6 +87,8 @@ pub struct ExportSocket {
 /// A connection. Its place is free again once the thread that serves it has ended.
 struct Client {
     socket: Arc<OwnedFd>,
+    /// Whoever has connected, if it can be known: from the first moment on, for its number may be another's once it has ended.
+    process: Option<OwnedFd>,
     stage: Stage,
 }
 
@@ -112,11 +114,7 @@ impl ExportSocket {
     ///
     /// When the path is taken or cannot be made.
     pub fn bind(path: &Path, exporter: Exporter, ending: Ending) -> io::Result<ExportSocket> {
-        let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-        if is_socket && connect(path).is_err() {
-            fs::remove_file(path)?;
-        }
-        let listener = listen(path)?;
+        let listener = Listener::bind(path, SocketType::SEQPACKET)?;
         Ok(ExportSocket {
             path: Some(path.to_owned()),
             listener,
@@ -127,9 +125,9 @@ impl ExportSocket {
         })
     }
 
-    fn accept(&mut self, ops: &mut EventOps) {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let Ok(socket) = rustix::net::accept_with(&self.listener, flags) else { return };
+    fn accept(&mut self, fd: RawFd, ops: &mut EventOps) {
+        let Some(socket) = self.listener.accept(fd, ops) else { return };
+        let process = process_of(&socket);
         self.workers.retain(|worker| !worker.is_finished());
         let serving = self.workers.len();
         let new = self.clients.iter().filter(|client| matches!(client.stage, Stage::New)).count();
@@ -146,7 +144,7 @@ impl ExportSocket {
         }
         let socket = Arc::new(socket);
         add(ops, Events::new(&*socket, EventSet::IN));
-        self.clients.push(Client { socket, stage: Stage::New });
+        self.clients.push(Client { socket, process, stage: Stage::New });
     }
 
     /// Parts with the connection that has said nothing for longest; false if there is none.
@@ -216,7 +214,8 @@ impl ExportSocket {
         let no_host = |error: io::Error| {
             Parting::Told(Code::Host, format!("the host has nothing left for it: {error}"))
         };
-        let (importer, line) = hub.welcome(Arc::clone(&socket), process_of(&socket)).map_err(no_host)?;
+        let process = self.clients[at].process.take();
+        let (importer, line) = hub.welcome(Arc::clone(&socket), process).map_err(no_host)?;
         let deadline_micros = u32::try_from(hub.deadline().as_micros()).unwrap_or(u32::MAX);
         let requests_max = REQUESTS_MAX as u32;
         let welcome =
@@ -224,15 +223,10 @@ impl ExportSocket {
         let (requests, served) = sync_channel(REQUESTS_MAX);
         let (exporter, ending) = (self.exporter.clone(), self.ending.clone());
         let work = move || ending.watch("importer", || serve_all(&exporter, importer, &served));
-        let worker = std::thread::Builder::new().name(format!("importer {}", importer.0)).spawn(work);
-        match worker {
-            Ok(worker) => self.workers.push(worker),
-            Err(error) => {
-                hub.part(importer);
-                return Err(no_host(error));
-            }
-        }
+        // Whatever becomes of it now, it is parted with as an importer.
         self.clients[at].stage = Stage::Welcome(importer, requests);
+        let worker = std::thread::Builder::new().name(format!("importer {}", importer.0)).spawn(work);
+        self.workers.push(worker.map_err(no_host)?);
         send_with(&socket, &welcome.encode(tag), &line).map(drop).map_err(|_| Parting::Gone)
     }
 
@@ -245,7 +239,10 @@ impl ExportSocket {
         }
         match client.stage {
             Stage::New => drop(rustix::net::shutdown(&*client.socket, rustix::net::Shutdown::Both)),
-            Stage::Welcome(importer, _) => self.exporter.hub.part(importer),
+            Stage::Welcome(importer, _) => {
+                self.exporter.segments.leave(importer);
+                self.exporter.hub.part(importer);
+            }
         }
     }
 }
@@ -269,13 +266,13 @@ impl Drop for ExportSocket {
 impl MutEventSubscriber for ExportSocket {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.fd() {
-            fd if fd == self.listener.as_raw_fd() => self.accept(ops),
+            fd if self.listener.is_of(fd) => self.accept(fd, ops),
             fd => self.serve(fd, ops),
         }
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        add(ops, Events::new(&self.listener, EventSet::IN));
+        self.listener.watch(ops);
     }
 }
 
@@ -384,18 +381,4 @@ pub fn receive(socket: &OwnedFd) -> io::Result<Option<(u64, Reply, Option<OwnedF
     let (tag, reply) =
         Reply::parse(&buffer[..received.bytes]).map_err(|why| io::Error::other(why.to_string()))?;
     Ok(Some((tag, reply, descriptor)))
-}
-
-/// Listens at `path`, where only this user may connect from the first moment on.
-fn listen(path: &Path) -> io::Result<OwnedFd> {
-    const BACKLOG: i32 = 16;
-    const MODE: u32 = 0o600;
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    // A socket's mode before it is bound is what its file gets, less the umask.
-    rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(MODE))?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket)
 }

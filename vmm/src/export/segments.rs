@@ -4,24 +4,26 @@
 //! memory slot of its own. It cannot change its size, so that nobody who has a descriptor can take memory from under us. Readers get
 //! a descriptor of their own, opened for reading.
 //!
-//! Holds: INV-SEG-1, a segment's file and slot are there before its number is told, and until none of its homes has a page.
+//! Holds: INV-SEG-1, a segment's file and slot are there before its number is told, and until none of its homes has a page. INV-SEG-2, an
+//! importer that is slow to leave a segment keeps nobody from another.
 //!
-//! Locks: one, held while a segment is made or removed, which may sleep; never by the event loop.
+//! Locks: one, held while a segment is made, and not while its pages leave it; never by the event loop. In it a leaf, who has gone.
 //!
 //! Limits: [`SEGMENTS_MAX`] segments. Whoever has the descriptor of a segment to write may write all of it, and take pages out of it:
 //! the guest then reads zeros there. The same user may open a descriptor again to write, by /proc, once it has changed the file's
 //! mode; against that, nothing helps that leaves us the fence.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::SealFlags;
-use umbra_mmu::external::{ImporterId, NoSegment, SegmentId};
-use umbra_mmu::{Gfn, Mfn, Mmu, PAGE_SIZE, Shortage};
+use umbra_mmu::external::{ImporterId, NoSegment, NotClosed, SegmentId};
+use umbra_mmu::{Gfn, Mfn, Mmu, PAGE_SIZE};
 
 use crate::kvm::{KvmError, KvmVm};
 use crate::machine::{Pool, PoolError, memory_file};
@@ -57,7 +59,7 @@ pub enum SegmentError {
     Kvm(#[from] KvmError),
     /// Its pages cannot be moved away.
     #[error(transparent)]
-    Short(#[from] Shortage),
+    NotClosed(#[from] NotClosed),
 }
 
 /// A segment, for those who have access to it.
@@ -75,6 +77,19 @@ pub struct Segment {
     file: Arc<File>,
     /// Its memory slot's number among those of segments.
     slot: u32,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Whoever asks for it has access.
+    Open,
+    /// Somebody removes it.
+    Closing,
+    /// It could not be removed: nobody has access.
+    Stuck,
+    /// The same, and whoever has made it has gone.
+    Orphaned,
 }
 
 /// All segments of a guest.
@@ -85,6 +100,10 @@ pub struct Segments {
     /// Where vCPUs are KVM's.
     vm: Option<Arc<KvmVm>>,
     list: Mutex<Vec<Segment>>,
+    /// What those sleep on who wait for a segment to go.
+    changed: Condvar,
+    /// Importers that have gone, and whose segments are still to.
+    gone: Mutex<BTreeSet<ImporterId>>,
     /// The run ends: segments stay as they are.
     retired: AtomicBool,
 }
@@ -92,15 +111,31 @@ pub struct Segments {
 impl Segments {
     /// None yet.
     pub fn new(mmu: Arc<Mmu>, pool: Arc<Pool>, vm: Option<Arc<KvmVm>>) -> Segments {
-        Segments { mmu, pool, vm, list: Mutex::default(), retired: AtomicBool::new(false) }
+        Segments {
+            mmu,
+            pool,
+            vm,
+            list: Mutex::default(),
+            changed: Condvar::new(),
+            gone: Mutex::default(),
+            retired: AtomicBool::new(false),
+        }
     }
 
     /// The run ends: no segment is removed any more because its importer has gone.
     pub fn retire(&self) {
+        let list = self.list();
         self.retired.store(true, Ordering::Release);
+        drop(list);
+        self.changed.notify_all();
     }
 
-    /// Makes a segment, which is `owner`'s and goes with it.
+    /// This importer has gone, and [`Segments::remove_all_of`] is to follow. Waits for nobody.
+    pub fn leave(&self, owner: ImporterId) {
+        self.gone().insert(owner);
+    }
+
+    /// Makes a segment, which is `owner`'s and goes with it. Waits for others that are about to go to make room. May sleep.
     ///
     /// # Errors
     ///
@@ -112,15 +147,32 @@ impl Segments {
         pages: u32,
         writable: bool,
     ) -> Result<Segment, SegmentError> {
+        self.remove_orphans();
         let mut list = self.list();
-        if list.len() >= SEGMENTS_MAX {
-            return Err(SegmentError::Limit);
-        }
+        let id = loop {
+            if list.len() >= SEGMENTS_MAX {
+                return Err(SegmentError::Limit);
+            }
+            match self.mmu.make_segment(first, pages, writable) {
+                Err(NoSegment::Overlaps { other, .. }) if self.is_going(&list, other) => {
+                    list = self.changed.wait(list).unwrap_or_else(PoisonError::into_inner);
+                }
+                made => break made?,
+            }
+        };
         let slot = (0..).find(|slot| list.iter().all(|segment| segment.slot != *slot)).unwrap_or_default();
-        let id = self.mmu.make_segment(first, pages, writable)?;
         match self.back(first, pages, slot) {
             Ok(file) => {
-                let segment = Segment { id, first, pages, writable, owner, file: Arc::new(file), slot };
+                let segment = Segment {
+                    id,
+                    first,
+                    pages,
+                    writable,
+                    owner,
+                    file: Arc::new(file),
+                    slot,
+                    stage: Stage::Open,
+                };
                 list.push(segment.clone());
                 Ok(segment)
             }
@@ -129,6 +181,17 @@ impl Segments {
                 Err(error)
             }
         }
+    }
+
+    /// Somebody is about to remove it.
+    fn is_going(&self, list: &[Segment], id: SegmentId) -> bool {
+        let segment = list.iter().find(|segment| segment.id == id);
+        let is_going = |segment: &Segment| match segment.stage {
+            Stage::Closing => true,
+            Stage::Open | Stage::Stuck => self.gone().contains(&segment.owner),
+            Stage::Orphaned => false,
+        };
+        segment.is_some_and(is_going) && !self.retired.load(Ordering::Acquire)
     }
 
     /// Puts a file where the homes of these pages are.
@@ -150,49 +213,89 @@ impl Segments {
         Ok(self.mmu.homes_of(first).ok_or(NoSegment::Closed)?)
     }
 
-    /// Removes a segment of `owner`'s. Every importer loses it.
+    /// Removes a segment of `owner`'s. Every importer loses it. May sleep.
     ///
     /// # Errors
     ///
-    /// When it is not its, or there is no frame for a page of it: it stays, and nobody has access any more.
+    /// When it is not its, or a page of it cannot leave it now: it stays, nobody has access any more, and the call can be made again.
     pub fn remove(&self, owner: ImporterId, id: u32) -> Result<(), SegmentError> {
-        let mut list = self.list();
         let own = |segment: &Segment| segment.id.0 == id && segment.owner == owner;
-        let at = list.iter().position(own).ok_or(SegmentError::NotOwn(id))?;
-        let Segment { id, first, pages, slot, .. } = list[at];
-        self.mmu.close_segment(id)?;
+        self.remove_first(Stage::Stuck, own).unwrap_or(Err(SegmentError::NotOwn(id)))
+    }
+
+    /// Removes the first segment that nobody removes yet and that is `such`; `None` if there is none. Where it cannot be removed,
+    /// this is its stage then.
+    fn remove_first(
+        &self,
+        failed: Stage,
+        such: impl Fn(&Segment) -> bool,
+    ) -> Option<Result<(), SegmentError>> {
+        let mut list = self.list();
+        let segment = list.iter_mut().find(|segment| segment.stage != Stage::Closing && such(segment))?;
+        segment.stage = Stage::Closing;
+        let (id, first, pages, slot) = (segment.id, segment.first, segment.pages, segment.slot);
+        drop(list);
+        let closed = self.mmu.close_segment(id).map_err(SegmentError::from);
+        let mut list = self.list();
+        let removed = closed.and_then(|()| self.unback(first, pages, slot));
+        match &removed {
+            Ok(()) => {
+                self.mmu.forget_segment(id);
+                list.retain(|segment| segment.id != id);
+            }
+            Err(_) => {
+                let stays = list.iter_mut().find(|segment| segment.id == id);
+                stays.into_iter().for_each(|segment| segment.stage = failed);
+            }
+        }
+        self.changed.notify_all();
+        Some(removed)
+    }
+
+    /// Takes the file away from where the homes of these pages are, none of which has a page.
+    fn unback(&self, first: Gfn, pages: u32, slot: u32) -> Result<(), SegmentError> {
         let home = self.home(first)?;
         if let Some(vm) = &self.vm {
             vm.set_homes_slot(slot, home, 0)?;
         }
-        self.pool.show_homes(home, pages, None)?;
-        self.mmu.forget_segment(id);
-        list.remove(at);
-        Ok(())
+        Ok(self.pool.show_homes(home, pages, None)?)
     }
 
-    /// Removes all segments of an importer that has gone.
+    /// Removes all segments of an importer that has gone. One that cannot be removed now is when another is made. May sleep.
     pub fn remove_all_of(&self, owner: ImporterId) {
         if self.retired.load(Ordering::Acquire) {
             return;
         }
-        let own: Vec<u32> =
-            self.list().iter().filter(|segment| segment.owner == owner).map(|segment| segment.id.0).collect();
-        for id in own {
-            if let Err(error) = self.remove(owner, id) {
-                log::warn!("segment {id} stays, though its importer has gone: {error}");
+        let own = |segment: &Segment| segment.owner == owner && segment.stage != Stage::Orphaned;
+        while let Some(removed) = self.remove_first(Stage::Orphaned, own) {
+            if let Err(error) = removed {
+                log::warn!("a segment stays though its importer has gone, until another is made: {error}");
             }
+        }
+        self.gone().remove(&owner);
+    }
+
+    /// Tries again to remove what nobody owns.
+    fn remove_orphans(&self) {
+        let orphans: Vec<SegmentId> =
+            self.list().iter().filter(|one| one.stage == Stage::Orphaned).map(|one| one.id).collect();
+        for id in orphans {
+            self.remove_first(Stage::Orphaned, |one| one.id == id && one.stage == Stage::Orphaned);
         }
     }
 
-    /// A segment by its number.
+    /// A segment by its number, if it can be had.
     pub fn find(&self, id: u32) -> Option<Segment> {
-        self.list().iter().find(|segment| segment.id.0 == id).cloned()
+        self.list().iter().find(|one| one.id.0 == id && one.stage == Stage::Open).cloned()
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
         self.list().len()
+    }
+
+    fn gone(&self) -> MutexGuard<'_, BTreeSet<ImporterId>> {
+        self.gone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn list(&self) -> MutexGuard<'_, Vec<Segment>> {
@@ -235,6 +338,9 @@ fn segment_file(pages: u32) -> io::Result<File> {
 mod tests {
     use std::os::unix::fs::FileExt;
 
+    use umbra_mmu::window::Intent;
+    use umbra_mmu::{Config, Machine, NoVcpus};
+
     use super::*;
 
     #[test]
@@ -249,6 +355,7 @@ mod tests {
             owner: ImporterId(1),
             file: Arc::new(file),
             slot: 0,
+            stage: Stage::Open,
         };
         let reader = File::from(segment.descriptor(false).expect("a descriptor"));
         let writer = File::from(segment.descriptor(true).expect("a descriptor"));
@@ -262,5 +369,33 @@ mod tests {
         for (first, pages, has) in inside {
             assert_eq!(segment.has(first, pages), has, "{first} {pages}");
         }
+    }
+
+    /// A device has a page of a segment whose owner has gone: it stays, and goes when the device is done.
+    #[test]
+    fn a_segment_that_cannot_go_with_its_owner_goes_when_the_next_is_made() {
+        const PAGES: u32 = 64;
+        let pool = Arc::new(Pool::with_homes(256, PAGES.into()).expect("memory"));
+        let config = Config {
+            low_pages: 4,
+            shadow_pages_max: 64,
+            roots_max: 4,
+            homes: true,
+            ..Config::of_pages(PAGES)
+        };
+        let mmu = Arc::new(Mmu::new(Machine::new(pool.region()), config, Box::new(NoVcpus)));
+        let segments = Segments::new(Arc::clone(&mmu), pool, None);
+        let (gone, next) = (ImporterId(1), ImporterId(2));
+        let segment = segments.make(gone, Gfn(8), 4, false).expect("it is memory");
+        mmu.import_page(gone, segment.id, Gfn(8), false).expect("there are frames");
+        let pinned = mmu.try_take_page(Gfn(8), Intent::Write).expect("it is at home").pass_on();
+        segments.remove_all_of(gone);
+        assert_eq!(segments.count(), 1, "its page cannot leave it");
+        assert!(segments.find(segment.id.0).is_none(), "nobody has access any more");
+        assert!(matches!(segments.remove(next, segment.id.0), Err(SegmentError::NotOwn(_))));
+        drop(pinned);
+        let made = segments.make(next, Gfn(8), 4, false).expect("the other has gone");
+        assert_eq!((segments.count(), mmu.audit()), (1, Vec::new()));
+        assert!(segments.remove(next, made.id.0).is_ok() && segments.count() == 0);
     }
 }

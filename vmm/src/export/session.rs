@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use umbra_mmu::external::{ImporterId, NotImported};
+use umbra_mmu::external::{ImporterId, NotClosed, NotImported};
 use umbra_mmu::{Context, Gfn, LocalStack, Mmu, PAGE_SIZE};
 
 use super::protocol::{
@@ -76,7 +76,8 @@ impl From<SegmentError> for Refusal {
             SegmentError::Limit => Code::Limit,
             SegmentError::None(_) => Code::Beyond,
             SegmentError::NotOwn(_) => Code::Unknown,
-            SegmentError::Short(_) => Code::Short,
+            SegmentError::NotClosed(NotClosed::Short(_)) => Code::Short,
+            SegmentError::NotClosed(NotClosed::Held { .. }) => Code::Held,
             SegmentError::File { .. } | SegmentError::Pool(_) | SegmentError::Kvm(_) => Code::Host,
         };
         Refusal(code, error.to_string())
