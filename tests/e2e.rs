@@ -43,6 +43,8 @@ mod rig;
 mod scenario;
 #[path = "e2e/seeds.rs"]
 mod seeds;
+#[path = "e2e/segments.rs"]
+mod segments;
 #[path = "e2e/series.rs"]
 mod series;
 #[path = "e2e/simulate.rs"]
@@ -79,6 +81,7 @@ fn test() -> ExitCode {
         chaos::cases(),
         cli::cases(),
         export::cases(),
+        segments::cases(),
         guest_scenes::cases(),
         guest_tlb::cases(),
         images::cases(),

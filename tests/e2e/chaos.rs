@@ -27,7 +27,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use umbra::export::protocol::{Reply, Request, VERSION};
-use umbra::import::{ImportError, Importer, Manners};
+use umbra::import::{Attachment, ImportError, Importer, Manners};
 
 use super::export::Raw;
 use super::pressure::env;
@@ -346,24 +346,34 @@ pub(super) fn run(plan: Plan, seed: u64) -> Verdict {
 #[derive(Default)]
 struct Writer {
     first: u32,
-    /// The last value of each page.
-    kept: BTreeMap<u32, u64>,
-    /// Its connection was cut: the last that it wrote may be lost.
-    cut: bool,
+    pages: BTreeMap<u32, Kept>,
+}
+
+/// What a page holds.
+#[derive(Clone, Copy, Default)]
+struct Kept {
+    /// As was last read, or written without an error.
+    sure: u64,
+    /// Or this: writing it came to an error, such as the end of the connection.
+    perhaps: Option<u64>,
+}
+
+impl Kept {
+    /// Whether this may be read; it is what the page holds then.
+    fn agrees(&mut self, found: u64) -> bool {
+        let agrees = found == self.sure || Some(found) == self.perhaps;
+        *self = Kept { sure: found, perhaps: None };
+        agrees
+    }
 }
 
 impl Writer {
-    fn value(page: u32, count: u64) -> u64 {
-        u64::from(page) << 32 | count
-    }
-
     /// Comes, reads and writes, and goes.
     fn live(&mut self, stage: &Stage<'_>, noise: &mut Noise) -> Verdict {
         match self.stay(stage, noise) {
             Ok(verdict) => verdict,
             // Late, on a busy machine, or no room just now.
             Err(_) => {
-                self.cut = true;
                 stage.pause(20);
                 Ok(())
             }
@@ -380,20 +390,14 @@ impl Writer {
                 break;
             }
             let page = self.first + noise.below(OWN);
-            let mut bytes = [0; 8];
-            attachment.read(page, 16, &mut bytes)?;
-            let (found, kept) = (u64::from_le_bytes(bytes), self.kept.get(&page).copied().unwrap_or(0));
-            if found != kept {
-                // Whoever is late is parted with before its page is gone.
-                importer.snapshot(&access, self.first, 1)?;
-                let older = found == 0 || found >> 32 == u64::from(page) && found <= kept;
-                if !(self.cut && older) {
-                    return Ok(Err(format!("page {page:#x} has {found:#x}, and had {kept:#x}").into()));
-                }
+            let kept = self.pages.entry(page).or_default();
+            if let Err(why) = read(&attachment, page, kept)? {
+                return Ok(Err(why));
             }
-            let next = Self::value(page, (kept.max(found) & 0xffff_ffff) + 1);
-            self.kept.insert(page, next);
+            let next = u64::from(page) << 32 | ((kept.sure & 0xffff_ffff) + 1);
+            kept.perhaps = Some(next);
             attachment.write(page, 16, &next.to_le_bytes())?;
+            *kept = Kept { sure: next, perhaps: None };
             if noise.below(8) == 0 {
                 attachment.give_up(page, 1)?;
             }
@@ -402,31 +406,44 @@ impl Writer {
     }
 
     /// What it has left is there, as somebody else reads it.
-    fn check(&self, stage: &Stage<'_>) {
-        let look = || -> Verdict {
+    fn check(&mut self, stage: &Stage<'_>) {
+        let first = self.first;
+        let mut look = || -> Result<Verdict, ImportError> {
             let importer = Importer::connect(&stage.guest.path("export"), Manners::default())?;
-            let segment = importer.make(self.first, OWN, false)?;
+            let segment = importer.make(first, OWN, false)?;
             let access = importer.get(segment, false)?;
-            let attachment = importer.attach(&access, self.first, OWN)?;
-            for (page, kept) in &self.kept {
-                let mut bytes = [0; 8];
-                attachment.read(*page, 16, &mut bytes)?;
-                let found = u64::from_le_bytes(bytes);
-                let older = self.cut && (found == 0 || found >> 32 == u64::from(*page) && found < *kept);
-                ensure!(found == *kept || older, "page {page:#x} is left with {found:#x}, and had {kept:#x}");
+            let attachment = importer.attach(&access, first, OWN)?;
+            for (page, kept) in &mut self.pages {
+                if let Err(why) = read(&attachment, *page, kept)? {
+                    return Ok(Err(why));
+                }
             }
-            Ok(())
+            Ok(Ok(()))
         };
         // The last of those that had these pages may be on its way out.
         let begun = Instant::now();
-        while let Err(why) = look() {
-            if begun.elapsed() > PATIENCE {
-                let mut wrong = stage.wrong.lock().expect("nobody panics with it");
-                return wrong.push(why.message().unwrap_or_default().to_owned());
+        let why = loop {
+            match look() {
+                Ok(Ok(())) => return,
+                Ok(Err(why)) => break why.message().unwrap_or_default().to_owned(),
+                Err(why) if begun.elapsed() > PATIENCE => break why.to_string(),
+                Err(_) => thread::sleep(Duration::from_millis(50)),
             }
-            thread::sleep(Duration::from_millis(50));
-        }
+        };
+        stage.wrong.lock().expect("nobody panics with it").push(why);
     }
+}
+
+/// Reads a page: an error of the importer's, or that it is not what it is to be.
+fn read(attachment: &Attachment, page: u32, kept: &mut Kept) -> Result<Verdict, ImportError> {
+    let mut bytes = [0; 8];
+    attachment.read(page, 16, &mut bytes)?;
+    let (found, before) = (u64::from_le_bytes(bytes), *kept);
+    if kept.agrees(found) {
+        return Ok(Ok(()));
+    }
+    let Kept { sure, perhaps } = before;
+    Ok(Err(format!("page {page:#x} has {found:#x}, and had {sure:#x} or {perhaps:x?}").into()))
 }
 
 /// The part of the guest's own memory that an actor may import, as `umbra import` has it.
