@@ -309,7 +309,7 @@ fn serve_all(exporter: &Exporter, importer: ImporterId, requests: &Receiver<(u64
 }
 
 /// Sends a message with a descriptor.
-fn send_with(socket: &OwnedFd, message: &[u8], descriptor: &OwnedFd) -> rustix::io::Result<usize> {
+pub(crate) fn send_with(socket: &OwnedFd, message: &[u8], descriptor: &OwnedFd) -> rustix::io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [descriptor.as_fd()];

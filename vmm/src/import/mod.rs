@@ -9,6 +9,7 @@
 //! |---|---|
 //! | area | the pages in our address space |
 //! | command | `umbra import` |
+//! | fuzz | the same for fuzzers |
 //! | line | the pages that the guest wants back |
 //!
 //! Holds: INV-IMPORT-2, what [`Attachment::read`] returns was in the page while it was ours, however late we are, and whatever has become
@@ -17,6 +18,8 @@
 
 mod area;
 pub mod command;
+#[doc(hidden)]
+pub mod fuzz;
 mod line;
 
 use std::fs::File;
@@ -141,6 +144,11 @@ impl Importer {
     pub fn connect(path: &Path, manners: Manners) -> Result<Importer, ImportError> {
         let socket = crate::export::connect(path)
             .map_err(|source| ImportError::Connect { path: path.to_owned(), source })?;
+        Importer::greet(socket, manners)
+    }
+
+    /// The first words on a connection.
+    fn greet(socket: OwnedFd, manners: Manners) -> Result<Importer, ImportError> {
         let talk = Arc::new(Talk::new(socket));
         let (number, deadline_micros, line) =
             match talk.ask(&Request::Hello { least: VERSION, most: VERSION })? {
