@@ -20,6 +20,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::SealFlags;
 use umbra_mmu::external::{ImporterId, NoSegment, NotClosed, SegmentId};
@@ -30,6 +31,10 @@ use crate::machine::{Pool, PoolError, memory_file};
 
 /// The most segments at once.
 pub const SEGMENTS_MAX: usize = 64;
+
+/// Whoever waits for a segment to go looks at least so often whether there is still a reason: the event loop says so with no lock
+/// held, which may be missed.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Why there is no segment, or it cannot be removed.
 #[derive(Debug, thiserror::Error)]
@@ -124,9 +129,7 @@ impl Segments {
 
     /// The run ends: no segment is removed any more because its importer has gone.
     pub fn retire(&self) {
-        let list = self.list();
         self.retired.store(true, Ordering::Release);
-        drop(list);
         self.changed.notify_all();
     }
 
@@ -154,8 +157,11 @@ impl Segments {
                 return Err(SegmentError::Limit);
             }
             match self.mmu.make_segment(first, pages, writable) {
-                Err(NoSegment::Overlaps { other, .. }) if self.is_going(&list, other) => {
-                    list = self.changed.wait(list).unwrap_or_else(PoisonError::into_inner);
+                Err(NoSegment::Overlaps { other, .. })
+                    if self.is_going(&list, other) && self.is_here(owner) =>
+                {
+                    let waited = self.changed.wait_timeout(list, LOOK_AGAIN);
+                    list = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
                 made => break made?,
             }
@@ -183,6 +189,11 @@ impl Segments {
         }
     }
 
+    /// It has not gone. Who has waits for nobody: two might else wait for each other.
+    fn is_here(&self, importer: ImporterId) -> bool {
+        !self.gone().contains(&importer) && !self.retired.load(Ordering::Acquire)
+    }
+
     /// Somebody is about to remove it.
     fn is_going(&self, list: &[Segment], id: SegmentId) -> bool {
         let segment = list.iter().find(|segment| segment.id == id);
@@ -191,7 +202,7 @@ impl Segments {
             Stage::Open | Stage::Stuck => self.gone().contains(&segment.owner),
             Stage::Orphaned => false,
         };
-        segment.is_some_and(is_going) && !self.retired.load(Ordering::Acquire)
+        segment.is_some_and(is_going)
     }
 
     /// Puts a file where the homes of these pages are.
