@@ -323,7 +323,7 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// When it cannot be had to be written.
+    /// When it cannot be had to be written, or is not known to have been: the guest may see it and end before we know.
     pub fn write(&self, frame: u32, offset: usize, bytes: &[u8]) -> Result<(), ImportError> {
         self.with(frame, Rights::Write, || self.area.write(frame, offset, bytes))
     }
